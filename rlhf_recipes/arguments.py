@@ -1,0 +1,401 @@
+"""The dataclasses that a YAML file and the command line fill, and the strict parser that fills them."""
+
+import argparse
+import contextlib
+import dataclasses
+import difflib
+import json
+import re
+import sys
+import warnings
+from collections.abc import Iterable, Iterator, Sequence
+from contextvars import ContextVar
+from dataclasses import dataclass, field
+from enum import Enum
+from pathlib import Path
+from types import UnionType
+from typing import Any, NoReturn, Union, get_args, get_origin, get_type_hints
+
+from rlhf_recipes.errors import RecipeError
+
+import torch
+import yaml
+from jinja2 import TemplateError
+from pydantic import ConfigDict, TypeAdapter, ValidationError
+from trl import TrlParser
+from trl.scripts.utils import DatasetConfig
+
+COMMAND_LINE = "the command line"
+_origin: ContextVar[str] = ContextVar("origin", default="")  # of the arguments that this process runs with
+_STRICT = ConfigDict(strict=True, arbitrary_types_allowed=True, allow_inf_nan=False)
+_NUMBER = re.compile(r"[+-]?(\d+\.?\d*|\.\d+)([eE][+-]?\d+)?")
+
+
+@dataclass
+class DatasetSource(DatasetConfig):
+    """One entry of `datasets` or `eval_datasets`: TRL's `DatasetConfig` and what this project adds to it.
+
+    Parameters:
+        path: a Hub name, a local `.json`, `.jsonl`, `.csv` or `.parquet` file (also `.gz`), a directory of such files, a
+            dataset saved with `save_to_disk`, or the dotted path of a Python function that returns a dataset.
+        column_mapping: column of the file -> the name that it should have (`{"question": "prompt"}`).
+        arguments: keyword arguments for the function, where `path` names one.
+    """
+
+    column_mapping: dict[str, str] | None = None
+    arguments: dict[str, Any] | None = None
+
+
+@dataclass
+class DataArguments:
+    """Which data a stage reads. Names that TRL has keep TRL's meaning."""
+
+    dataset_name: str | None = field(
+        default=None,
+        metadata={
+            "help": "A Hub name, a local file or directory, or the dotted path of a function that returns a dataset. "
+            "Excludes `datasets`."
+        },
+    )
+    dataset_config: str | None = field(default=None, metadata={"help": "Configuration of the Hub dataset."})
+    dataset_train_split: str = field(default="train", metadata={"help": "Split to train on."})
+    dataset_test_split: str = field(default="test", metadata={"help": "Split to evaluate on."})
+    datasets: list[DatasetSource] = field(
+        default_factory=list, metadata={"help": "A mixture to train on, each entry with `path` and its options."}
+    )
+    eval_datasets: list[DatasetSource] = field(
+        default_factory=list, metadata={"help": "A mixture to evaluate on, with the same options as `datasets`."}
+    )
+    test_split_size: float | None = field(
+        default=None,
+        metadata={
+            "help": "Share (or number) of the training rows to set aside for evaluation, with the run's seed; of pairs and "
+            "rankings, of the prompts."
+        },
+    )
+    column_mapping: dict[str, str] | None = field(
+        default=None, metadata={"help": "Column of `dataset_name` -> the name that it should have."}
+    )
+    dataset_arguments: dict[str, Any] | None = field(
+        default=None, metadata={"help": "Keyword arguments for the function that `dataset_name` names."}
+    )
+    bad_rows: str = field(
+        default="error",
+        metadata={
+            "help": "What to do with rows that cannot be used (empty answers, chosen equal to rejected, ...): stop, or "
+            "drop and count them.",
+            "choices": ["error", "drop"],
+        },
+    )
+    long_rows: str = field(
+        default="truncate",
+        metadata={
+            "help": "What to do with rows longer than `max_length`: cut off their end, drop them, or stop. Each is counted.",
+            "choices": ["truncate", "drop", "error"],
+        },
+    )
+
+
+@dataclass
+class RewardArguments:
+    """How a reward model is trained and measured, beyond TRL's `RewardConfig`."""
+
+    start_from: str | None = field(
+        default=None,
+        metadata={"help": "Folder of the SFT adapter whose weights the reward adapter begins with; without it, a fresh one."},
+    )
+    train_on: str = field(
+        default="rankings",
+        metadata={
+            "help": "`rankings`: each ranking is one element of the batch, pairs being rankings of two. `pairs`: rankings are "
+            "expanded, and the column `margin` is read.",
+            "choices": ["rankings", "pairs"],
+        },
+    )
+    ensemble_size: int = field(
+        default=1, metadata={"help": "Number of reward adapters to train, each with a seed of its own: seed, seed + 1, ..."}
+    )
+    ensemble_shards: bool = field(
+        default=False, metadata={"help": "Whether each adapter of the ensemble trains on a part of the rows instead of all."}
+    )
+    ensemble_combine: str = field(
+        default="mean",
+        metadata={
+            "help": "The ensemble's score: the mean, the minimum, or the mean less `uncertainty_coef` standard deviations.",
+            "choices": ["mean", "min", "uncertainty"],
+        },
+    )
+    uncertainty_coef: float = field(default=1.0, metadata={"help": "For `ensemble_combine: uncertainty`."})
+    demonstrations: list[DatasetSource] = field(
+        default_factory=list,
+        metadata={
+            "help": "Demonstrations on which scores are made to have mean 0 and standard deviation 1; without any, the best "
+            "answers of the training rows."
+        },
+    )
+
+    def __post_init__(self):
+        if self.ensemble_size < 1:
+            raise ValueError(f"ensemble_size: {self.ensemble_size}: must be 1 or more")
+        if self.uncertainty_coef < 0:
+            raise ValueError(f"uncertainty_coef: {self.uncertainty_coef}: must not be negative")
+
+
+# Pairs of options of which one makes the other meaningless: (one, other, what to do about it).
+EXCLUSIVE = (
+    ("load_in_4bit", "load_in_8bit", "weights are stored in 4 bits or in 8"),
+    ("bf16", "fp16", "compute in one of the two; bf16 wherever the GPU has it"),
+)
+
+# Annotated more narrowly than what people write and the libraries read: `true` is the newest checkpoint of output_dir, and
+# "all-linear" is PEFT's word for every linear layer.
+_WIDER_TYPES = {"resume_from_checkpoint": bool | str | None, "lora_target_modules": list[str] | str | None}
+
+
+def parse_arguments(recipe: str | Path, *dataclass_types: type, argv: Sequence[str] | None = None) -> tuple[Any, ...]:
+    """The dataclasses of a recipe, filled from its YAML file and, over it, from the command line.
+
+    Args:
+        recipe: the recipe's `__file__`; without `--config`, `configs/tiny/<its name>.yaml` beside `recipes/` is read.
+        dataclass_types: what to fill. A key may belong to any of them.
+        argv: the command line without the program's name; `sys.argv` by default.
+
+    Returns:
+        One instance for each of `dataclass_types`.
+
+    Raises:
+        RecipeError: a missing or malformed file, an unknown key, a value of the wrong type, or options that exclude each other.
+    """
+    recipe = Path(recipe).resolve()
+    parser = _RecipeParser(dataclass_types, allow_abbrev=False, usage=f"{recipe.name} [--config FILE] [--key value ...]")
+    parser.add_argument("--config", help=f"YAML file with the arguments (default: configs/tiny/{recipe.stem}.yaml)")
+    given = parser.parse_given(sys.argv[1:] if argv is None else argv)
+    config = Path(given.pop("config", None) or recipe.parent.parent / "configs" / "tiny" / f"{recipe.stem}.yaml")
+
+    types = {name: hint for cls in dataclass_types for name, hint in get_type_hints(cls).items()}
+    fields = {item.name: item for cls in dataclass_types for item in dataclasses.fields(cls) if item.init}
+    types = {name: _WIDER_TYPES.get(name, types[name]) for name in fields}
+    from_file = read_yaml(config)
+    for where, values in ((str(config), from_file), (COMMAND_LINE, given)):
+        for key, value in values.items():
+            if key not in fields:
+                raise RecipeError(f"{where}: unknown key '{key}'{nearest(key, fields)}")
+            values[key] = _checked(key, value, types[key], fields[key].metadata.get("choices"), where)
+    merged = {**from_file, **given}
+    where = f"{config} and {COMMAND_LINE}" if given else str(config)
+    _origin.set(where)
+    _refuse_exclusive(merged, where)
+    _refuse_unusable(merged, where)
+    if "bf16" in fields:
+        _suit_the_machine(merged, where)
+    try:
+        with warnings.catch_warnings():
+            # TRL sets it itself, under the name that TRL and everybody's YAML files have
+            warnings.filterwarnings("ignore", message="`gradient_checkpointing` is deprecated", category=FutureWarning)
+            return parser.parse_dict(merged)
+    except (ValueError, TypeError, ImportError) as error:  # the dataclasses' own checks
+        raise RecipeError(f"{where}: {_one_line(error)}") from error
+
+
+def read_yaml(path: Path) -> dict[str, Any]:
+    """The mapping in a YAML file.
+
+    Raises:
+        RecipeError: if there is no such file, or it is not YAML, not a mapping, or names a key twice.
+    """
+    try:
+        text = path.read_text(encoding="utf-8")
+    except FileNotFoundError:
+        siblings = [str(other) for other in path.parent.glob("*.yaml")] if path.parent.is_dir() else []
+        raise RecipeError(f"{path}: no such file{nearest(str(path), siblings)}") from None
+    except (OSError, UnicodeDecodeError) as error:
+        raise RecipeError(f"{path}: cannot be read ({error})") from error
+    try:
+        values = yaml.load(text, Loader=_StrictLoader)
+    except yaml.YAMLError as error:
+        raise RecipeError(f"{path}: not valid YAML: {_one_line(error)}") from error
+    if values is None:
+        return {}
+    if not isinstance(values, dict) or not all(isinstance(key, str) for key in values):
+        raise RecipeError(f"{path}: must hold one `key: value` on each line, and holds a {type(values).__name__}")
+    return values
+
+
+def nearest(word: str, words: Iterable[str]) -> str:
+    """`; did you mean 'x'?` with the most similar of `words`, or nothing if none is similar."""
+    close = difflib.get_close_matches(word, list(words), n=1)
+    return f"; did you mean '{close[0]}'?" if close else ""
+
+
+@contextlib.contextmanager
+def user_errors() -> Iterator[None]:
+    """Prints a `RecipeError` as one message without a traceback, and exits with status 2.
+
+    What goes wrong after the arguments were parsed is said with the file that they came from.
+    """
+    try:
+        yield
+    except RecipeError as error:
+        origin = _origin.get()
+        named = f"{origin}: " if origin and not str(error).startswith(origin) else ""
+        print(f"error: {named}{error}", file=sys.stderr)
+        sys.exit(2)
+
+
+@contextlib.contextmanager
+def explained(stage: str) -> Iterator[None]:
+    """Turns the errors by which a trainer refuses its arguments or data, when it is made, into a `RecipeError`."""
+    try:
+        yield
+    except (ValueError, TemplateError, ImportError) as error:
+        raise RecipeError(f"{stage}: {_one_line(error)}") from error
+    except RuntimeError as error:
+        if "assistant_only_loss" not in str(error):  # TRL's way to refuse a row
+            raise
+        raise RecipeError(f"{stage}: {_one_line(error)}") from error
+
+
+class _RecipeParser(TrlParser):
+    """TRL's parser, which says in one line what is wrong instead of printing three hundred options."""
+
+    def error(self, message: str) -> NoReturn:
+        raise RecipeError(f"{COMMAND_LINE}: {message.removeprefix('argument ')}")
+
+    def parse_given(self, argv: Sequence[str]) -> dict[str, Any]:
+        """The options that are on the command line, and no defaults."""
+        hints = {name: hint for cls in self.dataclass_types for name, hint in get_type_hints(cls).items()}
+        mappings = {name for name, hint in hints.items() if _is_mapping(hint)}
+        optional_texts = {name for name, hint in hints.items() if set(get_args(hint)) == {str, type(None)}}
+        for action in self._actions:
+            action.default = argparse.SUPPRESS
+            action.choices = None  # `_checked` looks, in the words that it has for the file
+            if action.dest in mappings:
+                action.type = _json_mapping
+            elif action.dest in optional_texts:  # "none" unsets, as it does for numbers
+                action.type = lambda text: None if text.lower() in ("none", "null") else text
+        namespace, unknown = self.parse_known_args(list(argv))
+        if unknown:
+            word = unknown[0]
+            if not word.startswith("--"):
+                raise RecipeError(f"{COMMAND_LINE}: '{word}' belongs to no option; write `--key value`")
+            key = word.removeprefix("--").split("=")[0].replace("-", "_")
+            known = [action.dest for action in self._actions]
+            raise RecipeError(f"{COMMAND_LINE}: unknown option '{word}'{nearest(key, known)}")
+        return vars(namespace)
+
+
+class _StrictLoader(yaml.SafeLoader):
+    """Refuses a key that stands twice, of which YAML would silently keep the last."""
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
+        seen = set()
+        for key_node, _ in node.value:
+            if key_node.tag == "tag:yaml.org,2002:merge":  # `<<: *anchor`
+                continue
+            key = self.construct_object(key_node, deep=deep)
+            if key in seen:
+                raise yaml.YAMLError(f"line {key_node.start_mark.line + 1}: the key '{key}' stands twice")
+            seen.add(key)
+        return super().construct_mapping(node, deep)
+
+
+def _checked(key: str, value: Any, hint: Any, choices: Sequence[Any] | None, where: str) -> Any:
+    """`value` in the type that `hint` asks for, or a `RecipeError` that names `key` and `where`."""
+    if isinstance(value, list) and DatasetSource in get_args(hint):
+        return [_dataset_source(key, number, entry, where) for number, entry in enumerate(value, start=1)]
+    members = get_args(hint) if get_origin(hint) in (Union, UnionType) else (hint,)
+    enums = [member for member in members if isinstance(member, type) and issubclass(member, Enum)]
+    if enums:
+        choices = [member.value for member in enums[0]]
+    if choices and value is not None and value not in choices:
+        quoted = " (YAML reads a bare yes or no as true or false: write it in quotes)" if isinstance(value, bool) else ""
+        known = ", ".join(str(choice) for choice in choices)
+        raise RecipeError(f"{where}: {key}: {value!r} is none of {known}{nearest(str(value), map(str, choices))}{quoted}")
+    # PyYAML reads 1e-4 as text, since it has no dot
+    number = float(value) if isinstance(value, str) and str not in members and _NUMBER.fullmatch(value) else value
+    try:
+        return TypeAdapter(hint, config=_STRICT).validate_python(number)
+    except ValidationError:
+        expected = " or ".join(_type_name(member) for member in members)
+        raise RecipeError(f"{where}: {key}: expected {expected}, found {value!r} ({type(value).__name__})") from None
+
+
+def _dataset_source(key: str, number: int, entry: Any, where: str) -> DatasetSource:
+    place = f"{where}: {key}, entry {number}"
+    if isinstance(entry, DatasetSource):  # from the command line
+        return entry
+    if not isinstance(entry, dict) or "path" not in entry:
+        raise RecipeError(f"{place}: must be a mapping with `path`, found {entry!r}")
+    types = get_type_hints(DatasetSource)
+    for name, value in entry.items():
+        if name not in types:
+            raise RecipeError(f"{place}: unknown key '{name}'{nearest(name, types)}")
+        entry[name] = _checked(name, value, types[name], None, place)
+    return DatasetSource(**entry)
+
+
+def _refuse_exclusive(values: dict[str, Any], where: str) -> None:
+    for one, other, remedy in EXCLUSIVE:
+        if values.get(one) and values.get(other):
+            raise RecipeError(f"{where}: `{one}` and `{other}` exclude each other: {remedy}")
+    if (values.get("load_in_4bit") or values.get("load_in_8bit")) and not values.get("use_peft"):
+        raise RecipeError(
+            f"{where}: quantised weights cannot be trained: set `use_peft: true`, or `load_in_4bit` and `load_in_8bit` to false"
+        )
+
+
+def _refuse_unusable(values: dict[str, Any], where: str) -> None:
+    """Values of the right type that TRL would choke on later, or that would break a promise of ours."""
+    for key in ("per_device_train_batch_size", "per_device_eval_batch_size", "gradient_accumulation_steps"):
+        if values.get(key, 1) < 1:
+            raise RecipeError(f"{where}: {key}: {values[key]}: must be 1 or more")
+    for key in ("learning_rate", "num_train_epochs", "weight_decay"):
+        if values.get(key, 0) < 0:
+            raise RecipeError(f"{where}: {key}: {values[key]}: must not be negative")
+    if values.get("eval_on_start") and values.get("eval_strategy", "no") == "no":
+        raise RecipeError(f"{where}: eval_on_start: there is nothing to evaluate on under `eval_strategy: no`: set `steps`")
+    if values.get("truncation_mode") == "keep_end":
+        raise RecipeError(
+            f"{where}: truncation_mode: keep_end cuts off where prompts begin: raise `max_length`, or drop long rows"
+        )
+    if values.get("dataset_text_field", "text") != "text":
+        remedy = f"column_mapping: {{{values['dataset_text_field']}: text}}"
+        raise RecipeError(f"{where}: dataset_text_field: the text is always in `text`: set `{remedy}`")
+
+
+def _suit_the_machine(values: dict[str, Any], where: str) -> None:
+    """Where no GPU is used, the defaults that need one are off; where there is none, asking for bf16 or fp16 is refused."""
+    if torch.accelerator.is_available() and not values.get("use_cpu"):
+        return
+    for key in ("bf16", "fp16"):
+        if values.get(key) and not values.get("use_cpu"):
+            raise RecipeError(f"{where}: {key}: this machine has no GPU: set `{key}: false`")
+    values.setdefault("bf16", False)
+    values.setdefault("dataloader_pin_memory", False)
+
+
+def _type_name(hint: Any) -> str:
+    if hint is type(None):
+        return "null"
+    return hint.__name__ if isinstance(hint, type) and not get_args(hint) else re.sub(r"\w+\.", "", str(hint))
+
+
+def _is_mapping(hint: Any) -> bool:
+    return any(member is dict or get_origin(member) is dict for member in (hint, *get_args(hint)))
+
+
+def _json_mapping(text: str) -> Any:
+    """The type of a mapping on the command line, where argparse would know no better than `dict(text)`."""
+    if text.lower() in ("none", "null"):
+        return None
+    try:
+        value = json.loads(text)
+    except json.JSONDecodeError:
+        value = None
+    if not isinstance(value, dict):
+        raise argparse.ArgumentTypeError(f"expected a JSON mapping such as '{{\"key\": 1}}', found {text!r}")
+    return value
+
+
+def _one_line(error: Exception) -> str:
+    return " ".join(str(error).split())

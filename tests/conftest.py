@@ -1,0 +1,54 @@
+"""Settings of the whole test suite: offline, quiet, and one thread a process."""
+
+import os
+import runpy
+import sys
+from pathlib import Path
+
+# Set before torch or the Hub's client is imported, and inherited by the recipes that tests launch.
+os.environ |= {
+    "HF_HUB_OFFLINE": "1",
+    "HF_HUB_DISABLE_TELEMETRY": "1",
+    "TOKENIZERS_PARALLELISM": "false",
+    "OMP_NUM_THREADS": "1",  # two threads on two busy cores spin
+    "OMP_WAIT_POLICY": "passive",
+    "CUDA_VISIBLE_DEVICES": "",
+    "ACCELERATE_USE_CPU": "true",
+}
+
+import pytest
+
+ROOT = Path(__file__).parent.parent
+SHARED = ROOT.parent / "shared"
+
+
+@pytest.fixture(autouse=True, scope="session")
+def _datasets_cache(tmp_path_factory):
+    import datasets
+
+    datasets.config.HF_DATASETS_CACHE = tmp_path_factory.mktemp("datasets")
+    datasets.disable_progress_bars()
+
+
+@pytest.fixture(scope="session")
+def shared() -> Path:
+    """The folder of real models and data, which a developer has and a user has not."""
+    if not SHARED.is_dir():
+        pytest.skip("needs ../shared: real models and data")
+    return SHARED
+
+
+@pytest.fixture
+def launch(monkeypatch, capsys):
+    """Runs a recipe in this process: `launch("sft", "--seed", 1)`; returns its exit status and what it printed on stderr."""
+
+    def run(recipe: str, *options: object) -> tuple[int, str]:
+        monkeypatch.setattr(sys, "argv", [f"{recipe}.py", *map(str, options)])
+        capsys.readouterr()
+        try:
+            runpy.run_path(str(ROOT / "recipes" / f"{recipe}.py"), run_name="__main__")
+        except SystemExit as stop:
+            return stop.code, capsys.readouterr().err
+        return 0, capsys.readouterr().err
+
+    return run
