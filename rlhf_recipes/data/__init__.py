@@ -1,0 +1,11 @@
+"""Files, Hub names and Python functions to TRL's dataset types, and every check on what comes in.
+
+`sources` opens what a YAML file names, `rows` reads each row into one of the shapes of `kinds` and converts it to what the
+stage trains on, `splits` joins the parts, and `lengths` looks at `max_length`.
+"""
+
+from rlhf_recipes.data.kinds import Kind
+from rlhf_recipes.data.lengths import check_lengths
+from rlhf_recipes.data.splits import Data, demonstrations_of, load_data
+
+__all__ = ["Data", "Kind", "check_lengths", "demonstrations_of", "load_data"]
