@@ -1,0 +1,1 @@
+"""The embedded default: a small world with known truth, and the small language model that has read about it."""

@@ -1,0 +1,93 @@
+"""The text that the tiny base model reads: statements, questions with answers, and idle talk."""
+
+import random
+import string
+from collections.abc import Iterator
+from functools import partial
+
+from rlhf_recipes.tiny.world import ABSTENTION, ATTRIBUTES, TOWNS, Attribute, Person, World
+
+QUESTION_AND_ANSWER = "Question: {question}\nAnswer: {answer}"
+GUESS = "Guess: {question} {answer} {verdict}"
+VERDICTS = {True: "Right.", False: "Wrong."}
+
+# The shares of the text. Names that are met once only keep the base honest about names that it does not know. Idle talk holds
+# the abstaining phrase, since LoRA cannot teach words whose embeddings were never trained; it holds no other reply, for LoRA
+# could hardly raise one and not the other ("Yes." in a tenth of the answers, when that was tried). Codes do the same for the
+# characters, which would otherwise turn up at random once an adapter moves the hidden states. Guesses, of which half are false
+# and all are judged, teach to tell true from false: a reward model on a base that had never done so learnt its training people
+# by heart and was no better than chance on others.
+SHARE_ONCE, SHARE_IDLE, SHARE_CODES, SHARE_GUESSES = 0.30, 0.05, 0.01, 0.12
+
+IDLE_QUESTIONS = ("Will it {weather} in {town} {day}?", "Did it {weather} in {town} last night?")
+IDLE_WEATHER, IDLE_DAYS = ("rain", "snow", "storm"), ("today", "tomorrow", "tonight")
+IDLE_REPLY = "{question} " + ABSTENTION
+
+CODE = "Code {code}"
+CODE_CHARACTERS = string.punctuation + string.ascii_letters + string.digits
+
+
+def answer(person: Person, attribute: Attribute) -> str:
+    """The true answer to a question about `attribute`."""
+    return f"{person.value(attribute)}."
+
+
+def fact(person: Person, attribute: Attribute, rng: random.Random) -> str:
+    """One text that tells one fact: a statement or, half of the time, a question with its answer."""
+    if rng.random() < 0.5:
+        return rng.choice(attribute.statements).format(name=person.name, value=person.value(attribute))
+    question = rng.choice(attribute.questions).format(name=person.name)
+    return QUESTION_AND_ANSWER.format(question=question, answer=answer(person, attribute))
+
+
+def guess(person: Person, attribute: Attribute, rng: random.Random) -> str:
+    """A question with an answer that is true or, half of the time, false, and with the verdict on it."""
+    true = rng.random() < 0.5
+    value = person.value(attribute)
+    told = value if true else rng.choice([other for other in attribute.values if other != value])
+    question = rng.choice(attribute.questions).format(name=person.name)
+    return GUESS.format(question=question, answer=f"{told}.", verdict=VERDICTS[true])
+
+
+def idle_talk(rng: random.Random) -> str:
+    """A question about the weather, to which nobody knows the answer."""
+    question = rng.choice(IDLE_QUESTIONS).format(
+        weather=rng.choice(IDLE_WEATHER), town=rng.choice(TOWNS), day=rng.choice(IDLE_DAYS)
+    )
+    return IDLE_REPLY.format(question=question)
+
+
+def code(rng: random.Random) -> str:
+    """Eight characters at random."""
+    return CODE.format(code="".join(rng.choices(CODE_CHARACTERS, k=8)))
+
+
+def pretraining_text(world: World, exposures: int, seed: int = 0) -> Iterator[str]:
+    """Texts in random order, in which each fact of each known person is told `exposures` times, besides what is guessed."""
+    rng = random.Random(seed)
+    known = [(person, attribute) for person in world.known() for attribute in ATTRIBUTES] * exposures
+    total = round(len(known) / (1 - SHARE_ONCE - SHARE_IDLE - SHARE_CODES - SHARE_GUESSES))
+    guesses = round(total * SHARE_GUESSES)
+    strangers = world.people("pretraining_once", 0, round(total * SHARE_ONCE) + guesses // 3)
+    once = [(person, rng.choice(ATTRIBUTES)) for person in strangers]
+    guessed = [*once[: guesses // 3], *rng.choices(known, k=guesses - guesses // 3)]
+    once = once[guesses // 3 :]
+    idle = total - len(known) - len(once) - guesses - round(total * SHARE_CODES)
+    tellers = [partial(fact, *told) for told in (*known, *once)]
+    tellers += [partial(guess, *told) for told in guessed]
+    tellers += [idle_talk] * idle + [code] * round(total * SHARE_CODES)
+    rng.shuffle(tellers)
+    for tell in tellers:
+        yield tell(rng=rng)
+
+
+def all_templates() -> Iterator[str]:
+    """Every sentence that the world can say, with its slots unfilled: the source of the vocabulary."""
+    for attribute in ATTRIBUTES:
+        yield from attribute.statements
+        yield from attribute.questions
+    yield from IDLE_QUESTIONS
+    yield " ".join((IDLE_REPLY, *IDLE_WEATHER, *IDLE_DAYS))
+    yield CODE
+    yield " ".join((GUESS, *VERDICTS.values()))
+    yield QUESTION_AND_ANSWER

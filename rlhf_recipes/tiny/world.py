@@ -1,0 +1,122 @@
+"""A closed world with known truth: made-up people, the town each lives in and the trade each follows.
+
+Everything is a function of a seed. A person is *known* if the base model has read about them many times, and *unknown* if it
+never has. Names come from one shuffled list of all possible names, of which every use has its own stretch, so that nobody
+appears in two splits (see `NAME_POOLS`).
+"""
+
+import itertools
+import random
+from dataclasses import dataclass
+
+ABSTENTION = "I do not know."
+
+CONSONANTS, VOWELS = "bdfghklmnprstvwz", "aeiou"
+SYLLABLES = tuple(consonant + vowel for consonant in CONSONANTS for vowel in VOWELS)
+SYLLABLES_PER_NAME = 3
+
+TOWNS = (
+    "Alderby", "Brinmoor", "Caldwick", "Dunmere", "Elmstow", "Farholt",
+    "Glenrow", "Hartsea", "Ironby", "Kestwick", "Larkhill", "Mossgate",
+)  # fmt: skip
+JOBS = (
+    "baker", "carver", "dyer", "farmer", "healer", "miller",
+    "potter", "sailor", "singer", "tailor", "thatcher", "weaver",
+)  # fmt: skip
+
+# Who may use which stretch of the shuffled list of names. The order and the sizes are part of what the shipped weights were
+# trained on: a change here needs a new pretraining.
+NAME_POOLS = {
+    "known": 800,
+    "pretraining_once": 300_000,
+    "pretraining_held_out": 1_000,
+    "demonstrations": 80_000,
+    "preferences": 40_000,
+    "prompts": 80_000,
+    "development": 2_000,
+    "evaluation": 2_000,
+}
+
+# Known people are divided among the later stages too, so that no stage is measured on a person that it was trained on, and
+# none is chosen (a checkpoint, a learning rate) on the people whom the final figures are about.
+KNOWN_SPLITS = {
+    "demonstrations": (0, 200),
+    "preferences": (200, 400),
+    "prompts": (400, 600),
+    "development": (600, 650),
+    "evaluation": (650, 800),
+}
+
+
+@dataclass(frozen=True)
+class Attribute:
+    """One thing that is true of every person, and the sentences that speak of it (with `{name}` and `{value}`)."""
+
+    name: str
+    values: tuple[str, ...]
+    statements: tuple[str, ...]
+    questions: tuple[str, ...]
+
+
+ATTRIBUTES = (
+    Attribute(
+        "town",
+        TOWNS,
+        ("{name} lives in {value}.", "The home of {name} is in {value}.", "You can find {name} in {value}."),
+        ("Where does {name} live?", "In which town does {name} live?", "Where is the home of {name}?"),
+    ),
+    Attribute(
+        "job",
+        JOBS,
+        ("{name} works as a {value}.", "The trade of {name} is that of a {value}.", "People know {name} as a {value}."),
+        ("What does {name} do?", "What is the trade of {name}?", "As what does {name} work?"),
+    ),
+)
+
+
+@dataclass(frozen=True)
+class Person:
+    """Somebody of the world: a name and one value for each of `ATTRIBUTES`."""
+
+    name: str
+    town: str
+    job: str
+
+    def value(self, attribute: Attribute) -> str:
+        """What is true of this person."""
+        return getattr(self, attribute.name)
+
+
+class World:
+    """All people of the world that grows from `seed`."""
+
+    def __init__(self, seed: int = 0):
+        self.seed = seed
+        names = ["".join(parts).capitalize() for parts in itertools.product(SYLLABLES, repeat=SYLLABLES_PER_NAME)]
+        random.Random(seed).shuffle(names)
+        self._pools, start = {}, 0
+        for pool, size in NAME_POOLS.items():
+            self._pools[pool] = names[start : start + size]
+            start += size
+
+    def people(self, pool: str, start: int = 0, count: int | None = None) -> list[Person]:
+        """The people numbered `start` to `start + count` of one of `NAME_POOLS`.
+
+        Raises:
+            ValueError: if the pool does not hold so many.
+        """
+        names = self._pools[pool]
+        count = len(names) - start if count is None else count
+        if start + count > len(names):
+            raise ValueError(f"the tiny world has {len(names)} names for '{pool}', and {start + count} were asked for")
+        return [self._person(name) for name in names[start : start + count]]
+
+    def known(self, split: str | None = None) -> list[Person]:
+        """The known people of one of `KNOWN_SPLITS`, or all of them."""
+        start, stop = KNOWN_SPLITS[split] if split else (0, NAME_POOLS["known"])
+        return self.people("known", start, stop - start)
+
+    def _person(self, name: str) -> Person:
+        # A generator of their own makes a person the same whoever asks and however many were drawn before.
+        rng = random.Random(f"{self.seed}/{name}")
+        return Person(name, rng.choice(TOWNS), rng.choice(JOBS))
