@@ -1,0 +1,57 @@
+"""Supervised fine-tuning: the first stage of InstructGPT (Ouyang et al., 2022), on TRL's `SFTTrainer`.
+
+    accelerate launch recipes/sft.py                          # configs/tiny/sft.yaml: the tiny world, on a CPU in a minute
+    accelerate launch recipes/sft.py --config my.yaml --learning_rate 1e-4
+
+Trains a LoRA adapter on the base model (in 4 bits with `load_in_4bit: true`), or all weights with `use_peft: false`, and saves
+it with the tokenizer, the chat template and `recipe.json`, which says what was run and what it cost.
+"""
+
+from rlhf_recipes.arguments import DataArguments, explained, parse_arguments, user_errors
+from rlhf_recipes.data import load_data
+from rlhf_recipes.models import keep_adapter_in_fp32, load_model, load_tokenizer, without_what_is_done
+from rlhf_recipes.runs import RunMeter, checkpoint_to_resume, evaluate_at_end, save_policy, train, write_record
+
+from trl import ModelConfig, SFTConfig, SFTTrainer, get_peft_config
+
+ARGUMENTS = (DataArguments, SFTConfig, ModelConfig)
+
+
+def main() -> None:
+    """Runs the stage."""
+    data_args, training_args, model_args = parse_arguments(__file__, *ARGUMENTS)
+    checkpoint = checkpoint_to_resume(training_args, data_args, model_args)
+
+    # Data: demonstrations in any of the shapes of docs/data.md
+    data = load_data(data_args, "sft", evaluate=training_args.eval_strategy != "no", seed=training_args.seed)
+    tokenizer = load_tokenizer(model_args, training_args)
+    cuts = not training_args.packing or training_args.packing_strategy == "bfd"  # the other ways to pack split long rows
+    data = data.fitted(tokenizer, training_args.max_length if cuts else None, data_args.long_rows)
+    print(f"{len(data.train)} rows to train on, {len(data.eval or ())} to evaluate on")
+
+    # Model: the base, and by `use_peft` a fresh adapter on it
+    model = load_model(model_args, training_args)
+    meter = RunMeter(training_args, data_args, model_args)
+    with explained("sft"):
+        trainer = SFTTrainer(
+            model,
+            args=without_what_is_done(training_args),
+            train_dataset=data.train,
+            eval_dataset=data.eval,
+            processing_class=tokenizer,
+            peft_config=get_peft_config(model_args),
+            callbacks=[meter],
+        )
+
+    keep_adapter_in_fp32(trainer)
+    train(trainer, checkpoint)
+    evaluate_at_end(trainer)
+    save_policy(trainer)
+    write_record(trainer, meter, model_args, training_args, data_args, data=data.report, recipe="sft")
+    trainer.accelerator.print(f"The model is in {training_args.output_dir}")
+    trainer.end()
+
+
+if __name__ == "__main__":
+    with user_errors():
+        main()

@@ -1,0 +1,349 @@
+"""The base model, in 4 bits or not, and its tokenizer: the one place where a recipe loads them."""
+
+import copy
+import gc
+import hashlib
+import importlib.util
+import logging
+import os
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from rlhf_recipes.errors import RecipeError, first_line
+
+import torch
+from jinja2 import TemplateError
+from peft import PeftModel
+from peft.tuners.tuners_utils import BaseTunerLayer
+from peft.utils import AuxiliaryTrainingWrapper
+from safetensors import SafetensorError
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    BitsAndBytesConfig,
+    PretrainedConfig,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+    Trainer,
+)
+from trl import ModelConfig, get_quantization_config
+from trl.trainer.base_config import _BaseConfig as TrainingConfig
+
+logger = logging.getLogger(__name__)
+
+_DIMENSIONS = ("model_type", "vocab_size", "hidden_size", "num_hidden_layers", "num_attention_heads", "intermediate_size")
+
+# For tokenizers without a chat template. Plain words, since a new special token would need an embedding, and LoRA trains none;
+# single line breaks, which every pretraining text has. EOS stands inside the assistant's turn, so that it is learnt.
+PLAIN_CHAT_TEMPLATE = (
+    "{{ bos_token or '' }}"
+    "{% for message in messages %}"
+    "{% if message['role'] == 'assistant' %}"
+    "{{ 'Assistant:' }}{% generation %}{{ ' ' + message['content'] + eos_token }}{% endgeneration %}{{ '\\n' }}"
+    "{% else %}{{ message['role'].capitalize() + ': ' + message['content'] + '\\n' }}{% endif %}"
+    "{% endfor %}"
+    "{% if add_generation_prompt %}{{ 'Assistant:' }}{% endif %}"
+)
+
+
+def resolve_path(name: str) -> str:
+    """The folder of a package's data for a dotted path such as `rlhf_recipes.tiny.base`; any other name unchanged."""
+    package, _, folder = name.rpartition(".")
+    if Path(name).exists() or "/" in name or not all(part.isidentifier() for part in name.split(".")) or not package:
+        return name
+    try:
+        spec = importlib.util.find_spec(package)
+    except ModuleNotFoundError:
+        return name
+    if spec is None or not spec.submodule_search_locations:
+        return name
+    path = Path(next(iter(spec.submodule_search_locations))) / folder
+    return str(path) if path.is_dir() else name
+
+
+def load_model(arguments: ModelConfig, training: TrainingConfig) -> PreTrainedModel:
+    """The base model that `model_name_or_path` names, in the type or the 4 or 8 bits that `arguments` ask for.
+
+    Args:
+        arguments: TRL's model arguments; the LoRA ones are not used here.
+        training: for `model_init_kwargs` and `trust_remote_code`.
+
+    Raises:
+        RecipeError: if there is no model of that name, it cannot be reached, it is an adapter, or its files lack weights.
+    """
+    model, missing = load_architecture(AutoModelForCausalLM, arguments, training)
+    if missing:
+        names = ", ".join(sorted(missing)[:3])
+        raise RecipeError(
+            f"model_name_or_path: {model_path(arguments)}: its files lack {len(missing)} of the weights ({names}, ...), which "
+            "would be random: name a whole causal language model"
+        )
+    return model
+
+
+def load_architecture(
+    architecture: type, arguments: ModelConfig, training: TrainingConfig, **options: Any
+) -> tuple[PreTrainedModel, set[str]]:
+    """The base model as one of Transformers' `AutoModelFor...`, and the names of weights that its files lack (they are random).
+
+    Args:
+        architecture: the class to load with.
+        arguments: as in `load_model`.
+        training: as in `load_model`.
+        options: more of `from_pretrained`'s arguments.
+
+    Raises:
+        RecipeError: as in `load_model`.
+    """
+    path = model_path(arguments)
+    revision = {"revision": arguments.model_revision, "trust_remote_code": getattr(training, "trust_remote_code", False)}
+    try:
+        config = AutoConfig.from_pretrained(path, **revision)
+        quantization = _quantization(arguments, config)
+        placed = {"device_map": {"": training.device}} if quantization else {}  # not where bitsandbytes thinks best
+        settings = {
+            "dtype": arguments.dtype or "auto",
+            "attn_implementation": arguments.attn_implementation,
+            "quantization_config": quantization,
+            **placed,
+            **revision,
+            **options,
+            **(getattr(training, "model_init_kwargs", None) or {}),
+        }
+        # safetensors only: never a pickle
+        model, loading = architecture.from_pretrained(path, **settings, use_safetensors=True, output_loading_info=True)
+    except (OSError, ValueError, ImportError, KeyError, TypeError, SafetensorError) as error:
+        raise RecipeError(f"model_name_or_path: {path}: {first_line(error)}{_how_to_get(path)}") from error
+    _check_4bit_sides(model, path)
+    keep_gradients_exact(model)
+    return model, set(loading["missing_keys"])
+
+
+def model_path(arguments: ModelConfig) -> str:
+    """The Hub name or local folder of the base model.
+
+    Raises:
+        RecipeError: if none is named, or a folder is named that is not there or holds an adapter.
+    """
+    name = arguments.model_name_or_path
+    if not name:
+        raise RecipeError("model_name_or_path: name the base model: a Hub name or a local folder")
+    path = resolve_path(os.path.expanduser(name))
+    if (Path(path) / "adapter_config.json").exists():
+        raise RecipeError(
+            f"model_name_or_path: {path} holds an adapter, not a model: name its base here (to go on with an unfinished run, "
+            "set `resume_from_checkpoint: true`)"
+        )
+    looks_local = path.startswith((".", "/")) or path.count("/") > 1
+    if looks_local and not Path(path).is_dir():
+        raise RecipeError(f"model_name_or_path: {path}: no such folder")
+    return path
+
+
+def base_of(model: torch.nn.Module) -> PreTrainedModel:
+    """The model that adapters, if there are any, stand on."""
+    return model.get_base_model() if isinstance(model, PeftModel) else model
+
+
+def trunk_of(model: torch.nn.Module) -> torch.nn.Module:
+    """The model below its head: tokens to hidden states."""
+    base = base_of(model)
+    return getattr(base, base.base_model_prefix)
+
+
+def fingerprint(model: torch.nn.Module) -> dict[str, Any]:
+    """What tells a base from others: its dimensions, and a digest of the weights that quantisation leaves alone.
+
+    The digest covers the embeddings and all vectors (norms and biases), rounded to bf16, so that it is the same for a base in
+    fp32, bf16 and 4 bits, as a language model and as a classifier, with adapters or without. In fp16, or where the weights are
+    spread over devices, it is None.
+    """
+    config = base_of(model).config.get_text_config()
+    dimensions = {name: getattr(config, name) for name in _DIMENSIONS if getattr(config, name, None) is not None}
+    return {"dimensions": dimensions, "weights": _digest(trunk_of(model))}
+
+
+def _digest(trunk: torch.nn.Module) -> str | None:
+    embedding = trunk.get_input_embeddings()
+    if isinstance(embedding, AuxiliaryTrainingWrapper):
+        embedding = embedding.original_module
+    if isinstance(embedding, BaseTunerLayer):
+        embedding = embedding.get_base_layer()
+    weights = {"embedding": embedding.weight}
+    for name, weight in trunk.named_parameters():
+        if weight.ndim == 1 and "lora_" not in name and ".modules_to_save." not in name:
+            weights[name.replace("base_layer.", "").replace("original_module.", "")] = weight
+    digest = hashlib.sha256()
+    for name, weight in sorted(weights.items()):
+        if weight.dtype not in (torch.float32, torch.bfloat16) or weight.is_meta or not weight.numel():
+            return None
+        bits = weight.detach().to(torch.bfloat16).reshape(-1, weight.shape[-1]).view(torch.int16)
+        digest.update(name.encode())
+        digest.update(bits.sum(0, dtype=torch.int64).cpu().numpy().tobytes())  # a sum of columns: all of it, in little time
+    return digest.hexdigest()
+
+
+def keep_gradients_exact(model: torch.nn.Module) -> None:
+    """Stops bitsandbytes from repacking 4-bit weights on CPUs with AVX512-BF16.
+
+    Version 0.50 does so in place at the first forward pass in eval mode; afterwards the layer passes no gradient on, silently:
+    training goes wrong after its first evaluation or rollout. See `tests/test_models.py`.
+    """
+    for module in model.modules():
+        if hasattr(module, "support_avx512bf16_for_cpu"):
+            module.support_avx512bf16_for_cpu = False
+
+
+def keep_adapter_in_fp32(trainer: Trainer) -> None:
+    """Undoes the cast to bf16 that TRL's trainers give everything trainable on a quantised base.
+
+    AdamW's steps are often too small for bf16 to represent, and PEFT loads an adapter in fp32: a run resumed from a checkpoint
+    would go on in another type than it began in. It costs two bytes more a weight of the adapter, and two or four in the
+    optimizer. Call it between the trainer's construction and `train()`; it does nothing to models that are not quantised, nor
+    under FSDP and DeepSpeed, which want one type for all that they gather.
+    """
+    model = trainer.model
+    quantised = getattr(model, "is_loaded_in_4bit", False) or getattr(model, "is_loaded_in_8bit", False)
+    if not quantised or trainer.is_fsdp_enabled or trainer.is_deepspeed_enabled:
+        return
+    for weight in model.parameters():
+        if weight.requires_grad:
+            weight.data = weight.data.float()
+
+
+def load_tokenizer(arguments: ModelConfig, training: TrainingConfig) -> PreTrainedTokenizerBase:
+    """The tokenizer of the base model, with a chat template, and an EOS that ends a turn and is not PAD.
+
+    `eos_token` and `chat_template_path` of `training` are honoured. Without a template of its own the tokenizer gets
+    `PLAIN_CHAT_TEMPLATE`.
+
+    Raises:
+        RecipeError: if there is no tokenizer, a token is not in its vocabulary, or its template never ends a turn by EOS.
+    """
+    path = model_path(arguments)
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(
+            path, revision=arguments.model_revision, trust_remote_code=getattr(training, "trust_remote_code", False)
+        )
+    except (OSError, ValueError, ImportError, KeyError, AttributeError) as error:
+        raise RecipeError(
+            f"model_name_or_path: {path}: no usable tokenizer there ({first_line(error)}); the folder needs tokenizer.json "
+            f"and tokenizer_config.json{_how_to_get(path)}"
+        ) from error
+    _set_eos(tokenizer, getattr(training, "eos_token", None))
+    _set_pad(tokenizer)
+    _set_chat_template(tokenizer, getattr(training, "chat_template_path", None))
+    _check_turn_ends(tokenizer)
+    return tokenizer
+
+
+def release_memory() -> None:
+    """Gives back the memory of what nobody holds; a trainer and its model refer to each other, and would stay for a while."""
+    gc.collect()
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()
+
+
+def without_what_is_done(training: TrainingConfig) -> TrainingConfig:
+    """The arguments for the trainer: a copy without those that `load_model` and `load_tokenizer` have honoured.
+
+    The trainer would warn of the one, and clone the template once more by the other. The original goes into `recipe.json`.
+    """
+    rest = copy.copy(training)
+    rest.model_init_kwargs = rest.chat_template_path = None
+    return rest
+
+
+def _quantization(arguments: ModelConfig, config: PretrainedConfig) -> BitsAndBytesConfig | None:
+    """As TRL has it, which computes in the type named by `dtype`; of the types, "auto" is that of the stored weights."""
+    if arguments.dtype in (None, "auto"):
+        arguments = replace(arguments, dtype=str(config.dtype or torch.float32).removeprefix("torch."))
+    return get_quantization_config(arguments)
+
+
+def _check_4bit_sides(model: torch.nn.Module, path: str) -> None:
+    if model.device.type != "cpu":
+        return
+    for name, module in model.named_modules():
+        if type(module).__name__ == "Linear4bit" and (module.in_features % 32 or module.out_features % 32):
+            sides = f"{module.in_features} x {module.out_features}"
+            raise RecipeError(
+                f"load_in_4bit: {path}: {name} is {sides}, and on a CPU bitsandbytes needs sides that are multiples of 32"
+            )
+
+
+def _set_eos(tokenizer: PreTrainedTokenizerBase, eos_token: str | None) -> None:
+    if eos_token is not None:
+        if eos_token not in tokenizer.get_vocab():
+            raise RecipeError(f"eos_token: '{eos_token}' is not in the vocabulary of {tokenizer.name_or_path}")
+        tokenizer.eos_token = eos_token
+    if tokenizer.eos_token is None:
+        raise RecipeError(f"{tokenizer.name_or_path} has no EOS, so answers would never end: set `eos_token`")
+
+
+def _set_pad(tokenizer: PreTrainedTokenizerBase) -> None:
+    """Keeps PAD, or picks one that is not EOS: a model for which they are one cannot be seen to stop."""
+    if tokenizer.pad_token is not None and tokenizer.pad_token != tokenizer.eos_token:
+        return
+    # No text ever holds these, so their embeddings need not be trained; a new token would need a larger embedding matrix.
+    special = [token for token in tokenizer.get_added_vocab() if token not in tokenizer.all_special_tokens]
+    spare = [token for word in ("pad", "reserved", "unused") for token in special if word in token.lower()]
+    # The last of the vocabulary is a rare word: where it stands in a text it is not masked, for masks go by length.
+    last = max(set(tokenizer.get_vocab()) - {tokenizer.eos_token}, key=tokenizer.get_vocab().get)
+    candidates = [*spare, tokenizer.unk_token, tokenizer.bos_token, last]
+    tokenizer.pad_token = next(token for token in candidates if token not in (None, tokenizer.eos_token))
+    logger.warning("%s has no PAD besides its EOS: '%s' serves as PAD", tokenizer.name_or_path, tokenizer.pad_token)
+
+
+def _set_chat_template(tokenizer: PreTrainedTokenizerBase, path: str | None) -> None:
+    if path is None:
+        if tokenizer.chat_template is None:
+            logger.warning("%s has no chat template: one of plain words is added", tokenizer.name_or_path)
+            tokenizer.chat_template = PLAIN_CHAT_TEMPLATE
+        return
+    if Path(path).suffix in (".jinja", ".j2"):
+        try:
+            tokenizer.chat_template = Path(path).read_text(encoding="utf-8")
+        except OSError as error:
+            raise RecipeError(f"chat_template_path: {path}: cannot be read ({error.strerror})") from error
+        return
+    try:
+        source = AutoTokenizer.from_pretrained(path)
+    except (OSError, ValueError) as error:
+        raise RecipeError(f"chat_template_path: {path}: neither a .jinja file nor a tokenizer: {first_line(error)}") from error
+    if source.chat_template is None:
+        raise RecipeError(f"chat_template_path: the tokenizer {path} has no chat template")
+    vocabulary = tokenizer.get_vocab()
+    missing = [t for t in source.get_added_vocab() if t in source.chat_template and t not in vocabulary]
+    if missing:
+        raise RecipeError(
+            f"chat_template_path: the template of {path} uses {', '.join(missing)}, which {tokenizer.name_or_path} does not "
+            "know. New tokens need trained embeddings, which LoRA leaves alone: leave `chat_template_path` out for a template "
+            "of plain words, or write one in a .jinja file"
+        )
+    tokenizer.chat_template = source.chat_template
+
+
+def _check_turn_ends(tokenizer: PreTrainedTokenizerBase) -> None:
+    """Refuses a template whose assistant turns do not end by EOS: the model would never learn to stop."""
+    answer = "answer"
+    conversation = [{"role": "user", "content": "question"}, {"role": "assistant", "content": answer}]
+    try:
+        text = tokenizer.apply_chat_template(conversation, tokenize=False)
+    except TemplateError as error:
+        raise RecipeError(f"the chat template of {tokenizer.name_or_path} is not valid: {first_line(error)}") from error
+    end = text[text.rindex(answer) + len(answer) :]
+    ids = tokenizer(end, add_special_tokens=False)["input_ids"]
+    if tokenizer.eos_token_id not in ids:
+        ends = [token for token in tokenizer.get_added_vocab() if token in end]
+        remedy = f"set `eos_token: '{ends[0]}'`" if ends else "put `eos_token` after the assistant's content in the template"
+        raise RecipeError(
+            f"the chat template of {tokenizer.name_or_path} ends an answer by {end!r}, and its EOS is '{tokenizer.eos_token}': "
+            f"the model would never learn to stop; {remedy}"
+        )
+
+
+def _how_to_get(path: str) -> str:
+    return "" if Path(path).is_dir() else ". Without a network, download the model elsewhere and name its folder here"

@@ -1,0 +1,284 @@
+"""What a run leaves beside its result: `recipe.json`; and where an interrupted run goes on."""
+
+import importlib.metadata
+import json
+import os
+import platform
+import resource
+import shutil
+import sys
+import time
+from collections.abc import Iterable, Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+from rlhf_recipes.errors import RecipeError
+from rlhf_recipes.models import fingerprint, model_path
+
+import torch
+from accelerate.utils import is_peft_model
+from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+from trl import ModelConfig
+
+RECORD, ARGUMENTS = "recipe.json", "arguments.json"
+PACKAGES = ("rlhf-recipes", "torch", "trl", "transformers", "peft", "bitsandbytes", "datasets", "accelerate", "evaluate")
+
+
+# What may differ between a run and the one that goes on from its checkpoint; all else decides the result.
+_FREE = ("output_dir", "resume_from_checkpoint", "max_steps", "num_train_epochs", "report_to", "run_name", "disable_tqdm")
+_FREE += ("ensemble_combine", "uncertainty_coef", "demonstrations")
+_FREE_PREFIXES = ("logging_", "log_", "save_", "eval_", "per_device_eval_", "push_", "hub_", "trackio_", "project")
+
+
+class RunMeter(TrainerCallback):
+    """Measures the wall time of training (evaluations and checkpoints included) and the memory at its peak.
+
+    Beside every checkpoint it leaves the arguments that the result depends on, for `checkpoint_to_resume` to compare.
+    """
+
+    def __init__(self, *arguments: Any):
+        self.arguments = _decisive(arguments)
+        self.first_step, self.wall_time = None, 0.0
+
+    def on_train_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        """Starts the clock."""
+        self.first_step, self.start = state.global_step, time.perf_counter()
+        if torch.cuda.is_available():
+            torch.cuda.reset_peak_memory_stats()
+
+    def on_train_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        """Stops the clock."""
+        self.wall_time = time.perf_counter() - self.start
+
+    def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        """Leaves the arguments beside the checkpoint."""
+        if state.is_world_process_zero:
+            write_json(Path(args.output_dir) / f"checkpoint-{state.global_step}" / ARGUMENTS, self.arguments)
+
+    def measured(self, trainer: Trainer) -> dict[str, Any]:
+        """Seconds, steps, tokens per second (of this process's run, all devices) and peak memory in bytes."""
+        steps = 0 if self.first_step is None else trainer.state.global_step - self.first_step
+        # counted from the start of the process, so of a resumed run the newest entry alone holds
+        tokens = next((entry["num_tokens"] for entry in reversed(trainer.state.log_history) if "num_tokens" in entry), None)
+        return {
+            "wall_time_s": round(self.wall_time, 2),
+            "steps": steps,
+            "tokens_per_s": round(tokens / self.wall_time, 1) if tokens and steps else None,
+            "peak_memory": peak_memory(),
+        }
+
+
+def peak_memory() -> dict[str, Any]:
+    """The most memory that was in use: of the GPU, or of this process where there is none."""
+    if torch.cuda.is_available():
+        return {"device": torch.cuda.get_device_name(), "bytes": torch.cuda.max_memory_allocated()}
+    unit = 1 if sys.platform == "darwin" else 1024
+    return {"device": "process on CPU", "bytes": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit}
+
+
+def write_record(
+    trainer: Trainer,
+    meter: RunMeter,
+    model: ModelConfig,
+    training: TrainingArguments,
+    *arguments: Any,
+    data: dict[str, Any],
+    recipe: str,
+    parents: Sequence[str] = (),
+) -> None:
+    """Writes `recipe.json` into the trainer's output folder: arguments, versions, seed, lineage, data and cost of the run.
+
+    Args:
+        trainer: the trainer, after training.
+        meter: its callback.
+        model: the model arguments, of which the base and its parents come.
+        training: the trainer's arguments as they were parsed.
+        arguments: the other dataclasses of the recipe (data, ...).
+        data: what `load_data` and `check_lengths` reported.
+        recipe: the recipe's name.
+        parents: folders of earlier stages that the run began with, besides the base.
+    """
+    if not trainer.is_world_process_zero():
+        return
+    base = model_path(model)
+    # What adapters stand on; a model that was trained whole is another by now.
+    identity = {"fingerprint": fingerprint(trainer.model)} if is_peft_model(trainer.model) else {}
+    record = {
+        "recipe": recipe,
+        "base_model": {"name": base, "revision": model.model_revision, **identity},
+        "parents": [*([base] if (Path(base) / RECORD).exists() else []), *parents],
+        "seed": trainer.args.seed,
+        "versions": versions(),
+        "run": meter.measured(trainer),
+        "metrics": _last_metrics(trainer),
+        "log": trainer.state.log_history,
+        "data": data,
+        "arguments": {
+            **{type(group).__name__: asdict(group) for group in (model, *arguments)},
+            type(training).__name__: training.to_dict(),
+        },
+    }
+    path = Path(trainer.args.output_dir) / RECORD
+    if not record["run"]["steps"] and path.exists():  # resumed at its end: what it cost was written then
+        record["run"] = json.loads(path.read_text(encoding="utf-8"))["run"]
+    write_json(path, record)
+
+
+def versions() -> dict[str, str]:
+    """Those of Python and of the packages that results depend on."""
+    return {"python": platform.python_version(), **{name: importlib.metadata.version(name) for name in PACKAGES}}
+
+
+def write_json(path: Path, content: Any) -> None:
+    """Writes JSON so that `path` holds either all of it or what it held before."""
+    partial = path.with_name(f".{path.name}.partial")
+    partial.write_text(json.dumps(content, indent=2, ensure_ascii=False, default=str) + "\n", encoding="utf-8")
+    os.replace(partial, path)
+
+
+def checkpoint_to_resume(training: TrainingArguments, *arguments: Any) -> str | None:
+    """The checkpoint that `resume_from_checkpoint` means, or None for a start from the beginning.
+
+    `true` is the newest whole checkpoint of `output_dir`, if there is any; it must come from a run of the same arguments, but
+    for those that do not decide the result. A checkpoint that is named is taken whatever run it comes from.
+
+    Args:
+        training: the trainer's arguments, for `resume_from_checkpoint` and `output_dir`.
+        arguments: the other dataclasses of the recipe.
+
+    Raises:
+        RecipeError: if what is named is no whole checkpoint, the newest one was made with other arguments, or a run would start
+            anew over an unfinished one.
+    """
+    wanted, output = training.resume_from_checkpoint, Path(training.output_dir)
+    _check_writable(output)
+    if wanted in (None, False, "false", "False"):
+        _refuse_unfinished(output)
+        return None
+    if wanted not in (True, "true", "True"):
+        if not _is_whole(Path(wanted)):
+            raise RecipeError(f"resume_from_checkpoint: {wanted} is not a whole checkpoint (trainer state and optimizer)")
+        return wanted
+    newest = max(filter(_is_whole, _checkpoints(output)), key=_step, default=None)
+    if newest is not None:
+        _check_same_run(newest, _decisive((training, *arguments)))
+    return str(newest) if newest else None
+
+
+def train(trainer: Trainer, checkpoint: str | None) -> None:
+    """Trains, from the beginning or from a checkpoint; one of the last step is loaded, and nothing more is trained.
+
+    Transformers would take a step beyond `max_steps` there. Where a run starts anew in the folder of a finished one, the
+    checkpoints of that one go: they would be taken for its own.
+    """
+    if checkpoint is None and trainer.is_world_process_zero():
+        for old in _checkpoints(Path(trainer.args.output_dir)):
+            shutil.rmtree(old)
+    if checkpoint:
+        state, args = TrainerState.load_from_json(str(Path(checkpoint) / "trainer_state.json")), trainer.args
+        done = state.global_step >= args.max_steps if args.max_steps > 0 else state.epoch >= args.num_train_epochs
+        if done:
+            trainer._load_from_checkpoint(checkpoint)
+            trainer.state = state
+            return
+    trainer.train(resume_from_checkpoint=checkpoint)
+
+
+def save_policy(trainer: Trainer) -> None:
+    """Saves the model, or its adapter, with the generation config, which says by which token an answer ends.
+
+    PEFT saves none beside an adapter, and the base's own may not know the EOS that was taught.
+    """
+    trainer.save_model()
+    if trainer.is_world_process_zero():
+        _remove_the_other_sort(Path(trainer.args.output_dir), is_peft_model(trainer.model))
+        config = trainer.model.generation_config
+        ends = config.eos_token_id if isinstance(config.eos_token_id, list) else [config.eos_token_id]
+        config.eos_token_id = list(dict.fromkeys([trainer.processing_class.eos_token_id, *filter(None, ends)]))
+        config.save_pretrained(trainer.args.output_dir)
+
+
+def _remove_the_other_sort(output: Path, is_adapter: bool) -> None:
+    """Removes what an earlier run left of a whole model, or of an adapter: together they would load as one."""
+    stale = ("config.json", "model*.safetensors*") if is_adapter else ("adapter_config.json", "adapter_model*.safetensors")
+    for path in (path for pattern in stale for path in output.glob(pattern)):
+        path.unlink()
+
+
+def evaluate_at_end(trainer: Trainer) -> None:
+    """Evaluates the trained model, if there is anything to evaluate on and the last step was not evaluated already."""
+    last = trainer.state.global_step
+    done = any("eval_runtime" in entry and entry["step"] == last for entry in trainer.state.log_history)
+    if trainer.eval_dataset is not None and not done:
+        trainer.evaluate()
+
+
+def _check_writable(output: Path) -> None:
+    """Says at the start what would otherwise be found out when the first checkpoint is written."""
+    try:
+        output.mkdir(parents=True, exist_ok=True)
+        probe = output / f".writable-{os.getpid()}"
+        probe.touch()
+        probe.unlink()
+    except OSError as error:
+        raise RecipeError(f"output_dir: {output}: cannot be written to ({error.strerror}): name another folder") from error
+
+
+def _refuse_unfinished(output: Path) -> None:
+    checkpoints = sorted(_checkpoints(output), key=_step)
+    if checkpoints and not (output / RECORD).exists():
+        raise RecipeError(
+            f"output_dir: {output} holds {checkpoints[-1].name} of an unfinished run: set `resume_from_checkpoint: true` to go "
+            "on with it, or name another folder, or delete this one"
+        )
+
+
+def _check_same_run(checkpoint: Path, arguments: dict[str, Any]) -> None:
+    path = checkpoint / ARGUMENTS
+    made_with = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
+    # Through JSON, as what stands in the file went.
+    now = json.loads(json.dumps(arguments, default=str))
+    differences = [
+        f"{key} {made_with[key]} then, {value} now" for key, value in now.items() if made_with.get(key, value) != value
+    ]
+    if differences:
+        raise RecipeError(
+            f"resume_from_checkpoint: {checkpoint} comes from a run with other arguments ({'; '.join(differences[:3])}): name "
+            "another `output_dir`, or this checkpoint itself to go on from it all the same"
+        )
+
+
+def _decisive(groups: Iterable[Any]) -> dict[str, Any]:
+    """The arguments that the result of a run depends on."""
+    values: dict[str, Any] = {}
+    for group in groups:
+        values |= group.to_dict() if isinstance(group, TrainingArguments) else asdict(group)
+    return {key: value for key, value in values.items() if key not in _FREE and not key.startswith(_FREE_PREFIXES)}
+
+
+def _checkpoints(output: Path) -> list[Path]:
+    return [path for path in output.glob("checkpoint-*") if path.name.removeprefix("checkpoint-").isdigit()]
+
+
+def _step(checkpoint: Path) -> int:
+    return int(checkpoint.name.removeprefix("checkpoint-"))
+
+
+def _is_whole(checkpoint: Path) -> bool:
+    """Whether all of a checkpoint is there; the trainer writes its state last, and a killed one may leave half of it."""
+    try:
+        json.loads((checkpoint / "trainer_state.json").read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return False
+    engines = ("optimizer*", "global_step*")  # of PyTorch and FSDP, of DeepSpeed
+    patterns = (engines, ("rng_state*",), ("*.safetensors", "pytorch_model_fsdp*", "global_step*"))
+    return all(any(found for pattern in group for found in checkpoint.glob(pattern)) for group in patterns)
+
+
+def _last_metrics(trainer: Trainer) -> dict[str, float]:
+    """The newest value of everything that was logged."""
+    metrics: dict[str, float] = {}
+    for entry in trainer.state.log_history:
+        metrics.update(entry)
+    return metrics
