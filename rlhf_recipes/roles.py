@@ -1,0 +1,645 @@
+"""The roles that reward models play on a base that is in memory: adapters and heads that score, alone or as an ensemble.
+
+A folder that `recipes/reward.py` saved holds an adapter with its head in PEFT's format, the tokenizer, and `reward.json`: what
+base it was trained on, and the mean and standard deviation that its scores are normalised by. What does not fit is refused.
+"""
+
+import contextlib
+import json
+import math
+from abc import ABC, abstractmethod
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+from rlhf_recipes.errors import RecipeError
+from rlhf_recipes.models import base_of, fingerprint, keep_gradients_exact, trunk_of
+from rlhf_recipes.runs import write_json
+
+import torch
+from peft import LoraConfig, PeftModel
+from peft.functional import cast_adapter_dtype, inject_adapter_in_model, set_adapter, set_peft_model_state_dict
+from peft.tuners.tuners_utils import BaseTunerLayer
+from peft.utils import AuxiliaryTrainingWrapper
+from safetensors import SafetensorError
+from safetensors.torch import load_file
+from torch import Tensor, nn
+from transformers import AutoModelForSequenceClassification, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+
+RECORD = "reward.json"
+HEAD = "score"
+"""The name that Transformers gives the head of a decoder that classifies sequences."""
+
+_WEIGHTS = "adapter_model.safetensors"
+_PREFIX = "base_model.model."  # PEFT's, in the names of saved weights
+_HEAD_NAMES = {"score", "classifier"}  # PEFT lists both for every sequence classifier
+_PROBE = "Is 1 + 1 = 2?\nYes: Straße, 东京."
+
+Messages = list[dict[str, Any]]
+
+
+class ScalarHead(nn.Linear):
+    """One number for each hidden state, computed in fp32 whatever the type of the base and under autocast too.
+
+    bf16 has three digits: too few to tell good answers from better ones. Its weight is saved and loaded as that of
+    Transformers' own head.
+    """
+
+    def __init__(self, width: int):
+        super().__init__(width, 1, bias=False, dtype=torch.float32)
+
+    def forward(self, hidden: Tensor) -> Tensor:
+        """Scores, fp32 of shape (..., 1), of hidden states (..., width)."""
+        with torch.autocast(hidden.device.type, enabled=False):
+            return nn.functional.linear(hidden.float(), self.weight.float())
+
+
+@dataclass(frozen=True)
+class Normalisation:
+    """The mean and standard deviation of raw scores on demonstrations; normalised scores have 0 and 1 there.
+
+    Raises:
+        RecipeError: if one of them is not finite, or the deviation is not positive.
+    """
+
+    mean: float
+    std: float
+    samples: int
+
+    def __post_init__(self):
+        if not (_is_number(self.mean) and _is_number(self.std) and self.std > 0):
+            raise RecipeError(f"scores of mean {self.mean} and standard deviation {self.std} cannot be normalised")
+
+    def __call__(self, scores: Tensor) -> Tensor:
+        """The normalised scores."""
+        return (scores - self.mean) / self.std
+
+
+class Scorer(ABC):
+    """Anything that scores completions, and is a reward function for TRL's trainers.
+
+    Parameters:
+        name: what TRL logs the rewards under.
+        tokenizer: of the policy, which is that of the reward model too.
+        batch_size: completions a forward pass, when called as a reward function.
+    """
+
+    def __init__(self, name: str, tokenizer: PreTrainedTokenizerBase, batch_size: int):
+        self.__name__ = name
+        self.tokenizer = tokenizer
+        self.batch_size = batch_size
+
+    @abstractmethod
+    def score(self, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
+        """Scores, fp32 of shape (B,), of padded sequences (B, T)."""
+
+    def __call__(self, prompts: Sequence[Any], completions: Sequence[Any], **kwargs: Any) -> list[float]:
+        """The score of each completion, in TRL's protocol for reward functions.
+
+        Completions are read as in training: conversations through the chat template, and texts with EOS behind. So a
+        completion that was cut off before its EOS is scored as if it ended there: whoever minds must look at the tokens.
+
+        Args:
+            prompts: texts, or lists of messages.
+            completions: one for each prompt, of the same kind.
+            kwargs: what else TRL passes; not used.
+        """
+        sequences = [
+            encode(self.tokenizer, prompt, self._as_written(completion))
+            for prompt, completion in zip(prompts, completions, strict=True)
+        ]
+        order = sorted(range(len(sequences)), key=lambda place: len(sequences[place]))  # alike lengths: little padding
+        scores = [0.0] * len(sequences)
+        for start in range(0, len(order), self.batch_size):
+            places = order[start : start + self.batch_size]
+            batch = self.score(*_padded([sequences[place] for place in places]))
+            for place, score in zip(places, batch.tolist(), strict=True):
+                scores[place] = score
+        return scores
+
+    def _as_written(self, completion: Any) -> Any:
+        """A generated answer without the space that the template puts before it: rendered again, it would stand there twice."""
+        if isinstance(completion, str) or not completion:
+            return completion
+        first, *others = completion
+        return [{**first, "content": (first.get("content") or "").removeprefix(_template_gap(self.tokenizer))}, *others]
+
+
+class Reward(Scorer):
+    """A reward model: an adapter on a base that it shares with other roles, or a model of its own.
+
+    Scoring leaves everything as it was: which adapters are active, what is trained, training mode, and every weight.
+
+    Parameters:
+        model: the base with its adapters, or a sequence classifier.
+        adapter: the name of the adapter to score by, or None for a model of its own.
+        head: hidden state -> raw score.
+        normalisation: applied to raw scores; None: scores stay raw.
+        folder: where it was loaded from.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        adapter: str | None,
+        head: ScalarHead,
+        tokenizer: PreTrainedTokenizerBase,
+        normalisation: Normalisation | None,
+        folder: Path,
+        name: str,
+        batch_size: int,
+    ):
+        super().__init__(name, tokenizer, batch_size)
+        self.model, self.adapter, self.head = model, adapter, head
+        self.normalisation, self.folder = normalisation, folder
+
+    @torch.no_grad()
+    def score(self, input_ids: Tensor, attention_mask: Tensor, normalise: bool = True) -> Tensor:
+        """Scores, fp32 of shape (B,): the head's value at the last token of each sequence.
+
+        Args:
+            input_ids: (B, T), padded on the right or on the left.
+            attention_mask: (B, T), 1 on tokens and 0 on padding.
+            normalise: whether to apply the stored normalisation.
+
+        Raises:
+            ValueError: if a sequence has no token.
+        """
+        trunk = trunk_of(self.model)
+        ids, mask = _right_padded(input_ids, attention_mask)
+        device = trunk.get_input_embeddings().weight.device
+        with playing(self.model, self.adapter):
+            hidden = trunk(input_ids=ids.to(device), attention_mask=mask.to(device), use_cache=False).last_hidden_state
+        last = hidden[torch.arange(len(hidden), device=hidden.device), mask.sum(1).to(hidden.device) - 1]
+        scores = self.head(last.to(self.head.weight.device))[:, 0]
+        return self.normalisation(scores) if normalise and self.normalisation else scores
+
+    def calibrate(self, prompts: Sequence[Any], completions: Sequence[Any]) -> Normalisation:
+        """Measures and stores the normalisation: from now on these demonstrations score 0 on average with deviation 1.
+
+        Raises:
+            RecipeError: if all of them score alike.
+        """
+        self.normalisation = None
+        self.normalisation = store_normalisation(self.folder, self(prompts, completions))
+        return self.normalisation
+
+
+class Ensemble(Scorer):
+    """Several reward models as one (Coste et al., 2024, "Reward model ensembles help mitigate overoptimization").
+
+    Each member's own normalisation comes first, since raw scores of two models have no common scale.
+
+    Parameters:
+        members: the reward models; adapters on one base, or models of their own.
+        combine: `"mean"`, `"min"`, or `"uncertainty"`: the mean less `uncertainty_coef` standard deviations.
+        uncertainty_coef: 0 or more; read under `"uncertainty"` only.
+
+    Raises:
+        RecipeError: without members, for an unknown way to combine, or a negative coefficient.
+    """
+
+    def __init__(
+        self,
+        members: Sequence[Reward],
+        combine: Literal["mean", "min", "uncertainty"] = "mean",
+        uncertainty_coef: float = 1.0,
+        name: str = "ensemble",
+    ):
+        if not members:
+            raise RecipeError("an ensemble needs at least one reward model")
+        if combine not in ("mean", "min", "uncertainty"):
+            raise RecipeError(f"an ensemble is combined by mean, min or uncertainty, not by {combine!r}")
+        if not (_is_number(uncertainty_coef) and uncertainty_coef >= 0):
+            raise RecipeError(f"uncertainty_coef: {uncertainty_coef}: must be 0 or more")
+        super().__init__(name, members[0].tokenizer, members[0].batch_size)
+        self.members, self.combine, self.uncertainty_coef = list(members), combine, uncertainty_coef
+
+    @property
+    def scale(self) -> float:
+        """The mean deviation that the members' scores were divided by: it makes combined scores log-odds again, about."""
+        stds = [member.normalisation.std if member.normalisation else 1.0 for member in self.members]
+        return sum(stds) / len(stds)
+
+    def score(self, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
+        """Combined scores, fp32 of shape (B,), of padded sequences (B, T)."""
+        return self.combined(self.member_scores(input_ids, attention_mask))
+
+    def member_scores(self, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
+        """The scores of each member, (members, B); `.std(0, correction=0)` of them is what "uncertainty" subtracts."""
+        return torch.stack([member.score(input_ids, attention_mask) for member in self.members])
+
+    def combined(self, scores: Tensor) -> Tensor:
+        """Scores (B,) from those of the members, (members, B)."""
+        if self.combine == "min":
+            return scores.amin(0)
+        if self.combine == "mean":
+            return scores.mean(0)
+        return scores.mean(0) - self.uncertainty_coef * scores.std(0, correction=0)
+
+
+# --- Loading ---------------------------------------------------------------------------------------------
+
+
+def load_reward(
+    model: PreTrainedModel | PeftModel,
+    folder: str | Path,
+    name: str,
+    tokenizer: PreTrainedTokenizerBase,
+    batch_size: int = 32,
+) -> Reward:
+    """Puts a saved reward adapter on a base that is in memory, beside the adapters that are there, and frozen.
+
+    Which adapters are active and what is trained stays as it is; the global random state too.
+
+    Args:
+        model: the base as a language model, with or without adapters.
+        folder: what `recipes/reward.py` saved.
+        name: the adapter's name on this model.
+        tokenizer: the policy's.
+        batch_size: completions a forward pass, when called as a reward function.
+
+    Raises:
+        RecipeError: if the folder holds no reward adapter with a head, or one that was trained on another base or with another
+            tokenizer or chat template; or if `name` is taken.
+    """
+    folder = Path(folder)
+    config = _adapter_config(folder)
+    weights, head = _adapter_weights(folder)
+    record = read_record(folder)
+    check_base(folder, config.base_model_name_or_path, record, model)
+    check_tokenizer(folder, tokenizer)
+    if name in getattr(model, "peft_config", {}):
+        raise RecipeError(f"{folder}: the model has an adapter '{name}' already: give this one another name")
+    normalisation = _normalisation(record, folder)
+    with torch.random.fork_rng(devices=[]):  # new weights are drawn at random before they are overwritten
+        head = _build_head(head, model, folder)
+        _add_adapter(model, config, weights, name, folder)
+    keep_gradients_exact(model)
+    return Reward(model, name, head, tokenizer, normalisation, folder, name, batch_size)
+
+
+def load_whole_reward(
+    folder: str | Path, name: str, tokenizer: PreTrainedTokenizerBase, batch_size: int = 32, **options: Any
+) -> Reward:
+    """A reward model with weights of its own (`use_peft: false`, or a merged one), as a role.
+
+    Args:
+        folder: a sequence classifier with one label, and its tokenizer.
+        name: what TRL logs its rewards under.
+        tokenizer: the policy's.
+        batch_size: completions a forward pass, when called as a reward function.
+        options: more of `from_pretrained`'s arguments (`dtype`, `device_map`, ...).
+
+    Raises:
+        RecipeError: if it cannot be loaded, a weight is not in its files, or its tokenizer or chat template differs.
+    """
+    folder = Path(folder)
+    if (folder / "adapter_config.json").exists():
+        raise RecipeError(f"{folder} holds an adapter, not a whole model: put it on its base with `load_reward`")
+    try:
+        model, loading = AutoModelForSequenceClassification.from_pretrained(
+            folder, use_safetensors=True, output_loading_info=True, **options
+        )
+    except (OSError, ValueError) as error:
+        raise RecipeError(f"{folder}: no usable reward model there ({str(error).splitlines()[0]})") from error
+    if loading["missing_keys"]:
+        raise RecipeError(f"{folder}: its files lack {', '.join(sorted(loading['missing_keys']))}: it would score at random")
+    check_tokenizer(folder, tokenizer)
+    head = _build_head({"weight": _find_head(model).weight.data}, model, folder)
+    normalisation = _normalisation(read_record(folder), folder)
+    keep_gradients_exact(model)
+    return Reward(model.eval(), None, head, tokenizer, normalisation, folder, name, batch_size)
+
+
+def _adapter_config(folder: Path) -> LoraConfig:
+    """The configuration of a reward adapter.
+
+    Raises:
+        RecipeError: if there is none in the folder, or one of another kind.
+    """
+    path = folder / "adapter_config.json"
+    if not path.is_file():
+        raise RecipeError(f"{folder} holds no adapter (no adapter_config.json)")
+    content = _read_json(path)
+    if (kind := content.get("peft_type")) != "LORA":
+        raise RecipeError(f"{folder}: a reward adapter is LoRA (peft_type LORA), and this is {kind}")
+    if (task := content.get("task_type")) != "SEQ_CLS":
+        raise RecipeError(f"{folder}: a reward adapter has task_type SEQ_CLS, and this one has {task}: it is no reward model")
+    others = set(content.get("modules_to_save") or ()) - _HEAD_NAMES
+    if others:
+        raise RecipeError(
+            f"{folder}: besides LoRA and its head it trained {', '.join(sorted(others))}, which cannot share a base with others"
+        )
+    return LoraConfig.from_pretrained(folder)
+
+
+def _adapter_weights(folder: Path) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+    """The weights of the adapter, under PEFT's names, and those of its head, under their own.
+
+    Raises:
+        RecipeError: if the file is missing or damaged, or there is no head in it.
+    """
+    path = folder / _WEIGHTS
+    if not path.is_file():
+        raise RecipeError(f"{folder}: no {_WEIGHTS} there")
+    try:
+        weights = {name: weight.float() for name, weight in load_file(path).items()}
+    except (SafetensorError, OSError) as error:
+        raise RecipeError(f"{path}: cannot be read ({error})") from error
+    prefix = f"{_PREFIX}{HEAD}."
+    head = {name.removeprefix(prefix): weights.pop(name) for name in list(weights) if name.startswith(prefix)}
+    if "weight" not in head:
+        raise RecipeError(f"{path} has no head ({prefix}weight): the adapter would score at random; train or save it again")
+    return weights, head
+
+
+def _add_adapter(
+    model: PreTrainedModel | PeftModel, config: LoraConfig, weights: dict[str, Tensor], name: str, folder: Path
+) -> None:
+    config.task_type, config.modules_to_save, config.inference_mode = None, None, True
+    with _state_kept(model):
+        if isinstance(model, PeftModel):
+            model.add_adapter(name, config)
+        else:
+            inject_adapter_in_model(config, model, adapter_name=name)
+            weights = {key.removeprefix(_PREFIX): weight for key, weight in weights.items()}
+        cast_adapter_dtype(model, name)  # to fp32, before the weights come in
+        try:
+            result = set_peft_model_state_dict(model, weights, adapter_name=name)
+        except RuntimeError as error:
+            reason = str(error).splitlines()[-1].strip()
+            raise RecipeError(f"{folder}: its weights do not fit {base_name(model)}: {reason}") from error
+    missing = [key for key in result.missing_keys if f".{name}." in key or key.endswith(f".{name}")]
+    if strays := [*missing, *result.unexpected_keys]:
+        raise RecipeError(f"{folder}: its weights do not fit {base_name(model)}: {strays[0]} has no counterpart")
+
+
+def _build_head(weights: dict[str, Tensor], model: nn.Module, folder: Path) -> ScalarHead:
+    embedding = trunk_of(model).get_input_embeddings()
+    width = base_of(model).config.get_text_config().hidden_size
+    shapes = {name: tuple(weight.shape) for name, weight in weights.items()}
+    if shapes != {"weight": (1, width)}:
+        raise RecipeError(f"{folder}: a head of shape {shapes}, and {base_name(model)} needs one weight of (1, {width})")
+    head = ScalarHead(width).requires_grad_(False)
+    head.weight.data.copy_(weights["weight"])
+    return head.to(embedding.weight.device)
+
+
+def _find_head(model: PreTrainedModel) -> nn.Linear:
+    head = getattr(model, HEAD, None)
+    if not isinstance(head, nn.Linear) or head.out_features != 1:
+        raise RecipeError(f"{base_name(model)}: {type(model).__name__} has no head `{HEAD}` with one output")
+    return head
+
+
+# --- Switching -------------------------------------------------------------------------------------------
+
+
+@contextlib.contextmanager
+def playing(model: nn.Module, adapter: str | None) -> Iterator[None]:
+    """Within, `adapter` alone is active and the model is in eval mode; afterwards all is as before.
+
+    For use without gradients: what is back-propagated outside would be recomputed with other adapters under gradient
+    checkpointing. None leaves the adapters alone.
+
+    Raises:
+        RecipeError: if an adapter is merged into the base, which switching would undo.
+    """
+    if any(layer.merged for layer in _modules(model, BaseTunerLayer)):
+        raise RecipeError("an adapter is merged into the base: unmerge it before another one is used")
+    with _state_kept(model):
+        if adapter is not None:
+            for layer in _modules(model, (BaseTunerLayer, AuxiliaryTrainingWrapper)):
+                if layer.disable_adapters:
+                    layer.enable_adapters(True)
+            set_adapter(model, adapter, inference_mode=True)
+        model.eval()
+        yield
+
+
+@contextlib.contextmanager
+def _state_kept(model: nn.Module) -> Iterator[None]:
+    """Puts back, at the end, the active adapters of each layer, `requires_grad` of each weight, and training mode.
+
+    PEFT's own `set_adapter` makes everything trainable that it activates, and freezes the rest. Layers that come into being
+    within have no active adapter afterwards, and nothing to train.
+    """
+    layers = {
+        layer: (list(layer.active_adapters), layer.disable_adapters)
+        for layer in _modules(model, (BaseTunerLayer, AuxiliaryTrainingWrapper))
+    }
+    trained = {weight for weight in model.parameters() if weight.requires_grad}
+    training = {module: module.training for module in model.modules()}
+    try:
+        yield
+    finally:
+        for layer in _modules(model, (BaseTunerLayer, AuxiliaryTrainingWrapper)):
+            active, disabled = layers.get(layer, ([], False))
+            layer.set_adapter(active)
+            if disabled:
+                layer.enable_adapters(False)
+        for weight in model.parameters():
+            if weight.requires_grad != (weight in trained):
+                weight.requires_grad_(weight in trained)
+        for module in model.modules():
+            mode = training.get(module, training[model])
+            if module.training != mode:
+                module.training = mode
+
+
+def _modules(model: nn.Module, kind: Any) -> list[Any]:
+    return [module for module in model.modules() if isinstance(module, kind)]
+
+
+def base_name(model: nn.Module) -> str:
+    """The Hub name or folder of a model's base."""
+    return base_of(model).name_or_path or type(base_of(model)).__name__
+
+
+# --- Text to tokens --------------------------------------------------------------------------------------
+
+
+def encode(tokenizer: PreTrainedTokenizerBase, prompt: Any, completion: Any) -> list[int]:
+    """Token ids of a prompt and its completion, as TRL's `RewardTrainer` has them.
+
+    Args:
+        tokenizer: with a chat template, where the prompt is a list of messages.
+        prompt: a text, or a list of messages.
+        completion: likewise; EOS is added to a text that does not end by it.
+    """
+    if isinstance(prompt, str):
+        end = "" if completion.endswith(tokenizer.eos_token) else tokenizer.eos_token
+        return tokenizer(text=prompt + completion + end)["input_ids"]
+    return tokenizer.apply_chat_template([*prompt, *completion], tokenize=True, return_dict=True)["input_ids"]
+
+
+def _template_gap(tokenizer: PreTrainedTokenizerBase) -> str:
+    """The blank text that the chat template puts between a generation prompt and the answer; "" where there is none."""
+    question, answer = {"role": "user", "content": "question"}, {"role": "assistant", "content": "answer"}
+    prompt = tokenizer.apply_chat_template([question], tokenize=False, add_generation_prompt=True)
+    whole = tokenizer.apply_chat_template([question, answer], tokenize=False)
+    gap = whole.removeprefix(prompt).partition("answer")[0]
+    return gap if whole.startswith(prompt) and gap.isspace() else ""
+
+
+def _padded(sequences: list[list[int]]) -> tuple[Tensor, Tensor]:
+    """Ids and mask, (B, T), padded on the right; what padding holds does not matter, since the mask is 0 there."""
+    length = max(map(len, sequences))
+    ids = torch.tensor([row + [0] * (length - len(row)) for row in sequences])
+    mask = torch.tensor([[1] * len(row) + [0] * (length - len(row)) for row in sequences])
+    return ids, mask
+
+
+def _right_padded(input_ids: Tensor, attention_mask: Tensor) -> tuple[Tensor, Tensor]:
+    """The same sequences with the padding on the right, as in training, and cut to the longest of them."""
+    lengths = attention_mask.sum(1)
+    if not lengths.all():
+        raise ValueError("a sequence without a token has no score")
+    order = attention_mask.bool().logical_not().long().argsort(dim=1, stable=True)[:, : lengths.max()]
+    return input_ids.gather(1, order), attention_mask.gather(1, order)
+
+
+# --- What is saved beside an adapter ---------------------------------------------------------------------
+
+
+def write_record(folder: str | Path, base_model: str, base_fingerprint: dict[str, Any]) -> None:
+    """Writes `reward.json` for a reward model that has just been trained, and is not normalised yet.
+
+    Args:
+        folder: where the model was saved.
+        base_model: Hub name or folder of its base.
+        base_fingerprint: from `fingerprint`.
+    """
+    content = {"base_model": {"name": base_model, "fingerprint": base_fingerprint}, "normalisation": None}
+    write_json(Path(folder) / RECORD, content)
+
+
+def store_normalisation(folder: str | Path, scores: Sequence[float] | Tensor) -> Normalisation:
+    """Stores the mean and standard deviation (of the population) of raw scores beside a reward model.
+
+    Args:
+        folder: of the reward model.
+        scores: raw scores of demonstrations, (N,).
+
+    Raises:
+        RecipeError: if there are none, one is not finite, or all are equal.
+    """
+    values = torch.as_tensor(scores, dtype=torch.float64)
+    if not values.numel():
+        raise RecipeError(f"{folder}: no scores to normalise by")
+    try:
+        normalisation = Normalisation(values.mean().item(), values.std(correction=0).item(), values.numel())
+    except RecipeError as error:
+        raise RecipeError(f"{folder}: {values.numel()} {error}: does the reward model tell demonstrations apart?") from error
+    write_json(Path(folder) / RECORD, {**read_record(Path(folder)), "normalisation": asdict(normalisation)})
+    return normalisation
+
+
+def read_record(folder: Path) -> dict[str, Any]:
+    """What `reward.json` holds, or nothing where there is none, as beside adapters that TRL alone trained.
+
+    Raises:
+        RecipeError: if it is malformed.
+    """
+    path = folder / RECORD
+    return _read_json(path) if path.exists() else {}
+
+
+def _normalisation(record: dict[str, Any], folder: Path) -> Normalisation | None:
+    stored = record.get("normalisation")
+    if stored is None:
+        return None
+    try:
+        return Normalisation(**stored)
+    except (TypeError, RecipeError) as error:
+        expected = "expected mean, std above 0 and samples"
+        raise RecipeError(f"{folder / RECORD}: normalisation: {expected}, found {stored}") from error
+
+
+def _read_json(path: Path) -> dict[str, Any]:
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise RecipeError(f"{path}: not valid JSON ({error})") from error
+    if not isinstance(content, dict):
+        raise RecipeError(f"{path}: must hold a mapping, and holds a {type(content).__name__}")
+    return content
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
+
+
+# --- Refusals --------------------------------------------------------------------------------------------
+
+
+def check_base(folder: Path, trained_on: str | None, record: dict[str, Any], model: nn.Module) -> None:
+    """Refuses a base on which the adapter in `folder` was not trained.
+
+    By the fingerprint where `reward.json` has one, since a base may be moved and renamed; by name otherwise.
+
+    Args:
+        folder: of the adapter.
+        trained_on: the base that the adapter's configuration names.
+        record: from `read_record`.
+        model: the base in memory.
+
+    Raises:
+        RecipeError: names both bases, and says in what they differ.
+    """
+    known = (record.get("base_model") or {}).get("fingerprint")
+    if not known:
+        if not same_name(trained_on, base_name(model)):
+            raise RecipeError(f"{folder} was trained on {trained_on}, and the base in memory is {base_name(model)}")
+        return
+    here = fingerprint(model)
+    differences = [
+        f"{name} {known['dimensions'].get(name)} against {value}"
+        for name, value in here["dimensions"].items()
+        if known["dimensions"].get(name) != value
+    ]
+    if not differences and None not in (known["weights"], here["weights"]) and known["weights"] != here["weights"]:
+        differences = ["other weights"]
+    if differences:
+        raise RecipeError(
+            f"{folder} was trained on {trained_on}, and the base in memory, {base_name(model)}, is another: "
+            f"{', '.join(differences)}"
+        )
+
+
+def same_name(one: str | None, other: str | None) -> bool:
+    """Whether two names of a base may mean one: a Hub name, and the same model in a folder of its name."""
+    return bool(one and other) and Path(one).name == Path(other).name
+
+
+def check_tokenizer(folder: Path, tokenizer: PreTrainedTokenizerBase) -> None:
+    """Refuses a tokenizer or chat template that differs from those saved with the model in `folder`.
+
+    Raises:
+        RecipeError: names both sides, and says in what they differ.
+    """
+    try:
+        own = AutoTokenizer.from_pretrained(folder)
+    except (OSError, ValueError, KeyError, AttributeError) as error:
+        raise RecipeError(f"{folder}: no tokenizer there, so none can be compared with the policy's: save it") from error
+    differences = []
+    if own.get_vocab() != tokenizer.get_vocab():
+        differences.append(f"vocabulary ({len(own)} tokens against {len(tokenizer)})")
+    if own.chat_template != tokenizer.chat_template:
+        differences.append(f"chat template ({_shown(own.chat_template)} against {_shown(tokenizer.chat_template)})")
+    for name in ("bos_token", "eos_token"):
+        if getattr(own, name) != getattr(tokenizer, name):
+            differences.append(f"{name} ('{getattr(own, name)}' against '{getattr(tokenizer, name)}')")
+    if not differences and own(_PROBE)["input_ids"] != tokenizer(_PROBE)["input_ids"]:
+        differences.append("the way it cuts text into tokens")
+    if differences:
+        raise RecipeError(
+            f"the tokenizer in {folder} and that of the model in use, {tokenizer.name_or_path}, differ in "
+            f"{', '.join(differences)}: one would not read what the other writes; train both with one"
+        )
+
+
+def _shown(template: str | None, length: int = 60) -> str:
+    return repr(template if template is None or len(template) <= length else template[: length - 3] + "...")
