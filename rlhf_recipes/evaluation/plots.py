@@ -1,0 +1,80 @@
+"""Pictures for the report, as SVG text that stands alone, the same for the same numbers.
+
+The background is transparent and the colours are of middle lightness, so that a picture reads on light and on dark pages, also
+as an `<img>`, which cannot see the colours of its page.
+"""
+
+import io
+from collections.abc import Sequence
+from itertools import pairwise
+from typing import Any
+
+import matplotlib as mpl
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+
+GREY, BLUE, ORANGE = "#7d7d7d", "#3b82f6", "#d97706"
+_STYLE = {
+    "svg.hashsalt": "rlhf-recipes",  # otherwise the names inside differ from run to run
+    "svg.fonttype": "none",
+    "font.size": 10,
+    **dict.fromkeys(("text.color", "axes.edgecolor", "axes.labelcolor", "xtick.color", "ytick.color"), GREY),
+    "axes.spines.top": False,
+    "axes.spines.right": False,
+}
+
+
+def reliability_diagram(bins: Sequence[dict[str, Any]], title: str) -> str:
+    """How often predictions come true against how confident they are, with 95% intervals; the diagonal is perfect.
+
+    Bars at the bottom show how many predictions each bin has.
+
+    Args:
+        bins: those of `rlhf_recipes.evaluation.preference.calibration`.
+        title: above the picture.
+
+    Raises:
+        ValueError: no bins.
+    """
+    if not bins:
+        raise ValueError("A reliability diagram needs at least one bin.")
+    low, most = 0.5 if bins[0]["low"] >= 0.5 else 0.0, max(entry["n"] for entry in bins)
+    with mpl.rc_context(_STYLE):
+        axes = _axes(title, f"confidence (bars: up to {most} predictions)", "share that is right")
+        floor = min(low, *(entry["accuracy"] for entry in bins)) - 0.02
+        axes.plot([low, 1], [low, 1], "--", color=GREY)
+        for entry in bins:
+            height = 0.15 * (1 - low) * entry["n"] / most
+            axes.bar(entry["low"], height, entry["high"] - entry["low"], floor, align="edge", color=ORANGE, alpha=0.7)
+        confidence, accuracy = [entry["confidence"] for entry in bins], [entry["accuracy"] for entry in bins]
+        axes.vlines(confidence, *zip(*(entry["interval"] for entry in bins), strict=True), color=BLUE)
+        axes.plot(confidence, accuracy, "o", color=BLUE, gid="bins")
+        axes.set(xlim=(low, 1), ylim=(floor, 1.02))
+        return _svg(axes)
+
+
+def score_histogram(distribution: dict[str, Any], title: str) -> str:
+    """How many answers have which score, with a line at the mean.
+
+    Args:
+        distribution: from `rlhf_recipes.evaluation.preference.score_distribution`.
+        title: above the picture.
+    """
+    edges, counts = distribution["histogram"]["edges"], distribution["histogram"]["counts"]
+    with mpl.rc_context(_STYLE):
+        axes = _axes(title, f"score (mean {distribution['mean']:.3g}, dashed)", "answers")
+        axes.bar(edges[:-1], counts, [right - left for left, right in pairwise(edges)], align="edge", color=BLUE, alpha=0.7)
+        axes.axvline(distribution["mean"], linestyle="--", color=ORANGE)
+        return _svg(axes)
+
+
+def _axes(title: str, x: str, y: str) -> Axes:
+    axes = Figure(figsize=(4.4, 3.6), layout="constrained").subplots()
+    axes.set(title=title, xlabel=x, ylabel=y)
+    return axes
+
+
+def _svg(axes: Axes) -> str:
+    file = io.StringIO()
+    axes.figure.savefig(file, format="svg", transparent=True, metadata={"Date": None, "Creator": None})
+    return file.getvalue()

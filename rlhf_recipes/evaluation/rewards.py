@@ -1,0 +1,77 @@
+"""A reward model on held-out comparisons: its numbers, and the pictures of them."""
+
+from pathlib import Path
+from typing import Any
+
+from rlhf_recipes.evaluation.plots import reliability_diagram, score_histogram
+from rlhf_recipes.evaluation.preference import evaluate_reward
+from rlhf_recipes.roles import Scorer, encode
+from rlhf_recipes.runs import write_json
+
+from datasets import Dataset
+
+
+def measure_reward(scorer: Scorer, rows: Dataset, seed: int = 0, scale: float = 1.0) -> dict[str, Any]:
+    """What `evaluate_reward` says of a scorer on held-out comparisons; lengths are those of the completions, in tokens.
+
+    Args:
+        scorer: a reward model or an ensemble.
+        rows: of `rlhf_recipes.data`'s kinds "ranking" or "preference".
+        seed: of the resampling.
+        scale: what makes the scores' differences log-odds of preference: 1 for raw scores; for normalised ones the deviation
+            that they were divided by.
+    """
+    pairs = "chosen" in rows.column_names
+    groups, completions, ranks = [], [], []
+    for row in rows:
+        groups.append(repr(row["prompt"]))
+        completions.append([row["chosen"], row["rejected"]] if pairs else row["completions"])
+        ranks.append([0, 1] if pairs else row["ranks"])
+    counts = [len(answers) for answers in completions]
+    prompts = [row["prompt"] for row, count in zip(rows, counts, strict=True) for _ in range(count)]
+    answers = [answer for group in completions for answer in group]
+    scores = iter([scale * score for score in scorer(prompts, answers)])
+    lengths = iter(_lengths(scorer, prompts, answers))
+    return evaluate_reward(
+        [[next(scores) for _ in range(count)] for count in counts],
+        ranks,
+        [[next(lengths) for _ in range(count)] for count in counts],
+        groups=groups,
+        margins=rows["margin"] if "margin" in rows.column_names else None,
+        seed=seed,
+    )
+
+
+def write_evaluation(folder: str | Path, results: dict[str, dict[str, Any]]) -> None:
+    """Writes `evaluation.json` with the results by name, and of each a reliability diagram and a histogram as SVG."""
+    folder = Path(folder)
+    for name, result in results.items():
+        (folder / f"reliability-{name}.svg").write_text(reliability_diagram(result["calibration"]["bins"], name))
+        (folder / f"scores-{name}.svg").write_text(score_histogram(result["scores"], name))
+    write_json(folder / "evaluation.json", results)
+
+
+def summary(name: str, result: dict[str, Any]) -> str:
+    """The result in one line."""
+    accuracy, calibration = result["accuracy"], result["calibration"]
+    low, high = accuracy["interval"]
+    correlation = result["score_length"]["spearman"]
+    return (
+        f"{name}: accuracy {accuracy['accuracy']:.3f} [{low:.3f}, {high:.3f}] on {accuracy['n']} comparisons, "
+        f"calibration error {calibration['ece']:.3f} ({calibration['ece_if_calibrated']:.3f} by chance), "
+        f"Kendall's tau {result['tau']['tau']:.2f}, correlation of score and length "
+        f"{'undefined' if correlation is None else f'{correlation:.2f}'}"
+    )
+
+
+def _lengths(scorer: Scorer, prompts: list[Any], answers: list[Any]) -> list[int]:
+    """Tokens of each answer: those of the whole less those of the prompt alone."""
+    bare = {}
+    lengths = []
+    for prompt, answer in zip(prompts, answers, strict=True):
+        empty = "" if isinstance(prompt, str) else [{"role": "assistant", "content": ""}]
+        key = repr(prompt)
+        if key not in bare:
+            bare[key] = len(encode(scorer.tokenizer, prompt, empty))
+        lengths.append(len(encode(scorer.tokenizer, prompt, answer)) - bare[key])
+    return lengths

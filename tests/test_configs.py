@@ -1,0 +1,88 @@
+"""Every YAML under configs/ parses, says what it is, and has no key that nothing reads."""
+
+import dataclasses
+import re
+import runpy
+
+from rlhf_recipes import arguments
+from rlhf_recipes.arguments import parse_arguments, read_yaml
+
+import pytest
+from conftest import ROOT
+from trl import ModelConfig
+
+CONFIGS = sorted((ROOT / "configs").rglob("*.yaml"))
+SOURCES = [*(ROOT / "recipes").glob("*.py"), *(ROOT / "rlhf_recipes").rglob("*.py")]
+
+
+def test_there_is_a_tiny_config_for_each_recipe_that_has_arguments():
+    recipes = {path.stem for path in (ROOT / "recipes").glob("*.py") if "ARGUMENTS" in path.read_text()}
+    assert recipes == {path.stem for path in (ROOT / "configs" / "tiny").glob("*.yaml")}
+
+
+@pytest.mark.parametrize("config", CONFIGS, ids=lambda path: str(path.relative_to(ROOT)))
+def test_config_parses_by_its_recipe(config):
+    recipe = ROOT / "recipes" / f"{config.stem}.py"
+    types = runpy.run_path(str(recipe), run_name="not main")["ARGUMENTS"]
+    parsed = parse_arguments(recipe, *types, argv=["--config", str(config)])
+    values = {name: value for group in parsed for name, value in vars(group).items()}
+    for key, written in read_yaml(config).items():
+        if isinstance(written, (int, float, bool)):
+            assert values[key] == written
+    assert values["output_dir"] == f"runs/{config.parent.name}/{config.stem}"
+
+
+@pytest.mark.parametrize("config", CONFIGS, ids=lambda path: str(path.relative_to(ROOT)))
+def test_config_says_what_it_trains_on_which_memory_and_how_to_launch_it(config):
+    text = config.read_text()
+    header, _, body = text.partition("\n\n")
+    assert all(line.startswith("# ") for line in header.splitlines())
+    assert re.search(r"GPU memory: .*\((measured|predicted)", header)
+    options = "" if config.parent.name == "tiny" else f" --config {config.relative_to(ROOT)}"
+    assert header.splitlines()[-1] == f"# Launch: accelerate launch recipes/{config.stem}.py{options}"
+    groups = body.strip().split("\n\n")
+    assert all(re.match(r"# \w+", group) for group in groups), "each group of keys has a title"
+
+
+def readers(name: str, *exclude: str) -> list[str]:
+    # as an attribute of something that holds arguments: `path.name` reads no key
+    holder = r"(?:arguments|source|\w+_args|training)"
+    return [path.name for path in SOURCES if path.name not in exclude and re.search(rf"\b{holder}\.{name}\b", path.read_text())]
+
+
+def test_every_key_of_ours_is_read_somewhere():
+    ours = [cls for cls in vars(arguments).values() if dataclasses.is_dataclass(cls) and cls.__module__ == arguments.__name__]
+    fields = {field.name for cls in ours for field in dataclasses.fields(cls)}
+    assert not [name for name in fields if not readers(name, "arguments.py")]
+
+
+def test_every_model_key_is_read_by_us_or_by_trls_own_readers():
+    import inspect
+
+    from trl import get_peft_config, get_quantization_config
+
+    readers_of_trl = inspect.getsource(get_peft_config) + inspect.getsource(get_quantization_config)
+    fields = {field.name for field in dataclasses.fields(ModelConfig)}
+    assert not [name for name in fields if f"model_args.{name}" not in readers_of_trl and not readers(name)]
+
+
+DOCUMENTS = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
+BLOCKS = [
+    pytest.param(block, id=f"{path.name}-{number}")
+    for path in DOCUMENTS
+    for number, block in enumerate(re.findall(r"```yaml\n(.*?)```", path.read_text(), re.S))
+]
+
+
+@pytest.mark.parametrize("block", BLOCKS)
+def test_yaml_in_the_documents_parses(block, tmp_path):
+    (tmp_path / "block.yaml").write_text(block)
+    recipe = ROOT / "recipes" / "sft.py"
+    types = runpy.run_path(str(recipe), run_name="not main")["ARGUMENTS"]
+    parse_arguments(recipe, *types, argv=["--config", str(tmp_path / "block.yaml")])
+
+
+@pytest.mark.parametrize("path", DOCUMENTS, ids=lambda path: path.name)
+def test_links_in_the_documents_lead_somewhere(path):
+    links = re.findall(r"\]\((?!https?:)([^)#]+)", path.read_text())
+    assert not [link for link in links if not (path.parent / link).exists()]
