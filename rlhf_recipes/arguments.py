@@ -141,6 +141,36 @@ class RewardArguments:
             raise ValueError(f"uncertainty_coef: {self.uncertainty_coef}: must not be negative")
 
 
+@dataclass
+class PPOArguments:
+    """Where PPO begins and what it is rewarded for, beyond `PPOConfig`."""
+
+    start_from: str | None = field(
+        default=None,
+        metadata={
+            "help": "Folder of the SFT adapter that the policy starts as a copy of, and that is the reference. Without it the "
+            "policy is the base with a fresh adapter, and the base is the reference."
+        },
+    )
+    reward_funcs: list[str] = field(
+        default_factory=list,
+        metadata={
+            "help": "What scores completions: folders that recipes/reward.py saved and dotted paths of functions, each alone "
+            "or as a mapping of `path`, `weight` and `arguments`; their weighted sum is the score."
+        },
+    )
+    max_prompt_length: int | None = field(
+        default=512, metadata={"help": "Prompts of more tokens are left out and counted, or stop the run (`long_rows: error`)."}
+    )
+    ptx_dataset: list[DatasetSource] = field(
+        default_factory=list, metadata={"help": "Pretraining text, for `ptx_coef`: a mixture of data with the column `text`."}
+    )
+    needs: list[str] = field(
+        default_factory=list,
+        metadata={"help": "YAML files of earlier stages, which are run first where `output_dir` holds no result of theirs."},
+    )
+
+
 # Pairs of options of which one makes the other meaningless: (one, other, what to do about it).
 EXCLUSIVE = (
     ("load_in_4bit", "load_in_8bit", "weights are stored in 4 bits or in 8"),
@@ -149,7 +179,12 @@ EXCLUSIVE = (
 
 # Annotated more narrowly than what people write and the libraries read: `true` is the newest checkpoint of output_dir, and
 # "all-linear" is PEFT's word for every linear layer.
-_WIDER_TYPES = {"resume_from_checkpoint": bool | str | None, "lora_target_modules": list[str] | str | None}
+# A reward is a path, or a mapping with its weight, which no command line could write.
+_WIDER_TYPES = {
+    "resume_from_checkpoint": bool | str | None,
+    "lora_target_modules": list[str] | str | None,
+    "reward_funcs": list[str | dict[str, Any]],
+}
 
 
 def parse_arguments(recipe: str | Path, *dataclass_types: type, argv: Sequence[str] | None = None) -> tuple[Any, ...]:

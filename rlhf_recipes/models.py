@@ -1,11 +1,13 @@
 """The base model, in 4 bits or not, and its tokenizer: the one place where a recipe loads them."""
 
+import contextlib
 import copy
 import gc
 import hashlib
 import importlib.util
 import logging
 import os
+from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -83,6 +85,38 @@ def load_model(arguments: ModelConfig, training: TrainingConfig) -> PreTrainedMo
     return model
 
 
+def load_policy(
+    arguments: ModelConfig, training: TrainingConfig, start_from: str | Path | None, tokenizer: PreTrainedTokenizerBase
+) -> PreTrainedModel | PeftModel:
+    """The base model, with the adapter in `start_from` on it, trainable, where one is named.
+
+    Args:
+        arguments: as in `load_model`.
+        training: as in `load_model`.
+        start_from: the folder of an adapter that an earlier stage saved.
+        tokenizer: of the run.
+
+    Raises:
+        RecipeError: as in `load_model`; if there is no such adapter, or it was trained on another base.
+    """
+    if start_from is not None and not (Path(start_from) / "adapter_config.json").is_file():
+        raise RecipeError(
+            f"start_from: {start_from} holds no adapter (no adapter_config.json): train it first, or name another"
+        )
+    model = load_model(arguments, training)
+    if start_from is None:
+        return model
+    if not arguments.use_peft:
+        raise RecipeError(
+            f"start_from: {start_from} is an adapter: set `use_peft: true`, or merge it and name the result as model"
+        )
+    try:
+        return PeftModel.from_pretrained(model, start_from, is_trainable=True)
+    except (ValueError, RuntimeError, SafetensorError) as error:
+        reason = str(error).splitlines()[-1].strip()
+        raise RecipeError(f"start_from: {start_from} does not fit {model.name_or_path}: {reason}") from error
+
+
 def load_architecture(
     architecture: type, arguments: ModelConfig, training: TrainingConfig, **options: Any
 ) -> tuple[PreTrainedModel, set[str]]:
@@ -148,9 +182,8 @@ def base_of(model: torch.nn.Module) -> PreTrainedModel:
 
 
 def trunk_of(model: torch.nn.Module) -> torch.nn.Module:
-    """The model below its head: tokens to hidden states."""
-    base = base_of(model)
-    return getattr(base, base.base_model_prefix)
+    """The model below its head: tokens to hidden states; of a model without a head, that itself."""
+    return base_of(model).base_model
 
 
 def fingerprint(model: torch.nn.Module) -> dict[str, Any]:
@@ -194,6 +227,19 @@ def keep_gradients_exact(model: torch.nn.Module) -> None:
     for module in model.modules():
         if hasattr(module, "support_avx512bf16_for_cpu"):
             module.support_avx512bf16_for_cpu = False
+
+
+@contextlib.contextmanager
+def types_kept(model: torch.nn.Module) -> Iterator[None]:
+    """Undoes what happens within to the types of weights: TRL's trainers cast what is trainable on a quantised base to bf16.
+
+    A rounded policy would differ from its reference, which is frozen and not rounded.
+    """
+    before = {name: weight.data for name, weight in model.named_parameters()}
+    yield
+    for name, weight in model.named_parameters():
+        if name in before and weight.dtype != before[name].dtype:
+            weight.data = before[name].to(weight.device)
 
 
 def keep_adapter_in_fp32(trainer: Trainer) -> None:

@@ -1,15 +1,15 @@
 """Reward models: what TRL's `RewardTrainer` lacks, which is rankings, an fp32 head, and a start from the SFT adapter."""
 
+import contextlib
 import copy
 import json
 import logging
 from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 from rlhf_recipes.errors import RecipeError
-from rlhf_recipes.models import fingerprint, keep_adapter_in_fp32, load_architecture
+from rlhf_recipes.models import fingerprint, keep_adapter_in_fp32, load_architecture, types_kept
 from rlhf_recipes.roles import HEAD, ScalarHead, base_name, check_base, check_tokenizer, encode, write_record
 from rlhf_recipes.runs import RECORD
 
@@ -92,11 +92,8 @@ class RankingTrainer(RewardTrainer):
     """
 
     def __init__(self, model: PreTrainedModel | PeftModel | str, *args: Any, **kwargs: Any):
-        before = {} if isinstance(model, str) else {name: weight.data for name, weight in model.named_parameters()}
-        super().__init__(model, *args, **kwargs)
-        for name, weight in self.model.named_parameters():
-            if name in before and weight.dtype != before[name].dtype:
-                weight.data = before[name].to(weight.device)
+        with contextlib.nullcontext() if isinstance(model, str) else types_kept(model):
+            super().__init__(model, *args, **kwargs)
         keep_adapter_in_fp32(self)
         if type(self.data_collator) is DataCollatorForPreference:
             self.data_collator = RankingCollator(self.data_collator.pad_token_id, self.data_collator.pad_to_multiple_of)
@@ -328,7 +325,7 @@ def ensemble_members(training: RewardConfig, size: int, rows: int, shards: bool)
     return members
 
 
-@contextmanager
+@contextlib.contextmanager
 def _quiet() -> Iterator[None]:
     """Without Transformers' report that the head is new and the LM head unused, which is what was asked for."""
     verbosity = transformers.logging.get_verbosity()

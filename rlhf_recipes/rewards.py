@@ -15,6 +15,7 @@ import math
 import pkgutil
 from collections.abc import Callable, Iterator, Sequence
 from functools import cached_property, partial
+from pathlib import Path
 from typing import Any, Literal
 
 from rlhf_recipes.arguments import nearest
@@ -389,16 +390,33 @@ def _plain(value: Any) -> Any:
 # --- From YAML -------------------------------------------------------------------------------------------
 
 
-def load_rewards(specs: Any) -> tuple[list[Reward], list[float]]:
+@dataclass(config=_FINITE)
+class SavedReward:
+    """A reward model in a folder, for `PPOTrainer` to put on its base.
+
+    Parameters:
+        folder: what `recipes/reward.py` saved.
+        combine: how an ensemble becomes one score, if not as it was trained to.
+        uncertainty_coef: likewise.
+    """
+
+    folder: str
+    combine: Literal["mean", "min", "uncertainty"] | None = None
+    uncertainty_coef: float | None = None
+
+
+def load_rewards(specs: Any) -> tuple[list[Reward | SavedReward], list[float]]:
     """The rewards that the YAML key `reward_funcs` lists, and their weights (TRL's `reward_weights`).
 
         reward_funcs:
+          - runs/tiny/reward
           - rlhf_recipes.rewards.normalised_match
           - path: rlhf_recipes.rewards.LengthPenalty
             weight: 0.5
             arguments: {slope: 0.01, longest: 64}
 
-    A `path` is the dotted path of a function with TRL's signature, to which `arguments` are bound; of a class, which is
+    A `path` is a folder that `recipes/reward.py` saved, with the `arguments` of `SavedReward` for an ensemble; or the dotted
+    path of a function with TRL's signature, to which `arguments` are bound; of a class, which is
     instantiated with `arguments`; or, with `arguments` (they may be `{}`), of a function that makes a reward. A weight is 1 if
     it is not given; 0 logs a reward without training on it. Every reward is `checked`, and a name that comes twice is numbered,
     since TRL would log the two as one.
@@ -412,12 +430,24 @@ def load_rewards(specs: Any) -> tuple[list[Reward], list[float]]:
     for number, spec in enumerate(specs, start=1):
         where = f"reward_funcs, entry {number}"
         path, weight, arguments = _read_spec(spec, where)
+        weights.append(weight)
+        if "/" in path or Path(path).is_dir():
+            rewards.append(_saved_reward(path, arguments or {}, f"{where}: {path}"))
+            continue
         reward = _build(path, arguments, f"{where}: {path}")
         name = get_callable_name(reward)
         names.append(name)
         rewards.append(checked(reward, name if names.count(name) == 1 else f"{name}_{names.count(name)}"))
-        weights.append(weight)
     return rewards, weights
+
+
+def _saved_reward(path: str, arguments: dict[str, Any], where: str) -> SavedReward:
+    if not Path(path).is_dir():
+        raise RecipeError(f"{where}: no such folder: train the reward model first (recipes/reward.py), or name it in `needs`")
+    try:
+        return SavedReward(folder=path, **arguments)
+    except (TypeError, ValidationError) as error:
+        raise RecipeError(f"{where}: arguments: {_reason(error)}: there are `combine` and `uncertainty_coef`") from error
 
 
 def _read_spec(spec: Any, where: str) -> tuple[str, float, dict[str, Any] | None]:

@@ -5,6 +5,7 @@ base it was trained on, and the mean and standard deviation that its scores are 
 """
 
 import contextlib
+import copy
 import json
 import math
 from abc import ABC, abstractmethod
@@ -18,7 +19,7 @@ from rlhf_recipes.models import base_of, fingerprint, keep_gradients_exact, trun
 from rlhf_recipes.runs import write_json
 
 import torch
-from peft import LoraConfig, PeftModel
+from peft import LoraConfig, PeftModel, get_peft_model_state_dict
 from peft.functional import cast_adapter_dtype, inject_adapter_in_model, set_adapter, set_peft_model_state_dict
 from peft.tuners.tuners_utils import BaseTunerLayer
 from peft.utils import AuxiliaryTrainingWrapper
@@ -30,6 +31,9 @@ from transformers import AutoModelForSequenceClassification, AutoTokenizer, PreT
 RECORD = "reward.json"
 HEAD = "score"
 """The name that Transformers gives the head of a decoder that classifies sequences."""
+
+NO_ADAPTER = object()
+"""For `playing`: the base alone, without any adapter."""
 
 _WEIGHTS = "adapter_model.safetensors"
 _PREFIX = "base_model.model."  # PEFT's, in the names of saved weights
@@ -46,13 +50,14 @@ class ScalarHead(nn.Linear):
     Transformers' own head.
     """
 
-    def __init__(self, width: int):
-        super().__init__(width, 1, bias=False, dtype=torch.float32)
+    def __init__(self, width: int, bias: bool = False):
+        super().__init__(width, 1, bias=bias, dtype=torch.float32)
 
     def forward(self, hidden: Tensor) -> Tensor:
         """Scores, fp32 of shape (..., 1), of hidden states (..., width)."""
         with torch.autocast(hidden.device.type, enabled=False):
-            return nn.functional.linear(hidden.float(), self.weight.float())
+            bias = None if self.bias is None else self.bias.float()
+            return nn.functional.linear(hidden.float(), self.weight.float(), bias)
 
 
 @dataclass(frozen=True)
@@ -313,6 +318,46 @@ def load_whole_reward(
     return Reward(model.eval(), None, head, tokenizer, normalisation, folder, name, batch_size)
 
 
+def load_saved_rewards(
+    folder: str | Path,
+    model: PreTrainedModel | PeftModel,
+    tokenizer: PreTrainedTokenizerBase,
+    combine: str | None = None,
+    uncertainty_coef: float | None = None,
+) -> Scorer:
+    """What `recipes/reward.py` saved, whatever it is: an adapter, an ensemble of them, or a whole model.
+
+    Args:
+        folder: of the reward model, or of the ensemble; a whole model may also be a name on the Hub.
+        model: the base with its adapters, on which reward adapters are put, under the name of the folder.
+        tokenizer: the policy's.
+        combine: of an ensemble, if not as it was trained to.
+        uncertainty_coef: likewise.
+
+    Raises:
+        RecipeError: as in `load_reward` and `load_whole_reward`; for an adapter where `model` has none and is trained itself.
+    """
+    folder = Path(folder)
+    members = sorted(folder.glob("member-*"), key=lambda path: int(path.name.removeprefix("member-")))
+    if members:
+        trained = _read_json(members[0] / "recipe.json")["arguments"]["RewardArguments"]
+        combine = combine or trained["ensemble_combine"]
+        coefficient = trained["uncertainty_coef"] if uncertainty_coef is None else uncertainty_coef
+        rewards = [_load_saved(member, model, tokenizer, f"{folder.name}-{member.name}") for member in members]
+        return Ensemble(rewards, combine, coefficient, folder.name)
+    return _load_saved(folder, model, tokenizer, folder.name)
+
+
+def _load_saved(folder: Path, model: nn.Module, tokenizer: PreTrainedTokenizerBase, name: str) -> Reward:
+    if not (folder / "adapter_config.json").exists():
+        return load_whole_reward(folder, name, tokenizer)
+    if not isinstance(model, PeftModel):
+        raise RecipeError(f"{folder} is an adapter, which needs a base that stays as it is: set `use_peft: true`, or merge it")
+    name = name.replace(".", "_")  # PyTorch allows no dots there
+    taken = sum(other == name or other.startswith(f"{name}_") for other in model.peft_config)
+    return load_reward(model, folder, f"{name}_{taken + 1}" if taken else name, tokenizer)
+
+
 def _adapter_config(folder: Path) -> LoraConfig:
     """The configuration of a reward adapter.
 
@@ -398,11 +443,16 @@ def _find_head(model: PreTrainedModel) -> nn.Linear:
 
 
 @contextlib.contextmanager
-def playing(model: nn.Module, adapter: str | None) -> Iterator[None]:
-    """Within, `adapter` alone is active and the model is in eval mode; afterwards all is as before.
+def playing(model: nn.Module, adapter: str | object | None, train: bool = False) -> Iterator[None]:
+    """Within, `adapter` alone is active; afterwards all is as before.
 
-    For use without gradients: what is back-propagated outside would be recomputed with other adapters under gradient
-    checkpointing. None leaves the adapters alone.
+    What is to be back-propagated must be so within: outside it would be recomputed with other adapters under gradient
+    checkpointing.
+
+    Args:
+        model: with adapters, or without.
+        adapter: its name; `NO_ADAPTER` for the base alone; None leaves the adapters alone.
+        train: whether the adapter, and nothing else, is trainable within; if not, the model is in eval mode.
 
     Raises:
         RecipeError: if an adapter is merged into the base, which switching would undo.
@@ -412,11 +462,28 @@ def playing(model: nn.Module, adapter: str | None) -> Iterator[None]:
     with _state_kept(model):
         if adapter is not None:
             for layer in _modules(model, (BaseTunerLayer, AuxiliaryTrainingWrapper)):
-                if layer.disable_adapters:
-                    layer.enable_adapters(True)
-            set_adapter(model, adapter, inference_mode=True)
-        model.eval()
+                if layer.disable_adapters != (adapter is NO_ADAPTER):
+                    layer.enable_adapters(adapter is not NO_ADAPTER)
+            if adapter is not NO_ADAPTER:
+                set_adapter(model, adapter, inference_mode=not train)
+        if not train:
+            model.eval()
         yield
+
+
+def copy_adapter(model: PeftModel, source: str, name: str) -> None:
+    """Adds a frozen copy of the adapter `source` under another name; which adapters are active stays as it is.
+
+    Raises:
+        RecipeError: if `name` is taken.
+    """
+    if name in model.peft_config:
+        raise RecipeError(f"the model has an adapter '{name}' already: rename it")
+    weights = {key: weight.clone() for key, weight in get_peft_model_state_dict(model, adapter_name=source).items()}
+    with torch.random.fork_rng(devices=[]), _state_kept(model):
+        model.add_adapter(name, copy.deepcopy(model.peft_config[source]))
+        cast_adapter_dtype(model, name)
+        set_peft_model_state_dict(model, weights, adapter_name=name)
 
 
 @contextlib.contextmanager
@@ -438,8 +505,8 @@ def _state_kept(model: nn.Module) -> Iterator[None]:
         for layer in _modules(model, (BaseTunerLayer, AuxiliaryTrainingWrapper)):
             active, disabled = layers.get(layer, ([], False))
             layer.set_adapter(active)
-            if disabled:
-                layer.enable_adapters(False)
+            if layer.disable_adapters != disabled:
+                layer.enable_adapters(not disabled)
         for weight in model.parameters():
             if weight.requires_grad != (weight in trained):
                 weight.requires_grad_(weight in trained)

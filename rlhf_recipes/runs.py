@@ -6,6 +6,7 @@ import os
 import platform
 import resource
 import shutil
+import subprocess
 import sys
 import time
 from collections.abc import Iterable, Sequence
@@ -13,10 +14,12 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
+from rlhf_recipes.arguments import read_yaml
 from rlhf_recipes.errors import RecipeError
 from rlhf_recipes.models import fingerprint, model_path
 
 import torch
+from accelerate import PartialState
 from accelerate.utils import is_peft_model
 from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 from trl import ModelConfig
@@ -29,6 +32,10 @@ PACKAGES = ("rlhf-recipes", "torch", "trl", "transformers", "peft", "bitsandbyte
 _FREE = ("output_dir", "resume_from_checkpoint", "max_steps", "num_train_epochs", "report_to", "run_name", "disable_tqdm")
 _FREE += ("ensemble_combine", "uncertainty_coef", "demonstrations")
 _FREE_PREFIXES = ("logging_", "log_", "save_", "eval_", "per_device_eval_", "push_", "hub_", "trackio_", "project")
+
+
+# By which a process knows that it is one of several.
+_OF_THE_LAUNCHER = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT", "GROUP_RANK")
 
 
 class RunMeter(TrainerCallback):
@@ -164,6 +171,40 @@ def checkpoint_to_resume(training: TrainingArguments, *arguments: Any) -> str | 
     if newest is not None:
         _check_same_run(newest, _decisive((training, *arguments)))
     return str(newest) if newest else None
+
+
+def run_missing(configs: Sequence[str], recipes: Path) -> None:
+    """Runs the stages of these YAML files, in order, that have not left their result in `output_dir` yet.
+
+    Of several processes the first one runs them, on its own, and the others wait.
+
+    Args:
+        configs: each named as the recipe that it is for (`sft.yaml` by `sft.py`).
+        recipes: the folder of the recipes.
+
+    Raises:
+        RecipeError: if a file is missing, or a stage fails.
+    """
+    state = PartialState()
+    if state.is_main_process:
+        for config in configs:
+            path = Path(config) if Path(config).exists() else recipes.parent / config
+            output = read_yaml(path).get("output_dir")
+            if output and (Path(output) / RECORD).exists():
+                continue
+            print(f"{output}: no result yet: running {path} first", flush=True)
+            command = [
+                sys.executable,
+                str(recipes / f"{path.stem}.py"),
+                "--config",
+                str(path),
+                "--resume_from_checkpoint",
+                "true",
+            ]
+            alone = {name: value for name, value in os.environ.items() if name not in _OF_THE_LAUNCHER}
+            if subprocess.run(command, env=alone).returncode:
+                raise RecipeError(f"needs: {path}: this stage failed; its own message is above")
+    state.wait_for_everyone()
 
 
 def train(trainer: Trainer, checkpoint: str | None) -> None:

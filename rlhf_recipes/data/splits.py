@@ -106,6 +106,20 @@ def demonstrations_of(
     return dataset.select(range(min(rows, len(dataset))))
 
 
+def load_texts(sources: list[DatasetSource], bad_rows: str) -> Dataset:
+    """Pretraining text, in the column `text`.
+
+    Raises:
+        RecipeError: as `load_data`; without a source, or for data in another shape.
+    """
+    if not sources:
+        raise RecipeError("`ptx_coef`: name the pretraining text, with a column `text`, in `ptx_dataset`")
+    dataset, _ = _load_split(sources, "sft", bad_rows, "pretraining text")
+    if "text" not in dataset.column_names:
+        raise RecipeError("`ptx_dataset`: these are conversations or answers, and pretraining text is in a column `text`")
+    return dataset
+
+
 def _train_sources(arguments: DataArguments) -> list[DatasetSource]:
     if bool(arguments.dataset_name) == bool(arguments.datasets):
         given = "both are set" if arguments.datasets else "neither is set"

@@ -1,0 +1,67 @@
+"""PPO: the third stage of InstructGPT (Ouyang et al., 2022), by `PPOTrainer`, which stands on TRL's `GRPOTrainer`.
+
+    accelerate launch recipes/ppo.py                          # configs/tiny/ppo.yaml: the tiny world, on a CPU
+    accelerate launch recipes/ppo.py --config my.yaml --kl_coef 0.1
+
+The policy starts as the SFT adapter, whose frozen copy is the reference; reward models and critic are adapters on the same
+base, in 4 bits with `load_in_4bit: true`. Saves the policy's adapter with its tokenizer, the critic, and `recipe.json`.
+"""
+
+from pathlib import Path
+
+from rlhf_recipes.arguments import DataArguments, PPOArguments, explained, parse_arguments, user_errors
+from rlhf_recipes.data import load_data, load_texts
+from rlhf_recipes.models import load_policy, load_tokenizer, without_what_is_done
+from rlhf_recipes.ppo import PPOConfig, PPOTrainer
+from rlhf_recipes.rewards import SavedReward, load_rewards
+from rlhf_recipes.runs import RunMeter, checkpoint_to_resume, evaluate_at_end, run_missing, save_policy, train, write_record
+
+from trl import ModelConfig, get_peft_config
+
+ARGUMENTS = (PPOArguments, DataArguments, PPOConfig, ModelConfig)
+
+
+def main() -> None:
+    """Runs the stage, after those that it needs."""
+    ppo_args, data_args, training_args, model_args = parse_arguments(__file__, *ARGUMENTS)
+    checkpoint = checkpoint_to_resume(training_args, ppo_args, data_args, model_args)
+    run_missing(ppo_args.needs, Path(__file__).parent)
+
+    # Data: prompts, and what the reward functions want to know besides
+    data = load_data(data_args, "prompt", evaluate=training_args.eval_strategy != "no", seed=training_args.seed)
+    tokenizer = load_tokenizer(model_args, training_args)
+    long_rows = "error" if data_args.long_rows == "error" else "drop"  # half a prompt asks for something else
+    data = data.fitted(tokenizer, ppo_args.max_prompt_length, long_rows)
+    texts = load_texts(ppo_args.ptx_dataset, data_args.bad_rows) if training_args.ptx_coef else None
+    print(f"{len(data.train)} prompts to train on, {len(data.eval or ())} to evaluate on")
+
+    # Roles: policy and reference from the SFT adapter; reward models and critic join them in the trainer
+    rewards, training_args.reward_weights = load_rewards(ppo_args.reward_funcs)
+    model = load_policy(model_args, training_args, ppo_args.start_from, tokenizer)
+    meter = RunMeter(training_args, ppo_args, data_args, model_args)
+    with explained("ppo"):
+        trainer = PPOTrainer(
+            model,
+            rewards,
+            args=without_what_is_done(training_args),
+            train_dataset=data.train,
+            eval_dataset=data.eval,
+            processing_class=tokenizer,
+            peft_config=None if ppo_args.start_from else get_peft_config(model_args),
+            ptx_dataset=texts,
+            callbacks=[meter],
+        )
+
+    train(trainer, checkpoint)
+    evaluate_at_end(trainer)
+    save_policy(trainer)
+    parents = [ppo_args.start_from, *(reward.folder for reward in rewards if isinstance(reward, SavedReward))]
+    groups = (model_args, training_args, ppo_args, data_args)
+    write_record(trainer, meter, *groups, data=data.report, recipe="ppo", parents=[*filter(None, parents)])
+    trainer.accelerator.print(f"The policy is in {training_args.output_dir}")
+    trainer.end()
+
+
+if __name__ == "__main__":
+    with user_errors():
+        main()

@@ -1,0 +1,101 @@
+"""What goes into an iteration of PPO: prompts in an order that can be resumed, rollouts of the user's, pretraining text."""
+
+import functools
+from collections.abc import Callable, Iterator
+from typing import Any
+
+from rlhf_recipes.errors import RecipeError
+from rlhf_recipes.ppo.config import PPOConfig
+
+import torch
+from accelerate import Accelerator
+from datasets import Dataset
+from torch import Tensor
+from transformers import PreTrainedTokenizerBase
+from trl.trainer.utils import RepeatSampler, pad
+
+
+class EpochRepeatSampler(RepeatSampler):
+    """TRL's sampler, whose order in an epoch depends on the seed and on the number of the epoch alone."""
+
+    def set_epoch(self, epoch: int) -> None:
+        """Called by Accelerate before each epoch."""
+        if self.shuffle:
+            self.generator.manual_seed(self.seed + epoch)
+
+
+def at_least_one_batch(dataset: Any, args: PPOConfig) -> Any:
+    """The prompts, repeated where they are too few for one batch of completions: TRL would train on none."""
+    needed = args.generation_batch_size // args.num_generations
+    if not isinstance(dataset, Dataset) or len(dataset) >= needed:
+        return dataset
+    if not len(dataset):
+        raise RecipeError("train_dataset: there is no prompt in it")
+    return dataset.select([row % len(dataset) for row in range(needed)])
+
+
+def check_rollouts(rollout: Callable[..., dict[str, Any]]) -> Callable[..., dict[str, Any]]:
+    """`rollout`, which stops the run where it returns a completion without a token, or the wrong number of them."""
+
+    @functools.wraps(rollout)
+    def checked(prompts: list[Any], trainer: Any) -> dict[str, Any]:
+        output = rollout(prompts, trainer)
+        completions = output.get("completion_ids")
+        where = f"step {trainer.state.global_step}: rollout_func"
+        if completions is not None and len(completions) != len(prompts):
+            raise RecipeError(f"{where} returned {len(completions)} completions for {len(prompts)} prompts")
+        for row, ids in enumerate(completions or ()):
+            if not len(ids):
+                raise RecipeError(
+                    f"{where} returned a completion without a token for prompt {row} of the batch, from which there is nothing "
+                    f"to learn; let it end with EOS at least; the prompt: {prompts[row]!r:.300}"
+                )
+        return output
+
+    return checked
+
+
+class PretrainingText:
+    """Micro-batches of pretraining text, in an order that depends on the seed and on the number of the micro-batch alone.
+
+    Parameters:
+        dataset: with the column `text`.
+        tokenizer: of the policy.
+        args: for `ptx_batch_size`, `ptx_max_length` and `seed`.
+
+    Raises:
+        RecipeError: without a dataset, or without texts.
+    """
+
+    def __init__(self, dataset: Dataset | None, tokenizer: PreTrainedTokenizerBase, args: PPOConfig):
+        if dataset is None or "text" not in dataset.column_names or not len(dataset):
+            raise RecipeError("ptx_coef: needs `ptx_dataset`: pretraining text, in the column `text`")
+        self.texts, self.tokenizer, self.length, self.seed = dataset, tokenizer, args.ptx_max_length, args.seed
+        self.size = args.ptx_batch_size or args.per_device_train_batch_size
+
+    def batch(self, step: int, accelerator: Accelerator) -> tuple[Tensor, Tensor]:
+        """Ids and mask, (size, T), padded on the right.
+
+        Args:
+            step: number of the micro-batch in the run.
+            accelerator: each process has texts of its own.
+        """
+        rows = list(self._rows(step * accelerator.num_processes + accelerator.process_index))
+        ids = [torch.tensor(self._encode(self.texts[row]["text"])) for row in rows]
+        mask = pad([torch.ones_like(text) for text in ids], padding_value=0, padding_side="right")
+        return pad(ids, padding_value=self.tokenizer.pad_token_id, padding_side="right"), mask
+
+    def _rows(self, number: int) -> Iterator[int]:
+        """Numbers of the rows of a micro-batch: one permutation after the other, end to end."""
+        for place in range(number * self.size, (number + 1) * self.size):
+            lap, row = divmod(place, len(self.texts))
+            yield self._permutation(lap)[row]
+
+    @functools.lru_cache(maxsize=2)  # noqa: B019 - lives as long as the trainer
+    def _permutation(self, lap: int) -> list[int]:
+        generator = torch.Generator().manual_seed(self.seed + lap)
+        return torch.randperm(len(self.texts), generator=generator).tolist()
+
+    def _encode(self, text: str) -> list[int]:
+        ids, end = self.tokenizer(text)["input_ids"], self.tokenizer.eos_token_id
+        return (ids if ids[-1:] == [end] else [*ids, end])[: self.length]
