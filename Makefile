@@ -11,8 +11,9 @@ export TOKENIZERS_PARALLELISM := false
 demo: .venv/installed
 	$(BIN)/accelerate launch recipes/sft.py --resume_from_checkpoint true
 	$(BIN)/accelerate launch recipes/reward.py --resume_from_checkpoint true
-	$(BIN)/python -m rlhf_recipes.tiny.examine runs/tiny/sft
-	@echo; echo "The results are in runs/tiny: sft (a policy), reward (a reward model; evaluation.json and pictures)"
+	$(BIN)/accelerate launch recipes/ppo.py --resume_from_checkpoint true
+	$(BIN)/python -m rlhf_recipes.tiny.examine runs/tiny/sft runs/tiny/ppo
+	@echo; echo "The results are in runs/tiny: sft and ppo (policies), reward (a reward model; evaluation.json and pictures)"
 
 test: .venv/installed
 	$(BIN)/python -m pytest

@@ -58,6 +58,7 @@ def main() -> None:
     parents = [ppo_args.start_from, *(reward.folder for reward in rewards if isinstance(reward, SavedReward))]
     groups = (model_args, training_args, ppo_args, data_args)
     write_record(trainer, meter, *groups, data=data.report, recipe="ppo", parents=[*filter(None, parents)])
+    trainer.print_samples()
     trainer.accelerator.print(f"The policy is in {training_args.output_dir}")
     trainer.end()
 

@@ -50,7 +50,7 @@ def reliability_diagram(bins: Sequence[dict[str, Any]], title: str) -> str:
         axes.vlines(confidence, *zip(*(entry["interval"] for entry in bins), strict=True), color=BLUE)
         axes.plot(confidence, accuracy, "o", color=BLUE, gid="bins")
         axes.set(xlim=(low, 1), ylim=(floor, 1.02))
-        return _svg(axes)
+        return _svg(axes.figure)
 
 
 def score_histogram(distribution: dict[str, Any], title: str) -> str:
@@ -65,7 +65,32 @@ def score_histogram(distribution: dict[str, Any], title: str) -> str:
         axes = _axes(title, f"score (mean {distribution['mean']:.3g}, dashed)", "answers")
         axes.bar(edges[:-1], counts, [right - left for left, right in pairwise(edges)], align="edge", color=BLUE, alpha=0.7)
         axes.axvline(distribution["mean"], linestyle="--", color=ORANGE)
-        return _svg(axes)
+        return _svg(axes.figure)
+
+
+def learning_curves(log: Sequence[dict[str, Any]], metrics: Sequence[str], columns: int = 3) -> str:
+    """What a run logged, one small picture for each figure, over optimizer steps.
+
+    Args:
+        log: a trainer's `log_history`.
+        metrics: the names of the figures, in the order of the pictures; one that was never logged is left out.
+        columns: pictures side by side.
+
+    Raises:
+        ValueError: none of them was logged.
+    """
+    curves = {name: [(entry["step"], entry[name]) for entry in log if entry.get(name) is not None] for name in metrics}
+    curves = {name: points for name, points in curves.items() if points}
+    if not curves:
+        raise ValueError(f"None of {', '.join(metrics)} is in the log.")
+    rows = -(-len(curves) // columns)
+    with mpl.rc_context(_STYLE):
+        figure = Figure(figsize=(3.0 * columns, 2.2 * rows), layout="constrained")
+        for place, (name, points) in enumerate(curves.items(), start=1):
+            axes = figure.add_subplot(rows, columns, place)
+            axes.plot(*zip(*points, strict=True), color=BLUE, gid=name)
+            axes.set_title(name, fontsize=10)
+        return _svg(figure)
 
 
 def _axes(title: str, x: str, y: str) -> Axes:
@@ -74,7 +99,7 @@ def _axes(title: str, x: str, y: str) -> Axes:
     return axes
 
 
-def _svg(axes: Axes) -> str:
+def _svg(figure: Figure) -> str:
     file = io.StringIO()
-    axes.figure.savefig(file, format="svg", transparent=True, metadata={"Date": None, "Creator": None})
+    figure.savefig(file, format="svg", transparent=True, metadata={"Date": None, "Creator": None})
     return file.getvalue()

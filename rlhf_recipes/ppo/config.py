@@ -1,8 +1,11 @@
 """The arguments of PPO: those of TRL's GRPO, on whose trainer it stands, and its own."""
 
+import logging
 from dataclasses import dataclass, field
 
 from trl import GRPOConfig
+
+logger = logging.getLogger(__name__)
 
 CRITICS = ("shared", "adapter", "model")
 LOSSES = ("dapo", "bnpo", "grpo", "dr_grpo")  # TRL's names for ways to average PPO's clipped loss over tokens
@@ -95,7 +98,14 @@ class PPOConfig(GRPOConfig):
     )
     ptx_max_length: int = field(default=512, metadata={"help": "Tokens at which a text is cut off."})
 
-    # Memory
+    # Memory and speed
+    sampler_logps: bool | None = field(
+        default=None,
+        metadata={
+            "help": "Take log-probabilities, and values of the `shared` critic, from the sampler instead of another pass. By "
+            "default where that is exact: in fp32. Transformers' `generate` only."
+        },
+    )
     local_rollout_forward_batch_size: int | None = field(
         default=None,
         metadata={"help": "Completions a pass without gradients; by default `per_device_train_batch_size`."},
@@ -119,6 +129,11 @@ class PPOConfig(GRPOConfig):
         for name in ("gamma", "lam"):
             if not 0 <= getattr(self, name) <= 1:
                 raise ValueError(f"{name}: {getattr(self, name)}: must be between 0 and 1")
+        if self.top_p != 1 or self.top_k or self.min_p or self.repetition_penalty != 1:
+            logger.warning(
+                "top_p, top_k, min_p and repetition_penalty shape what is sampled, and not the log-probabilities that PPO has: "
+                "it will learn about another policy than the one that speaks. Leave them at 1, 0, null and 1 in training"
+            )
         if self.use_score_norm and not self.use_score_scaling:
             raise ValueError("use_score_norm: needs `use_score_scaling: true`")
 

@@ -7,7 +7,7 @@ from pathlib import Path
 
 from rlhf_recipes.errors import RecipeError
 from rlhf_recipes.models import base_of, trunk_of
-from rlhf_recipes.roles import Reward, ScalarHead, copy_adapter, load_reward, playing
+from rlhf_recipes.roles import Reward, ScalarHead, copy_adapter, playing
 
 from peft import PeftModel
 from safetensors.torch import load_file, save_file
@@ -131,11 +131,9 @@ def make_critic(kind: str, model: PreTrainedModel | PeftModel, start: Reward | N
         whole = start if start is not None and start.adapter is None else None
         trunk = copy.deepcopy(trunk_of(whole.model if whole else model))
         return Critic(_head(model, whole), trunk.requires_grad_(True).train())
-    if start is not None and start.adapter is not None:
-        load_reward(model, start.folder, ADAPTER, start.tokenizer)
-        return Critic(_head(model, start), model, ADAPTER)
-    copy_adapter(model, "default", ADAPTER)
-    return Critic(_head(model), model, ADAPTER)
+    start = start if start is not None and start.adapter is not None else None
+    copy_adapter(model, start.adapter if start else "default", ADAPTER)
+    return Critic(_head(model, start), model, ADAPTER)
 
 
 def _head(model: nn.Module, start: Reward | None = None) -> ScalarHead:

@@ -5,12 +5,14 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 from rlhf_recipes.errors import RecipeError
+from rlhf_recipes.models import base_of, trunk_of
 from rlhf_recipes.ppo.config import PPOConfig
+from rlhf_recipes.ppo.critic import Critic
 
 import torch
 from accelerate import Accelerator
 from datasets import Dataset
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import PreTrainedTokenizerBase
 from trl.trainer.utils import RepeatSampler, pad
 
@@ -53,6 +55,64 @@ def check_rollouts(rollout: Callable[..., dict[str, Any]]) -> Callable[..., dict
         return output
 
     return checked
+
+
+class SamplerRecord:
+    """What the sampler computes on its way, kept: log-probabilities of the tokens that it samples, and values of the states.
+
+    Within the context, every step of `generate` is watched. Logits are kept of one step at a time.
+
+    Parameters:
+        model: the language model that generates, with or without adapters.
+        temperature: that the logits are divided by.
+        critic: one that reads the policy's hidden states, or None.
+    """
+
+    def __init__(self, model: nn.Module, temperature: float, critic: Critic | None):
+        self.model, self.temperature, self.critic = model, temperature, critic
+        self._hidden, self._logits = None, None
+        self._logps: list[Tensor] = []
+        self._values: list[Tensor] = []
+
+    def __enter__(self) -> "SamplerRecord":
+        self._handles = [
+            trunk_of(self.model).register_forward_hook(self._after_trunk),
+            base_of(self.model).register_forward_hook(self._after_step, with_kwargs=True),
+        ]
+        return self
+
+    def __exit__(self, *error: Any) -> None:
+        for handle in self._handles:
+            handle.remove()
+
+    def _after_trunk(self, module: nn.Module, arguments: Any, outputs: Any) -> None:
+        self._hidden = outputs.last_hidden_state[:, -1:]
+
+    def _after_step(self, module: nn.Module, arguments: Any, options: dict[str, Any], outputs: Any) -> None:
+        if self._logits is not None:  # the token that these gave rise to is what the next step reads
+            self._logps.append(self._logp_of(options["input_ids"][:, -1:]))
+        self._logits = outputs.logits[:, -1].float() / self.temperature
+        if self.critic is not None:
+            self._values.append(self.critic(self._hidden, None, None, 1))
+
+    def _logp_of(self, tokens: Tensor) -> Tensor:
+        return self._logits.gather(1, tokens) - self._logits.logsumexp(1, keepdim=True)
+
+    def of(self, completion_ids: Tensor) -> tuple[Tensor, Tensor | None]:
+        """Log-probabilities and values, (B, T) each, of these completions; what stands at padding does not matter.
+
+        Args:
+            completion_ids: as the sampler returned them, (B, T), padded on the right.
+        """
+        steps = len(self._logps)
+        logps = torch.cat([*self._logps, self._logp_of(completion_ids[:, steps : steps + 1])], dim=1)
+        values = torch.cat(self._values, dim=1) if self.critic is not None else None
+        return widened(logps, completion_ids.size(1)), None if values is None else widened(values, completion_ids.size(1))
+
+
+def widened(values: Tensor, count: int) -> Tensor:
+    """(B, kept) padded with 0 on the right to (B, count)."""
+    return nn.functional.pad(values, (0, count - values.size(1)))
 
 
 class PretrainingText:

@@ -17,6 +17,7 @@ from rlhf_recipes.errors import RecipeError
 from rlhf_recipes.models import keep_adapter_in_fp32, keep_gradients_exact, trunk_of, types_kept
 from rlhf_recipes.ppo.config import PPOConfig
 from rlhf_recipes.ppo.critic import make_critic, positions, states_before
+from rlhf_recipes.ppo.health import Health
 from rlhf_recipes.ppo.maths import (
     KLController,
     Moments,
@@ -30,7 +31,14 @@ from rlhf_recipes.ppo.maths import (
     value_loss,
     whiten,
 )
-from rlhf_recipes.ppo.sampling import EpochRepeatSampler, PretrainingText, at_least_one_batch, check_rollouts
+from rlhf_recipes.ppo.sampling import (
+    EpochRepeatSampler,
+    PretrainingText,
+    SamplerRecord,
+    at_least_one_batch,
+    check_rollouts,
+    widened,
+)
 from rlhf_recipes.rewards import SavedReward, checked
 from rlhf_recipes.roles import NO_ADAPTER, Ensemble, Reward, Scorer, copy_adapter, load_saved_rewards, playing
 from rlhf_recipes.runs import write_json
@@ -52,7 +60,12 @@ from transformers import (
 )
 from trl import GRPOTrainer
 from trl.models.utils import disable_gradient_checkpointing
-from trl.trainer.utils import add_fused_lm_head, create_model_from_path, get_config_model_id
+from trl.trainer.utils import (
+    add_fused_lm_head,
+    create_model_from_path,
+    get_config_model_id,
+    print_prompt_completions_sample,
+)
 
 logger = logging.getLogger(__name__)
 
@@ -60,10 +73,6 @@ POLICY, REFERENCE = "default", "reference"
 """Names of adapters: PEFT's of the one that is trained, and that of its frozen copy."""
 
 STATE, ROLLOUT = "ppo_state.json", "rollout-{}.safetensors"
-
-# What policy and sampler may differ by, in nats a token, for no other reason than the order of additions.
-_TOLERANCE = {torch.float32: 1e-3, torch.float64: 1e-3}
-_LOOSE_TOLERANCE = 0.05
 
 
 class PPOTrainer(GRPOTrainer):
@@ -144,14 +153,14 @@ class PPOTrainer(GRPOTrainer):
                 eval_dataset=eval_dataset,
                 processing_class=tokenizer,
                 reward_processing_classes=reward_processing_classes,
-                callbacks=callbacks,
+                callbacks=[Health(), *(callbacks or [])],
                 optimizers=optimizers,
                 rollout_func=check_rollouts(rollout_func) if rollout_func else None,
                 **options,
             )
         keep_adapter_in_fp32(self)
         self._place_roles(reference)
-        self._forward = _Forward()
+        self._forward, self._record = _Forward(), None
         self._reset_iteration()
 
     # --- Set-up ------------------------------------------------------------------------------------------
@@ -206,6 +215,8 @@ class PPOTrainer(GRPOTrainer):
         """
         if any(value is not None for value in multimodal.values()):
             raise RecipeError("PPOTrainer reads text only, and these prompts have images")
+        if self._record is not None:  # TRL asks for the log-probabilities of what was just sampled
+            return self._record.of(input_ids[:, -logits_to_keep:])[0], None, None
         size = len(input_ids) if batch_size is None else self.args.local_rollout_forward_batch_size or batch_size
         rows = torch.arange(len(input_ids), device=input_ids.device)
         if size < len(input_ids):  # alike lengths together: little padding
@@ -239,10 +250,10 @@ class PPOTrainer(GRPOTrainer):
             )
         values = None
         if self.critic.reads_policy:
-            values = _widened(self.critic(states[0], ids, mask, kept), count)
+            values = widened(self.critic(states[0], ids, mask, kept), count)
         return (
-            _widened(outputs.log_probs, count),
-            _widened(outputs.entropy, count) if entropy else None,
+            widened(outputs.log_probs, count),
+            widened(outputs.entropy, count) if entropy else None,
             values,
             outputs.aux_loss if aux else None,
         )
@@ -264,6 +275,23 @@ class PPOTrainer(GRPOTrainer):
             handle.remove()
 
     # --- Rollout -----------------------------------------------------------------------------------------
+
+    def _generate_single_turn(self, *arguments: Any, **options: Any) -> Any:
+        """TRL's, with what the sampler computes on its way kept where that is exact."""
+        if not self._keeps_record:
+            return super()._generate_single_turn(*arguments, **options)
+        model = self.accelerator.unwrap_model(self.model)
+        with SamplerRecord(model, self.temperature, self.critic if self.critic.reads_policy else None) as record:
+            completions = super()._generate_single_turn(*arguments, **options)
+        self._record = record
+        return completions
+
+    @property
+    def _keeps_record(self) -> bool:
+        """Whether the sampler is a model of ours that computes what another pass would."""
+        watched = not (self.use_vllm or self.use_transformers_continuous_batching or self.rollout_func or self.tools)
+        wanted = self.args.sampler_logps
+        return watched and (self._exact if wanted is None else wanted)
 
     def _calculate_rewards(self, inputs: Any, prompts: Any, completions: Any, completion_ids_list: Any) -> Tensor:
         """TRL's rewards of each function, of all processes (N, functions); kept for the advantages."""
@@ -290,13 +318,14 @@ class PPOTrainer(GRPOTrainer):
 
     def _generate_and_score_completions(self, inputs: list[dict[str, Any]]) -> dict[str, Any]:
         """TRL's batch, with advantages and returns of each token in place of advantages of each completion."""
-        self._forward.values = None
+        self._record, self._forward.values = None, None
         batch = super()._generate_and_score_completions(inputs)
+        record, self._record = self._record, None
         mode = "train" if self.model.training else "eval"
         if mode == "train":
             self._reset_iteration()
         with torch.no_grad(), disable_gradient_checkpointing(self.model, self.args.gradient_checkpointing_kwargs):
-            self._add_logps_and_values(batch)
+            self._add_logps_and_values(batch, record)
             ref_logps = self._reference_logps(batch)
         mask = self._scored_mask(batch)
         kl = kl_estimate(batch["old_per_token_logps"], ref_logps, self.args.kl_estimator)
@@ -312,11 +341,13 @@ class PPOTrainer(GRPOTrainer):
         self._log_advantages(advantages, mask)
         return {**batch, "advantages": advantages, "returns": returns}
 
-    def _add_logps_and_values(self, batch: dict[str, Any]) -> None:
-        """Log-probabilities and values under the sampling policy; TRL may have computed the former in the same way already."""
+    def _add_logps_and_values(self, batch: dict[str, Any], record: SamplerRecord | None) -> None:
+        """Log-probabilities and values under the sampling policy; sampler or TRL may have computed them already."""
         ids, mask, count, size = self._as_passed(batch)
         values = self._forward.values
-        if "old_per_token_logps" not in batch or (self.critic.reads_policy and values is None):
+        if record is not None:
+            batch["old_per_token_logps"], values = record.of(batch["completion_ids"])
+        elif "old_per_token_logps" not in batch or (self.critic.reads_policy and values is None):
             logps, _, _ = self._get_per_token_logps_and_entropies(self.model, ids, mask, count, batch_size=size)
             batch["old_per_token_logps"], values = logps, self._forward.values
         if not self.critic.reads_policy:
@@ -330,7 +361,7 @@ class PPOTrainer(GRPOTrainer):
         with self.critic.at_work(), self.accelerator.autocast():
             for chunk in rows.split(size):
                 piece_ids, piece_mask, kept = _trimmed(ids[chunk], mask[chunk], count)
-                values.append(_widened(self.critic(None, piece_ids, piece_mask, kept), count))
+                values.append(widened(self.critic(None, piece_ids, piece_mask, kept), count))
         return torch.cat(values)[rows.argsort()]
 
     def _reference_logps(self, batch: dict[str, Any]) -> Tensor:
@@ -397,9 +428,15 @@ class PPOTrainer(GRPOTrainer):
                 "are not the same (an adapter that is not the one it was copied from), or not of one type, or one has dropout"
             )
 
+    @property
+    def _exact(self) -> bool:
+        """Whether two ways to compute one thing differ by the rounding of fp32 at the most."""
+        quantised = getattr(self.model, "is_quantized", False)
+        return self.model.dtype in (torch.float32, torch.float64) and not (self.accelerator.native_amp or quantised)
+
     def _tolerance(self) -> float:
-        exact = not self.accelerator.native_amp and not getattr(self.model, "is_loaded_in_4bit", False)
-        return _TOLERANCE.get(self.model.dtype, _LOOSE_TOLERANCE) if exact else _LOOSE_TOLERANCE
+        """What policy and sampler may differ by, in nats a token, for no other reason than the order of additions."""
+        return 1e-3 if self._exact else 0.05
 
     def _measure_rollout(self, mode: str, scores: Tensor, kl: Tensor, values: Tensor, returns: Tensor, mask: Tensor) -> None:
         """Logs what the iteration begins with, and leads the KL coefficient."""
@@ -426,6 +463,13 @@ class PPOTrainer(GRPOTrainer):
         gathered = self.accelerator.gather(means).tolist()
         for place in range(1, min(len(gathered), len(self._logs["advantages"])) + 1):
             self._logs["advantages"][-place] = gathered[-place]
+
+    def print_samples(self, count: int = 8) -> None:
+        """Prints some of the newest completions with their rewards, as TRL does under `log_completions`."""
+        if self.accelerator.is_main_process and self._logs["prompt"]:
+            newest = {name: list(self._logs[name])[-count:] for name in ("prompt", "completion")}
+            rewards = {name: list(values)[-count:] for name, values in self._logs["rewards"].items()}
+            print_prompt_completions_sample(newest["prompt"], newest["completion"], rewards, None, self.state.global_step)
 
     # --- Update ------------------------------------------------------------------------------------------
 
@@ -500,11 +544,11 @@ class PPOTrainer(GRPOTrainer):
         ids, attention, kept = _trimmed(ids, attention, count)
         with self.accelerator.autocast():
             if not self.critic.reads_policy:
-                return _widened(self.critic(None, ids, attention, kept), count)
+                return widened(self.critic(None, ids, attention, kept), count)
             with torch.no_grad():  # the policy does not learn yet
                 trunk = trunk_of(self.accelerator.unwrap_model(self.model))
                 outputs = trunk(input_ids=ids, attention_mask=attention, position_ids=positions(attention), use_cache=False)
-            return _widened(self.critic(states_before(outputs.last_hidden_state, kept), ids, attention, kept), count)
+            return widened(self.critic(states_before(outputs.last_hidden_state, kept), ids, attention, kept), count)
 
     def _tokens_of_a_step(self, inputs: dict[str, Any]) -> Tensor:
         """By what the sum over a micro-batch is divided, so that an optimizer step has the mean over all its tokens."""
@@ -588,13 +632,18 @@ class PPOTrainer(GRPOTrainer):
             }
             write_json(folder / STATE, state)
 
+    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
+        """Loads policy and critic: of a run that is over, nothing else is."""
+        super()._load_from_checkpoint(resume_from_checkpoint, model)
+        self.critic.load(resume_from_checkpoint)
+
     def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
         """Loads all of it again."""
         super()._load_optimizer_and_scheduler(checkpoint)
         if checkpoint is None:
             return
         folder = Path(checkpoint)
-        self.critic.load(folder)
+        self.critic.load(folder)  # again, since DeepSpeed loads its policy by itself
         device = self.accelerator.device
         optimizer = torch.load(folder / "critic_optimizer.pt", map_location=device, weights_only=True)
         self.critic_optimizer.load_state_dict(optimizer)
@@ -636,11 +685,6 @@ def _trimmed(input_ids: Tensor, attention_mask: Tensor, count: int) -> tuple[Ten
     kept = max(int(tail[-1]) + 1 if len(tail) else 1, 1)
     columns = slice(start, prompt + kept)
     return input_ids[:, columns], attention_mask[:, columns], kept
-
-
-def _widened(values: Tensor, count: int) -> Tensor:
-    """(B, kept) padded with 0 on the right to (B, count)."""
-    return nn.functional.pad(values, (0, count - values.size(1)))
 
 
 def _last_tokens(ids: Tensor, mask: Tensor) -> Tensor:

@@ -1,0 +1,51 @@
+"""Perplexity on text: what alignment costs of what pretraining taught."""
+
+import math
+from collections.abc import Sequence
+
+import torch
+from torch.nn.functional import cross_entropy
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+
+@torch.no_grad()
+def perplexity(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    texts: Sequence[str],
+    *,
+    max_length: int = 512,
+    batch_size: int = 16,
+) -> float:
+    """exp of the mean negative log-likelihood of a token, over all tokens of the texts but the first of each.
+
+    The model's mode is left as it was.
+
+    Args:
+        model: a causal language model, with its adapters as they are.
+        tokenizer: of the model.
+        texts: the texts.
+        max_length: tokens at which a text is cut off.
+        batch_size: texts a forward pass.
+
+    Raises:
+        ValueError: if no text has two tokens.
+    """
+    was_training, total, count = model.training, 0.0, 0
+    model.eval()
+    try:
+        ordered = sorted(texts, key=len)  # alike lengths together: little padding
+        for start in range(0, len(ordered), batch_size):
+            batch = ordered[start : start + batch_size]
+            inputs = tokenizer(
+                batch, return_tensors="pt", padding=True, truncation=True, max_length=max_length, padding_side="right"
+            ).to(model.device)
+            logits = model(input_ids=inputs["input_ids"], attention_mask=inputs["attention_mask"]).logits[:, :-1]
+            labels = inputs["input_ids"][:, 1:].masked_fill(inputs["attention_mask"][:, 1:] == 0, -100)
+            total += cross_entropy(logits.flatten(0, 1).float(), labels.flatten(), ignore_index=-100, reduction="sum").item()
+            count += (labels != -100).sum().item()
+    finally:
+        model.train(was_training)
+    if not count:
+        raise ValueError("perplexity needs a text of two tokens or more")
+    return math.exp(total / count)
