@@ -70,10 +70,11 @@ def make_config(**options: Any) -> LlamaConfig:
 
 def make_tokenizer() -> PreTrainedTokenizerFast:
     """One token a word, so that text and tokens are the same thing."""
-    words = {f"w{number}": number for number in range(VOCABULARY)}
-    tokenizer = Tokenizer(models.WordLevel(words, unk_token="w2"))
+    # A special token is found inside of words too: it must be a part of none
+    words = ["<pad>", "<eos>", *(f"w{number}" for number in range(2, VOCABULARY))]
+    tokenizer = Tokenizer(models.WordLevel({word: number for number, word in enumerate(words)}, unk_token="w2"))
     tokenizer.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
-    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, pad_token="w0", eos_token="w1", padding_side="left")
+    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, pad_token="<pad>", eos_token="<eos>", padding_side="left")
 
 
 def make_prompts(rows: int) -> list[list[int]]:

@@ -138,7 +138,8 @@ def make_critic(kind: str, model: PreTrainedModel | PeftModel, start: Reward | N
 
 def _head(model: nn.Module, start: Reward | None = None) -> ScalarHead:
     """A head that predicts 0, or the normalised scores of a reward model."""
-    head = ScalarHead(base_of(model).config.get_text_config().hidden_size, bias=True)
+    width = base_of(start.model if start else model).config.get_text_config().hidden_size
+    head = ScalarHead(width, bias=True)
     nn.init.zeros_(head.weight)
     nn.init.zeros_(head.bias)
     if start is not None:

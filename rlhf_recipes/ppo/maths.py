@@ -129,9 +129,13 @@ class ScoreScaling:
     moments: Moments = Moments()
 
     def __call__(self, scores: Tensor) -> Tensor:
-        """Scores (B,) in the new scale; the running moments stay as they are."""
+        """Scores (B,) in the new scale; the running moments stay as they are.
+
+        As long as all scores were alike they have no scale, and are not divided.
+        """
         if self.scale:
-            scores = (scores - self.moments.mean if self.center else scores) / (self.moments.std + EPSILON)
+            scores = scores - self.moments.mean if self.center else scores
+            scores = scores / (self.moments.std if self.moments.std > EPSILON else 1.0)
         return scores if self.clip is None else scores.clamp(-self.clip, self.clip)
 
     def update(self, moments: Moments) -> None:

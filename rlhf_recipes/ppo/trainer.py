@@ -63,6 +63,7 @@ from trl.models.utils import disable_gradient_checkpointing
 from trl.trainer.utils import (
     add_fused_lm_head,
     create_model_from_path,
+    disable_dropout_in_model,
     get_config_model_id,
     print_prompt_completions_sample,
 )
@@ -174,6 +175,8 @@ class PPOTrainer(GRPOTrainer):
         self.critic.head.to(self.accelerator.device)
         if self.critic.model is not None and self.critic.adapter is None:
             self.critic.model.to(self.accelerator.device)
+            if self.args.disable_dropout:
+                disable_dropout_in_model(self.critic.model)
         self._critic_weights = list(self.critic.trainable().values())
         if self.critic.adapter is not None:
             for weight in self._critic_weights:  # PEFT adds adapters in the type of the base, and keeps fp32 by autocast only
@@ -183,7 +186,11 @@ class PPOTrainer(GRPOTrainer):
             rate = 1e-3 if self.critic.reads_policy else self.args.learning_rate
         self._value_learning_rate = rate
         optimizer, options = Trainer.get_optimizer_cls_and_kwargs(self.args, self.model)
-        self.critic_optimizer = optimizer(self._critic_weights, **{**options, "lr": rate})
+        groups = [
+            {"params": [weight for weight in self._critic_weights if (weight.ndim > 1) == decays], "weight_decay": decay}
+            for decays, decay in ((True, self.args.weight_decay), (False, 0.0))
+        ]
+        self.critic_optimizer = optimizer(groups, **{**options, "lr": rate})
 
     def _get_train_sampler(self, dataset: Dataset | None = None) -> EpochRepeatSampler:
         """TRL's, in an order that depends on seed and epoch alone, so that a resumed run has that of an unbroken one."""
@@ -329,8 +336,8 @@ class PPOTrainer(GRPOTrainer):
             ref_logps = self._reference_logps(batch)
         mask = self._scored_mask(batch)
         kl = kl_estimate(batch["old_per_token_logps"], ref_logps, self.args.kl_estimator)
-        self._check_reference(kl, mask)
-        scores = self._scores(batch, mode)
+        self._check_reference(batch["old_per_token_logps"] - ref_logps, mask)
+        scores = self._scores(batch, mode, mask.any(dim=1))
         rewards = token_rewards(scores, kl, mask, self.kl.coefficient)
         if self.args.whiten_rewards:
             rewards = whiten(rewards, mask, self._moments(rewards, mask), shift_mean=False)
@@ -387,10 +394,11 @@ class PPOTrainer(GRPOTrainer):
     def _scored_mask(self, batch: dict[str, Any]) -> Tensor:
         """The tokens to learn from, (B, T); a completion that no reward function scored is left out of everything."""
         mask = batch["completion_mask"] * batch.get("tool_mask", torch.ones_like(batch["completion_mask"]))
-        unscored = self._local(self._rewards.isnan().all(dim=1))
+        unscored = self._rewards.isnan().all(dim=1)
         if self._rewards.size(1) and unscored.any():
-            mask = mask * ~unscored[:, None]
+            mask = mask * ~self._local(unscored)[:, None]
             batch["tool_mask"] = mask  # by which TRL masks its losses, and nothing else
+            batch["num_items_in_batch"] = self.accelerator.gather(mask.sum()).sum()
         return mask
 
     def _local(self, values: Tensor) -> Tensor:
@@ -398,8 +406,8 @@ class PPOTrainer(GRPOTrainer):
         count = len(values) // self.accelerator.num_processes
         return values[self.accelerator.process_index * count :][:count]
 
-    def _scores(self, batch: dict[str, Any], mode: str) -> Tensor:
-        """One score of each completion, (B,): the weighted sum of rewards, less the penalty, in a common scale."""
+    def _scores(self, batch: dict[str, Any], mode: str, scored: Tensor) -> Tensor:
+        """One score of each completion, (B,): the weighted sum of rewards, less the penalty, in the scale of those `scored`."""
         total = (self._rewards * self.reward_weights.to(self._rewards.device)).nansum(dim=1)
         scores = self._local(total)
         if self.args.missing_eos_penalty is not None:
@@ -407,7 +415,7 @@ class PPOTrainer(GRPOTrainer):
             ended = torch.isin(_last_tokens(batch["completion_ids"], batch["completion_mask"]), ends)
             scores = scores - self.args.missing_eos_penalty * ~ended
         if mode == "train" and self.score_scaling.scale:
-            self.score_scaling.update(self._moments(scores))
+            self.score_scaling.update(self._moments(scores, scored))
         return self.score_scaling(scores)
 
     def _moments(self, values: Tensor, mask: Tensor | None = None) -> Moments:
@@ -417,14 +425,14 @@ class PPOTrainer(GRPOTrainer):
     def _mean(self, values: Tensor, mask: Tensor | None = None) -> float:
         return self._moments(values, mask).mean
 
-    def _check_reference(self, kl: Tensor, mask: Tensor) -> None:
+    def _check_reference(self, log_ratio: Tensor, mask: Tensor) -> None:
         """At the start the policy is the reference; if not, a role is not what it should be."""
         if self.state.global_step or not self.model.training:
             return
-        largest = self._mean(kl.abs(), mask)
-        if largest > self._tolerance():
+        gap = self._mean(log_ratio.abs(), mask)
+        if not gap <= self._tolerance():
             raise RecipeError(
-                f"step 0: policy and reference differ by {largest:.3g} nats a token before anything was learnt. Their weights "
+                f"step 0: policy and reference differ by {gap:.3g} nats a token before anything was learnt. Their weights "
                 "are not the same (an adapter that is not the one it was copied from), or not of one type, or one has dropout"
             )
 
