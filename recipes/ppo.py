@@ -36,14 +36,16 @@ def main() -> None:
     print(f"{len(data.train)} prompts to train on, {len(data.eval or ())} to evaluate on")
 
     # Roles: policy and reference from the SFT adapter; reward models and critic join them in the trainer
-    rewards, training_args.reward_weights = load_rewards(ppo_args.reward_funcs)
+    rewards, weights = load_rewards(ppo_args.reward_funcs)
     model = load_policy(model_args, training_args, ppo_args.start_from, tokenizer)
     meter = RunMeter(training_args, ppo_args, data_args, model_args)
+    args = without_what_is_done(training_args)
+    args.reward_weights = weights  # those that were parsed stay as they are: a resumed run is compared by them
     with explained("ppo"):
         trainer = PPOTrainer(
             model,
             rewards,
-            args=without_what_is_done(training_args),
+            args=args,
             train_dataset=data.train,
             eval_dataset=data.eval,
             processing_class=tokenizer,

@@ -151,7 +151,10 @@ class Health(TrainerCallback):
             RecipeError: if not one of its weights has, after steps in which they should.
         """
         learnt = state.global_step - max(self._first_step, args.value_warmup_steps)
-        if learnt > 0 and _digests(model) == self._before:
+        enough = 1
+        if args.target_kl is not None:  # a resumed run may have begun in an iteration whose rest is left out
+            enough = math.ceil(args.num_iterations * args.steps_per_generation / args.gradient_accumulation_steps)
+        if learnt >= enough and _digests(model) == self._before:
             raise RecipeError(
                 f"{learnt} steps have not changed the policy by one bit: a learning rate of {args.learning_rate:g}, scores "
                 "that are all alike, or an adapter that is not in use"

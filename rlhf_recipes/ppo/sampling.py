@@ -18,12 +18,21 @@ from trl.trainer.utils import RepeatSampler, pad
 
 
 class EpochRepeatSampler(RepeatSampler):
-    """TRL's sampler, whose order in an epoch depends on the seed and on the number of the epoch alone."""
+    """TRL's sampler, whose order in an epoch depends on the seed and on the number of the epoch alone.
 
-    def set_epoch(self, epoch: int) -> None:
-        """Called by Accelerate before each epoch."""
+    Parameters:
+        epoch: returns the number. It is asked: of several processes that resume, Accelerate tells none.
+        options: of TRL's.
+    """
+
+    def __init__(self, epoch: Callable[[], int], **options: Any):
+        super().__init__(**options)
+        self.epoch = epoch
+
+    def __iter__(self) -> Iterator[int]:
         if self.shuffle:
-            self.generator.manual_seed(self.seed + epoch)
+            self.generator.manual_seed(self.seed + self.epoch())
+        return super().__iter__()
 
 
 def at_least_one_batch(dataset: Any, args: PPOConfig) -> Any:
@@ -37,7 +46,7 @@ def at_least_one_batch(dataset: Any, args: PPOConfig) -> Any:
 
 
 def check_rollouts(rollout: Callable[..., dict[str, Any]]) -> Callable[..., dict[str, Any]]:
-    """`rollout`, which stops the run where it returns a completion without a token, or the wrong number of them."""
+    """`rollout`, which stops the run where it returns a prompt or a completion without a token, or the wrong number of them."""
 
     @functools.wraps(rollout)
     def checked(prompts: list[Any], trainer: Any) -> dict[str, Any]:
@@ -46,6 +55,12 @@ def check_rollouts(rollout: Callable[..., dict[str, Any]]) -> Callable[..., dict
         where = f"step {trainer.state.global_step}: rollout_func"
         if completions is not None and len(completions) != len(prompts):
             raise RecipeError(f"{where} returned {len(completions)} completions for {len(prompts)} prompts")
+        for row, ids in enumerate(output.get("prompt_ids") or ()):
+            if not len(ids):
+                raise RecipeError(
+                    f"{where} returned a prompt without a token for prompt {row} of the batch, so there is no state in which "
+                    f"its completion began; let it begin with BOS at least; the prompt: {prompts[row]!r:.300}"
+                )
         for row, ids in enumerate(completions or ()):
             if not len(ids):
                 raise RecipeError(

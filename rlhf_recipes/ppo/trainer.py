@@ -195,6 +195,7 @@ class PPOTrainer(GRPOTrainer):
     def _get_train_sampler(self, dataset: Dataset | None = None) -> EpochRepeatSampler:
         """TRL's, in an order that depends on seed and epoch alone, so that a resumed run has that of an unbroken one."""
         return EpochRepeatSampler(
+            epoch=lambda: int(self.state.epoch or 0),
             data_source=self.train_dataset if dataset is None else dataset,
             mini_repeat_count=self.num_generations,
             batch_size=self.args.generation_batch_size // self.num_generations,
@@ -296,7 +297,8 @@ class PPOTrainer(GRPOTrainer):
     @property
     def _keeps_record(self) -> bool:
         """Whether the sampler is a model of ours that computes what another pass would."""
-        watched = not (self.use_vllm or self.use_transformers_continuous_batching or self.rollout_func or self.tools)
+        elsewhere = self.use_vllm or self.use_transformers_continuous_batching or self.rollout_func or self.tools
+        watched = not (elsewhere or self.args.generation_kwargs)  # which may ask for beams, and other orders of rows
         wanted = self.args.sampler_logps
         return watched and (self._exact if wanted is None else wanted)
 
@@ -484,7 +486,7 @@ class PPOTrainer(GRPOTrainer):
     def _reset_iteration(self) -> None:
         """Forgets what was known of the last batch of completions."""
         self._stopped, self._updated = False, False
-        self._window: list[Tensor] = []  # approximate KL of the micro-batches since the last optimizer step
+        self._window: list[Tensor] = []  # of the micro-batches since the last step: approximate KL, and tokens
 
     @property
     def _warming_up(self) -> bool:
@@ -529,7 +531,8 @@ class PPOTrainer(GRPOTrainer):
                     "before its first step on this batch, so the ratio of PPO is not 1: something differs between rollout and "
                     "update (dropout, the active adapter, the temperature, padding, the type of the weights)"
                 )
-        self._window.append(approximate_kl(logps, old_logps, mask))
+        tokens = mask.sum()
+        self._window.append(torch.stack([approximate_kl(logps, old_logps, mask) * tokens, tokens]))
 
     def _critic_step(self, inputs: dict[str, Any]) -> None:
         """Adds the gradient of the clipped value loss of one micro-batch to the critic's weights."""
@@ -579,7 +582,8 @@ class PPOTrainer(GRPOTrainer):
         if not self._stopped:
             self._step_critic()
         if self._window:
-            kl = self.accelerator.gather(torch.stack(self._window).mean()).mean().item()
+            total, tokens = self.accelerator.reduce(torch.stack(self._window).sum(0), reduction="sum").tolist()
+            kl = total / max(tokens, 1)
             self._metrics["train"]["approx_kl"].append(kl)
             self._updated, self._window = True, []
             self._stopped = self._stopped or (self.args.target_kl is not None and kl > self.args.target_kl)
@@ -652,9 +656,8 @@ class PPOTrainer(GRPOTrainer):
             return
         folder = Path(checkpoint)
         self.critic.load(folder)  # again, since DeepSpeed loads its policy by itself
-        device = self.accelerator.device
-        optimizer = torch.load(folder / "critic_optimizer.pt", map_location=device, weights_only=True)
-        self.critic_optimizer.load_state_dict(optimizer)
+        optimizer = torch.load(folder / "critic_optimizer.pt", map_location="cpu", weights_only=True)
+        self.critic_optimizer.load_state_dict(optimizer)  # which moves it to where the weights are
         state = json.loads((folder / STATE).read_text(encoding="utf-8"))
         self._step, self._stopped, self._updated = state["step"], state["stopped"], state["updated"]
         self.kl.coefficient, self.score_scaling.moments = state["kl_coef"], Moments(**state["scores"])
@@ -663,7 +666,7 @@ class PPOTrainer(GRPOTrainer):
             batches: dict[int, dict[str, Tensor]] = {}
             for name, value in load_file(rollout).items():
                 place, _, key = name.partition("/")
-                batches.setdefault(int(place), {})[key] = value.to(device)
+                batches.setdefault(int(place), {})[key] = value.to(self.accelerator.device)
             self._buffered_inputs = [batches[place] for place in sorted(batches)]
 
 

@@ -1,0 +1,177 @@
+"""Two processes give the update of one on the same prompts and completions; a run of two goes on where it was broken off."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from datasets import Dataset
+from safetensors.torch import load_file
+from small_ppo import (
+    PROMPTS,
+    Remembering,
+    answers_of,
+    count_words,
+    logged,
+    lora,
+    make_trainer,
+    moved,
+    prompts,
+    save_base,
+    save_reward,
+    with_adapter,
+)
+from transformers import AutoModelForCausalLM
+
+TEXTS = Dataset.from_dict({"text": [f"w{5 + row} w{6 + row} w{7 + row}" for row in range(6)]})  # of one length: means of means
+WHITENED = {"whiten_rewards": True, "whiten_advantages": True, "use_score_scaling": True, "kl_target": 0.05, "kl_horizon": 30}
+
+
+def some(prompts, completion_ids, **columns):
+    """No score for one of the prompts, so that the two processes have not equally much to learn from."""
+    scores = count_words(completion_ids)
+    return [None if prompt == PROMPTS[3] else score for prompt, score in zip(prompts, scores, strict=True)]
+
+
+# Options for one process; two have half of `per_device_train_batch_size` each.
+CASES = {
+    "shared": {"critic": "shared", "ptx_coef": 0.5, "ptx_batch_size": 2},
+    "adapter": {"critic": "adapter", "reward": True},
+    "fresh": {"critic": "adapter", "fresh": True, "gradient_accumulation_steps": 2, "value_warmup_steps": 1},
+    "checkpointing": {"critic": "adapter", "gradient_checkpointing": True, "ptx_coef": 0.5, "ptx_batch_size": 2},
+    "whole": {"critic": "model", "whole": True},
+    "stopping": {"critic": "shared", "target_kl": 1e-6, "num_iterations": 4},
+    "unscored": {"critic": "shared", "unscored": True},
+}
+
+
+def make(folder, case, processes, **others):
+    """The trainer of a case in one of so many processes."""
+    options = {**WHITENED, **CASES[case], **others}
+    base, reward = folder.parent / "base", folder.parent / "reward"
+    fresh, whole = options.pop("fresh", False), options.pop("whole", False)
+    judges = [some if options.pop("unscored", False) else count_words]
+    judges += [str(reward)] if options.pop("reward", False) else []
+    values = {
+        "per_device_train_batch_size": 8 // options.get("gradient_accumulation_steps", 1),
+        "optim": "sgd",  # Adam makes full steps of gradients that are nothing but rounding
+        "learning_rate": 0.1,
+        "value_learning_rate": 0.1,
+        "max_steps": 6,
+        "kl_coef": 0.2,
+        "shuffle_dataset": False,
+        **options,
+    }
+    for name in ("per_device_train_batch_size", "ptx_batch_size"):
+        if name in values:
+            values[name] //= processes
+    model = AutoModelForCausalLM.from_pretrained(base)
+    return make_trainer(
+        folder,
+        model if fresh or whole else with_adapter(model),
+        judges,
+        Remembering,
+        prompts(16),
+        lora() if fresh else None,
+        {"ptx_dataset": TEXTS, "rollout_func": None if values.pop("sampled", False) else answers_of()},
+        **values,
+    )
+
+
+def run(folder, case, processes, checkpoint=None, **others):
+    """Trains, and leaves the policy, the critic and the log in the folder."""
+    folder.mkdir(exist_ok=True)
+    trainer = make(folder, case, processes, **others)
+    trainer.train(resume_from_checkpoint=checkpoint)
+    trainer.save_model(str(folder))
+    if trainer.accelerator.is_main_process:
+        log = {"log": trainer.state.log_history, "kl_coef": trainer.kl.coefficient, "kl": logged(trainer, "kl")}
+        (folder / "log.json").write_text(json.dumps(log))
+    trainer.accelerator.wait_for_everyone()
+    assert trainer.accelerator.num_processes == processes
+    return trainer
+
+
+# Two batches of 8 an epoch, each of them learnt from in 4 steps; the eleventh is in the middle of the second epoch.
+AGAIN = {"sampled": True, "steps_per_generation": 2, "num_iterations": 2, "per_device_train_batch_size": 4, "max_steps": 14}
+AGAIN |= {
+    "optim": "adamw_torch",
+    "learning_rate": 3e-3,
+    "shuffle_dataset": True,
+    "save_strategy": "steps",
+    "save_steps": 1,
+    "ptx_coef": 0.5,
+    "ptx_batch_size": 2,
+}
+
+
+def main(folder):
+    """What each of two processes does."""
+    for case in CASES:
+        run(folder / case, case, 2)
+    run(folder / "unbroken", "adapter", 2, **AGAIN)
+    for step in (3, 11):
+        broken = folder / f"broken-{step}"
+        run(broken, "adapter", 2, str(folder / "unbroken" / f"checkpoint-{step}"), **AGAIN)
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    """Of the results of two processes."""
+    folder = tmp_path_factory.mktemp("two")
+    save_reward(folder / "reward", save_base(folder / "base"))
+    script = folder / "train.py"
+    script.write_text(
+        f"import sys\nfrom pathlib import Path\n\nsys.path.insert(0, {str(Path(__file__).parent)!r})\n"
+        "from test_ppo_distributed import main\n\nmain(Path(__file__).parent)\n"
+    )
+    command = ["launch", "--multi_gpu", "--num_machines", "1", "--num_processes", "2", "--mixed_precision", "no"]
+    command = [sys.executable, "-m", "accelerate.commands.accelerate_cli", *command, "--dynamo_backend", "no"]
+    result = subprocess.run([*command, "--main_process_port", "0", script], capture_output=True, text=True, timeout=600)
+    assert result.returncode == 0, result.stderr[-3000:]
+    return folder
+
+
+def read(folder):
+    return json.loads((folder / "log.json").read_text())
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_two_processes_give_the_update_of_one(folder, tmp_path, case):
+    for name in ("base", "reward"):
+        (tmp_path / name).symlink_to(folder / name)
+    one = run(tmp_path / case, case, 1)
+    start = make(tmp_path / case, case, 1)
+    name = "model.safetensors" if CASES[case].get("whole") else "adapter_model.safetensors"
+    for file, before in ((name, start.model), ("critic.safetensors", start.critic)):
+        before.save(tmp_path) if file.startswith("critic") else before.save_pretrained(tmp_path)
+        first, mine, theirs = (load_file(place / file) for place in (tmp_path, tmp_path / case, folder / case))
+        assert mine.keys() == theirs.keys() <= first.keys()
+        steps = max((mine[key] - first[key]).abs().max().item() for key in mine)
+        assert steps > 1e-3, "nothing was learnt"
+        for key in mine:
+            torch.testing.assert_close(theirs[key], mine[key], atol=2e-6, rtol=0)
+    log = read(folder / case)
+    assert log["kl_coef"] == pytest.approx(one.kl.coefficient, rel=1e-5)
+    assert len(log["log"]) == len(one.state.log_history)
+    keys = {"kl", "score", "score_std", "kl_coef", "value/mean", "value/explained_variance", "approx_kl", "grad_norm", "loss"}
+    keys |= {"value/grad_norm", "early_stopped", "rlhf_reward"}
+    for mine, theirs in zip(one.state.log_history, log["log"], strict=True):
+        assert mine.keys() == theirs.keys()
+        for key in keys & mine.keys():
+            assert theirs[key] == pytest.approx(mine[key], abs=1e-4, rel=1e-4), f"{key} at step {mine['step']}"
+
+
+@pytest.mark.parametrize("step", [3, 11])
+def test_a_run_of_two_processes_resumed_is_the_unbroken_one(folder, step):
+    """In the first round of the data, and in the second, each of them between a rollout and its last update."""
+    whole, broken = folder / "unbroken", folder / f"broken-{step}"
+    assert read(whole)["kl"][-1] == read(broken)["kl"][-1]
+    files = ("adapter_model.safetensors", "critic.safetensors", "checkpoint-14/rollout-0.safetensors")
+    for file in (*files, "checkpoint-14/rollout-1.safetensors"):
+        assert not moved(load_file(whole / file), load_file(broken / file)), f"resumed at step {step}: {file}"
+    # each process samples answers of its own
+    rollouts = [load_file(whole / f"checkpoint-14/rollout-{rank}.safetensors") for rank in (0, 1)]
+    assert not torch.equal(*(rollout["0/prompt_ids"] for rollout in rollouts))
