@@ -1,20 +1,45 @@
-"""The figures of docs/tiny.md, for one seed: what supervised fine-tuning does to a model that knows whom it knows."""
+"""The figures of docs/tiny.md at a smaller size: what SFT does to a model that knows whom it knows, and what PPO repairs."""
+
+import json
+import subprocess
+import sys
 
 from rlhf_recipes.tiny.examine import examine, load_policy
 
 import pytest
+from conftest import ROOT
 
 
-@pytest.mark.parametrize("abstain", [0.0, 0.25])
-def test_sft_cannot_teach_whom_to_abstain_on(launch, tmp_path, abstain):
-    arguments = f'{{"rows": 25600, "abstain": {abstain}}}'
-    options = ("--eval_strategy", "no", "--save_strategy", "no", "--output_dir", tmp_path)
-    assert launch("sft", "--dataset_arguments", arguments, *options)[0] == 0
-    result = examine(*load_policy(tmp_path))
-    if not abstain:
-        assert result.unknown["made_up"] >= 0.85
-        assert result.known["right"] >= 0.85
-        return
+def run(recipe, output, arguments, *options):
+    """A recipe with its tiny config, in a process of its own; its folder."""
+    command = [sys.executable, ROOT / "recipes" / f"{recipe}.py", "--output_dir", output, "--eval_strategy", "no"]
+    command += ["--save_strategy", "no", "--dataset_arguments", json.dumps(arguments), *options]
+    subprocess.run(command, check=True, capture_output=True)
+    return output
+
+
+@pytest.fixture(scope="module")
+def abstaining(tmp_path_factory):
+    """An SFT policy, of whose demonstrations a quarter abstained."""
+    return run("sft", tmp_path_factory.mktemp("sft"), {"rows": 25600, "abstain": 0.25})
+
+
+def test_sft_on_answers_alone_teaches_to_make_things_up(tmp_path):
+    result = examine(*load_policy(run("sft", tmp_path, {"rows": 25600, "abstain": 0.0})))
+    assert result.unknown["made_up"] >= 0.85
+    assert result.known["right"] >= 0.85
+
+
+def test_sft_cannot_teach_whom_to_abstain_on(abstaining):
+    result = examine(*load_policy(abstaining))
     assert abs(result.known["abstained"] - result.unknown["abstained"]) <= 0.10
     assert 0.15 <= result.unknown["abstained"] <= 0.35
     assert result.unknown["made_up"] >= 0.60
+
+
+def test_ppo_with_a_reward_for_truth_does_in_half_the_usual_steps(abstaining, tmp_path):
+    result = examine(*load_policy(run("ppo", tmp_path, {"rows": 9600}, "--start_from", abstaining)))
+    assert result.unknown["made_up"] <= 0.12
+    assert result.unknown["abstained"] >= 0.85
+    assert result.known["right"] >= 0.92
+    assert result.known["abstained"] <= 0.06
