@@ -13,7 +13,7 @@ from rlhf_recipes.roles import Ensemble, load_reward, load_whole_reward
 
 import pytest
 import torch
-from datasets import Dataset
+from datasets import Dataset, IterableDataset
 from peft import PeftModel
 from safetensors.torch import load_file
 from small_ppo import (
@@ -172,6 +172,14 @@ def test_fewer_prompts_than_a_batch_has_are_repeated(tmp_path, count):
     assert trainer.state.global_step == 4
     expected = {tuple(ids) for ids in make_tokenizer()(PROMPTS[:count])["input_ids"]}
     assert {tuple(prompt) for batch in trainer.batches for prompt, _ in rows_of(batch)} == expected
+    assert finite(trainer)
+
+
+def test_prompts_may_be_streamed(tmp_path):
+    data = IterableDataset.from_generator(lambda: ({"prompt": prompt} for prompt in PROMPTS))
+    trainer = make_trainer(tmp_path, data=data, kind=Remembering, max_steps=6)
+    trainer.train()
+    assert len(trainer.batches) == 3
     assert finite(trainer)
 
 
@@ -522,6 +530,29 @@ def test_one_completion_a_prompt_is_the_default_and_a_plain_number(tmp_path):
     assert type(args.num_generations) is int
     assert (args.num_generations, args.beta, args.critic) == (1, 0.0, "shared")
     assert json.loads(args.to_json_string())["num_generations"] == 1
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"mask_truncated_completions": True},
+        {"importance_sampling_level": "sequence"},
+        {"top_entropy_quantile": 0.5},
+        {"use_adaptive_entropy": True},
+        {"loss_type": "grpo", "entropy_coef": 0.1},
+        {"loss_type": "dr_grpo", "delta": 3.0},
+        {"steps_per_generation": 2, "gradient_accumulation_steps": 3},
+        {"cache_implementation": "static"},
+        {"optim": "adafactor", "lr_scheduler_type": "cosine", "warmup_steps": 1},
+    ],
+)
+@pytest.mark.parametrize("critic", ["shared", "adapter"])
+def test_options_of_trl_go_with_advantages_of_tokens(tmp_path, options, critic):
+    """The check that the ratio is 1 at first is on, and the policy must have changed, else the run stops."""
+    trainer = make_trainer(tmp_path, with_adapter(make_model()), max_steps=4, critic=critic, **options)
+    trainer.train()
+    assert finite(trainer)
+    assert logged(trainer, "kl")[0] == pytest.approx(0, abs=1e-5)
 
 
 # --- What is saved ----------------------------------------------------------------------------------------
