@@ -3,11 +3,12 @@
     python benchmarks/ppo_vs_trl.py --rounds 3
 
 Both train the same random Llama of about 120M parameters by LoRA, on the same random prompts: 16 prompts an iteration, 32
-tokens each, 48 tokens of completion, 2 passes, a reward model of the same size, one thread, fp32 against fp32 and bf16 weights
-against bf16 weights. TRL 1.12 is installed into an environment of its own (`runs/peer`). The runs take turns, each in a process
-of its own; of each way the table has the median seconds of CPU an iteration takes for one completion, the peak of the process's
-memory, and where the time goes. The floor is the number of floating-point operations of an iteration, divided by what this
-machine does a second in a matrix product of that type and of that shape.
+tokens each, 48 tokens of completion, 2 passes of one optimizer step, a reward model of the same size, one thread, fp32 against
+fp32 and bf16 weights against bf16 weights; every pass of a model sees all 16 rows or, to the same effect, 4 of them at a time.
+TRL 1.12 is installed into an environment of its own (`runs/peer`). The runs take turns, each in a process of its own; of each
+way the table has the median seconds of CPU an iteration takes for one completion, the peak of the process's memory, and where
+the time goes. The floor is the number of floating-point operations of an iteration, divided by what this machine does a second
+in a matrix product of that type and of that shape.
 
 TRL trains a copy of the base as value model, whole, and holds a fourth copy as reward model; ours are adapters on one base.
 """
@@ -156,7 +157,7 @@ def report(clock: Clock, phases: Phases, steps_an_iteration: int) -> None:
 # --- The contestants -------------------------------------------------------------------------------------
 
 
-def run_peer(dtype: torch.dtype, iterations: int) -> None:
+def run_peer(dtype: torch.dtype, rows: int, iterations: int) -> None:
     """TRL 1.12's trainer; runs in its own environment."""
     from trl.experimental.ppo import PPOConfig, PPOTrainer, ppo_trainer
 
@@ -173,11 +174,11 @@ def run_peer(dtype: torch.dtype, iterations: int) -> None:
     phases.wrap(ppo_trainer, "get_reward", by_model)
     args = PPOConfig(
         tempfile.mkdtemp(),
-        per_device_train_batch_size=PROMPTS,
-        gradient_accumulation_steps=1,
+        per_device_train_batch_size=rows,
+        gradient_accumulation_steps=PROMPTS // rows,
         num_mini_batches=1,
         num_ppo_epochs=PASSES,
-        local_rollout_forward_batch_size=PROMPTS,
+        local_rollout_forward_batch_size=rows,
         response_length=COMPLETION_LENGTH,
         total_episodes=PROMPTS * iterations,
         num_sample_generations=0,
@@ -203,7 +204,7 @@ def run_peer(dtype: torch.dtype, iterations: int) -> None:
     report(clock, phases, 1)
 
 
-def run_ours(dtype: torch.dtype, iterations: int, critic: str) -> None:
+def run_ours(dtype: torch.dtype, rows: int, iterations: int, critic: str) -> None:
     """`PPOTrainer` with all roles on one base."""
     from rlhf_recipes import PPOConfig, PPOTrainer
     from rlhf_recipes.roles import Reward, ScalarHead, copy_adapter
@@ -212,11 +213,12 @@ def run_ours(dtype: torch.dtype, iterations: int, critic: str) -> None:
     tokenizer = make_tokenizer()
     model = get_peft_model(LlamaForCausalLM(make_config()).to(dtype), lora())
     copy_adapter(model, "default", "reward")
-    reward = Reward(model, "reward", ScalarHead(HIDDEN).requires_grad_(False), tokenizer, None, Path(), "reward", PROMPTS)
+    reward = Reward(model, "reward", ScalarHead(HIDDEN).requires_grad_(False), tokenizer, None, Path(), "reward", rows)
     clock = Clock()
     args = PPOConfig(
         tempfile.mkdtemp(),
-        per_device_train_batch_size=PROMPTS,
+        per_device_train_batch_size=rows,
+        gradient_accumulation_steps=PROMPTS // rows,
         num_iterations=PASSES,
         max_completion_length=COMPLETION_LENGTH,
         max_steps=PASSES * iterations,
@@ -277,9 +279,10 @@ def operations(critic: str) -> float:
     head = 2 * HIDDEN * VOCABULARY
     all_tokens, completion = PROMPTS * (PROMPT_LENGTH + COMPLETION_LENGTH), PROMPTS * COMPLETION_LENGTH
     logps = all_tokens * layers + completion * head
-    rollout, reward, policy, reference = logps, all_tokens * layers, logps, logps
+    # The sampler's own log-probabilities are those of the policy, and the values of a critic on its states come with them
+    rollout, reward, reference = logps, all_tokens * layers, logps
     own = all_tokens * layers if critic == "adapter" else 0
-    return rollout + reward + policy + reference + own + PASSES * 2 * (logps + own)
+    return rollout + reward + reference + own + PASSES * 2 * (logps + own)
 
 
 # --- The table -------------------------------------------------------------------------------------------
@@ -298,11 +301,11 @@ def install_peer() -> None:
     (PEER / "installed").touch()
 
 
-def run_alone(who: str, dtype: str, iterations: int) -> dict[str, Any]:
+def run_alone(who: str, dtype: str, rows: int, iterations: int) -> dict[str, Any]:
     """What a contestant reports, in a process of its own with one thread."""
     python = PEER / "bin" / "python" if who == "TRL 1.12" else Path(sys.executable)
     single = {"OMP_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "false", "HF_HUB_OFFLINE": "1", "TRL_EXPERIMENTAL_SILENCE": "1"}
-    command = [python, __file__, "--alone", who, dtype, "--iterations", str(iterations)]
+    command = [python, __file__, "--alone", who, dtype, str(rows), "--iterations", str(iterations)]
     run = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True, env={**os.environ, **single})
     return json.loads(run.stdout.splitlines()[-1])
 
@@ -313,16 +316,17 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--iterations", type=int, default=3, help="of each run, the first of which is not counted")
     parser.add_argument("--types", nargs="+", choices=TYPES, default=list(TYPES))
+    parser.add_argument("--rows", nargs="+", type=int, choices=(1, 2, 4, 8, 16), default=[16, 4], help="of a pass")
     parser.add_argument("--without_peer", action="store_true")
-    parser.add_argument("--alone", nargs=2, help=argparse.SUPPRESS)
+    parser.add_argument("--alone", nargs=3, help=argparse.SUPPRESS)
     options = parser.parse_args()
     disable_progress_bars()
     if options.alone:
-        who, dtype = options.alone
+        who, dtype, rows = options.alone
         if who == "TRL 1.12":
-            run_peer(TYPES[dtype], options.iterations)
+            run_peer(TYPES[dtype], int(rows), options.iterations)
         else:
-            run_ours(TYPES[dtype], options.iterations, who)
+            run_ours(TYPES[dtype], int(rows), options.iterations, who)
         return
 
     torch.set_num_threads(1)
@@ -330,26 +334,34 @@ def main() -> None:
     if not options.without_peer:
         install_peer()
         contestants.insert(0, "TRL 1.12")
-    print(f"| type | way | CPU s a completion | times faster | GiB at peak | floor, s | {' | '.join(PHASES)} |")
-    print(f"|---|---|---|---|---|---|{'---|' * len(PHASES)}")
+    print(f"| type | way | rows | CPU s a completion | times faster | GiB at peak | floor, s | {' | '.join(PHASES)} |")
+    print(f"|---|---|---|---|---|---|---|{'---|' * len(PHASES)}")
     for dtype in options.types:
         results = collections.defaultdict(list)
         rates = []
         for _ in range(options.rounds):
-            for who in contestants:
-                results[who].append(run_alone(who, dtype, options.iterations))
+            for way in itertools.product(contestants, options.rows):
+                who, rows = way
+                results[way].append(run_alone(who, dtype, rows, options.iterations))
             rates.append(matmul_rate(TYPES[dtype]))
-        seconds = {
-            who: statistics.median(time for run in runs for time in run["iterations"]) / PROMPTS
-            for who, runs in results.items()
-        }
-        for who, runs in results.items():
-            floor = "" if who == "TRL 1.12" else f"{operations(who) / statistics.median(rates) / PROMPTS:.2f}"
-            faster = f"{seconds['TRL 1.12'] / seconds[who]:.1f}" if "TRL 1.12" in seconds else ""
-            memory = statistics.median(run["memory"] for run in runs) / 2**30
-            parts = [statistics.median(run["phases"].get(name, 0.0) for run in runs) / PROMPTS for name in PHASES]
-            cells = [dtype, who, f"{seconds[who]:.2f}", faster, f"{memory:.1f}", floor, *(f"{part:.2f}" for part in parts)]
-            print(f"| {' | '.join(cells)} |", flush=True)
+        for line in table(dtype, results, statistics.median(rates)):
+            print(line, flush=True)
+
+
+def table(dtype: str, results: dict[tuple[str, int], list[dict[str, Any]]], rate: float) -> Iterator[str]:
+    """A line for each way; faster than the peer's fastest."""
+    seconds = {
+        way: statistics.median(time for run in runs for time in run["iterations"]) / PROMPTS for way, runs in results.items()
+    }
+    peer = min((time for (who, _), time in seconds.items() if who == "TRL 1.12"), default=None)
+    for (who, rows), runs in results.items():
+        own = seconds[who, rows]
+        faster = "" if peer is None else f"{peer / own:.2f}"
+        floor = "" if who == "TRL 1.12" else f"{operations(who) / rate / PROMPTS:.2f}"
+        memory = statistics.median(run["memory"] for run in runs) / 2**30
+        parts = [statistics.median(run["phases"].get(name, 0.0) for run in runs) / PROMPTS for name in PHASES]
+        cells = [dtype, who, str(rows), f"{own:.2f}", faster, f"{memory:.2f}", floor, *(f"{part:.2f}" for part in parts)]
+        yield f"| {' | '.join(cells)} |"
 
 
 if __name__ == "__main__":

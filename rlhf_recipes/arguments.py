@@ -142,8 +142,8 @@ class RewardArguments:
 
 
 @dataclass
-class PPOArguments:
-    """Where PPO begins and what it is rewarded for, beyond `PPOConfig`."""
+class DPOArguments:
+    """Where DPO begins, beyond TRL's `DPOConfig`."""
 
     start_from: str | None = field(
         default=None,
@@ -152,6 +152,16 @@ class PPOArguments:
             "policy is the base with a fresh adapter, and the base is the reference."
         },
     )
+    needs: list[str] = field(
+        default_factory=list,
+        metadata={"help": "YAML files of earlier stages, which are run first where `output_dir` holds no result of theirs."},
+    )
+
+
+@dataclass
+class PPOArguments(DPOArguments):
+    """Where PPO begins and what it is rewarded for, beyond `PPOConfig`."""
+
     reward_funcs: list[str] = field(
         default_factory=list,
         metadata={
@@ -164,10 +174,6 @@ class PPOArguments:
     )
     ptx_dataset: list[DatasetSource] = field(
         default_factory=list, metadata={"help": "Pretraining text, for `ptx_coef`: a mixture of data with the column `text`."}
-    )
-    needs: list[str] = field(
-        default_factory=list,
-        metadata={"help": "YAML files of earlier stages, which are run first where `output_dir` holds no result of theirs."},
     )
 
 
@@ -210,6 +216,8 @@ def parse_arguments(recipe: str | Path, *dataclass_types: type, argv: Sequence[s
     types = {name: hint for cls in dataclass_types for name, hint in get_type_hints(cls).items()}
     fields = {item.name: item for cls in dataclass_types for item in dataclasses.fields(cls) if item.init}
     types = {name: _WIDER_TYPES.get(name, types[name]) for name in fields}
+    if types.get("loss_type") == list[str]:  # of DPO, where one loss need not be written as a list
+        types["loss_type"] = list[str] | str
     from_file = read_yaml(config)
     for where, values in ((str(config), from_file), (COMMAND_LINE, given)):
         for key, value in values.items():

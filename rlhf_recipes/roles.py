@@ -6,6 +6,7 @@ base it was trained on, and the mean and standard deviation that its scores are 
 
 import contextlib
 import copy
+import functools
 import json
 import math
 from abc import ABC, abstractmethod
@@ -31,6 +32,9 @@ from transformers import AutoModelForSequenceClassification, AutoTokenizer, PreT
 RECORD = "reward.json"
 HEAD = "score"
 """The name that Transformers gives the head of a decoder that classifies sequences."""
+
+POLICY = "default"
+"""PEFT's name for an adapter that was not given one: that of the policy, which is trained."""
 
 NO_ADAPTER = object()
 """For `playing`: the base alone, without any adapter."""
@@ -484,6 +488,19 @@ def copy_adapter(model: PeftModel, source: str, name: str) -> None:
         model.add_adapter(name, copy.deepcopy(model.peft_config[source]))
         cast_adapter_dtype(model, name)
         set_peft_model_state_dict(model, weights, adapter_name=name)
+
+
+@contextlib.contextmanager
+def saved_alone(model: nn.Module, adapter: str) -> Iterator[None]:
+    """Within, `save_pretrained` of a `PeftModel` saves this adapter, and not the other roles on its base."""
+    if not isinstance(model, PeftModel):
+        yield
+        return
+    model.save_pretrained = functools.partial(model.save_pretrained, selected_adapters=[adapter])
+    try:
+        yield
+    finally:
+        del model.save_pretrained
 
 
 @contextlib.contextmanager

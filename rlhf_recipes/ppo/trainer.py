@@ -5,7 +5,6 @@ Everything that it assumes about TRL beyond its public interface is stated, and 
 
 import contextlib
 import copy
-import functools
 import json
 import logging
 from collections.abc import Callable, Iterator
@@ -40,7 +39,17 @@ from rlhf_recipes.ppo.sampling import (
     widened,
 )
 from rlhf_recipes.rewards import SavedReward, checked
-from rlhf_recipes.roles import NO_ADAPTER, Ensemble, Reward, Scorer, copy_adapter, load_saved_rewards, playing
+from rlhf_recipes.roles import (
+    NO_ADAPTER,
+    POLICY,
+    Ensemble,
+    Reward,
+    Scorer,
+    copy_adapter,
+    load_saved_rewards,
+    playing,
+    saved_alone,
+)
 from rlhf_recipes.runs import write_json
 
 import torch
@@ -70,8 +79,8 @@ from trl.trainer.utils import (
 
 logger = logging.getLogger(__name__)
 
-POLICY, REFERENCE = "default", "reference"
-"""Names of adapters: PEFT's of the one that is trained, and that of its frozen copy."""
+REFERENCE = "reference"
+"""Name of the adapter that is a frozen copy of the policy's."""
 
 STATE, ROLLOUT = "ppo_state.json", "rollout-{}.safetensors"
 
@@ -609,14 +618,7 @@ class PPOTrainer(GRPOTrainer):
 
     def _save(self, output_dir: str | None = None, state_dict: dict[str, Tensor] | None = None) -> None:
         """Saves the policy, without the other adapters on its base, and the critic."""
-        if isinstance(self.model, PeftModel):
-            whole = self.model.save_pretrained
-            self.model.save_pretrained = functools.partial(whole, selected_adapters=[POLICY])
-            try:
-                super()._save(output_dir, state_dict)
-            finally:
-                del self.model.save_pretrained
-        else:
+        with saved_alone(self.model, POLICY):
             super()._save(output_dir, state_dict)
         if self.args.should_save:
             self.critic.save(output_dir or self.args.output_dir)
