@@ -9,7 +9,7 @@ frozen copy on the same base is the reference, in 4 bits with `load_in_4bit: tru
 
 from pathlib import Path
 
-from rlhf_recipes.arguments import DataArguments, DPOArguments, explained, parse_arguments, user_errors
+from rlhf_recipes.arguments import DataArguments, PolicyArguments, explained, parse_arguments, user_errors
 from rlhf_recipes.data import load_data
 from rlhf_recipes.dpo import DPOTrainer
 from rlhf_recipes.models import load_policy, load_tokenizer, without_what_is_done
@@ -17,24 +17,24 @@ from rlhf_recipes.runs import RunMeter, checkpoint_to_resume, evaluate_at_end, r
 
 from trl import DPOConfig, ModelConfig, get_peft_config
 
-ARGUMENTS = (DPOArguments, DataArguments, DPOConfig, ModelConfig)
+ARGUMENTS = (PolicyArguments, DataArguments, DPOConfig, ModelConfig)
 
 
 def main() -> None:
     """Runs the stage, after those that it needs."""
-    dpo_args, data_args, training_args, model_args = parse_arguments(__file__, *ARGUMENTS)
-    checkpoint = checkpoint_to_resume(training_args, dpo_args, data_args, model_args)
-    run_missing(dpo_args.needs, Path(__file__).parent)
+    policy_args, data_args, training_args, model_args = parse_arguments(__file__, *ARGUMENTS)
+    checkpoint = checkpoint_to_resume(training_args, policy_args, data_args, model_args)
+    run_missing(policy_args.needs, Path(__file__).parent, inputs=[policy_args.start_from])
 
     # Data: pairs, and rankings as all of their pairs
     data = load_data(data_args, "preference", evaluate=training_args.eval_strategy != "no", seed=training_args.seed)
-    tokenizer = load_tokenizer(model_args, training_args)
+    tokenizer = load_tokenizer(model_args, training_args, policy_args, start_from=policy_args.start_from)
     data = data.fitted(tokenizer, training_args.max_length, data_args.long_rows)
     print(f"{len(data.train)} pairs to train on, {len(data.eval or ())} to evaluate on")
 
     # Roles: the policy from the SFT adapter; the trainer adds its copy as reference
-    model = load_policy(model_args, training_args, dpo_args.start_from, tokenizer)
-    meter = RunMeter(training_args, dpo_args, data_args, model_args)
+    model = load_policy(model_args, training_args, policy_args.start_from, tokenizer)
+    meter = RunMeter(training_args, policy_args, data_args, model_args)
     with explained("dpo"):
         trainer = DPOTrainer(
             model,
@@ -42,15 +42,15 @@ def main() -> None:
             train_dataset=data.train,
             eval_dataset=data.eval,
             processing_class=tokenizer,
-            peft_config=None if dpo_args.start_from else get_peft_config(model_args),
+            peft_config=None if policy_args.start_from else get_peft_config(model_args),
             callbacks=[meter],
         )
 
     train(trainer, checkpoint)
     evaluate_at_end(trainer)
     save_policy(trainer)
-    parents = [dpo_args.start_from] if dpo_args.start_from else []
-    groups = (model_args, training_args, dpo_args, data_args)
+    parents = [policy_args.start_from] if policy_args.start_from else []
+    groups = (model_args, training_args, policy_args, data_args)
     write_record(trainer, meter, *groups, data=data.report, recipe="dpo", parents=parents)
     trainer.accelerator.print(f"The policy is in {training_args.output_dir}")
     trainer.end()

@@ -13,7 +13,7 @@ from rlhf_recipes.arguments import DataArguments, PPOArguments, explained, parse
 from rlhf_recipes.data import load_data, load_texts
 from rlhf_recipes.models import load_policy, load_tokenizer, without_what_is_done
 from rlhf_recipes.ppo import PPOConfig, PPOTrainer
-from rlhf_recipes.rewards import SavedReward, load_rewards
+from rlhf_recipes.rewards import SavedReward, load_rewards, paths_of
 from rlhf_recipes.runs import RunMeter, checkpoint_to_resume, evaluate_at_end, run_missing, save_policy, train, write_record
 
 from trl import ModelConfig, get_peft_config
@@ -25,14 +25,16 @@ def main() -> None:
     """Runs the stage, after those that it needs."""
     ppo_args, data_args, training_args, model_args = parse_arguments(__file__, *ARGUMENTS)
     checkpoint = checkpoint_to_resume(training_args, ppo_args, data_args, model_args)
-    run_missing(ppo_args.needs, Path(__file__).parent)
+    run_missing(ppo_args.needs, Path(__file__).parent, inputs=[ppo_args.start_from, *paths_of(ppo_args.reward_funcs)])
 
     # Data: prompts, and what the reward functions want to know besides
     data = load_data(data_args, "prompt", evaluate=training_args.eval_strategy != "no", seed=training_args.seed)
-    tokenizer = load_tokenizer(model_args, training_args)
+    tokenizer = load_tokenizer(model_args, training_args, ppo_args, start_from=ppo_args.start_from)
     long_rows = "error" if data_args.long_rows == "error" else "drop"  # half a prompt asks for something else
     data = data.fitted(tokenizer, ppo_args.max_prompt_length, long_rows)
     texts = load_texts(ppo_args.ptx_dataset, data_args.bad_rows) if training_args.ptx_coef else None
+    if ppo_args.ptx_dataset and texts is None:
+        print("ptx_dataset is not read, since `ptx_coef` is 0")
     print(f"{len(data.train)} prompts to train on, {len(data.eval or ())} to evaluate on")
 
     # Roles: policy and reference from the SFT adapter; reward models and critic join them in the trainer
@@ -57,8 +59,8 @@ def main() -> None:
     train(trainer, checkpoint)
     evaluate_at_end(trainer)
     save_policy(trainer)
-    parents = [ppo_args.start_from, *(reward.folder for reward in rewards if isinstance(reward, SavedReward))]
     groups = (model_args, training_args, ppo_args, data_args)
+    parents = [ppo_args.start_from, *(reward.folder for reward in rewards if isinstance(reward, SavedReward))]
     write_record(trainer, meter, *groups, data=data.report, recipe="ppo", parents=[*filter(None, parents)])
     trainer.print_samples()
     trainer.accelerator.print(f"The policy is in {training_args.output_dir}")

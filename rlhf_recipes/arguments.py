@@ -142,8 +142,8 @@ class RewardArguments:
 
 
 @dataclass
-class DPOArguments:
-    """Where DPO begins, beyond TRL's `DPOConfig`."""
+class PolicyArguments:
+    """Where a policy begins, by DPO or PPO."""
 
     start_from: str | None = field(
         default=None,
@@ -152,15 +152,25 @@ class DPOArguments:
             "policy is the base with a fresh adapter, and the base is the reference."
         },
     )
+    eos_token: str | None = field(
+        default=None, metadata={"help": "What ends an answer; by default what `start_from` was taught, or what the base has."}
+    )
+    chat_template_path: str | None = field(
+        default=None,
+        metadata={"help": "A .jinja file or a tokenizer with a chat template; by default that of `start_from`, or the base's."},
+    )
     needs: list[str] = field(
         default_factory=list,
-        metadata={"help": "YAML files of earlier stages, which are run first where `output_dir` holds no result of theirs."},
+        metadata={
+            "help": "YAML files of earlier stages; each is run first if this stage reads its `output_dir` and there is no "
+            "result there."
+        },
     )
 
 
 @dataclass
-class PPOArguments(DPOArguments):
-    """Where PPO begins and what it is rewarded for, beyond `PPOConfig`."""
+class PPOArguments(PolicyArguments):
+    """Where the policy begins and what PPO rewards, beyond `PPOConfig`."""
 
     reward_funcs: list[str] = field(
         default_factory=list,
@@ -181,6 +191,7 @@ class PPOArguments(DPOArguments):
 EXCLUSIVE = (
     ("load_in_4bit", "load_in_8bit", "weights are stored in 4 bits or in 8"),
     ("bf16", "fp16", "compute in one of the two; bf16 wherever the GPU has it"),
+    ("reward_funcs", "reward_weights", "weights stand in the entries of `reward_funcs`: `- path: ...`, `weight: 0.5`"),
 )
 
 # Annotated more narrowly than what people write and the libraries read: `true` is the newest checkpoint of output_dir, and

@@ -35,6 +35,7 @@ from trl.trainer.base_config import _BaseConfig as TrainingConfig
 
 logger = logging.getLogger(__name__)
 
+_OF_TOKENIZERS = ("eos_token", "chat_template_path", "trust_remote_code")
 _DIMENSIONS = ("model_type", "vocab_size", "hidden_size", "num_hidden_layers", "num_attention_heads", "intermediate_size")
 
 # For tokenizers without a chat template. Plain words, since a new special token would need an embedding, and LoRA trains none;
@@ -259,28 +260,38 @@ def keep_adapter_in_fp32(trainer: Trainer) -> None:
             weight.data = weight.data.float()
 
 
-def load_tokenizer(arguments: ModelConfig, training: TrainingConfig) -> PreTrainedTokenizerBase:
+def load_tokenizer(arguments: ModelConfig, *groups: Any, start_from: str | Path | None = None) -> PreTrainedTokenizerBase:
     """The tokenizer of the base model, with a chat template, and an EOS that ends a turn and is not PAD.
 
-    `eos_token` and `chat_template_path` of `training` are honoured. Without a template of its own the tokenizer gets
+    `eos_token` and `chat_template_path` of `groups` are honoured. Without a template of its own the tokenizer gets
     `PLAIN_CHAT_TEMPLATE`.
+
+    Args:
+        arguments: as in `load_model`.
+        groups: the recipe's other arguments, of which some have `eos_token`, `chat_template_path` and `trust_remote_code`.
+        start_from: the folder of an earlier stage, whose tokenizer, with the template and the EOS that the policy was taught,
+            is taken where there is one.
 
     Raises:
         RecipeError: if there is no tokenizer, a token is not in its vocabulary, or its template never ends a turn by EOS.
     """
-    path = model_path(arguments)
+    taught = start_from is not None and (Path(start_from) / "tokenizer_config.json").is_file()
+    path = str(start_from) if taught else model_path(arguments)
+    options = {name: value for group in groups for name in _OF_TOKENIZERS if (value := getattr(group, name, None))}
     try:
         tokenizer = AutoTokenizer.from_pretrained(
-            path, revision=arguments.model_revision, trust_remote_code=getattr(training, "trust_remote_code", False)
+            path,
+            revision="main" if taught else arguments.model_revision,
+            trust_remote_code=options.get("trust_remote_code", False),
         )
     except (OSError, ValueError, ImportError, KeyError, AttributeError) as error:
         raise RecipeError(
             f"model_name_or_path: {path}: no usable tokenizer there ({first_line(error)}); the folder needs tokenizer.json "
             f"and tokenizer_config.json{_how_to_get(path)}"
         ) from error
-    _set_eos(tokenizer, getattr(training, "eos_token", None))
+    _set_eos(tokenizer, options.get("eos_token"))
     _set_pad(tokenizer)
-    _set_chat_template(tokenizer, getattr(training, "chat_template_path", None))
+    _set_chat_template(tokenizer, options.get("chat_template_path"))
     _check_turn_ends(tokenizer)
     return tokenizer
 

@@ -13,6 +13,7 @@ import importlib.util
 import inspect
 import math
 import pkgutil
+import traceback
 from collections.abc import Callable, Iterator, Sequence
 from functools import cached_property, partial
 from pathlib import Path
@@ -358,12 +359,28 @@ class _Checked:
         self.reward, self.__name__ = reward, name
 
     def __call__(self, prompts: list[Text], completions: list[Text], **columns: Any) -> list[float | None]:
-        return _check_scores(self.reward(prompts=prompts, completions=completions, **columns), prompts, self.__name__)
+        with _named(self.__name__):
+            scores = self.reward(prompts=prompts, completions=completions, **columns)
+        return _check_scores(scores, prompts, self.__name__)
 
 
 class _CheckedAsync(_Checked):
     async def __call__(self, prompts: list[Text], completions: list[Text], **columns: Any) -> list[float | None]:
-        return _check_scores(await self.reward(prompts=prompts, completions=completions, **columns), prompts, self.__name__)
+        with _named(self.__name__):
+            scores = await self.reward(prompts=prompts, completions=completions, **columns)
+        return _check_scores(scores, prompts, self.__name__)
+
+
+@contextlib.contextmanager
+def _named(name: str) -> Iterator[None]:
+    """Says of an error in whose reward it happened, and where: the recipes print no traceback."""
+    try:
+        yield
+    except RecipeError:
+        raise
+    except Exception as error:
+        last = traceback.extract_tb(error.__traceback__)[-1]
+        raise RecipeError(f"the reward {name} failed: {error!r} ({last.filename}, line {last.lineno})") from error
 
 
 def _check_scores(scores: Any, prompts: list[Text], name: str) -> list[float | None]:
@@ -439,6 +456,11 @@ def load_rewards(specs: Any) -> tuple[list[Reward | SavedReward], list[float]]:
         names.append(name)
         rewards.append(checked(reward, name if names.count(name) == 1 else f"{name}_{names.count(name)}"))
     return rewards, weights
+
+
+def paths_of(specs: Sequence[str | dict[str, Any]]) -> list[str | None]:
+    """What the entries of `reward_funcs` name, before anything is loaded."""
+    return [spec.get("path") if isinstance(spec, dict) else spec for spec in specs]
 
 
 def _saved_reward(path: str, arguments: dict[str, Any], where: str) -> SavedReward:

@@ -173,14 +173,15 @@ def checkpoint_to_resume(training: TrainingArguments, *arguments: Any) -> str | 
     return str(newest) if newest else None
 
 
-def run_missing(configs: Sequence[str], recipes: Path) -> None:
-    """Runs the stages of these YAML files, in order, that have not left their result in `output_dir` yet.
+def run_missing(configs: Sequence[str], recipes: Path, inputs: Sequence[str | Path | None]) -> None:
+    """Runs the stages of these YAML files, in order, whose `output_dir` is read and holds no result yet.
 
     Of several processes the first one runs them, on its own, and the others wait.
 
     Args:
         configs: each named as the recipe that it is for (`sft.yaml` by `sft.py`).
         recipes: the folder of the recipes.
+        inputs: the folders that are read. Who names another one than a YAML file says does not need that stage.
 
     Raises:
         RecipeError: if a file is missing, or a stage fails.
@@ -190,7 +191,7 @@ def run_missing(configs: Sequence[str], recipes: Path) -> None:
         for config in configs:
             path = Path(config) if Path(config).exists() else recipes.parent / config
             output = read_yaml(path).get("output_dir")
-            if output and (Path(output) / RECORD).exists():
+            if not output or Path(output) not in map(Path, filter(None, inputs)) or (Path(output) / RECORD).exists():
                 continue
             print(f"{output}: no result yet: running {path} first", flush=True)
             command = [

@@ -122,6 +122,18 @@ def test_eos_token_is_taken_from_the_arguments(tmp_path):
         load_tokenizer(arguments, sft_config(eos_token="<end>"))
 
 
+def test_the_tokenizer_of_an_earlier_stage_knows_what_the_policy_was_taught(tmp_path):
+    arguments = save_tokenizer(tmp_path / "base", chat_template=None)
+    taught = load_tokenizer(arguments, sft_config(eos_token="<s>"))
+    taught.chat_template = taught.chat_template.replace("Assistant:", "Bot:")
+    taught.save_pretrained(tmp_path / "sft")
+    found = load_tokenizer(arguments, start_from=tmp_path / "sft")
+    assert (found.eos_token, found.chat_template) == ("<s>", taught.chat_template)
+    assert load_tokenizer(arguments, sft_config(eos_token="</s>"), start_from=tmp_path / "sft").eos_token == "</s>"
+    (tmp_path / "bare").mkdir()  # an adapter that came without one
+    assert load_tokenizer(arguments, start_from=tmp_path / "bare").chat_template == PLAIN_CHAT_TEMPLATE
+
+
 def test_template_that_never_ends_a_turn_by_eos_is_refused(tmp_path):
     template = "{% for m in messages %}<s>{{ m['content'] }}<unk>{% endfor %}"
     with pytest.raises(RecipeError, match="never learn to stop; set `eos_token: '<unk>'`"):

@@ -382,6 +382,8 @@ def test_gradient_checkpointing_changes_no_gradient(base, tmp_path, adapted, bit
         trainer.train()
         runs.append(trainer)
         assert trainer.model.is_gradient_checkpointing == checkpointing
+        if critic == "model":
+            assert trainer.critic.model.is_gradient_checkpointing == checkpointing
     plain, checkpointed = runs
     for step in range(3):
         for name in ("gradients", "critic_gradients"):

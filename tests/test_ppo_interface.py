@@ -1,6 +1,7 @@
 """What PPO's trainer takes and refuses, what stops it, and what it leaves in a folder."""
 
 import asyncio
+import contextlib
 import json
 import math
 import re
@@ -38,7 +39,7 @@ from small_ppo import (
     save_reward,
     with_adapter,
 )
-from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer
+from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer, BitsAndBytesConfig
 from trl import GRPOTrainer
 
 
@@ -409,7 +410,10 @@ def broken(count):
         (second_call(lambda count: [0.0] * (count + 1)), r"step 2: the reward judge returned 5 numbers for 4 completions"),
         (second_call(lambda count: []), r"step 2: the reward judge returned 0 numbers for 4 completions"),
         (second_call(lambda count: None), r"step 2: the reward judge returned a NoneType, not a list of 4 numbers"),
-        (second_call(broken), r"step 2: a reward function failed: KeyError\('no such thing'\)"),
+        (
+            second_call(broken),
+            r"step 2: the reward judge failed: KeyError\('no such thing'\) \(.*test_ppo_interface.py, line \d+\)",
+        ),
     ],
 )
 @pytest.mark.parametrize("kind", ["sync", "async"])
@@ -431,9 +435,15 @@ def test_a_reward_model_that_returns_no_number_stops_the_run_with_step_and_sampl
     judge.config.pad_token_id = 0
     judge.score.weight.data.fill_(value)
     trainer = make_trainer(tmp_path, reward=[judge], init={"reward_processing_classes": [make_tokenizer()]})
-    with pytest.raises(
-        RecipeError, match=r"step 0: the reward model .* returned (nan|-?inf) for completion 0 .*; the prompt: 'w"
-    ):
+    with pytest.raises(RecipeError, match=r"step 0: the reward .* returned (nan|-?inf) for completion 0 .*; the prompt: 'w"):
+        trainer.train()
+
+
+def test_a_reward_that_joined_later_may_not_be_infinite_either(tmp_path):
+    """TRL adds the rewards of environments itself."""
+    trainer = make_trainer(tmp_path, reward=count_words)
+    trainer.reward_funcs[0] = lambda completion_ids, **columns: [math.inf] * len(completion_ids)
+    with pytest.raises(RecipeError, match=r"step 0: the reward count_words returned inf for completion 0 of the batch"):
         trainer.train()
 
 
@@ -500,6 +510,11 @@ def test_prompts_with_images_are_refused(tmp_path):
         ({"loss_type": "cispo"}, "loss_type: 'cispo' is none of dapo, bnpo, grpo, dr_grpo"),
         ({"multi_objective_aggregation": "normalize_then_sum"}, "multi_objective_aggregation: rewards are summed"),
         ({"use_liger_kernel": True}, "use_liger_kernel"),
+        ({"importance_sampling_level": "sequence"}, "importance_sampling_level: the critic's advantages are those of tokens"),
+        ({"scale_rewards": "none"}, "scale_rewards: is for groups of completions: set `use_score_scaling`"),
+        ({"sync_ref_model": True}, "sync_ref_model: the reference of PPO stays what it is"),
+        ({"kl_target": 6.0, "kl_coef": 0.0}, "kl_target: needs a `kl_coef` above 0 to start from"),
+        ({"ptx_max_length": 1}, "ptx_max_length: 1: a text of one token has nothing to predict"),
         ({"kl_coef": -0.1}, "kl_coef: -0.1: must not be negative"),
         ({"vf_coef": -1.0}, "vf_coef: -1.0: must not be negative"),
         ({"ptx_coef": -1.0}, "ptx_coef: -1.0: must not be negative"),
@@ -536,7 +551,6 @@ def test_one_completion_a_prompt_is_the_default_and_a_plain_number(tmp_path):
     "options",
     [
         {"mask_truncated_completions": True},
-        {"importance_sampling_level": "sequence"},
         {"top_entropy_quantile": 0.5},
         {"use_adaptive_entropy": True},
         {"loss_type": "grpo", "entropy_coef": 0.1},
@@ -607,3 +621,70 @@ def test_the_lm_head_may_be_computed_in_fp32_in_policy_and_reference(tmp_path):
         trainer = make_trainer(tmp_path, model, cast_lm_head_to_fp32=True, max_steps=4)
         trainer.train()
         assert logged(trainer, "kl")[0] == pytest.approx(0, abs=1e-3)
+
+
+# --- Small print ------------------------------------------------------------------------------------------
+
+
+def test_without_a_kl_coefficient_no_kl_is_made_up(tmp_path):
+    trainer = make_trainer(tmp_path, kl_coef=0.0)
+    trainer.train()
+    assert logged(trainer, "approx_kl")
+    assert not logged(trainer, "kl")
+
+
+def test_a_trainer_may_train_twice(tmp_path):
+    trainer = make_trainer(tmp_path, max_steps=4)
+    trainer.train()
+    first = {name: weight.clone() for name, weight in trainer.model.state_dict().items()}
+    trainer.train()
+    assert any(not torch.equal(weight, first[name]) for name, weight in trainer.model.state_dict().items())
+    assert finite(trainer)
+
+
+def test_the_arguments_of_the_caller_stay_as_they_are(base, tmp_path):
+    args = make_args(tmp_path, model_init_kwargs={"dtype": "float32", "revision": "main"})
+    PPOTrainer(str(base), count_words, args, train_dataset=prompts())
+    assert args.model_init_kwargs == {"dtype": "float32", "revision": "main"}
+
+
+def test_a_model_in_memory_is_not_quantised(tmp_path):
+    with pytest.raises(RecipeError, match="quantization_config: the model is in memory already"):
+        make_trainer(tmp_path, init={"quantization_config": BitsAndBytesConfig(load_in_4bit=True)})
+
+
+def test_the_critic_follows_the_schedule_of_an_optimizer_that_was_given(tmp_path):
+    model = with_adapter(make_model())
+    weights = [weight for weight in model.parameters() if weight.requires_grad]
+    optimizers = (torch.optim.AdamW(weights, lr=0.1), None)
+    trainer = make_trainer(tmp_path, model, init={"optimizers": optimizers}, value_learning_rate=1e-3, learning_rate=1e-5)
+    trainer.train()
+    assert [group["lr"] for group in trainer.critic_optimizer.param_groups] == [pytest.approx(1e-3)] * 2
+
+
+def test_a_reward_adapter_on_another_base_is_not_where_the_critic_starts(base, rewards, tmp_path):
+    elsewhere = load_reward(AutoModelForCausalLM.from_pretrained(base), rewards[0], "judge", make_tokenizer())
+    trainer = make_trainer(tmp_path, with_adapter(make_model()), reward=elsewhere, critic="adapter")
+    trainer.train()
+    assert finite(trainer)
+
+
+def test_a_blank_text_is_refused_by_its_row(tmp_path):
+    texts = Dataset.from_dict({"text": ["w5 w6", " "]})
+    with pytest.raises(RecipeError, match="ptx_dataset: row 1 has no text"):
+        make_trainer(tmp_path, init={"ptx_dataset": texts}, ptx_coef=1.0)
+
+
+@pytest.mark.parametrize(("tokens", "stops"), [(1, False), (400, True)])
+def test_rounding_is_forgiven_where_tokens_are_few(tmp_path, tokens, stops):
+    """One token of bf16 may be off by 0.1 nats; four hundred may not be on average."""
+    trainer = make_trainer(tmp_path, make_model().to(torch.bfloat16))
+    with pytest.raises(RecipeError, match="the ratio of PPO is not 1") if stops else contextlib.nullcontext():
+        trainer._check_ratio(0.1, tokens)
+
+
+def test_a_checkpoint_without_the_state_of_ppo_is_refused(tmp_path):
+    trainer = make_trainer(tmp_path, save_strategy="steps", save_steps=2, save_only_model=True)
+    trainer.train()
+    with pytest.raises(RecipeError, match=r"checkpoint-2: no checkpoint that PPO can go on from"):
+        make_trainer(tmp_path, max_steps=4).train(resume_from_checkpoint=str(tmp_path / "checkpoint-2"))

@@ -11,7 +11,7 @@ from rlhf_recipes.ppo.maths import (
     explained_variance,
     gae,
     kl_estimate,
-    masked_mean,
+    masked_sum,
     token_rewards,
     value_loss,
     whiten,
@@ -66,11 +66,11 @@ def test_moments_of_too_few_values_have_no_variance(values):
     assert (moments.count, moments.variance, moments.std) == (len(values), 0.0, 0.0)
 
 
-def test_masked_mean_does_not_see_what_is_masked(draw, mask):
+def test_masked_sum_does_not_see_what_is_masked(draw, mask):
     values = draw(B, T)
-    expected = sum(numbers(values, mask)) / mask.sum().item()
-    assert masked_mean(values.masked_fill(mask == 0, math.nan), mask).item() == pytest.approx(expected)
-    assert masked_mean(values, torch.zeros_like(mask)).item() == 0
+    expected = sum(numbers(values, mask))
+    assert masked_sum(values.masked_fill(mask == 0, math.nan), mask).item() == pytest.approx(expected)
+    assert masked_sum(values, torch.zeros_like(mask)).item() == 0
 
 
 def test_whitened_values_have_mean_0_and_variance_1_where_the_mask_is_1(draw, mask):
@@ -221,7 +221,7 @@ def test_approximate_kl_is_that_from_the_sampling_policy_to_the_new_one():
     old, new = torch.tensor([0.7, 0.3]), torch.tensor([0.4, 0.6])
     # weighted by the old policy, the mean over tokens becomes the expectation
     tokens, mask = torch.tensor([0] * 7 + [1] * 3), torch.ones(10)
-    estimate = approximate_kl(new.log()[tokens], old.log()[tokens], mask)
+    estimate = approximate_kl(new.log()[tokens], old.log()[tokens], mask) / 10
     assert estimate.item() == pytest.approx((old * (old / new).log()).sum().item(), rel=1e-5)
     assert approximate_kl(old.log(), old.log(), torch.ones(2)).item() == 0
 
@@ -233,3 +233,36 @@ def test_explained_variance_of_a_perfect_a_constant_and_a_wrong_critic():
     assert explained_variance(Moments.of(returns - 5), total) == pytest.approx(0)
     assert explained_variance(Moments.of(returns + returns), total) == pytest.approx(-3)
     assert math.isnan(explained_variance(total, Moments.of(torch.ones(3))))
+
+
+def test_the_numbers_are_those_of_trl_1_12_where_no_completion_is_short(draw):
+    """Its formulas, step by step; shorter completions it gave one place more (docs/from_trl_ppo.md)."""
+    scores, kl, values, new_values = draw(B), draw(B, T), draw(B, T), draw(B, T)
+    mask, gamma, lam, kl_coef, cliprange = torch.ones(B, T), 0.97, 0.9, 0.05, 0.2
+
+    # objective: the score at the last token, the penalty at each
+    expected = -kl_coef * kl
+    expected[:, -1] += scores
+    rewards = token_rewards(scores, kl, mask, kl_coef)
+    torch.testing.assert_close(rewards, expected, atol=1e-5, rtol=0)
+
+    # generalised advantage estimation, backwards
+    carried, columns = torch.zeros(B), []
+    for t in reversed(range(T)):
+        following = values[:, t + 1] if t + 1 < T else 0.0
+        carried = expected[:, t] + gamma * following - values[:, t] + gamma * lam * carried
+        columns.insert(0, carried)
+    plain = torch.stack(columns, dim=1)
+    advantages, returns = gae(rewards, values, mask, gamma, lam)
+    torch.testing.assert_close(advantages, plain, atol=1e-5, rtol=0)
+    torch.testing.assert_close(returns, plain + values, atol=1e-5, rtol=0)
+
+    # whitening, with the unbiased variance
+    white = (plain - plain.mean()) * torch.rsqrt(plain.var(unbiased=True) + 1e-8)
+    torch.testing.assert_close(whiten(advantages, mask, Moments.of(advantages, mask)), white, atol=1e-5, rtol=0)
+
+    # the value loss: half the mean of the larger square
+    near = torch.clamp(new_values, values - cliprange, values + cliprange)
+    squares = torch.max((new_values - returns) ** 2, (near - returns) ** 2)
+    total, _ = value_loss(new_values, values, returns, mask, cliprange)
+    torch.testing.assert_close(total / mask.sum(), 0.5 * squares.mean(), atol=1e-5, rtol=0)

@@ -68,7 +68,7 @@ class PPOConfig(GRPOConfig):
     whiten_advantages: bool = field(default=True, metadata={"help": "Bring advantages to mean 0 and variance 1."})
     target_kl: float | None = field(
         default=None,
-        metadata={"help": "Nats a token from the sampling policy beyond which the rest of an iteration's updates is left out."},
+        metadata={"help": "Nats a token from the sampling policy; after a step that finds it beyond, the iteration ends."},
     )
 
     # The critic
@@ -126,6 +126,8 @@ class PPOConfig(GRPOConfig):
         for name in ("ptx_batch_size", "ptx_max_length", "local_rollout_forward_batch_size", "num_iterations"):
             if (value := getattr(self, name)) is not None and value < 1:
                 raise ValueError(f"{name}: {value}: must be 1 or more")
+        if self.ptx_max_length < 2:
+            raise ValueError("ptx_max_length: 1: a text of one token has nothing to predict: set 2 or more")
         for name in ("gamma", "lam"):
             if not 0 <= getattr(self, name) <= 1:
                 raise ValueError(f"{name}: {getattr(self, name)}: must be between 0 and 1")
@@ -136,6 +138,10 @@ class PPOConfig(GRPOConfig):
             )
         if self.use_score_norm and not self.use_score_scaling:
             raise ValueError("use_score_norm: needs `use_score_scaling: true`")
+        if self.kl_target is not None and not self.kl_coef:
+            raise ValueError("kl_target: needs a `kl_coef` above 0 to start from")
+        if self.ptx_coef and self.deepspeed is not None:
+            raise ValueError("ptx_coef: under DeepSpeed each backward pass is a step of its own: use DDP or FSDP")
 
     def _refuse_what_is_not_ppo(self) -> None:
         if self.beta:
@@ -147,6 +153,12 @@ class PPOConfig(GRPOConfig):
             raise ValueError(
                 "multi_objective_aggregation: rewards are summed with `reward_weights`; the critic needs one score"
             )
+        if self.importance_sampling_level != "token":
+            raise ValueError("importance_sampling_level: the critic's advantages are those of tokens: leave it at `token`")
+        if self.scale_rewards != "group":
+            raise ValueError("scale_rewards: is for groups of completions: set `use_score_scaling` and `whiten_advantages`")
+        if self.sync_ref_model:
+            raise ValueError("sync_ref_model: the reference of PPO stays what it is")
         if self.use_liger_kernel:
             raise ValueError("use_liger_kernel: it replaces the forward pass that log-probabilities are computed in")
         if self.fp16:

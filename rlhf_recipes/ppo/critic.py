@@ -115,12 +115,14 @@ def make_critic(kind: str, model: PreTrainedModel | PeftModel, start: Reward | N
     Args:
         kind: `"shared"`, `"adapter"` or `"model"`.
         model: the policy, in which an adapter is put.
-        start: the reward model, or None.
+        start: the reward model, or None; an adapter on another base cannot be started from.
 
     Raises:
         RecipeError: if it cannot be had on this model.
     """
     has_adapters = isinstance(model, PeftModel)
+    if start is not None and start.adapter is not None and base_of(start.model) is not base_of(model):
+        start = None  # it stands on another base
     if kind == "adapter" and not has_adapters:
         raise RecipeError("critic: adapter: the policy has no adapter: set `use_peft: true`, or `critic: shared` or `model`")
     if kind == "model" and has_adapters:

@@ -57,9 +57,9 @@ class Moments:
         return self.variance**0.5
 
 
-def masked_mean(values: Tensor, mask: Tensor) -> Tensor:
-    """The mean where the mask is 1, a scalar; 0 where it is 1 nowhere."""
-    return torch.where(mask.bool(), values, 0.0).sum() / mask.sum().clamp(min=1)
+def masked_sum(values: Tensor, mask: Tensor) -> Tensor:
+    """The sum where the mask is 1, a scalar; whatever stands elsewhere, NaN included, is not seen."""
+    return torch.where(mask.bool(), values, 0.0).sum()
 
 
 def whiten(values: Tensor, mask: Tensor, moments: Moments, shift_mean: bool = True) -> Tensor:
@@ -225,13 +225,13 @@ def value_loss(
     clipped = error
     if cliprange is not None:
         clipped = (old_values + (values - old_values).clamp(-cliprange, cliprange) - returns).square()
-    loss = 0.5 * torch.where(mask.bool(), torch.maximum(error, clipped), 0.0).sum()
+    loss = 0.5 * masked_sum(torch.maximum(error, clipped), mask)
     return loss, ((clipped > error) & mask.bool()).sum()
 
 
 def approximate_kl(logps: Tensor, old_logps: Tensor, mask: Tensor) -> Tensor:
-    """KL(old policy || policy) in nats a token, the mean over tokens of `k3`; a scalar that is never negative."""
-    return masked_mean(kl_estimate(old_logps, logps, "k3"), mask)
+    """KL(old policy || policy) in nats, the sum over tokens of `k3`, a scalar that is never negative; arguments are (B, T)."""
+    return masked_sum(kl_estimate(old_logps, logps, "k3"), mask)
 
 
 def explained_variance(errors: Moments, returns: Moments) -> float:

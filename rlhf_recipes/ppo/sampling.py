@@ -145,6 +145,8 @@ class PretrainingText:
     def __init__(self, dataset: Dataset | None, tokenizer: PreTrainedTokenizerBase, args: PPOConfig):
         if dataset is None or "text" not in dataset.column_names or not len(dataset):
             raise RecipeError("ptx_coef: needs `ptx_dataset`: pretraining text, in the column `text`")
+        if (blank := next((row for row, text in enumerate(dataset["text"]) if not text.strip()), None)) is not None:
+            raise RecipeError(f"ptx_dataset: row {blank} has no text: leave it out")
         self.texts, self.tokenizer, self.length, self.seed = dataset, tokenizer, args.ptx_max_length, args.seed
         self.size = args.ptx_batch_size or args.per_device_train_batch_size
 

@@ -25,7 +25,7 @@ from rlhf_recipes.ppo.maths import (
     explained_variance,
     gae,
     kl_estimate,
-    masked_mean,
+    masked_sum,
     token_rewards,
     value_loss,
     whiten,
@@ -143,8 +143,11 @@ class PPOTrainer(GRPOTrainer):
         name = model if isinstance(model, str) else get_config_model_id(model.config)
         args = args or PPOConfig(f"{Path(name).name}-PPO")
         set_seed(args.seed)  # before an adapter is drawn
-        model = _loaded(model, args, quantization_config, peft_config)
-        tokenizer = processing_class or AutoTokenizer.from_pretrained(name, trust_remote_code=args.trust_remote_code)
+        revision = (args.model_init_kwargs or {}).get("revision", "main")
+        model, args = _loaded(model, args, quantization_config, peft_config)
+        tokenizer = processing_class or AutoTokenizer.from_pretrained(
+            name, revision=revision, trust_remote_code=args.trust_remote_code
+        )
         given = reward_funcs if isinstance(reward_funcs, list) else [reward_funcs] if reward_funcs is not None else []
 
         # Roles: all of them before TRL sees the model, since it wraps, casts and places it
@@ -170,7 +173,7 @@ class PPOTrainer(GRPOTrainer):
             )
         keep_adapter_in_fp32(self)
         self._place_roles(reference)
-        self._forward, self._record = _Forward(), None
+        self._forward, self._record, self._has_learnt = _Forward(), None, False
         self._reset_iteration()
 
     # --- Set-up ------------------------------------------------------------------------------------------
@@ -186,10 +189,9 @@ class PPOTrainer(GRPOTrainer):
             self.critic.model.to(self.accelerator.device)
             if self.args.disable_dropout:
                 disable_dropout_in_model(self.critic.model)
+            if self.args.gradient_checkpointing:  # Transformers sees to the policy alone
+                self.critic.model.gradient_checkpointing_enable(self.args.gradient_checkpointing_kwargs)
         self._critic_weights = list(self.critic.trainable().values())
-        if self.critic.adapter is not None:
-            for weight in self._critic_weights:  # PEFT adds adapters in the type of the base, and keeps fp32 by autocast only
-                weight.data = weight.data.float()
         rate = self.args.value_learning_rate
         if rate is None:
             rate = 1e-3 if self.critic.reads_policy else self.args.learning_rate
@@ -235,9 +237,7 @@ class PPOTrainer(GRPOTrainer):
         if self._record is not None:  # TRL asks for the log-probabilities of what was just sampled
             return self._record.of(input_ids[:, -logits_to_keep:])[0], None, None
         size = len(input_ids) if batch_size is None else self.args.local_rollout_forward_batch_size or batch_size
-        rows = torch.arange(len(input_ids), device=input_ids.device)
-        if size < len(input_ids):  # alike lengths together: little padding
-            rows = attention_mask.sum(1).argsort(stable=True, descending=True)
+        rows = _by_length(attention_mask, size)
         pieces = [
             self._pass(model, input_ids[chunk], attention_mask[chunk], logits_to_keep, compute_entropy, compute_aux_loss)
             for chunk in rows.split(size)
@@ -316,21 +316,21 @@ class PPOTrainer(GRPOTrainer):
         try:
             self._rewards = super()._calculate_rewards(inputs, prompts, completions, completion_ids_list)
         except Exception as error:
-            message = str(error) if isinstance(error, RecipeError) else f"a reward function failed: {error!r}"
+            message = str(error) if isinstance(error, RecipeError) else f"a reward failed: {error!r}"
             raise RecipeError(f"step {self.state.global_step}: {message}") from error
         self._check_finite(self._rewards, prompts)
         return self._rewards
 
     def _check_finite(self, rewards: Tensor, prompts: Any) -> None:
-        """Reward functions are checked when called; what is left are models."""
+        """Functions that were given are checked when called; what is left are models, and the rewards of environments."""
         models = torch.tensor([isinstance(reward, nn.Module) for reward in self.reward_funcs], device=rewards.device)
-        wrong = (~rewards.isfinite() & models).nonzero()
+        wrong = (rewards.isinf() | (rewards.isnan() & models)).nonzero()
         if len(wrong):
             row, column = wrong[0].tolist()
             local = row - self.accelerator.process_index * len(prompts)
             shown = f"; the prompt: {prompts[local]!r:.300}" if 0 <= local < len(prompts) else ""
             raise RecipeError(
-                f"step {self.state.global_step}: the reward model {self.reward_func_names[column]} returned "
+                f"step {self.state.global_step}: the reward {self.reward_func_names[column]} returned "
                 f"{rewards[row, column].item()} for completion {row} of the batch{shown}"
             )
 
@@ -374,7 +374,7 @@ class PPOTrainer(GRPOTrainer):
 
     def _critic_values(self, ids: Tensor, mask: Tensor, count: int, size: int) -> Tensor:
         """Values (B, count) of a critic with a pass of its own."""
-        rows = mask.sum(1).argsort(stable=True, descending=True)
+        rows = _by_length(mask, size)
         values = []
         with self.critic.at_work(), self.accelerator.autocast():
             for chunk in rows.split(size):
@@ -388,11 +388,15 @@ class PPOTrainer(GRPOTrainer):
         if self.ref_model is not None:
             logps, _, _ = self._get_per_token_logps_and_entropies(self.ref_model, ids, mask, count, batch_size=size)
             return logps
-        if self._reference_adapter is None:
+        if not self._has_reference:  # nobody asks for the KL
             return batch["old_per_token_logps"]
         with playing(self.accelerator.unwrap_model(self.model), self._reference_adapter):
             logps, _, _ = self._get_per_token_logps_and_entropies(self.model, ids, mask, count, batch_size=size)
         return logps
+
+    @property
+    def _has_reference(self) -> bool:
+        return self.ref_model is not None or self._reference_adapter is not None
 
     def _as_passed(self, batch: dict[str, Any]) -> tuple[Tensor, Tensor, int, int]:
         """Ids and mask of prompts with completions, (B, P + T), T, and the size of a pass without gradients."""
@@ -433,17 +437,14 @@ class PPOTrainer(GRPOTrainer):
         """Those of the values of all processes."""
         return sum(gather_object([Moments.of(values, mask)]), Moments())
 
-    def _mean(self, values: Tensor, mask: Tensor | None = None) -> float:
-        return self._moments(values, mask).mean
-
     def _check_reference(self, log_ratio: Tensor, mask: Tensor) -> None:
         """At the start the policy is the reference; if not, a role is not what it should be."""
-        if self.state.global_step or not self.model.training:
+        if self.state.global_step or self._has_learnt or not self.model.training:
             return
-        gap = self._mean(log_ratio.abs(), mask)
-        if not gap <= self._tolerance():
+        gap = self._moments(log_ratio.abs(), mask)
+        if not gap.mean <= self._tolerance(gap.count):
             raise RecipeError(
-                f"step 0: policy and reference differ by {gap:.3g} nats a token before anything was learnt. Their weights "
+                f"step 0: policy and reference differ by {gap.mean:.3g} nats a token before anything was learnt. Their weights "
                 "are not the same (an adapter that is not the one it was copied from), or not of one type, or one has dropout"
             )
 
@@ -453,9 +454,9 @@ class PPOTrainer(GRPOTrainer):
         quantised = getattr(self.model, "is_quantized", False)
         return self.model.dtype in (torch.float32, torch.float64) and not (self.accelerator.native_amp or quantised)
 
-    def _tolerance(self) -> float:
-        """What policy and sampler may differ by, in nats a token, for no other reason than the order of additions."""
-        return 1e-3 if self._exact else 0.05
+    def _tolerance(self, tokens: float) -> float:
+        """What two passes may differ by, in nats a token, by rounding alone; in bf16 by more where tokens are few."""
+        return 1e-3 if self._exact else 0.05 + 0.2 / max(tokens, 1) ** 0.5
 
     def _measure_rollout(self, mode: str, scores: Tensor, kl: Tensor, values: Tensor, returns: Tensor, mask: Tensor) -> None:
         """Logs what the iteration begins with, and leads the KL coefficient."""
@@ -463,12 +464,13 @@ class PPOTrainer(GRPOTrainer):
         scored = mask.any(dim=1)
         kl_sum = torch.where(mask.bool(), kl, 0.0).sum(1)
         summed, score = self._moments(kl_sum, scored), self._moments(scores, scored)
-        metrics["kl"].append(summed.mean)
+        if self._has_reference:
+            metrics["kl"].append(summed.mean)
         metrics["score"].append(score.mean)
         metrics["score_std"].append(score.std)
         metrics["rlhf_reward"].append(score.mean - self.kl.coefficient * summed.mean)
         metrics["kl_coef"].append(self.kl.coefficient)
-        metrics["value/mean"].append(self._mean(values, mask))
+        metrics["value/mean"].append(self._moments(values, mask).mean)
         errors, total = self._moments(returns - values, mask), self._moments(returns, mask)
         metrics["value/explained_variance"].append(explained_variance(errors, total))
         metrics["completions/ended_ratio"].append(1 - metrics["completions/clipped_ratio"][-1])
@@ -495,7 +497,7 @@ class PPOTrainer(GRPOTrainer):
     def _reset_iteration(self) -> None:
         """Forgets what was known of the last batch of completions."""
         self._stopped, self._updated = False, False
-        self._window: list[Tensor] = []  # of the micro-batches since the last step: approximate KL, and tokens
+        self._window: list[Tensor] = []  # of the micro-batches since the last step: sums over tokens, and their number
 
     @property
     def _warming_up(self) -> bool:
@@ -529,26 +531,25 @@ class PPOTrainer(GRPOTrainer):
         return loss
 
     def _measure_step(self, inputs: dict[str, Any]) -> None:
-        """Approximate KL from the sampling policy, which is 0 before the first step of an iteration, or something is wrong."""
+        """Keeps by how much the policy differs from the one that sampled: sums over tokens, and their number."""
         mask = _loss_mask(inputs)
         logps, old_logps = self._forward.logps.detach(), inputs["old_per_token_logps"]
-        if not self._updated:
-            gap = masked_mean((logps - old_logps).abs(), mask).item()
-            if not gap <= self._tolerance():
-                raise RecipeError(
-                    f"step {self.state.global_step}: the policy differs by {gap:.3g} nats a token from the one that sampled, "
-                    "before its first step on this batch, so the ratio of PPO is not 1: something differs between rollout and "
-                    "update (dropout, the active adapter, the temperature, padding, the type of the weights)"
-                )
-        tokens = mask.sum()
-        self._window.append(torch.stack([approximate_kl(logps, old_logps, mask) * tokens, tokens]))
+        gap = masked_sum((logps - old_logps).abs(), mask)
+        self._window.append(torch.stack([approximate_kl(logps, old_logps, mask), gap, mask.sum()]))
+
+    def _check_ratio(self, gap: float, tokens: float) -> None:
+        """Before the first step of an iteration the policy is the one that sampled, or something is wrong."""
+        if not self._updated and not gap <= self._tolerance(tokens):
+            raise RecipeError(
+                f"step {self.state.global_step}: the policy differs by {gap:.3g} nats a token from the one that sampled, "
+                "before its first step on this batch, so the ratio of PPO is not 1: something differs between rollout and "
+                "update (dropout, the active adapter, the temperature, padding, the type of the weights)"
+            )
 
     def _critic_step(self, inputs: dict[str, Any]) -> None:
         """Adds the gradient of the clipped value loss of one micro-batch to the critic's weights."""
         mask = _loss_mask(inputs)
-        ids = torch.cat([inputs["prompt_ids"], inputs["completion_ids"]], dim=1)
-        attention = torch.cat([inputs["prompt_mask"], inputs["completion_mask"]], dim=1)
-        count = inputs["completion_ids"].size(1)
+        ids, attention, count, _ = self._as_passed(inputs)
         with self.critic.at_work(train=True):
             values = self._values_now(ids, attention, count)
             total, clipped = value_loss(values, inputs["old_values"], inputs["returns"], mask, self.args.cliprange_value)
@@ -588,13 +589,15 @@ class PPOTrainer(GRPOTrainer):
 
     def _end_of_window(self) -> None:
         """Lets the critic take its step, before the policy takes its own, and looks whether the iteration should end."""
+        if self._window:
+            sums = self.accelerator.reduce(torch.stack(self._window).sum(0), reduction="sum")
+            kl, gap = (sums[:2] / sums[2].clamp(min=1)).tolist()
+            self._check_ratio(gap, sums[2].item())
         if not self._stopped:
             self._step_critic()
         if self._window:
-            total, tokens = self.accelerator.reduce(torch.stack(self._window).sum(0), reduction="sum").tolist()
-            kl = total / max(tokens, 1)
             self._metrics["train"]["approx_kl"].append(kl)
-            self._updated, self._window = True, []
+            self._updated, self._has_learnt, self._window = True, True, []
             self._stopped = self._stopped or (self.args.target_kl is not None and kl > self.args.target_kl)
         if self.args.target_kl is not None:
             self._metrics["train"]["early_stopped"].append(float(self._stopped))
@@ -607,7 +610,7 @@ class PPOTrainer(GRPOTrainer):
         if self.args.max_grad_norm > 0:
             norm = torch.nn.utils.clip_grad_norm_(self._critic_weights, self.args.max_grad_norm)
             self._metrics["train"]["value/grad_norm"].append(norm.item())
-        base = self.args.learning_rate
+        base = self.lr_scheduler.base_lrs[0]  # which is not `learning_rate` where an optimizer was given
         schedule = self.lr_scheduler.get_last_lr()[0] / base if base else 1.0
         for group in self.critic_optimizer.param_groups:
             group["lr"] = self._value_learning_rate * schedule
@@ -657,6 +660,8 @@ class PPOTrainer(GRPOTrainer):
         if checkpoint is None:
             return
         folder = Path(checkpoint)
+        if not (folder / STATE).exists():
+            raise RecipeError(f"{folder}: no checkpoint that PPO can go on from (no {STATE}; `save_only_model` leaves none)")
         self.critic.load(folder)  # again, since DeepSpeed loads its policy by itself
         optimizer = torch.load(folder / "critic_optimizer.pt", map_location="cpu", weights_only=True)
         self.critic_optimizer.load_state_dict(optimizer)  # which moves it to where the weights are
@@ -700,6 +705,13 @@ def _trimmed(input_ids: Tensor, attention_mask: Tensor, count: int) -> tuple[Ten
     return input_ids[:, columns], attention_mask[:, columns], kept
 
 
+def _by_length(mask: Tensor, size: int) -> Tensor:
+    """An order of the rows of a mask (B, T) in which passes of `size` rows have little padding."""
+    if size >= len(mask):
+        return torch.arange(len(mask), device=mask.device)
+    return mask.sum(1).argsort(stable=True, descending=True)
+
+
 def _last_tokens(ids: Tensor, mask: Tensor) -> Tensor:
     """The last token of each row (B,); that of an empty row is its padding."""
     places = torch.arange(mask.size(1), device=mask.device)
@@ -715,8 +727,8 @@ def _loaded(
     args: PPOConfig,
     quantization_config: BitsAndBytesConfig | None,
     peft_config: PeftConfig | None,
-) -> PreTrainedModel | PeftModel:
-    """The model in memory, with the fresh adapter of `peft_config`."""
+) -> tuple[PreTrainedModel | PeftModel, PPOConfig]:
+    """The model in memory, with the fresh adapter of `peft_config`, and the arguments without those that are honoured."""
     if isinstance(model, str):
         options = {"trust_remote_code": args.trust_remote_code, **(args.model_init_kwargs or {})}
         if quantization_config is not None:
@@ -724,7 +736,10 @@ def _loaded(
         if args.distributed_state.distributed_type in ("MULTI_GPU", "DEEPSPEED"):
             options["device_map"] = None
         model = create_model_from_path(model, **options)
-        args.model_init_kwargs = None  # honoured
+        args = copy.copy(args)
+        args.model_init_kwargs = None
+    elif quantization_config is not None:
+        raise RecipeError("quantization_config: the model is in memory already: quantise it when it is loaded")
     keep_gradients_exact(model)
     if isinstance(model, PeftModel):
         if peft_config is not None:
@@ -733,8 +748,8 @@ def _loaded(
             raise RecipeError(
                 f"the policy must be the adapter '{POLICY}', active and alone; active are {model.active_adapters}"
             )
-        return model
-    return model if peft_config is None else get_peft_model(model, peft_config)
+        return model, args
+    return model if peft_config is None else get_peft_model(model, peft_config), args
 
 
 def _make_reference(model: PreTrainedModel | PeftModel, fresh: bool, needed: bool) -> Any:
