@@ -1,21 +1,27 @@
 """Does PPO find the optimum? Where every answer can be listed, the optimum is known exactly, and so is the distance from it.
 
     OMP_NUM_THREADS=1 python benchmarks/closed_form.py --seeds 0 1 2 3 4
+    OMP_NUM_THREADS=1 python benchmarks/closed_form.py --dpo
 
 A small Llama with random weights is the reference, a table of random numbers the score r of every answer. The objective
 J(pi) = E_pi[r] - kl_coef * KL(pi || reference) has its maximum J* = kl_coef * log E_reference[exp(r / kl_coef)] at
 pi* = reference * exp(r / kl_coef) / Z. After training, J is computed by listing all answers, not by sampling. The table has the
 share of the gap between J at the start and J* that was closed, and the total variation distance between the policy and pi*, at
 the start and at the end, both as means over prompts.
+
+With `--dpo`, DPO trains on preferences instead, in which one answer is chosen over another exactly as often as Bradley and
+Terry have it of the scores (logarithms of whole numbers there); its optimum is the same pi*.
 """
 
 import argparse
+import itertools
 import tempfile
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from rlhf_recipes import PPOConfig, PPOTrainer
+from rlhf_recipes.dpo import DPOTrainer
 
 import torch
 from datasets import Dataset, disable_progress_bars
@@ -24,6 +30,7 @@ from tokenizers import Tokenizer, models, pre_tokenizers
 from torch import Tensor
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast, set_seed
 from transformers.trainer_callback import PrinterCallback
+from trl import DPOConfig
 
 PROMPTS = 4
 WORDS = {1: 24, 2: 8}
@@ -166,11 +173,62 @@ def train(task: Task, seed: int, length: int, steps: int, peft: LoraConfig | Non
         )
         trainer.remove_callback(PrinterCallback)
         trainer.train()
-    logps, scores = answer_logps(trainer.model.eval(), task), task.scores.double()
-    best, log_best = optimum(reference, scores, args.kl_coef)
+    return _result(task, trainer.model, reference, args.kl_coef, started)
+
+
+def train_by_dpo(task: Task, seed: int, steps: int, peft: LoraConfig | None = None, **options: Any) -> Result:
+    """Trains on exact preferences between answers of one token; `options` go over the arguments."""
+    started = time.perf_counter()
+    task = replace(task, scores=task.scores.exp().mul(2).round().clamp(1, 8).log())
+    reference = answer_logps(task.model, task)
+    arguments = {
+        "per_device_train_batch_size": 512,
+        "max_steps": steps,
+        "learning_rate": 3e-3,
+        "lr_scheduler_type": "linear",
+        "beta": 0.3,
+        "max_length": 2,  # the prompt and one token: TRL puts EOS behind every answer
+        "weight_decay": 0.0,
+        "gradient_checkpointing": False,
+        "seed": seed,
+        **options,
+    }
+    with tempfile.TemporaryDirectory() as folder:
+        args = DPOConfig(
+            folder, report_to="none", save_strategy="no", logging_strategy="no", bf16=False, use_cpu=True,
+            dataloader_pin_memory=False, disable_tqdm=True, **arguments,
+        )  # fmt: skip
+        data = exact_preferences(task)
+        trainer = DPOTrainer(task.model, args, train_dataset=data, processing_class=task.tokenizer, peft_config=peft)
+        trainer.remove_callback(PrinterCallback)
+        trainer.train()
+    return _result(task, trainer.model, reference, args.beta, started)
+
+
+def exact_preferences(task: Task, neighbours: int = 3) -> Dataset:
+    """Pairs of answers, each as often as Bradley and Terry have it: chosen in proportion to exp(score), a whole number.
+
+    Each answer is compared with a few others only; that all are connected is enough for one optimum.
+    """
+    rows = {"prompt": [], "chosen": [], "rejected": []}
+    words = task.tokenizer.convert_ids_to_tokens([answer[0] for answer in task.answers])
+    weights = task.scores.exp().round().long().tolist()
+    for prompt, row in zip(task.prompts, weights, strict=True):
+        for one, step in itertools.product(range(len(words)), range(1, neighbours + 1)):
+            other = (one + step) % len(words)
+            for chosen, rejected in ((one, other), (other, one)):
+                rows["prompt"] += [f"{prompt} "] * row[chosen]
+                rows["chosen"] += [words[chosen]] * row[chosen]
+                rows["rejected"] += [words[rejected]] * row[chosen]
+    return Dataset.from_dict(rows)
+
+
+def _result(task: Task, model: torch.nn.Module, reference: Tensor, kl_coef: float, started: float) -> Result:
+    logps, scores = answer_logps(model.eval(), task), task.scores.double()
+    best, log_best = optimum(reference, scores, kl_coef)
     return Result(
-        start=objective(reference, reference, scores, args.kl_coef),
-        end=objective(logps, reference, scores, args.kl_coef),
+        start=objective(reference, reference, scores, kl_coef),
+        end=objective(logps, reference, scores, kl_coef),
         best=best,
         distance_at_start=_total_variation(reference, log_best),
         distance=_total_variation(logps, log_best),
@@ -190,14 +248,18 @@ def main() -> None:
     parser.add_argument("--lengths", type=int, nargs="+", default=[1, 2])
     parser.add_argument("--critic", default="shared", choices=["shared", "model"])
     parser.add_argument("--kl_estimator", default="k1", choices=["k1", "k3"])
+    parser.add_argument("--dpo", action="store_true", help="train by DPO, on answers of one token")
     options = parser.parse_args()
     disable_progress_bars()
     print("| tokens | answers | seed | J at the start | J | J* | gap closed | TV to pi*: start | end | s |")
     print("|---|---|---|---|---|---|---|---|---|---|")
-    for length in options.lengths:
+    for length in [1] if options.dpo else options.lengths:
         for seed in options.seeds:
             task = make_task(seed, length)
-            result = train(task, seed, length, options.steps, critic=options.critic, kl_estimator=options.kl_estimator)
+            if options.dpo:
+                result = train_by_dpo(task, seed, options.steps)
+            else:
+                result = train(task, seed, length, options.steps, critic=options.critic, kl_estimator=options.kl_estimator)
             cells = [str(length), str(len(task.answers)), str(seed)]
             cells += [f"{value:.4f}" for value in (result.start, result.end, result.best)]
             cells += [f"{100 * result.closed:.2f}%", f"{result.distance_at_start:.3f}", f"{result.distance:.3f}"]

@@ -11,11 +11,11 @@ from pathlib import Path
 
 from rlhf_recipes.arguments import DataArguments, PolicyArguments, explained, parse_arguments, user_errors
 from rlhf_recipes.data import load_data
-from rlhf_recipes.dpo import DPOTrainer
+from rlhf_recipes.dpo import DPOConfig, DPOTrainer
 from rlhf_recipes.models import load_policy, load_tokenizer, without_what_is_done
 from rlhf_recipes.runs import RunMeter, checkpoint_to_resume, evaluate_at_end, run_missing, save_policy, train, write_record
 
-from trl import DPOConfig, ModelConfig, get_peft_config
+from trl import ModelConfig, get_peft_config
 
 ARGUMENTS = (PolicyArguments, DataArguments, DPOConfig, ModelConfig)
 

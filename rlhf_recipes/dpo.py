@@ -1,9 +1,10 @@
 """DPO: what TRL's `DPOTrainer` lacks where the reference is an adapter on the policy's own base."""
 
+import copy
+from dataclasses import dataclass
 from typing import Any
 
 from rlhf_recipes.arguments import nearest
-from rlhf_recipes.errors import RecipeError
 from rlhf_recipes.models import keep_adapter_in_fp32, types_kept
 from rlhf_recipes.roles import POLICY, saved_alone
 
@@ -17,20 +18,32 @@ LOSSES += ("apo_zero", "apo_down", "discopop", "sft", "sigmoid_norm")
 """Those that TRL has, which it does not list, and refuses at the first step only."""
 
 
+@dataclass
+class DPOConfig(trl.DPOConfig):
+    """TRL's arguments of DPO.
+
+    Raises:
+        ValueError: for a loss that TRL does not have.
+    """
+
+    def __post_init__(self):
+        super().__post_init__()
+        for loss in self.loss_type:
+            if loss not in LOSSES:
+                raise ValueError(f"loss_type: {loss!r} is none of {', '.join(LOSSES)}{nearest(loss, LOSSES)}")
+
+
 class DPOTrainer(trl.DPOTrainer):
     """TRL's `DPOTrainer`, in which the policy keeps its type and is saved without its reference.
 
     TRL puts a frozen copy of the policy's adapter on the base as reference, casts the policy to bf16 on a quantised base, where
     it would differ from that copy before it has learnt anything, and saves both with every checkpoint.
-
-    Raises:
-        RecipeError: for a loss that TRL does not have.
     """
 
     def __init__(self, model: PreTrainedModel | PeftModel, args: trl.DPOConfig, **options: Any):
-        for loss in args.loss_type:
-            if loss not in LOSSES:
-                raise RecipeError(f"loss_type: {loss!r} is none of {', '.join(LOSSES)}{nearest(loss, LOSSES)}")
+        whole = not isinstance(model, PeftModel) and options.get("peft_config") is None
+        if whole and not args.precompute_ref_log_probs:  # TRL would load it anew, by its name
+            options.setdefault("ref_model", copy.deepcopy(model))
         with types_kept(model):
             super().__init__(model, args=args, **options)
         keep_adapter_in_fp32(self)
