@@ -86,6 +86,7 @@ def run(shared: Path, seed: int, ptx_coef: float, steps: int, **options: Any) ->
             "ptx_coef": ptx_coef,
             "ptx_batch_size": 16,
             "ptx_max_length": 128,
+            "logging_strategy": "no",
             "seed": seed,
             **options,
         }
@@ -93,7 +94,6 @@ def run(shared: Path, seed: int, ptx_coef: float, steps: int, **options: Any) ->
             folder,
             eval_strategy="no",
             save_strategy="no",
-            logging_strategy="no",
             report_to="none",
             bf16=False,
             use_cpu=True,
