@@ -2,7 +2,6 @@
 
 import contextlib
 import copy
-import json
 import logging
 from collections.abc import Iterator
 from pathlib import Path
@@ -10,8 +9,8 @@ from typing import Any
 
 from rlhf_recipes.errors import RecipeError
 from rlhf_recipes.models import fingerprint, keep_adapter_in_fp32, load_architecture, types_kept
-from rlhf_recipes.roles import HEAD, ScalarHead, base_name, check_base, check_tokenizer, encode, write_record
-from rlhf_recipes.runs import RECORD
+from rlhf_recipes.records import RECIPE, read_json
+from rlhf_recipes.roles import HEAD, ScalarHead, base_name, check_base, check_tokenizer, encode, write_reward_record
 
 import torch
 import transformers
@@ -185,7 +184,7 @@ class RankingTrainer(RewardTrainer):
         if self.args.should_save:  # first, since saving may end with an upload
             folder = Path(output_dir or self.args.output_dir)
             folder.mkdir(parents=True, exist_ok=True)
-            write_record(folder, base_name(self.model), self._base_fingerprint)
+            write_reward_record(folder, base_name(self.model), self._base_fingerprint)
         super().save_model(output_dir, _internal_call)
 
 
@@ -278,9 +277,7 @@ def _continue_adapter(model: PreTrainedModel, parent: Path) -> PeftModel:
     config = LoraConfig.from_pretrained(parent)
     if config.peft_type != "LORA":
         raise RecipeError(f"{parent}: only a LoRA adapter can be started from, and this is {config.peft_type}")
-    record = parent / RECORD
-    made_by = json.loads(record.read_text(encoding="utf-8")) if record.is_file() else {}
-    check_base(parent, config.base_model_name_or_path, made_by, model)
+    check_base(parent, config.base_model_name_or_path, read_json(parent / RECIPE), model)
     if config.modules_to_save:
         raise RecipeError(f"{parent} trained {', '.join(config.modules_to_save)} besides LoRA: it cannot be started from")
     config.base_model_name_or_path = model.name_or_path

@@ -7,7 +7,6 @@ base it was trained on, and the mean and standard deviation that its scores are 
 import contextlib
 import copy
 import functools
-import json
 import math
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Sequence
@@ -17,7 +16,7 @@ from typing import Any, Literal
 
 from rlhf_recipes.errors import RecipeError
 from rlhf_recipes.models import base_of, fingerprint, keep_gradients_exact, trunk_of
-from rlhf_recipes.runs import write_json
+from rlhf_recipes.records import REWARD, read_json, write_json
 
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model_state_dict
@@ -29,7 +28,6 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 from transformers import AutoModelForSequenceClassification, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
-RECORD = "reward.json"
 HEAD = "score"
 """The name that Transformers gives the head of a decoder that classifies sequences."""
 
@@ -276,7 +274,7 @@ def load_reward(
     folder = Path(folder)
     config = _adapter_config(folder)
     weights, head = _adapter_weights(folder)
-    record = read_record(folder)
+    record = read_json(folder / REWARD)
     check_base(folder, config.base_model_name_or_path, record, model)
     check_tokenizer(folder, tokenizer)
     if name in getattr(model, "peft_config", {}):
@@ -317,7 +315,7 @@ def load_whole_reward(
         raise RecipeError(f"{folder}: its files lack {', '.join(sorted(loading['missing_keys']))}: it would score at random")
     check_tokenizer(folder, tokenizer)
     head = _build_head({"weight": _find_head(model).weight.data}, model, folder)
-    normalisation = _normalisation(read_record(folder), folder)
+    normalisation = _normalisation(read_json(folder / REWARD), folder)
     keep_gradients_exact(model)
     return Reward(model.eval(), None, head, tokenizer, normalisation, folder, name, batch_size)
 
@@ -344,7 +342,7 @@ def load_saved_rewards(
     folder = Path(folder)
     members = sorted(folder.glob("member-*"), key=lambda path: int(path.name.removeprefix("member-")))
     if members:
-        trained = _read_json(members[0] / "recipe.json")["arguments"]["RewardArguments"]
+        trained = read_json(members[0] / "recipe.json")["arguments"]["RewardArguments"]
         combine = combine or trained["ensemble_combine"]
         coefficient = trained["uncertainty_coef"] if uncertainty_coef is None else uncertainty_coef
         rewards = [_load_saved(member, model, tokenizer, f"{folder.name}-{member.name}") for member in members]
@@ -371,7 +369,7 @@ def _adapter_config(folder: Path) -> LoraConfig:
     path = folder / "adapter_config.json"
     if not path.is_file():
         raise RecipeError(f"{folder} holds no adapter (no adapter_config.json)")
-    content = _read_json(path)
+    content = read_json(path)
     if (kind := content.get("peft_type")) != "LORA":
         raise RecipeError(f"{folder}: a reward adapter is LoRA (peft_type LORA), and this is {kind}")
     if (task := content.get("task_type")) != "SEQ_CLS":
@@ -588,7 +586,7 @@ def _right_padded(input_ids: Tensor, attention_mask: Tensor) -> tuple[Tensor, Te
 # --- What is saved beside an adapter ---------------------------------------------------------------------
 
 
-def write_record(folder: str | Path, base_model: str, base_fingerprint: dict[str, Any]) -> None:
+def write_reward_record(folder: str | Path, base_model: str, base_fingerprint: dict[str, Any]) -> None:
     """Writes `reward.json` for a reward model that has just been trained, and is not normalised yet.
 
     Args:
@@ -597,7 +595,7 @@ def write_record(folder: str | Path, base_model: str, base_fingerprint: dict[str
         base_fingerprint: from `fingerprint`.
     """
     content = {"base_model": {"name": base_model, "fingerprint": base_fingerprint}, "normalisation": None}
-    write_json(Path(folder) / RECORD, content)
+    write_json(Path(folder) / REWARD, content)
 
 
 def store_normalisation(folder: str | Path, scores: Sequence[float] | Tensor) -> Normalisation:
@@ -617,18 +615,8 @@ def store_normalisation(folder: str | Path, scores: Sequence[float] | Tensor) ->
         normalisation = Normalisation(values.mean().item(), values.std(correction=0).item(), values.numel())
     except RecipeError as error:
         raise RecipeError(f"{folder}: {values.numel()} {error}: does the reward model tell demonstrations apart?") from error
-    write_json(Path(folder) / RECORD, {**read_record(Path(folder)), "normalisation": asdict(normalisation)})
+    write_json(Path(folder) / REWARD, {**read_json(Path(folder) / REWARD), "normalisation": asdict(normalisation)})
     return normalisation
-
-
-def read_record(folder: Path) -> dict[str, Any]:
-    """What `reward.json` holds, or nothing where there is none, as beside adapters that TRL alone trained.
-
-    Raises:
-        RecipeError: if it is malformed.
-    """
-    path = folder / RECORD
-    return _read_json(path) if path.exists() else {}
 
 
 def _normalisation(record: dict[str, Any], folder: Path) -> Normalisation | None:
@@ -639,17 +627,7 @@ def _normalisation(record: dict[str, Any], folder: Path) -> Normalisation | None
         return Normalisation(**stored)
     except (TypeError, RecipeError) as error:
         expected = "expected mean, std above 0 and samples"
-        raise RecipeError(f"{folder / RECORD}: normalisation: {expected}, found {stored}") from error
-
-
-def _read_json(path: Path) -> dict[str, Any]:
-    try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise RecipeError(f"{path}: not valid JSON ({error})") from error
-    if not isinstance(content, dict):
-        raise RecipeError(f"{path}: must hold a mapping, and holds a {type(content).__name__}")
-    return content
+        raise RecipeError(f"{folder / REWARD}: normalisation: {expected}, found {stored}") from error
 
 
 def _is_number(value: Any) -> bool:
@@ -667,7 +645,7 @@ def check_base(folder: Path, trained_on: str | None, record: dict[str, Any], mod
     Args:
         folder: of the adapter.
         trained_on: the base that the adapter's configuration names.
-        record: from `read_record`.
+        record: what `reward.json` or `recipe.json` beside it holds.
         model: the base in memory.
 
     Raises:

@@ -17,6 +17,7 @@ from typing import Any
 from rlhf_recipes.arguments import read_yaml
 from rlhf_recipes.errors import RecipeError
 from rlhf_recipes.models import fingerprint, model_path
+from rlhf_recipes.records import RECIPE, read_json, write_json
 
 import torch
 from accelerate import PartialState
@@ -24,7 +25,7 @@ from accelerate.utils import is_peft_model
 from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 from trl import ModelConfig
 
-RECORD, ARGUMENTS = "recipe.json", "arguments.json"
+ARGUMENTS = "arguments.json"
 PACKAGES = ("rlhf-recipes", "torch", "trl", "transformers", "peft", "bitsandbytes", "datasets", "accelerate", "evaluate")
 
 
@@ -114,7 +115,7 @@ def write_record(
     record = {
         "recipe": recipe,
         "base_model": {"name": base, "revision": model.model_revision, **identity},
-        "parents": [*([base] if (Path(base) / RECORD).exists() else []), *parents],
+        "parents": [*([base] if (Path(base) / RECIPE).exists() else []), *parents],
         "seed": trainer.args.seed,
         "versions": versions(),
         "run": meter.measured(trainer),
@@ -126,22 +127,15 @@ def write_record(
             type(training).__name__: training.to_dict(),
         },
     }
-    path = Path(trainer.args.output_dir) / RECORD
+    path = Path(trainer.args.output_dir) / RECIPE
     if not record["run"]["steps"] and path.exists():  # resumed at its end: what it cost was written then
-        record["run"] = json.loads(path.read_text(encoding="utf-8"))["run"]
+        record["run"] = read_json(path)["run"]
     write_json(path, record)
 
 
 def versions() -> dict[str, str]:
     """Those of Python and of the packages that results depend on."""
     return {"python": platform.python_version(), **{name: importlib.metadata.version(name) for name in PACKAGES}}
-
-
-def write_json(path: Path, content: Any) -> None:
-    """Writes JSON so that `path` holds either all of it or what it held before."""
-    partial = path.with_name(f".{path.name}.partial")
-    partial.write_text(json.dumps(content, indent=2, ensure_ascii=False, default=str) + "\n", encoding="utf-8")
-    os.replace(partial, path)
 
 
 def checkpoint_to_resume(training: TrainingArguments, *arguments: Any) -> str | None:
@@ -190,7 +184,7 @@ def run_missing(configs: Sequence[str], recipes: Path) -> None:
         for config in configs:
             path = Path(config) if Path(config).exists() else recipes.parent / config
             output = read_yaml(path).get("output_dir")
-            if output and (Path(output) / RECORD).exists():
+            if output and (Path(output) / RECIPE).exists():
                 continue
             print(f"{output}: no result yet: running {path} first", flush=True)
             command = [
@@ -268,7 +262,7 @@ def _check_writable(output: Path) -> None:
 
 def _refuse_unfinished(output: Path) -> None:
     checkpoints = sorted(_checkpoints(output), key=_step)
-    if checkpoints and not (output / RECORD).exists():
+    if checkpoints and not (output / RECIPE).exists():
         raise RecipeError(
             f"output_dir: {output} holds {checkpoints[-1].name} of an unfinished run: set `resume_from_checkpoint: true` to go "
             "on with it, or name another folder, or delete this one"

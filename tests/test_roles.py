@@ -6,6 +6,7 @@ import shutil
 
 from rlhf_recipes.errors import RecipeError
 from rlhf_recipes.models import PLAIN_CHAT_TEMPLATE, keep_gradients_exact, load_model, load_tokenizer, resolve_path
+from rlhf_recipes.records import REWARD, read_json
 from rlhf_recipes.reward import RankingTrainer, load_reward_model
 from rlhf_recipes.roles import (
     Ensemble,
@@ -13,7 +14,6 @@ from rlhf_recipes.roles import (
     fingerprint,
     load_reward,
     load_whole_reward,
-    read_record,
     store_normalisation,
 )
 from rlhf_recipes.tiny import splits
@@ -386,7 +386,7 @@ def test_ensembles_that_make_no_sense(trained, tokenizer):
 def test_normalised_scores_have_mean_0_and_deviation_1_on_demonstrations(folder, tokenizer, batch, answers):
     reward = load_reward(load_base(), folder, "reward", tokenizer)
     raw = reward.score(**batch)
-    assert (reward.normalisation, read_record(folder)["normalisation"]) == (None, None)
+    assert (reward.normalisation, read_json(folder / REWARD)["normalisation"]) == (None, None)
     normalisation = reward.calibrate(*answers)
     assert normalisation.samples == len(raw)
     again = load_reward(load_base(), folder, "reward", tokenizer)
@@ -401,7 +401,7 @@ def test_normalised_scores_have_mean_0_and_deviation_1_on_demonstrations(folder,
         assert scores.std(correction=0).item() == pytest.approx(1, abs=1e-5)
     close(again.score(**batch, normalise=False), raw)
     assert reward.calibrate(*answers).mean == pytest.approx(normalisation.mean)  # of raw scores, once more
-    assert read_record(folder)["base_model"]["name"] == BASE
+    assert read_json(folder / REWARD)["base_model"]["name"] == BASE
 
 
 @pytest.mark.parametrize("scores", [[1.0, 1.0, 1.0], [1.0, float("nan")], [0.0, float("inf")], []])
@@ -538,7 +538,7 @@ def test_without_a_fingerprint_the_name_decides(folder, tokenizer, batch, traine
 def test_fingerprint_is_that_of_the_base_however_it_is_loaded(trained):
     expected = fingerprint(load_base())
     assert expected["weights"]
-    assert read_record(trained["4bit"][0])["base_model"]["fingerprint"] == expected
+    assert read_json(trained["4bit"][0] / REWARD)["base_model"]["fingerprint"] == expected
     classifier = AutoModelForSequenceClassification.from_pretrained(BASE, num_labels=1)
     embedding = LoraConfig(r=2, target_modules=["embed_tokens", "q_proj"], modules_to_save=["norm"])
     for model in (

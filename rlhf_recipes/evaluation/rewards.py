@@ -5,8 +5,8 @@ from typing import Any
 
 from rlhf_recipes.evaluation.plots import reliability_diagram, score_histogram
 from rlhf_recipes.evaluation.preference import evaluate_reward
+from rlhf_recipes.records import write_json
 from rlhf_recipes.roles import Scorer, encode
-from rlhf_recipes.runs import write_json
 
 from datasets import Dataset
 
