@@ -8,9 +8,9 @@ from pathlib import Path
 from typing import Any
 
 from rlhf_recipes.errors import RecipeError
-from rlhf_recipes.models import fingerprint, keep_adapter_in_fp32, load_architecture, types_kept
+from rlhf_recipes.models import base_name, check_base, fingerprint, keep_adapter_in_fp32, load_architecture, types_kept
 from rlhf_recipes.records import RECIPE, read_json
-from rlhf_recipes.roles import HEAD, ScalarHead, base_name, check_base, check_tokenizer, encode, write_reward_record
+from rlhf_recipes.roles import HEAD, ScalarHead, check_tokenizer, encode, write_reward_record
 
 import torch
 import transformers

@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from rlhf_recipes.errors import RecipeError
-from rlhf_recipes.models import base_of, fingerprint, keep_gradients_exact, trunk_of
+from rlhf_recipes.models import base_name, base_of, check_base, keep_gradients_exact, trunk_of
 from rlhf_recipes.records import REWARD, read_json, write_json
 
 import torch
@@ -535,11 +535,6 @@ def _modules(model: nn.Module, kind: Any) -> list[Any]:
     return [module for module in model.modules() if isinstance(module, kind)]
 
 
-def base_name(model: nn.Module) -> str:
-    """The Hub name or folder of a model's base."""
-    return base_of(model).name_or_path or type(base_of(model)).__name__
-
-
 # --- Text to tokens --------------------------------------------------------------------------------------
 
 
@@ -635,45 +630,6 @@ def _is_number(value: Any) -> bool:
 
 
 # --- Refusals --------------------------------------------------------------------------------------------
-
-
-def check_base(folder: Path, trained_on: str | None, record: dict[str, Any], model: nn.Module) -> None:
-    """Refuses a base on which the adapter in `folder` was not trained.
-
-    By the fingerprint where `reward.json` has one, since a base may be moved and renamed; by name otherwise.
-
-    Args:
-        folder: of the adapter.
-        trained_on: the base that the adapter's configuration names.
-        record: what `reward.json` or `recipe.json` beside it holds.
-        model: the base in memory.
-
-    Raises:
-        RecipeError: names both bases, and says in what they differ.
-    """
-    known = (record.get("base_model") or {}).get("fingerprint")
-    if not known:
-        if not same_name(trained_on, base_name(model)):
-            raise RecipeError(f"{folder} was trained on {trained_on}, and the base in memory is {base_name(model)}")
-        return
-    here = fingerprint(model)
-    differences = [
-        f"{name} {known['dimensions'].get(name)} against {value}"
-        for name, value in here["dimensions"].items()
-        if known["dimensions"].get(name) != value
-    ]
-    if not differences and None not in (known["weights"], here["weights"]) and known["weights"] != here["weights"]:
-        differences = ["other weights"]
-    if differences:
-        raise RecipeError(
-            f"{folder} was trained on {trained_on}, and the base in memory, {base_name(model)}, is another: "
-            f"{', '.join(differences)}"
-        )
-
-
-def same_name(one: str | None, other: str | None) -> bool:
-    """Whether two names of a base may mean one: a Hub name, and the same model in a folder of its name."""
-    return bool(one and other) and Path(one).name == Path(other).name
 
 
 def check_tokenizer(folder: Path, tokenizer: PreTrainedTokenizerBase) -> None:

@@ -5,13 +5,12 @@ import json
 import shutil
 
 from rlhf_recipes.errors import RecipeError
-from rlhf_recipes.models import PLAIN_CHAT_TEMPLATE, keep_gradients_exact, load_model, load_tokenizer, resolve_path
+from rlhf_recipes.models import PLAIN_CHAT_TEMPLATE, fingerprint, keep_gradients_exact, load_model, load_tokenizer, resolve_path
 from rlhf_recipes.records import REWARD, read_json
 from rlhf_recipes.reward import RankingTrainer, load_reward_model
 from rlhf_recipes.roles import (
     Ensemble,
     encode,
-    fingerprint,
     load_reward,
     load_whole_reward,
     store_normalisation,
@@ -448,6 +447,13 @@ def refused(folder, tokenizer, match, model=None):
     assert set(dict(model.named_parameters())) == names  # nothing was put on the base
 
 
+def renamed(name, **options):
+    """The base under another name."""
+    model = load_base(**options)
+    model.config._name_or_path = model.name_or_path = name
+    return model
+
+
 def edit_weights(folder, change):
     weights = load_file(folder / "adapter_model.safetensors")
     save_file(change(weights), folder / "adapter_model.safetensors")
@@ -522,6 +528,44 @@ def test_base_of_other_dimensions_is_refused(folder, tokenizer):
     )
 
 
+def test_base_that_an_adapter_was_merged_into_is_refused(folder, tokenizer):
+    """It has the same embeddings and norms."""
+    torch.manual_seed(0)
+    merged = get_peft_model(load_base(), LoraConfig(r=2, target_modules=["q_proj"], init_lora_weights=False)).merge_and_unload()
+    merged.config._name_or_path = merged.name_or_path = "runs/sft-merged"
+    both = f"{folder} was trained on {BASE}, and the base in memory, runs/sft-merged, is another: other weights in the linear"
+    refused(folder, tokenizer, both, merged)
+
+
+def test_base_in_4_bits_is_told_from_a_merged_one_by_its_name(folder, tokenizer, trained, caplog):
+    """Its linear layers cannot be compared with those of another precision."""
+    load_reward(load_base(**IN_4_BITS), folder, "reward", tokenizer)
+    load_reward(load_base(), trained["4bit"][0], "reward", tokenizer)
+    assert not caplog.records
+    load_reward(renamed("runs/sft-merged", **IN_4_BITS), folder, "reward", tokenizer)
+    (warning,) = caplog.messages
+    assert warning.startswith(
+        f"{folder} was trained on {BASE}, and the base in memory is runs/sft-merged: their embeddings are"
+    )
+
+
+def test_records_without_a_digest_of_the_linear_layers_are_read(folder, tokenizer, batch, trained, caplog):
+    record = read_json(folder / REWARD)
+    assert record["base_model"]["fingerprint"].pop("matrices")
+    (folder / REWARD).write_text(json.dumps(record))
+    close(load_reward(load_base(), folder, "reward", tokenizer).score(**batch), trained["fp32"][1])
+    assert not caplog.records
+    close(load_reward(renamed("moved"), folder, "reward", tokenizer).score(**batch), trained["fp32"][1])
+    assert f"trained on {BASE}, and the base in memory is moved" in caplog.text
+
+
+def test_where_weights_cannot_be_compared_the_name_decides(folder, tokenizer):
+    """In fp16 there is nothing to compare: rounding differs from that of bf16."""
+    load_reward(load_base(dtype="float16"), folder, "reward", tokenizer)
+    both = f"{folder} was trained on {BASE}, and the base in memory is another-base: their weights cannot be compared"
+    refused(folder, tokenizer, both, renamed("another-base", dtype="float16"))
+
+
 def test_base_that_was_moved_is_taken(folder, tokenizer, batch, trained, tmp_path):
     shutil.copytree(BASE, tmp_path / "elsewhere")
     moved = AutoModelForCausalLM.from_pretrained(tmp_path / "elsewhere")
@@ -538,20 +582,23 @@ def test_without_a_fingerprint_the_name_decides(folder, tokenizer, batch, traine
 def test_fingerprint_is_that_of_the_base_however_it_is_loaded(trained):
     expected = fingerprint(load_base())
     assert expected["weights"]
-    assert read_json(trained["4bit"][0] / REWARD)["base_model"]["fingerprint"] == expected
+    assert expected["matrices"]
+    quantised = expected | {"matrices": None}
+    assert read_json(trained["fp32"][0] / REWARD)["base_model"]["fingerprint"] == expected
+    assert read_json(trained["4bit"][0] / REWARD)["base_model"]["fingerprint"] == quantised
     classifier = AutoModelForSequenceClassification.from_pretrained(BASE, num_labels=1)
     embedding = LoraConfig(r=2, target_modules=["embed_tokens", "q_proj"], modules_to_save=["norm"])
     for model in (
         load_base(dtype="bfloat16"),
-        load_base(**IN_4_BITS),
-        load_base(**IN_4_BITS, dtype="bfloat16"),
         classifier,
         policy(),
         get_peft_model(load_base(), embedding),
     ):
         assert fingerprint(model) == expected
+    for model in (load_base(**IN_4_BITS), load_base(**IN_4_BITS, dtype="bfloat16")):
+        assert fingerprint(model) == quantised
     half = fingerprint(load_base(dtype="float16"))
-    assert (half["dimensions"], half["weights"]) == (expected["dimensions"], None)
+    assert (half["dimensions"], half["weights"], half["matrices"]) == (expected["dimensions"], None, None)
 
 
 def test_other_tokenizers_are_refused(folder, tokenizer):
