@@ -10,7 +10,7 @@ from typing import Any
 from rlhf_recipes.errors import RecipeError
 from rlhf_recipes.models import base_name, check_base, fingerprint, keep_adapter_in_fp32, load_architecture, types_kept
 from rlhf_recipes.records import RECIPE, read_json
-from rlhf_recipes.roles import HEAD, ScalarHead, check_tokenizer, encode, write_reward_record
+from rlhf_recipes.roles import HEAD, ScalarHead, check_tokenizer, encode, stored_head, write_reward_record
 
 import torch
 import transformers
@@ -240,7 +240,7 @@ def load_reward_model(
     set_seed(training.seed)
     with _quiet():
         model, missing = load_architecture(AutoModelForSequenceClassification, arguments, training, num_labels=1)
-    _install_head(model, fresh=f"{HEAD}.weight" in missing)
+    _install_head(model, fresh=f"{HEAD}.weight" in missing, revision=arguments.model_revision)
     if lost := missing - {f"{HEAD}.weight"}:
         raise RecipeError(f"model_name_or_path: {model.name_or_path}: its files lack {', '.join(sorted(lost)[:3])}")
     model.config.get_text_config().pad_token_id = tokenizer.pad_token_id
@@ -258,7 +258,7 @@ def load_reward_model(
     return get_peft_model(model, config)
 
 
-def _install_head(model: PreTrainedModel, fresh: bool) -> None:
+def _install_head(model: PreTrainedModel, fresh: bool, revision: str | None) -> None:
     old = getattr(model, HEAD, None)
     if not isinstance(old, nn.Linear) or old.out_features != 1 or old.bias is not None:
         raise RecipeError(f"{model.name_or_path}: {type(model).__name__} has no head `{HEAD}` of one output: it cannot be used")
@@ -266,7 +266,7 @@ def _install_head(model: PreTrainedModel, fresh: bool) -> None:
     if fresh:
         nn.init.normal_(head.weight, std=(old.in_features + 1) ** -0.5)
     else:
-        head.weight.data.copy_(old.weight.data)
+        head.weight.data.copy_(stored_head(model.name_or_path, old.weight.data, revision))
     setattr(model, HEAD, head.to(old.weight.device))
 
 

@@ -7,6 +7,7 @@ base it was trained on, and the mean and standard deviation that its scores are 
 import contextlib
 import copy
 import functools
+import logging
 import math
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Sequence
@@ -19,14 +20,18 @@ from rlhf_recipes.models import base_name, base_of, check_base, keep_gradients_e
 from rlhf_recipes.records import REWARD, read_json, write_json
 
 import torch
+from accelerate import PartialState
 from peft import LoraConfig, PeftModel, get_peft_model_state_dict
 from peft.functional import cast_adapter_dtype, inject_adapter_in_model, set_adapter, set_peft_model_state_dict
 from peft.tuners.tuners_utils import BaseTunerLayer
 from peft.utils import AuxiliaryTrainingWrapper
-from safetensors import SafetensorError
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file
 from torch import Tensor, nn
 from transformers import AutoModelForSequenceClassification, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME, cached_file
+
+logger = logging.getLogger(__name__)
 
 HEAD = "score"
 """The name that Transformers gives the head of a decoder that classifies sequences."""
@@ -188,8 +193,12 @@ class Reward(Scorer):
         Raises:
             RecipeError: if all of them score alike.
         """
-        self.normalisation = None
-        self.normalisation = store_normalisation(self.folder, self(prompts, completions))
+        before, self.normalisation = self.normalisation, None
+        try:
+            self.normalisation = store_normalisation(self.folder, self(prompts, completions))
+        except BaseException:
+            self.normalisation = before
+            raise
         return self.normalisation
 
 
@@ -314,10 +323,28 @@ def load_whole_reward(
     if loading["missing_keys"]:
         raise RecipeError(f"{folder}: its files lack {', '.join(sorted(loading['missing_keys']))}: it would score at random")
     check_tokenizer(folder, tokenizer)
-    head = _build_head({"weight": _find_head(model).weight.data}, model, folder)
+    head = _build_head({"weight": stored_head(folder, _find_head(model).weight.data, options.get("revision"))}, model, folder)
     normalisation = _normalisation(read_json(folder / REWARD), folder)
     keep_gradients_exact(model)
     return Reward(model.eval(), None, head, tokenizer, normalisation, folder, name, batch_size)
+
+
+def stored_head(name: str | Path, loaded: Tensor, revision: str | None = None) -> Tensor:
+    """The weight of a whole model's head as it stands in its file, in fp32: `from_pretrained` rounds it to the base's type.
+
+    Args:
+        name: folder, or name on the Hub.
+        loaded: the weight as it was loaded; returned where the file has another name for it.
+        revision: of the model on the Hub.
+    """
+    key, options = f"{HEAD}.weight", {"revision": revision, "_raise_exceptions_for_missing_entries": False}
+    index = cached_file(name, SAFE_WEIGHTS_INDEX_NAME, **options)
+    file = read_json(Path(index))["weight_map"].get(key) if index else SAFE_WEIGHTS_NAME
+    path = file and cached_file(name, file, **options)
+    if not path:
+        return loaded
+    with safe_open(path, "pt") as weights:
+        return weights.get_tensor(key).float() if key in weights.keys() else loaded  # noqa: SIM118 (no mapping)
 
 
 def load_saved_rewards(
@@ -326,38 +353,61 @@ def load_saved_rewards(
     tokenizer: PreTrainedTokenizerBase,
     combine: str | None = None,
     uncertainty_coef: float | None = None,
+    batch_size: int = 32,
 ) -> Scorer:
     """What `recipes/reward.py` saved, whatever it is: an adapter, an ensemble of them, or a whole model.
 
+    An adapter is put on the policy's base, under the name of the folder; a whole model on the device of this process. A model
+    without a scale is warned of: its scores are raw.
+
     Args:
-        folder: of the reward model, or of the ensemble; a whole model may also be a name on the Hub.
-        model: the base with its adapters, on which reward adapters are put, under the name of the folder.
+        folder: of the reward model or of the ensemble, whose members are those that its `reward.json` lists. A whole model may
+            be named by its name on the Hub too (from Python: in YAML a reward is a folder or a dotted path).
+        model: the policy: the base with its adapters.
         tokenizer: the policy's.
         combine: of an ensemble, if not as it was trained to.
         uncertainty_coef: likewise.
+        batch_size: completions a forward pass.
 
     Raises:
-        RecipeError: as in `load_reward` and `load_whole_reward`; for an adapter where `model` has none and is trained itself.
+        RecipeError: as in `load_reward` and `load_whole_reward`; for an adapter where `model` has none and is trained itself;
+            for `combine` or `uncertainty_coef` where there is no ensemble; and for one that was not finished.
     """
     folder = Path(folder)
-    members = sorted(folder.glob("member-*"), key=lambda path: int(path.name.removeprefix("member-")))
-    if members:
-        trained = read_json(members[0] / "recipe.json")["arguments"]["RewardArguments"]
-        combine = combine or trained["ensemble_combine"]
-        coefficient = trained["uncertainty_coef"] if uncertainty_coef is None else uncertainty_coef
-        rewards = [_load_saved(member, model, tokenizer, f"{folder.name}-{member.name}") for member in members]
-        return Ensemble(rewards, combine, coefficient, folder.name)
-    return _load_saved(folder, model, tokenizer, folder.name)
+    stored = read_json(folder / REWARD).get("ensemble")
+    if stored is not None:
+        names, trained, coefficient = _read_ensemble(stored, folder)
+        rewards = [_load_saved(folder / name, model, tokenizer, f"{folder.name}-{name}", batch_size) for name in names]
+        coefficient = coefficient if uncertainty_coef is None else uncertainty_coef
+        return Ensemble(rewards, combine or trained, coefficient, folder.name)
+    if not (folder / "adapter_config.json").exists() and any(folder.glob("member-*/adapter_config.json")):
+        raise RecipeError(
+            f"{folder} holds members of an ensemble, and no {REWARD} that lists them: it was not finished; go on with "
+            "`resume_from_checkpoint: true`, or name one member"
+        )
+    if combine is not None or uncertainty_coef is not None:
+        raise RecipeError(f"{folder} holds one reward model: `combine` and `uncertainty_coef` are for ensembles: remove them")
+    return _load_saved(folder, model, tokenizer, folder.name, batch_size)
 
 
-def _load_saved(folder: Path, model: nn.Module, tokenizer: PreTrainedTokenizerBase, name: str) -> Reward:
+def _load_saved(folder: Path, model: nn.Module, tokenizer: PreTrainedTokenizerBase, name: str, batch_size: int) -> Reward:
     if not (folder / "adapter_config.json").exists():
-        return load_whole_reward(folder, name, tokenizer)
-    if not isinstance(model, PeftModel):
+        # where the policy is, or will be when its trainer has placed it
+        reward = load_whole_reward(folder, name, tokenizer, batch_size, device_map={"": PartialState().device})
+    elif not isinstance(model, PeftModel):
         raise RecipeError(f"{folder} is an adapter, which needs a base that stays as it is: set `use_peft: true`, or merge it")
-    name = name.replace(".", "_")  # PyTorch allows no dots there
-    taken = sum(other == name or other.startswith(f"{name}_") for other in model.peft_config)
-    return load_reward(model, folder, f"{name}_{taken + 1}" if taken else name, tokenizer)
+    else:
+        name = name.replace(".", "_")  # PyTorch allows no dots there
+        taken = sum(other == name or other.startswith(f"{name}_") for other in model.peft_config)
+        reward = load_reward(model, folder, f"{name}_{taken + 1}" if taken else name, tokenizer, batch_size)
+    if reward.normalisation is None:
+        logger.warning(
+            "%s has no scale (`normalisation` in %s): its raw scores are used, whose mean and spread are arbitrary; "
+            "recipes/reward.py measures one at its end: go on with `resume_from_checkpoint: true` if it was interrupted",
+            folder,
+            REWARD,
+        )
+    return reward
 
 
 def _adapter_config(folder: Path) -> LoraConfig:
@@ -593,6 +643,31 @@ def write_reward_record(folder: str | Path, base_model: str, base_fingerprint: d
     write_json(Path(folder) / REWARD, content)
 
 
+def write_ensemble_record(folder: str | Path, members: Sequence[str], combine: str, uncertainty_coef: float) -> None:
+    """Writes the `reward.json` of an ensemble, when all of its members can be used.
+
+    Args:
+        folder: of the ensemble.
+        members: the folders of its members, inside it.
+        combine: as of `Ensemble`.
+        uncertainty_coef: likewise.
+    """
+    content = {"members": [*members], "combine": combine, "uncertainty_coef": uncertainty_coef}
+    write_json(Path(folder) / REWARD, {"ensemble": content})
+
+
+def _read_ensemble(stored: Any, folder: Path) -> tuple[list[str], str, float]:
+    """The folders of the members, and how they are combined."""
+    try:
+        names, combine, coefficient = stored["members"], stored["combine"], stored["uncertainty_coef"]
+    except (TypeError, KeyError) as error:
+        expected = "expected members, combine and uncertainty_coef"
+        raise RecipeError(f"{folder / REWARD}: ensemble: {expected}, found {stored}") from error
+    if missing := [name for name in names if not (folder / name).is_dir()]:
+        raise RecipeError(f"{folder / REWARD}: the member {missing[0]} is not there: train the ensemble again")
+    return names, combine, coefficient
+
+
 def store_normalisation(folder: str | Path, scores: Sequence[float] | Tensor) -> Normalisation:
     """Stores the mean and standard deviation (of the population) of raw scores beside a reward model.
 
@@ -606,8 +681,11 @@ def store_normalisation(folder: str | Path, scores: Sequence[float] | Tensor) ->
     values = torch.as_tensor(scores, dtype=torch.float64)
     if not values.numel():
         raise RecipeError(f"{folder}: no scores to normalise by")
+    mean, std = values.mean().item(), values.std(correction=0).item()
+    if std <= 1e-6 * values.abs().max().item():  # what fp32 leaves between scores that are equal
+        std = 0.0
     try:
-        normalisation = Normalisation(values.mean().item(), values.std(correction=0).item(), values.numel())
+        normalisation = Normalisation(mean, std, values.numel())
     except RecipeError as error:
         raise RecipeError(f"{folder}: {values.numel()} {error}: does the reward model tell demonstrations apart?") from error
     write_json(Path(folder) / REWARD, {**read_json(Path(folder) / REWARD), "normalisation": asdict(normalisation)})

@@ -3,7 +3,9 @@
 import copy
 import json
 import shutil
+from types import SimpleNamespace
 
+from rlhf_recipes import roles
 from rlhf_recipes.errors import RecipeError
 from rlhf_recipes.models import PLAIN_CHAT_TEMPLATE, fingerprint, keep_gradients_exact, load_model, load_tokenizer, resolve_path
 from rlhf_recipes.records import REWARD, read_json
@@ -12,8 +14,10 @@ from rlhf_recipes.roles import (
     Ensemble,
     encode,
     load_reward,
+    load_saved_rewards,
     load_whole_reward,
     store_normalisation,
+    write_ensemble_record,
 )
 from rlhf_recipes.tiny import splits
 
@@ -160,6 +164,35 @@ def test_several_on_one_base_and_trained_with_a_bf16_base(trained, tokenizer, ba
             close(reward.score(**batch), trained[reward.__name__][1])
     before = train(tmp_path, tokenizer, batch, dtype="bfloat16")
     close(load_reward(load_base(dtype="bfloat16"), tmp_path, "reward", tokenizer).score(**batch), before)
+
+
+def test_in_4_bits_with_bf16_compute_it_scores_the_same_on_every_base(tokenizer, batch, answers, tmp_path):
+    """As on a GPU, where the base's own weights are bf16 too, and the head is not."""
+    options = {**IN_4_BITS, "dtype": "bfloat16"}
+    before = train(tmp_path, tokenizer, batch, **options)
+    assert before.std() > 0.1
+    for base in (load_base(**options), policy(**options), policy(**options).train()):
+        reward = load_reward(base, tmp_path, "reward", tokenizer, batch_size=len(answers[0]))
+        close(reward.score(**batch), before)
+        assert reward.head.weight.dtype == torch.float32
+
+
+@pytest.mark.parametrize("shards", [{}, {"max_shard_size": "500KB"}], ids=["one-file", "shards"])
+def test_head_of_a_whole_bf16_model_is_read_as_it_was_saved(tokenizer, batch, tmp_path, shards):
+    """From the file, since Transformers rounds it to the type of the rest."""
+    whole = ModelConfig(model_name_or_path=BASE, dtype="bfloat16")
+    model = load_reward_model(whole, RewardConfig(str(tmp_path), bf16=False, report_to="none"), tokenizer)
+    model.save_pretrained(tmp_path, **shards)
+    assert (tmp_path / "model.safetensors.index.json").exists() == bool(shards)
+    tokenizer.save_pretrained(tmp_path)
+    with torch.no_grad():
+        before = model.eval()(**batch).logits[:, 0]
+    assert not torch.equal(model.score.weight, model.score.weight.bfloat16().float())
+    reward = load_whole_reward(tmp_path, "whole", tokenizer)
+    assert torch.equal(reward.head.weight, model.score.weight)
+    close(reward.score(**batch), before)
+    on = load_reward_model(ModelConfig(str(tmp_path), dtype="bfloat16"), RewardConfig(str(tmp_path), bf16=False), tokenizer)
+    assert torch.equal(on.score.weight, model.score.weight)
 
 
 def test_an_adapter_costs_its_own_weights_and_no_other_base(trained, tokenizer):
@@ -379,6 +412,72 @@ def test_ensembles_that_make_no_sense(trained, tokenizer):
         Ensemble([reward], "uncertainty", uncertainty_coef=-1)
 
 
+# --- What PPO finds in a folder --------------------------------------------------------------------------
+
+
+@pytest.fixture
+def ensemble(trained, tmp_path):
+    """A folder with three members."""
+    for number, name in enumerate(("fp32", "second", "4bit")):
+        shutil.copytree(trained[name][0], tmp_path / "ensemble" / f"member-{number}")
+        store_normalisation(tmp_path / "ensemble" / f"member-{number}", [0.0, 1.0 + number])
+    return tmp_path / "ensemble"
+
+
+def test_ensemble_is_of_the_members_that_its_record_lists(ensemble, tokenizer, batch):
+    """What else lies there was left by something else."""
+    write_ensemble_record(ensemble, ["member-0", "member-1"], "uncertainty", 0.5)
+    (ensemble / "member-old").mkdir()
+    model = policy()
+    reward = load_saved_rewards(ensemble, model, tokenizer)
+    members = [load_reward(model, ensemble / f"member-{n}", f"again-{n}", tokenizer) for n in range(2)]
+    close(reward.score(**batch), Ensemble(members, "uncertainty", 0.5).score(**batch))
+    least = load_saved_rewards(ensemble, policy(), tokenizer, combine="min", batch_size=2)
+    close(least.score(**batch), Ensemble(members, "min").score(**batch))
+    assert least.batch_size == least.members[0].batch_size == 2
+
+
+def test_ensemble_without_its_record_or_a_member_is_refused(ensemble, tokenizer):
+    with pytest.raises(RecipeError, match=f"{ensemble} holds members of an ensemble, and no reward.json .* was not finished"):
+        load_saved_rewards(ensemble, policy(), tokenizer)
+    write_ensemble_record(ensemble, ["member-0", "member-7"], "mean", 1.0)
+    with pytest.raises(RecipeError, match=r"reward\.json: the member member-7 is not there"):
+        load_saved_rewards(ensemble, policy(), tokenizer)
+    (ensemble / "reward.json").write_text('{"ensemble": ["member-0"]}')
+    with pytest.raises(RecipeError, match=r"reward\.json: ensemble: expected members, combine and uncertainty_coef"):
+        load_saved_rewards(ensemble, policy(), tokenizer)
+
+
+@pytest.mark.parametrize("options", [{"combine": "min"}, {"uncertainty_coef": 3.0}])
+def test_one_reward_model_is_not_combined(folder, tokenizer, options):
+    with pytest.raises(
+        RecipeError, match=f"{folder} holds one reward model: `combine` and `uncertainty_coef` are for ensembles"
+    ):
+        load_saved_rewards(folder, policy(), tokenizer, **options)
+
+
+def test_reward_model_without_a_scale_is_warned_of_once(folder, tokenizer, batch, answers, caplog):
+    reward = load_saved_rewards(folder, policy(), tokenizer)
+    for _ in range(2):
+        reward.score(**batch)
+    (warning,) = caplog.messages
+    assert warning.startswith(f"{folder} has no scale (`normalisation` in reward.json): its raw scores are used")
+    reward.calibrate(*answers)
+    caplog.clear()
+    load_saved_rewards(folder, policy(), tokenizer)
+    assert not caplog.records
+
+
+def test_whole_reward_model_is_placed_where_the_policy_will_be(tmp_path, tokenizer, monkeypatch):
+    AutoModelForSequenceClassification.from_pretrained(BASE, num_labels=1).save_pretrained(tmp_path)
+    tokenizer.save_pretrained(tmp_path)
+    monkeypatch.setattr(roles, "PartialState", lambda: SimpleNamespace(device=torch.device("meta")))
+    reward = load_saved_rewards(tmp_path, load_base(), tokenizer, batch_size=5)
+    assert {weight.device.type for weight in reward.model.parameters()} == {"meta"}
+    assert reward.head.weight.device.type == "meta"
+    assert reward.batch_size == 5
+
+
 # --- Normalisation ---------------------------------------------------------------------------------------
 
 
@@ -401,6 +500,15 @@ def test_normalised_scores_have_mean_0_and_deviation_1_on_demonstrations(folder,
     close(again.score(**batch, normalise=False), raw)
     assert reward.calibrate(*answers).mean == pytest.approx(normalisation.mean)  # of raw scores, once more
     assert read_json(folder / REWARD)["base_model"]["name"] == BASE
+
+
+def test_scale_that_cannot_be_measured_leaves_the_old_one(folder, tokenizer, answers):
+    reward = load_reward(load_base(), folder, "reward", tokenizer)
+    before = reward.calibrate(*answers)
+    with pytest.raises(RecipeError, match="cannot be normalised"):
+        reward.calibrate(answers[0][:1] * 3, answers[1][:1] * 3)
+    assert reward.normalisation == before
+    assert read_json(folder / REWARD)["normalisation"]["mean"] == before.mean
 
 
 @pytest.mark.parametrize("scores", [[1.0, 1.0, 1.0], [1.0, float("nan")], [0.0, float("inf")], []])
