@@ -42,8 +42,10 @@ POLICY = "default"
 NO_ADAPTER = object()
 """For `playing`: the base alone, without any adapter."""
 
+PREFIX = "base_model.model."
+"""PEFT's, of the names of saved weights."""
+
 _WEIGHTS = "adapter_model.safetensors"
-_PREFIX = "base_model.model."  # PEFT's, in the names of saved weights
 _HEAD_NAMES = {"score", "classifier"}  # PEFT lists both for every sequence classifier
 _PROBE = "Is 1 + 1 = 2?\nYes: Straße, 东京."
 
@@ -445,7 +447,7 @@ def _adapter_weights(folder: Path) -> tuple[dict[str, Tensor], dict[str, Tensor]
         weights = {name: weight.float() for name, weight in load_file(path).items()}
     except (SafetensorError, OSError) as error:
         raise RecipeError(f"{path}: cannot be read ({error})") from error
-    prefix = f"{_PREFIX}{HEAD}."
+    prefix = f"{PREFIX}{HEAD}."
     head = {name.removeprefix(prefix): weights.pop(name) for name in list(weights) if name.startswith(prefix)}
     if "weight" not in head:
         raise RecipeError(f"{path} has no head ({prefix}weight): the adapter would score at random; train or save it again")
@@ -461,13 +463,28 @@ def _add_adapter(
             model.add_adapter(name, config)
         else:
             inject_adapter_in_model(config, model, adapter_name=name)
-            weights = {key.removeprefix(_PREFIX): weight for key, weight in weights.items()}
+            weights = {key.removeprefix(PREFIX): weight for key, weight in weights.items()}
         cast_adapter_dtype(model, name)  # to fp32, before the weights come in
-        try:
-            result = set_peft_model_state_dict(model, weights, adapter_name=name)
-        except RuntimeError as error:
-            reason = str(error).splitlines()[-1].strip()
-            raise RecipeError(f"{folder}: its weights do not fit {base_name(model)}: {reason}") from error
+        fill_adapter(model, weights, name, folder)
+
+
+def fill_adapter(model: nn.Module, weights: dict[str, Tensor], name: str, folder: str | Path) -> None:
+    """Puts saved weights into an adapter that is on the model; none of the two has any that the other lacks.
+
+    Args:
+        model: with the adapter.
+        weights: under the names of PEFT's files, which on a `PeftModel` begin with `PREFIX`.
+        name: of the adapter.
+        folder: where the weights come from, for messages.
+
+    Raises:
+        RecipeError: if a weight has no counterpart, or one of another shape.
+    """
+    try:
+        result = set_peft_model_state_dict(model, weights, adapter_name=name)
+    except RuntimeError as error:
+        reason = str(error).splitlines()[-1].strip()
+        raise RecipeError(f"{folder}: its weights do not fit {base_name(model)}: {reason}") from error
     missing = [key for key in result.missing_keys if f".{name}." in key or key.endswith(f".{name}")]
     if strays := [*missing, *result.unexpected_keys]:
         raise RecipeError(f"{folder}: its weights do not fit {base_name(model)}: {strays[0]} has no counterpart")
