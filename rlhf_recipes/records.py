@@ -10,6 +10,9 @@ from rlhf_recipes.errors import RecipeError
 RECIPE = "recipe.json"
 """Of every stage: what was run, on which base, and what it cost."""
 
+PENDING = "recipe.unfinished.json"
+"""The same, of a stage that has trained and not measured yet: by `recipe.json` others take a stage for done."""
+
 REWARD = "reward.json"
 """Of a reward model: its base and the scale of its scores; of an ensemble: its members and how they are combined."""
 

@@ -1,7 +1,6 @@
 """Reward models: what TRL's `RewardTrainer` lacks, which is rankings, an fp32 head, and a start from the SFT adapter."""
 
 import contextlib
-import copy
 import logging
 from collections.abc import Iterator
 from pathlib import Path
@@ -312,32 +311,6 @@ def _continue_adapter(model: PreTrainedModel, parent: Path) -> PeftModel:
     adapted = _new_adapter(model, config)
     fill_adapter(adapted, weights, POLICY, parent)
     return adapted
-
-
-def ensemble_members(training: RewardConfig, size: int, rows: int, shards: bool) -> list[RewardConfig]:
-    """The arguments of each member of an ensemble: seeds `seed`, `seed + 1`, ..., and folders of their own.
-
-    Args:
-        training: the arguments of the run; those of a single model are these.
-        size: of the ensemble.
-        rows: to train on.
-        shards: whether each member trains on a part of them.
-
-    Raises:
-        RecipeError: for more shards than rows, or a checkpoint that is named: it would be that of one member.
-    """
-    if shards and size > rows:
-        raise RecipeError(f"ensemble_shards: {rows} rows cannot be shared out among {size} members")
-    if size == 1:
-        return [training]
-    if str(training.resume_from_checkpoint) not in ("None", "True", "true", "False", "false"):
-        raise RecipeError("resume_from_checkpoint: an ensemble goes on from the newest checkpoint of each member: set `true`")
-    members = []
-    for number in range(size):
-        member = copy.copy(training)
-        member.seed, member.output_dir = training.seed + number, str(Path(training.output_dir) / f"member-{number}")
-        members.append(member)
-    return members
 
 
 @contextlib.contextmanager
