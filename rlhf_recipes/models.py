@@ -306,7 +306,8 @@ def keep_gradients_exact(model: torch.nn.Module) -> None:
 def types_kept(model: torch.nn.Module) -> Iterator[None]:
     """Undoes what happens within to the types of weights: TRL's trainers cast what is trainable on a quantised base to bf16.
 
-    A rounded policy would differ from its reference, which is frozen and not rounded.
+    A rounded policy would differ from its reference, which is frozen and not rounded. Weights that are new afterwards, as those
+    of an adapter that the trainer made itself, are left to `keep_adapter_in_fp32`.
     """
     before = {name: weight.data for name, weight in model.named_parameters()}
     yield
@@ -316,12 +317,13 @@ def types_kept(model: torch.nn.Module) -> Iterator[None]:
 
 
 def keep_adapter_in_fp32(trainer: Trainer) -> None:
-    """Undoes the cast to bf16 that TRL's trainers give everything trainable on a quantised base.
+    """Undoes the cast to bf16 that TRL's trainers give to an adapter that they make themselves on a quantised base.
 
-    AdamW's steps are often too small for bf16 to represent, and PEFT loads an adapter in fp32: a run resumed from a checkpoint
-    would go on in another type than it began in. It costs two bytes more a weight of the adapter, and two or four in the
-    optimizer. Call it between the trainer's construction and `train()`; it does nothing to models that are not quantised, nor
-    under FSDP and DeepSpeed, which want one type for all that they gather.
+    What was there before keeps its very values by `types_kept`, however it is launched; these are fresh, and only need the
+    type. AdamW's steps are often too small for bf16 to represent, and PEFT loads an adapter in fp32: a run resumed from a
+    checkpoint would go on in another type than it began in. It costs two bytes more a weight of the adapter, and two or four
+    in the optimizer. Call it between the trainer's construction and `train()`; it does nothing to models that are not
+    quantised, nor under FSDP and DeepSpeed, which want one type for all that they gather.
     """
     model = trainer.model
     quantised = getattr(model, "is_loaded_in_4bit", False) or getattr(model, "is_loaded_in_8bit", False)
