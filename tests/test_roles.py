@@ -2,6 +2,7 @@
 
 import copy
 import json
+import re
 import shutil
 from types import SimpleNamespace
 
@@ -23,6 +24,7 @@ from rlhf_recipes.tiny import splits
 
 import pytest
 import torch
+from conftest import ROOT
 from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer, BitsAndBytesConfig
@@ -142,6 +144,24 @@ def test_scores_are_the_same_before_saving_and_wherever_the_adapter_is_loaded(tr
         close(reward.score(**batch), before)
         assert reward.score(**batch).dtype == torch.float32
         close(torch.tensor(reward(*answers)), before)
+
+
+@pytest.mark.parametrize("as_documented", [True, False])
+def test_documented_way_to_load_it_elsewhere_reads_padded_rows_right(folder, batch, trained, tmp_path, as_documented):
+    """Where the base's PAD is its EOS; without the line that says which PAD it is, the scores are others."""
+    base = AutoModelForCausalLM.from_pretrained(BASE)
+    base.config.pad_token_id = base.config.eos_token_id
+    base.save_pretrained(tmp_path / "base")
+    edit_config(folder, base_model_name_or_path=str(tmp_path / "base"))
+    (code,) = re.findall(r"without this project:\n\n```python\n(.*?)```", (ROOT / "docs" / "reward.md").read_text(), re.S)
+    assert "rlhf_recipes" not in code
+    code = code.replace('"runs/tiny/reward"', repr(str(folder)))
+    if not as_documented:
+        code = re.sub("base.config.pad_token_id = .*", "", code)
+    exec(code, names := {})
+    with torch.no_grad():
+        scores = names["reward_model"](**batch).logits[:, 0]
+    assert torch.allclose(scores, trained["fp32"][1], rtol=0, atol=1e-5) is as_documented
 
 
 def test_merged_at_full_precision_it_scores_the_same(trained, tokenizer, batch, answers, tmp_path):
