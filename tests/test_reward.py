@@ -230,7 +230,10 @@ def test_sequences_are_those_of_trl(tmp_path, tokenizer):
     texts = Dataset.from_list(
         [{"prompt": "Who?", "chosen": " Karimo.", "rejected": " No.</s>"}, {"prompt": "", "chosen": "A", "rejected": "B"}]
     )
-    for pairs in (messages, texts):
+    turns = [{"role": role, "content": text} for role, text in (("user", "Who?"), ("assistant", "Karimo."), ("user", "Where?"))]
+    answers = [[{"role": "assistant", "content": text}] for text in ("Alderby.", "I do not know.")]
+    talks = Dataset.from_list([{"prompt": turns, "chosen": answers[0], "rejected": answers[1]}])
+    for pairs in (messages, texts, talks):
         rankings = Dataset.from_list(
             [{"prompt": r["prompt"], "completions": [r["chosen"], r["rejected"]], "ranks": [0, 1]} for r in pairs]
         )

@@ -116,7 +116,10 @@ def demonstrations_of(
         dataset, report = check_lengths(dataset, tokenizer, max_length, long_rows, "demonstrations")
         del report["rows"]
     if len(dataset) < 2:
-        raise RecipeError(f"`demonstrations`: {len(dataset)} of them have no standard deviation: name more")
+        raise RecipeError(
+            f"`demonstrations`: {len(dataset)} of them have no standard deviation: name more (those to held-out prompts and "
+            "those longer than `max_length` are left out)"
+        )
     return dataset, {"rows": len(dataset), "longer_than_max_length": report}
 
 
