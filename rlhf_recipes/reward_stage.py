@@ -76,7 +76,7 @@ def checkpoints_to_resume(training: RewardConfig, members: Sequence[RewardConfig
 
     Raises:
         RecipeError: as in `checkpoint_to_resume`; also where the folder holds an unfinished run of another size, or another one
-            than that of the checkpoint that is named.
+            than that of the checkpoint that is named, or what the run begins with: earlier results there are removed.
     """
     checkpoints = [checkpoint_to_resume(member, *arguments) for member in members]
     output, own = Path(training.output_dir), {Path(member.output_dir) for member in members}
@@ -84,6 +84,12 @@ def checkpoints_to_resume(training: RewardConfig, members: Sequence[RewardConfig
         for folder in (output, *_member_folders(output)):
             if folder not in own or any(checkpoints):
                 refuse_unfinished(folder)
+        for key in ("start_from", "model_name_or_path"):
+            for begun_with in filter(None, (getattr(group, key, None) for group in arguments)):
+                if output.resolve() in (Path(begun_with).resolve(), *Path(begun_with).resolve().parents):
+                    raise RecipeError(
+                        f"{key}: {begun_with} is in `output_dir`, whose earlier results are removed: name another"
+                    )
     return checkpoints
 
 

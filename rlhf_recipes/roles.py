@@ -382,7 +382,8 @@ def load_saved_rewards(
         rewards = [_load_saved(folder / name, model, tokenizer, f"{folder.name}-{name}", batch_size) for name in names]
         coefficient = coefficient if uncertainty_coef is None else uncertainty_coef
         return Ensemble(rewards, combine or trained, coefficient, folder.name)
-    if not (folder / "adapter_config.json").exists() and any(folder.glob("member-*/adapter_config.json")):
+    alone = any((folder / name).exists() for name in ("adapter_config.json", "config.json"))
+    if not alone and any(folder.glob("member-*/*config.json")):
         raise RecipeError(
             f"{folder} holds members of an ensemble, and no {REWARD} that lists them: it was not finished; go on with "
             "`resume_from_checkpoint: true`, or name one member"

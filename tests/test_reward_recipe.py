@@ -416,6 +416,25 @@ def test_finished_run_is_not_removed_by_one_that_cannot_begin(trained, reward, t
     assert names(folder) == before
 
 
+def test_a_run_does_not_remove_what_it_begins_with(reward, sft, tmp_path):
+    parent = tmp_path / "out" / "sft"
+    shutil.copytree(sft(), parent)
+    for folder in (tmp_path / "out", parent):
+        status, error = reward(folder, *AS_IT_BEGINS, "--start_from", parent)
+        assert status == 2
+        assert f"start_from: {parent} is in `output_dir`" in error
+    assert same(weights(parent), weights(sft()))
+
+
+def test_checkpoint_of_another_folder_is_gone_on_from_in_a_clean_one(trained, reward, tmp_path):
+    folder, checkpoint = tmp_path / "reward", trained("single", *LONG) / "checkpoint-2"
+    shutil.copytree(trained("ensemble", *LONG, *ENSEMBLE), folder)
+    assert reward(folder, *LONG, "--resume_from_checkpoint", checkpoint)[0] == 0
+    assert same(weights(folder), weights(checkpoint.parent))
+    assert "ensemble" not in read(folder, "reward.json")
+    assert not list(folder.glob("member-*"))
+
+
 @pytest.mark.parametrize("ensemble", [(), ENSEMBLE], ids=["single", "ensemble"])
 def test_run_that_has_no_scale_yet_is_not_done(reward, tmp_path, monkeypatch, ensemble):
     """And goes on with measuring; what training cost is not forgotten."""
