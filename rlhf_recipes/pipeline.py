@@ -12,7 +12,7 @@ from typing import Any
 
 from rlhf_recipes.arguments import nearest, read_yaml
 from rlhf_recipes.errors import RecipeError
-from rlhf_recipes.runs import write_json
+from rlhf_recipes.records import read_json, write_json
 
 import yaml
 
@@ -64,8 +64,7 @@ class Pipeline:
     _state: dict[str, dict[str, str]] = field(default_factory=dict)
 
     def __post_init__(self):
-        path = self.folder / STATE
-        self._state = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
+        self._state = read_json(self.folder / STATE)
 
     def status(self, stage: Stage) -> str:
         """`done`, `begun` (it will go on from its newest checkpoint) or `to do`."""

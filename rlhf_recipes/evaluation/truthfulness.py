@@ -23,12 +23,13 @@ class Truthfulness(evaluate.Metric):
         if not predictions:
             raise ValueError("There are no answers to judge.")
         phrases = tuple(normalise(phrase) for phrase in abstentions)
-        kinds = [_kind(*pair, phrases) for pair in zip(predictions, references, strict=True)]
+        kinds = [judge(*pair, phrases) for pair in zip(predictions, references, strict=True)]
         return {kind: kinds.count(kind) / len(kinds) for kind in ("right", "abstained", "made_up")}
 
 
-def _kind(answer: str, truth: str, abstentions: tuple[str, ...]) -> str:
-    if normalise(answer).startswith(abstentions):
+def judge(answer: str, truth: str, beginnings: tuple[str, ...]) -> str:
+    """Whether an answer is `"right"`, `"abstained"` (begins with one of these, normalised) or `"made_up"`."""
+    if normalise(answer).startswith(beginnings):
         return "abstained"
     return "right" if normalise(answer) == normalise(truth) else "made_up"
 
