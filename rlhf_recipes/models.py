@@ -100,13 +100,15 @@ def load_policy(
         tokenizer: of the run.
 
     Raises:
-        RecipeError: as in `load_model`; if there is no such adapter, or it was trained on another base.
+        RecipeError: as in `load_model`; if there is no such adapter, or it was trained on another base; if the base has no
+            embedding for some of the tokenizer's words.
     """
     if start_from is not None and not (Path(start_from) / "adapter_config.json").is_file():
         raise RecipeError(
             f"start_from: {start_from} holds no adapter (no adapter_config.json): train it first, or name another"
         )
     model = load_model(arguments, training)
+    check_vocabulary(model, tokenizer)
     if start_from is None:
         return model
     if not arguments.use_peft:
@@ -120,6 +122,20 @@ def load_policy(
     except (ValueError, RuntimeError, SafetensorError) as error:
         reason = str(error).splitlines()[-1].strip()
         raise RecipeError(f"start_from: {start_from} does not fit {model.name_or_path}: {reason}") from error
+
+
+def check_vocabulary(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> None:
+    """Refuses a tokenizer with words that the model has no embedding for.
+
+    Raises:
+        RecipeError: with the size of either vocabulary.
+    """
+    rows = model.get_input_embeddings().weight.shape[0]
+    if len(tokenizer) > rows:
+        raise RecipeError(
+            f"the vocabulary of the tokenizer in {tokenizer.name_or_path} has {len(tokenizer)} words, and {model.name_or_path} "
+            f"has embeddings for {rows}: one of the two belongs to another model"
+        )
 
 
 def load_architecture(

@@ -7,7 +7,15 @@ from pathlib import Path
 from typing import Any
 
 from rlhf_recipes.errors import RecipeError, first_line
-from rlhf_recipes.models import base_name, check_base, fingerprint, keep_adapter_in_fp32, load_architecture, types_kept
+from rlhf_recipes.models import (
+    base_name,
+    check_base,
+    check_vocabulary,
+    fingerprint,
+    keep_adapter_in_fp32,
+    load_architecture,
+    types_kept,
+)
 from rlhf_recipes.records import RECIPE, read_json
 from rlhf_recipes.roles import (
     HEAD,
@@ -254,6 +262,7 @@ def load_reward_model(
     _install_head(model, fresh=f"{HEAD}.weight" in missing, revision=arguments.model_revision)
     if lost := missing - {f"{HEAD}.weight"}:
         raise RecipeError(f"model_name_or_path: {model.name_or_path}: its files lack {', '.join(sorted(lost)[:3])}")
+    check_vocabulary(model, tokenizer)
     model.config.get_text_config().pad_token_id = tokenizer.pad_token_id
     if not arguments.use_peft:
         if parent is not None:

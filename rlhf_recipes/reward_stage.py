@@ -36,7 +36,7 @@ def load_comparisons(
     """
     kind = "ranking" if arguments.train_on == "rankings" else "preference"
     data = load_data(data_args, kind, evaluate=training.eval_strategy != "no", seed=training.seed)
-    tokenizer = load_tokenizer(model_args, training)
+    tokenizer = load_tokenizer(model_args, training, start_from=arguments.start_from)
     return data.fitted(tokenizer, training.max_length, never_cut(data_args.long_rows)), tokenizer
 
 

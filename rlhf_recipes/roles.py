@@ -9,6 +9,7 @@ import copy
 import functools
 import logging
 import math
+import warnings
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
@@ -463,7 +464,9 @@ def _add_adapter(
         if isinstance(model, PeftModel):
             model.add_adapter(name, config)
         else:
-            inject_adapter_in_model(config, model, adapter_name=name)
+            with warnings.catch_warnings():  # several adapters on one base are what roles are
+                warnings.filterwarnings("ignore", message="Already found a `peft_config`")
+                inject_adapter_in_model(config, model, adapter_name=name)
             weights = {key.removeprefix(PREFIX): weight for key, weight in weights.items()}
         cast_adapter_dtype(model, name)  # to fp32, before the weights come in
         fill_adapter(model, weights, name, folder)

@@ -467,11 +467,11 @@ def test_a_stage_that_needs_an_ensemble_finds_it_done(trained, files, tmp_path, 
     (tmp_path / "reward.yaml").write_text(yaml.safe_dump({"output_dir": str(folder)}))
     launched = []
     monkeypatch.setattr(runs.subprocess, "run", lambda command, **_: launched.append(command) or SimpleNamespace(returncode=0))
-    run_missing(["reward.yaml"], ROOT / "recipes")
+    run_missing(["reward.yaml"], ROOT / "recipes", inputs=[folder])
     assert not launched
     shutil.copytree(folder / "member-0", tmp_path / "unfinished" / "member-0")
     (tmp_path / "reward.yaml").write_text(yaml.safe_dump({"output_dir": str(tmp_path / "unfinished")}))
-    run_missing(["reward.yaml"], ROOT / "recipes")
+    run_missing(["reward.yaml"], ROOT / "recipes", inputs=[tmp_path / "unfinished"])
     assert len(launched) == 1
 
 
@@ -867,14 +867,23 @@ def test_a_base_that_was_moved_is_known_again(reward, sft, tmp_path):
 def test_sft_adapter_of_another_template_is_not_begun_with(reward, sft, tmp_path):
     template = AutoTokenizer.from_pretrained(BASE).chat_template.replace("Question: ", "Q: ")
     (tmp_path / "other.jinja").write_text(template)
+    options = ("--start_from", sft(), "--chat_template_path", tmp_path / "other.jinja")
+    check_refused(reward, tmp_path / "out", *options, message=(str(sft()), "chat template"))
+
+
+def test_the_template_of_the_sft_adapter_is_gone_on_with(reward, sft, tmp_path):
+    template = AutoTokenizer.from_pretrained(BASE).chat_template.replace("Question: ", "Q: ")
+    (tmp_path / "other.jinja").write_text(template)
     parent = sft("sft-template", "--chat_template_path", tmp_path / "other.jinja")
-    check_refused(reward, tmp_path / "out", "--start_from", parent, message=(str(parent), "chat template"))
+    status, error = reward(tmp_path / "out", *NO_EVAL, "--start_from", parent, "--max_steps", 1)
+    assert status == 0, error
+    assert AutoTokenizer.from_pretrained(tmp_path / "out").chat_template == template
 
 
 def test_sft_adapter_of_another_tokenizer_is_not_begun_with(reward, sft, tmp_path):
     parent = tmp_path / "sft"
     shutil.copytree(sft(), parent)
     tokenizer = AutoTokenizer.from_pretrained(BASE)
-    tokenizer.add_tokens(["Karimo"])
+    tokenizer.add_tokens([f"Karimo{number}" for number in range(100)])
     tokenizer.save_pretrained(parent)
     check_refused(reward, tmp_path / "out", "--start_from", parent, message=(str(parent), "vocabulary"))
