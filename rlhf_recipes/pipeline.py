@@ -18,7 +18,7 @@ import yaml
 
 STATE = "pipeline.json"
 RECIPES = ("sft", "reward", "ppo", "dpo", "evaluate")
-_KEYS = {"output_dir", "stages", "accelerate_config"}
+_KEYS = {"output_dir", "stages", "seeds", "accelerate_config"}
 _STAGE_KEYS = {"name", "recipe", "config", "arguments"}
 
 
@@ -129,6 +129,9 @@ def read_pipeline(config: Path, recipes: Path, only: list[str] | None = None) ->
             config: configs/mine/ppo.yaml
             arguments: {start_from: "{sft}"}     # the folder of that stage
 
+    With `seeds: [0, 1, 2]` all of it is done once for each seed, in a folder `seed-0`, ... of its own: `seed` of every stage is
+    set, and `"{seed}"` stands for it in the arguments.
+
     Args:
         config: the file; the files that it names are looked for from the current folder, and from that of `recipes/`.
         recipes: the folder of the recipes.
@@ -144,18 +147,33 @@ def read_pipeline(config: Path, recipes: Path, only: list[str] | None = None) ->
     entries = values.get("stages")
     if not isinstance(entries, list) or not entries or not all(isinstance(entry, dict) for entry in entries):
         raise RecipeError(f"{config}: stages: must be a list of mappings with `name` and `config`")
+    output, seeds = Path(values["output_dir"]), values.get("seeds") or [None]
+    if not isinstance(seeds, list) or not all(seed is None or type(seed) is int for seed in seeds):
+        raise RecipeError(f"{config}: seeds: must be a list of whole numbers")
+    stages = []
+    for seed in seeds:
+        place = output if seed is None else output / f"seed-{seed}"
+        stages += _read_stages(entries, f"{config}: stages", place, recipes, only, seed)
+    return Pipeline(output, stages, recipes, values.get("accelerate_config"))
+
+
+def _read_stages(
+    entries: list[dict[str, Any]], where: str, output: Path, recipes: Path, only: list[str] | None, seed: int | None
+) -> list[Stage]:
+    """The stages of one seed."""
     stages: dict[str, Stage] = {}
     for number, entry in enumerate(entries, start=1):
-        stage = _read_stage(entry, f"{config}: stages, entry {number}", Path(values["output_dir"]), recipes, stages)
-        stages[stage.name] = stage
+        stage = _read_stage(entry, f"{where}, entry {number}", output, recipes, stages, seed)
+        stages[entry["name"]] = stage
     for name in only or ():
         if name not in stages:
             raise RecipeError(f"--stages: {name!r} is none of {', '.join(stages)}{nearest(name, stages)}")
-    chosen = [stage for stage in stages.values() if only is None or stage.name in only]
-    return Pipeline(Path(values["output_dir"]), chosen, recipes, values.get("accelerate_config"))
+    return [stage for name, stage in stages.items() if only is None or name in only]
 
 
-def _read_stage(entry: dict[str, Any], where: str, output: Path, recipes: Path, earlier: Mapping[str, Stage]) -> Stage:
+def _read_stage(
+    entry: dict[str, Any], where: str, output: Path, recipes: Path, earlier: Mapping[str, Stage], seed: int | None
+) -> Stage:
     _refuse_unknown(entry, _STAGE_KEYS, where)
     name, recipe = entry.get("name"), entry.get("recipe", entry.get("name"))
     if not isinstance(name, str) or not name.replace("-", "_").isidentifier():
@@ -165,10 +183,11 @@ def _read_stage(entry: dict[str, Any], where: str, output: Path, recipes: Path, 
     if recipe not in RECIPES:
         raise RecipeError(f"{where}: recipe: {recipe!r} is none of {', '.join(RECIPES)}{nearest(str(recipe), RECIPES)}")
     values = read_yaml(_found(entry.get("config") or f"configs/tiny/{recipe}.yaml", recipes))
-    values = {**values, "output_dir": str(output / name), **(entry.get("arguments") or {})}
+    own = {"output_dir": str(output / name)} if seed is None else {"output_dir": str(output / name), "seed": seed}
+    values = {**values, **own, **(entry.get("arguments") or {})}
     values.pop("needs", None)  # the order of the stages says so
     inputs: list[str] = []
-    values = {key: _filled(value, earlier, inputs, f"{where}: {key}") for key, value in values.items()}
+    values = {key: _filled(value, earlier, seed, inputs, f"{where}: {key}") for key, value in values.items()}
     identity = {
         "recipe": recipe,
         "values": values,
@@ -176,15 +195,17 @@ def _read_stage(entry: dict[str, Any], where: str, output: Path, recipes: Path, 
         "inputs": [earlier[i].fingerprint for i in inputs],
     }
     digest = hashlib.sha256(json.dumps(identity, sort_keys=True, default=str).encode()).hexdigest()
-    return Stage(name, recipe, values, tuple(dict.fromkeys(inputs)), digest)
+    return Stage(name if seed is None else f"{name}-{seed}", recipe, values, tuple(dict.fromkeys(inputs)), digest)
 
 
-def _filled(value: Any, earlier: Mapping[str, Stage], inputs: list[str], where: str) -> Any:
-    """`value` with the folder of the stage in place of every text `{stage}`; adds the stage to `inputs`."""
+def _filled(value: Any, earlier: Mapping[str, Stage], seed: int | None, inputs: list[str], where: str) -> Any:
+    """`value` with the folder of a stage in place of every text `{stage}`; adds the stage to `inputs`."""
     if isinstance(value, dict):
-        return {key: _filled(item, earlier, inputs, where) for key, item in value.items()}
+        return {key: _filled(item, earlier, seed, inputs, where) for key, item in value.items()}
     if isinstance(value, list):
-        return [_filled(item, earlier, inputs, where) for item in value]
+        return [_filled(item, earlier, seed, inputs, where) for item in value]
+    if value == "{seed}" and seed is not None:
+        return seed
     if not (isinstance(value, str) and value.startswith("{") and "}" in value):
         return value
     name, _, rest = value[1:].partition("}")

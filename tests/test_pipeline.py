@@ -192,3 +192,24 @@ def test_the_plan_of_the_recipe_runs_nothing(project):
         "3. dpo: recipes/dpo.py -> runs/dpo, reads sft: to do",
     ]
     assert not Path("runs").exists()
+
+
+def test_with_seeds_everything_is_done_once_for_each(project, launched):
+    write(seeds=[3, 4])
+    values = yaml.safe_load(Path("pipeline.yaml").read_text())
+    values["stages"][1]["arguments"]["dataset_arguments"] = {"seed": "{seed}"}
+    write(stages=values["stages"])
+    run(["other", "dpo"])
+    assert [name for name, _ in launched.calls] == ["other-3", "dpo-3", "other-4", "dpo-4"]
+    written = yaml.safe_load(Path("runs/configs/dpo-4.yaml").read_text())
+    assert (written["seed"], written["output_dir"], written["start_from"]) == (4, "runs/seed-4/dpo", "runs/seed-4/sft")
+    assert yaml.safe_load(Path("runs/configs/other-3.yaml").read_text())["dataset_arguments"] == {"seed": 3}
+    launched.calls.clear()
+    run(["dpo"])
+    assert not launched.calls
+
+
+def test_seeds_are_whole_numbers(project):
+    write(seeds=["a"])
+    with pytest.raises(RecipeError, match=r"pipeline\.yaml: seeds: must be a list of whole numbers"):
+        pipeline()
