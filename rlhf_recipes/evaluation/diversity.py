@@ -77,7 +77,7 @@ def _nearest_other(length: int, lengths: list[int]) -> int:
 
 def repetition(texts: Sequence[str], n: int = 3) -> float:
     """The mean share of a text's n-grams of words that stand in it earlier: 0 if none repeats (see `RepetitionPenalty`)."""
-    return -float(np.mean(RepetitionPenalty(n)(completions=list(texts))))
+    return abs(float(np.mean(RepetitionPenalty(n)(completions=list(texts)))))
 
 
 def diversity(texts: Sequence[str], groups: Sequence[Hashable] | None = None) -> dict[str, float | None]:

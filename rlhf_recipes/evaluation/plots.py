@@ -124,7 +124,7 @@ def frontier(
             axes.plot(kl, reward, "D", color=GREY)
             axes.annotate(label, (kl, reward), xytext=(5, -11), textcoords="offset points", fontsize=8)
         if best_of or any(runs.values()):
-            axes.legend(frameon=False, fontsize=8, loc="lower right")
+            axes.legend(frameon=False, fontsize=8, loc="best")
         axes.margins(0.12)
         return _svg(axes.figure)
 
