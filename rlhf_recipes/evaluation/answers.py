@@ -72,18 +72,19 @@ def sample(
 @contextlib.contextmanager
 def _asked(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, temperature: float) -> Iterator[None]:
     """The model in eval mode with a generation config of its own, since `generate` fills what is unset from the stored one."""
-    # A PeftModel hands its own to its base at every call, and the base keeps it.
+    # A PeftModel of a causal model hands its own to its base at every call, which keeps it; one of no task leaves the base's.
     holders = [model, model.get_base_model()] if isinstance(model, PeftModel) else [model]
-    stored, was_training = model.generation_config, model.training
+    stored, was_training = [holder.generation_config for holder in holders], model.training
     sampling = {"do_sample": True, "temperature": temperature, "top_k": 0} if temperature else {"do_sample": False}
     ids = {name: getattr(tokenizer, name) for name in ("pad_token_id", "bos_token_id", "eos_token_id")}
-    model.generation_config = GenerationConfig(**sampling, **ids)
+    for holder in holders:
+        holder.generation_config = GenerationConfig(**sampling, **ids)
     model.eval()
     try:
         yield
     finally:
-        for holder in holders:
-            holder.generation_config = stored
+        for holder, config in zip(holders, stored, strict=True):
+            holder.generation_config = config
         model.train(was_training)
 
 

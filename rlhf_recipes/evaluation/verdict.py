@@ -121,7 +121,7 @@ def differences(policy: dict[str, Any]) -> list[tuple[str, dict[str, Any] | None
     for group, kinds in (policy.get("truthfulness") or {}).items():
         found += [(f"{kind.replace('_', ' ')}{_on(group)}", share) for kind, share in kinds.items()]
     found += [("length", policy["length"]), ("share ended", policy["ended"])]
-    return [(label, one.get("difference")) for label, one in found if one]
+    return [(label, one["difference"]) for label, one in found if one and "difference" in one]
 
 
 def _on(group: str) -> str:
