@@ -77,15 +77,18 @@ def run(shared: Path, seed: int, ptx_coef: float, steps: int, **options: Any) ->
             "per_device_train_batch_size": 64,
             "per_device_eval_batch_size": 128,
             "num_iterations": 2,
-            "max_completion_length": 96,
+            "max_completion_length": 64,
             "max_steps": steps,
-            "learning_rate": 5e-4,
+            "learning_rate": 3e-4,
+            "warmup_steps": 6,  # the first steps are the largest, and the least informed
             "lr_scheduler_type": "linear",
             "value_warmup_steps": 6,
-            "kl_coef": 0.02,
+            "kl_coef": 0.1,
+            "lam": 1.0,  # one score at the end, and a critic that has not learnt much by then
             "ptx_coef": ptx_coef,
             "ptx_batch_size": 16,
             "ptx_max_length": 128,
+            "logging_strategy": "no",
             "seed": seed,
             **options,
         }
@@ -93,7 +96,6 @@ def run(shared: Path, seed: int, ptx_coef: float, steps: int, **options: Any) ->
             folder,
             eval_strategy="no",
             save_strategy="no",
-            logging_strategy="no",
             report_to="none",
             bf16=False,
             use_cpu=True,
@@ -134,7 +136,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--shared", type=Path, default=Path("../shared"), help="folder with `models` and `data`")
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
-    parser.add_argument("--steps", type=int, default=100)
+    parser.add_argument("--steps", type=int, default=80)
     parser.add_argument("--ptx_coefs", type=float, nargs="+", default=[0.0, 1.0])
     options = parser.parse_args()
     disable_progress_bars()

@@ -31,9 +31,9 @@ from pathlib import Path
 from typing import Any
 
 from rlhf_recipes.arguments import DataArguments, RewardArguments, parse_arguments
-from rlhf_recipes.data import Data, load_data
+from rlhf_recipes.data import Data
 from rlhf_recipes.evaluation.rewards import measure_reward
-from rlhf_recipes.models import load_tokenizer
+from rlhf_recipes.reward_stage import load_comparisons
 
 import yaml
 from datasets import Dataset, disable_progress_bars
@@ -186,10 +186,7 @@ def load_as_recipe(config: Path) -> tuple[Data, PreTrainedTokenizerBase]:
     """The rows that the recipe trains on and holds out, given this YAML file, and its tokenizer."""
     groups = (RewardArguments, DataArguments, RewardConfig, ModelConfig)
     reward_args, data_args, training_args, model_args = parse_arguments(RECIPE, *groups, argv=["--config", str(config)])
-    kind = "ranking" if reward_args.train_on == "rankings" else "preference"
-    data = load_data(data_args, kind, evaluate=True, seed=training_args.seed)
-    tokenizer = load_tokenizer(model_args, training_args)
-    return data.fitted(tokenizer, training_args.max_length, "drop"), tokenizer
+    return load_comparisons(reward_args, data_args, training_args, model_args)
 
 
 def train_reward_model(config: Path) -> tuple[dict[str, Any], float]:

@@ -10,7 +10,7 @@ base, in 4 bits with `load_in_4bit: true`. Saves the policy's adapter with its t
 from pathlib import Path
 
 from rlhf_recipes.arguments import DataArguments, PPOArguments, explained, parse_arguments, user_errors
-from rlhf_recipes.data import load_data, load_texts
+from rlhf_recipes.data import load_data, load_texts, never_cut
 from rlhf_recipes.models import load_policy, load_tokenizer, without_what_is_done
 from rlhf_recipes.ppo import PPOConfig, PPOTrainer
 from rlhf_recipes.rewards import SavedReward, load_rewards, paths_of
@@ -30,8 +30,7 @@ def main() -> None:
     # Data: prompts, and what the reward functions want to know besides
     data = load_data(data_args, "prompt", evaluate=training_args.eval_strategy != "no", seed=training_args.seed)
     tokenizer = load_tokenizer(model_args, training_args, ppo_args, start_from=ppo_args.start_from)
-    long_rows = "error" if data_args.long_rows == "error" else "drop"  # half a prompt asks for something else
-    data = data.fitted(tokenizer, ppo_args.max_prompt_length, long_rows)
+    data = data.fitted(tokenizer, ppo_args.max_prompt_length, never_cut(data_args.long_rows))
     texts = load_texts(ppo_args.ptx_dataset, data_args.bad_rows) if training_args.ptx_coef else None
     if ppo_args.ptx_dataset and texts is None:
         print("ptx_dataset is not read, since `ptx_coef` is 0")

@@ -9,12 +9,19 @@ average with deviation 1, and what held-out comparisons say of it: `evaluation.j
 """
 
 from rlhf_recipes.arguments import DataArguments, RewardArguments, explained, parse_arguments, user_errors
-from rlhf_recipes.data import demonstrations_of, load_data
-from rlhf_recipes.evaluation.rewards import measure_reward, summary, write_evaluation
-from rlhf_recipes.models import load_tokenizer, release_memory, without_what_is_done
-from rlhf_recipes.reward import RankingTrainer, ensemble_members, load_reward_model
-from rlhf_recipes.roles import Ensemble, load_reward, load_whole_reward
-from rlhf_recipes.runs import RunMeter, checkpoint_to_resume, evaluate_at_end, train, write_record
+from rlhf_recipes.data import demonstrations_of
+from rlhf_recipes.evaluation.rewards import measure_and_scale, summary, write_evaluation
+from rlhf_recipes.models import release_memory, without_what_is_done
+from rlhf_recipes.reward import RankingTrainer, load_reward_model
+from rlhf_recipes.reward_stage import (
+    checkpoints_to_resume,
+    ensemble_members,
+    finish,
+    load_comparisons,
+    load_members,
+    remove_earlier_results,
+)
+from rlhf_recipes.runs import RunMeter, evaluate_at_end, train, write_record
 
 from trl import ModelConfig, RewardConfig
 
@@ -26,19 +33,15 @@ def main() -> None:
     reward_args, data_args, training_args, model_args = parse_arguments(__file__, *ARGUMENTS)
 
     # Data: comparisons, and the demonstrations on which scores are scaled
-    kind = "ranking" if reward_args.train_on == "rankings" else "preference"
-    data = load_data(data_args, kind, evaluate=training_args.eval_strategy != "no", seed=training_args.seed)
-    demonstrations = demonstrations_of(data_args, reward_args.demonstrations, training_args.seed, held_out=data.eval)
-    tokenizer = load_tokenizer(model_args, training_args)
-    # TRL's trainer leaves out what is longer than `max_length`: half an answer cannot be judged
-    long_rows = "error" if data_args.long_rows == "error" else "drop"
-    data = data.fitted(tokenizer, training_args.max_length, long_rows)
+    data, tokenizer = load_comparisons(reward_args, data_args, training_args, model_args)
+    limits = {"tokenizer": tokenizer, "max_length": training_args.max_length}
+    demonstrations, counts = demonstrations_of(data_args, reward_args.demonstrations, training_args.seed, data.eval, **limits)
     print(f"{len(data.train)} rows to train on, {len(data.eval or ())} to evaluate on")
 
     # Training: one adapter after the other, each with a seed and perhaps rows of its own
     size, shards = reward_args.ensemble_size, reward_args.ensemble_shards
     members = ensemble_members(training_args, size, len(data.train), shards)
-    checkpoints = [checkpoint_to_resume(member, reward_args, data_args, model_args) for member in members]
+    checkpoints = checkpoints_to_resume(training_args, members, reward_args, data_args, model_args)
     for number, (member, checkpoint) in enumerate(zip(members, checkpoints, strict=True)):
         trainer = model = None  # of the member before: one base at a time
         release_memory()
@@ -54,36 +57,26 @@ def main() -> None:
                 processing_class=tokenizer,
                 callbacks=[meter],
             )
+        if number == 0 and trainer.is_world_process_zero():
+            remove_earlier_results(training_args.output_dir, checkpoints)
         train(trainer, checkpoint)
         evaluate_at_end(trainer)
         trainer.save_model()
-        report = data.report | {"train": data.report["train"] | {"rows": len(rows)}}
+        report = data.report | {"train": data.report["train"] | {"rows": len(rows)}, "demonstrations": counts}
         parents = [reward_args.start_from] if reward_args.start_from else []
         groups = (model_args, member, reward_args, data_args)
-        write_record(trainer, meter, *groups, data=report, recipe="reward", parents=parents)
+        write_record(trainer, meter, *groups, data=report, recipe="reward", parents=parents, pending=True)
         trainer.end()
     if not trainer.is_world_process_zero():
         return
 
-    # The members as they will be used: adapters on one base. What held-out comparisons say of them, and a scale for PPO
-    folders = {f"member-{number}" if size > 1 else "reward": member.output_dir for number, member in enumerate(members)}
-    if model_args.use_peft:
-        base = trainer.model.unload()
-        rewards = [load_reward(base, folder, name, tokenizer) for name, folder in folders.items()]
-    else:
-        place = {"device_map": {"": training_args.device}}
-        rewards = [load_whole_reward(folder, name, tokenizer, **place) for name, folder in folders.items()]
-    results = {}
-    for reward in rewards:
-        if data.eval is not None:
-            results[reward.__name__] = measure_reward(reward, data.eval)
-        reward.calibrate(demonstrations["prompt"], demonstrations["completion"])
-    if data.eval is not None and size > 1:
-        ensemble = Ensemble(rewards, reward_args.ensemble_combine, reward_args.uncertainty_coef)
-        results["ensemble"] = measure_reward(ensemble, data.eval, scale=ensemble.scale)
-    if results:
-        write_evaluation(training_args.output_dir, results)
-        print(*(summary(name, result) for name, result in results.items()), sep="\n")
+    # The members as they will be used: adapters on one base. A scale for PPO, and what held-out comparisons say of them
+    rewards = load_members(trainer, members, tokenizer)
+    combination = (reward_args.ensemble_combine, reward_args.uncertainty_coef)
+    results = measure_and_scale(rewards, demonstrations, data.eval, *combination)
+    write_evaluation(training_args.output_dir, results)
+    finish(training_args, members, reward_args)
+    print(*(summary(name, result) for name, result in results.items()), sep="\n")
     print(f"The reward model is in {training_args.output_dir}")
 
 

@@ -13,10 +13,11 @@ from pathlib import Path
 from typing import Any
 
 from rlhf_recipes.errors import RecipeError, first_line
+from rlhf_recipes.records import RECIPE, read_json
 
 import torch
 from jinja2 import TemplateError
-from peft import PeftModel
+from peft import PeftConfig, PeftModel
 from peft.tuners.tuners_utils import BaseTunerLayer
 from peft.utils import AuxiliaryTrainingWrapper
 from safetensors import SafetensorError
@@ -36,6 +37,7 @@ from trl.trainer.base_config import _BaseConfig as TrainingConfig
 logger = logging.getLogger(__name__)
 
 _OF_TOKENIZERS = ("eos_token", "chat_template_path", "trust_remote_code")
+_OF_ADAPTERS = ("lora_", "trainable_tokens_", ".modules_to_save.")  # in the names of weights that PEFT adds
 _DIMENSIONS = ("model_type", "vocab_size", "hidden_size", "num_hidden_layers", "num_attention_heads", "intermediate_size")
 
 # For tokenizers without a chat template. Plain words, since a new special token would need an embedding, and LoRA trains none;
@@ -98,13 +100,15 @@ def load_policy(
         tokenizer: of the run.
 
     Raises:
-        RecipeError: as in `load_model`; if there is no such adapter, or it was trained on another base.
+        RecipeError: as in `load_model`; if there is no such adapter, or it was trained on another base; if the base has no
+            embedding for some of the tokenizer's words.
     """
     if start_from is not None and not (Path(start_from) / "adapter_config.json").is_file():
         raise RecipeError(
             f"start_from: {start_from} holds no adapter (no adapter_config.json): train it first, or name another"
         )
     model = load_model(arguments, training)
+    check_vocabulary(model, tokenizer)
     if start_from is None:
         return model
     if not arguments.use_peft:
@@ -112,10 +116,26 @@ def load_policy(
             f"start_from: {start_from} is an adapter: set `use_peft: true`, or merge it and name the result as model"
         )
     try:
+        trained_on = PeftConfig.from_pretrained(start_from).base_model_name_or_path
+        check_base(f"start_from: {start_from}", trained_on, read_json(Path(start_from) / RECIPE), model)
         return PeftModel.from_pretrained(model, start_from, is_trainable=True)
     except (ValueError, RuntimeError, SafetensorError) as error:
         reason = str(error).splitlines()[-1].strip()
         raise RecipeError(f"start_from: {start_from} does not fit {model.name_or_path}: {reason}") from error
+
+
+def check_vocabulary(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> None:
+    """Refuses a tokenizer with words that the model has no embedding for.
+
+    Raises:
+        RecipeError: with the size of either vocabulary.
+    """
+    rows = model.get_input_embeddings().weight.shape[0]
+    if len(tokenizer) > rows:
+        raise RecipeError(
+            f"the vocabulary of the tokenizer in {tokenizer.name_or_path} has {len(tokenizer)} words, and {model.name_or_path} "
+            f"has embeddings for {rows}: one of the two belongs to another model"
+        )
 
 
 def load_architecture(
@@ -187,28 +207,41 @@ def trunk_of(model: torch.nn.Module) -> torch.nn.Module:
     return base_of(model).base_model
 
 
-def fingerprint(model: torch.nn.Module) -> dict[str, Any]:
-    """What tells a base from others: its dimensions, and a digest of the weights that quantisation leaves alone.
+def base_name(model: torch.nn.Module) -> str:
+    """The Hub name or folder of a model's base."""
+    return base_of(model).name_or_path or type(base_of(model)).__name__
 
-    The digest covers the embeddings and all vectors (norms and biases), rounded to bf16, so that it is the same for a base in
-    fp32, bf16 and 4 bits, as a language model and as a classifier, with adapters or without. In fp16, or where the weights are
-    spread over devices, it is None.
+
+def fingerprint(model: torch.nn.Module) -> dict[str, Any]:
+    """What tells a base from others: its dimensions, and digests of its weights, rounded to bf16.
+
+    `weights` covers what quantisation leaves alone, the embeddings and all vectors (norms and biases); `matrices` the rest,
+    which is all that merging LoRA changes. Each is the same for a base in fp32 and bf16, as a language model and as a
+    classifier, with adapters or without, and None where it cannot be had: both in fp16 and where weights are spread over
+    devices, `matrices` in 4 and 8 bits too. The LM head is in neither, since a classifier has none.
     """
     config = base_of(model).config.get_text_config()
     dimensions = {name: getattr(config, name) for name in _DIMENSIONS if getattr(config, name, None) is not None}
-    return {"dimensions": dimensions, "weights": _digest(trunk_of(model))}
+    weights, matrices = _by_sort(trunk_of(model))
+    return {"dimensions": dimensions, "weights": _digest(weights), "matrices": _digest(matrices)}
 
 
-def _digest(trunk: torch.nn.Module) -> str | None:
+def _by_sort(trunk: torch.nn.Module) -> tuple[dict[str, torch.Tensor], dict[str, torch.Tensor]]:
+    """The weights of the base that are never quantised, and those that may be, without what adapters add."""
     embedding = trunk.get_input_embeddings()
     if isinstance(embedding, AuxiliaryTrainingWrapper):
         embedding = embedding.original_module
     if isinstance(embedding, BaseTunerLayer):
         embedding = embedding.get_base_layer()
-    weights = {"embedding": embedding.weight}
+    weights, matrices = {"embedding": embedding.weight}, {}
     for name, weight in trunk.named_parameters():
-        if weight.ndim == 1 and "lora_" not in name and ".modules_to_save." not in name:
-            weights[name.replace("base_layer.", "").replace("original_module.", "")] = weight
+        if weight is not embedding.weight and not any(part in name for part in _OF_ADAPTERS):
+            sort = weights if weight.ndim == 1 else matrices
+            sort[name.replace("base_layer.", "").replace("original_module.", "")] = weight
+    return weights, matrices
+
+
+def _digest(weights: dict[str, torch.Tensor]) -> str | None:
     digest = hashlib.sha256()
     for name, weight in sorted(weights.items()):
         if weight.dtype not in (torch.float32, torch.bfloat16) or weight.is_meta or not weight.numel():
@@ -217,6 +250,62 @@ def _digest(trunk: torch.nn.Module) -> str | None:
         digest.update(name.encode())
         digest.update(bits.sum(0, dtype=torch.int64).cpu().numpy().tobytes())  # a sum of columns: all of it, in little time
     return digest.hexdigest()
+
+
+def check_base(where: str | Path, trained_on: str | None, record: dict[str, Any], model: torch.nn.Module) -> None:
+    """Refuses a base on which an adapter was not trained.
+
+    By the fingerprint where the record has one, since a base may be moved and renamed. Where no weights can be compared the
+    name decides; where the linear layers cannot, another name is warned of: a base that an adapter was merged into keeps its
+    embeddings.
+
+    Args:
+        where: the folder of the adapter, for messages.
+        trained_on: the base that the adapter's configuration names.
+        record: what `reward.json` or `recipe.json` beside it holds.
+        model: the base in memory.
+
+    Raises:
+        RecipeError: names both bases, and says in what they differ.
+    """
+    known, here, name = (record.get("base_model") or {}).get("fingerprint") or {}, fingerprint(model), base_name(model)
+    if differences := _differences(known, here):
+        raise RecipeError(
+            f"{where} was trained on {trained_on}, and the base in memory, {name}, is another: {', '.join(differences)}"
+        )
+    compared = [part for part in ("weights", "matrices") if known.get(part) and here[part]]
+    if len(compared) == 2 or same_name(trained_on, name):
+        return
+    message = f"{where} was trained on {trained_on}, and the base in memory is {name}"
+    if not compared:
+        raise RecipeError(
+            f"{message}: their weights cannot be compared, so their names must agree: name the base that it was trained on "
+            "(one that was moved is known again by its weights, in float32 or bfloat16)"
+        )
+    logger.warning(
+        "%s: their embeddings are the same, and their linear layers cannot be compared (quantised now or then, or not "
+        "recorded): if an adapter was merged into one of them, name the other, or what comes out is wrong",
+        message,
+    )
+
+
+def _differences(known: dict[str, Any], here: dict[str, Any]) -> list[str]:
+    """In what two fingerprints differ, as far as both say something."""
+    dimensions = known.get("dimensions") or {}
+    differences = [
+        f"{name} {dimensions.get(name)} against {value}"
+        for name, value in here["dimensions"].items()
+        if dimensions and dimensions.get(name) != value
+    ]
+    if not differences:
+        both = {part for part in ("weights", "matrices") if known.get(part) and here[part] and known[part] != here[part]}
+        differences = ["other weights" if "weights" in both else "other weights in the linear layers"] if both else []
+    return differences
+
+
+def same_name(one: str | None, other: str | None) -> bool:
+    """Whether two names of a base may mean one: a Hub name, and the same model in a folder of its name."""
+    return bool(one and other) and Path(one).name == Path(other).name
 
 
 def keep_gradients_exact(model: torch.nn.Module) -> None:
@@ -234,7 +323,8 @@ def keep_gradients_exact(model: torch.nn.Module) -> None:
 def types_kept(model: torch.nn.Module) -> Iterator[None]:
     """Undoes what happens within to the types of weights: TRL's trainers cast what is trainable on a quantised base to bf16.
 
-    A rounded policy would differ from its reference, which is frozen and not rounded.
+    A rounded policy would differ from its reference, which is frozen and not rounded. Weights that are new afterwards, as those
+    of an adapter that the trainer made itself, are left to `keep_adapter_in_fp32`.
     """
     before = {name: weight.data for name, weight in model.named_parameters()}
     yield
@@ -244,12 +334,13 @@ def types_kept(model: torch.nn.Module) -> Iterator[None]:
 
 
 def keep_adapter_in_fp32(trainer: Trainer) -> None:
-    """Undoes the cast to bf16 that TRL's trainers give everything trainable on a quantised base.
+    """Undoes the cast to bf16 that TRL's trainers give to an adapter that they make themselves on a quantised base.
 
-    AdamW's steps are often too small for bf16 to represent, and PEFT loads an adapter in fp32: a run resumed from a checkpoint
-    would go on in another type than it began in. It costs two bytes more a weight of the adapter, and two or four in the
-    optimizer. Call it between the trainer's construction and `train()`; it does nothing to models that are not quantised, nor
-    under FSDP and DeepSpeed, which want one type for all that they gather.
+    What was there before keeps its very values by `types_kept`, however it is launched; these are fresh, and only need the
+    type. AdamW's steps are often too small for bf16 to represent, and PEFT loads an adapter in fp32: a run resumed from a
+    checkpoint would go on in another type than it began in. It costs two bytes more a weight of the adapter, and two or four
+    in the optimizer. Call it between the trainer's construction and `train()`; it does nothing to models that are not
+    quantised, nor under FSDP and DeepSpeed, which want one type for all that they gather.
     """
     model = trainer.model
     quantised = getattr(model, "is_loaded_in_4bit", False) or getattr(model, "is_loaded_in_8bit", False)

@@ -1,23 +1,39 @@
 """Reward models: what TRL's `RewardTrainer` lacks, which is rankings, an fp32 head, and a start from the SFT adapter."""
 
 import contextlib
-import copy
-import json
 import logging
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from rlhf_recipes.errors import RecipeError
-from rlhf_recipes.models import fingerprint, keep_adapter_in_fp32, load_architecture, types_kept
-from rlhf_recipes.roles import HEAD, ScalarHead, base_name, check_base, check_tokenizer, encode, write_record
-from rlhf_recipes.runs import RECORD
+from rlhf_recipes.errors import RecipeError, first_line
+from rlhf_recipes.models import (
+    base_name,
+    check_base,
+    check_vocabulary,
+    fingerprint,
+    keep_adapter_in_fp32,
+    load_architecture,
+    types_kept,
+)
+from rlhf_recipes.records import RECIPE, read_json
+from rlhf_recipes.roles import (
+    HEAD,
+    POLICY,
+    PREFIX,
+    ScalarHead,
+    check_tokenizer,
+    encode,
+    fill_adapter,
+    stored_head,
+    write_reward_record,
+)
 
 import torch
 import transformers
 from datasets import Dataset, IterableDataset
 from peft import LoraConfig, PeftModel, get_peft_model
-from peft.utils import load_peft_weights, set_peft_model_state_dict
+from peft.utils import load_peft_weights
 from torch import Tensor, nn
 from transformers import AutoModelForSequenceClassification, PreTrainedModel, PreTrainedTokenizerBase, set_seed
 from trl import ModelConfig, RewardConfig, RewardTrainer, get_peft_config
@@ -43,6 +59,7 @@ def ranking_loss(rewards: Tensor, ranks: Tensor, center_rewards_coefficient: flo
         center_rewards_coefficient: of the squared sum of the two rewards of each comparison, as in TRL, or None.
     """
     better = comparisons(ranks)
+    rewards = rewards.masked_fill(ranks < 0, 0.0)  # first of all: 0 times NaN would be NaN in the gradient
     losses = -nn.functional.logsigmoid(rewards[:, :, None] - rewards[:, None, :])
     if center_rewards_coefficient is not None:
         losses = losses + center_rewards_coefficient * (rewards[:, :, None] + rewards[:, None, :]) ** 2
@@ -185,7 +202,7 @@ class RankingTrainer(RewardTrainer):
         if self.args.should_save:  # first, since saving may end with an upload
             folder = Path(output_dir or self.args.output_dir)
             folder.mkdir(parents=True, exist_ok=True)
-            write_record(folder, base_name(self.model), self._base_fingerprint)
+            write_reward_record(folder, base_name(self.model), self._base_fingerprint)
         super().save_model(output_dir, _internal_call)
 
 
@@ -235,15 +252,17 @@ def load_reward_model(
         A sequence classifier with one label, or a `PeftModel` of it whose adapter and head are trainable.
 
     Raises:
-        RecipeError: as in `load_model`; for an architecture without such a head; for a parent that is no LoRA adapter of this
+        RecipeError: as in `load_model`; for an architecture without such a head; for layers to adapt that the model has not,
+            and for whole layers to train besides, which could not share a base; for a parent that is no LoRA adapter of this
             base, or with `use_peft: false`.
     """
     set_seed(training.seed)
     with _quiet():
         model, missing = load_architecture(AutoModelForSequenceClassification, arguments, training, num_labels=1)
-    _install_head(model, fresh=f"{HEAD}.weight" in missing)
+    _install_head(model, fresh=f"{HEAD}.weight" in missing, revision=arguments.model_revision)
     if lost := missing - {f"{HEAD}.weight"}:
         raise RecipeError(f"model_name_or_path: {model.name_or_path}: its files lack {', '.join(sorted(lost)[:3])}")
+    check_vocabulary(model, tokenizer)
     model.config.get_text_config().pad_token_id = tokenizer.pad_token_id
     if not arguments.use_peft:
         if parent is not None:
@@ -253,13 +272,25 @@ def load_reward_model(
         if (Path(parent) / "tokenizer_config.json").is_file():
             check_tokenizer(Path(parent), tokenizer)
         return _continue_adapter(model, Path(parent))
-    config = get_peft_config(arguments)
-    config.task_type = "SEQ_CLS"
-    config.modules_to_save = [*(config.modules_to_save or ()), HEAD]
-    return get_peft_model(model, config)
+    return _new_adapter(model, get_peft_config(arguments))
 
 
-def _install_head(model: PreTrainedModel, fresh: bool) -> None:
+def _new_adapter(model: PreTrainedModel, config: LoraConfig) -> PeftModel:
+    if others := sorted({*(config.modules_to_save or ())} - {HEAD}):
+        raise RecipeError(
+            f"lora_modules_to_save: {', '.join(others)}: a reward adapter trains LoRA and its head only, since it shares its "
+            "base with other roles: remove the key"
+        )
+    config.task_type, config.modules_to_save = "SEQ_CLS", [HEAD]
+    try:
+        return get_peft_model(model, config)
+    except ValueError as error:
+        targets = config.target_modules
+        named = targets if isinstance(targets, str) else ", ".join(sorted(targets or ()))
+        raise RecipeError(f"lora_target_modules: {named}: {model.name_or_path}: {first_line(error)}") from error
+
+
+def _install_head(model: PreTrainedModel, fresh: bool, revision: str | None) -> None:
     old = getattr(model, HEAD, None)
     if not isinstance(old, nn.Linear) or old.out_features != 1 or old.bias is not None:
         raise RecipeError(f"{model.name_or_path}: {type(model).__name__} has no head `{HEAD}` of one output: it cannot be used")
@@ -267,7 +298,7 @@ def _install_head(model: PreTrainedModel, fresh: bool) -> None:
     if fresh:
         nn.init.normal_(head.weight, std=(old.in_features + 1) ** -0.5)
     else:
-        head.weight.data.copy_(old.weight.data)
+        head.weight.data.copy_(stored_head(model.name_or_path, old.weight.data, revision))
     setattr(model, HEAD, head.to(old.weight.device))
 
 
@@ -278,51 +309,17 @@ def _continue_adapter(model: PreTrainedModel, parent: Path) -> PeftModel:
     config = LoraConfig.from_pretrained(parent)
     if config.peft_type != "LORA":
         raise RecipeError(f"{parent}: only a LoRA adapter can be started from, and this is {config.peft_type}")
-    record = parent / RECORD
-    made_by = json.loads(record.read_text(encoding="utf-8")) if record.is_file() else {}
-    check_base(parent, config.base_model_name_or_path, made_by, model)
+    check_base(parent, config.base_model_name_or_path, read_json(parent / RECIPE), model)
     if config.modules_to_save:
         raise RecipeError(f"{parent} trained {', '.join(config.modules_to_save)} besides LoRA: it cannot be started from")
-    config.base_model_name_or_path = model.name_or_path
-    config.task_type, config.modules_to_save, config.inference_mode = "SEQ_CLS", [HEAD], False
+    config.base_model_name_or_path, config.inference_mode = model.name_or_path, False
     if isinstance(config.target_modules, set):
         config.target_modules -= {"lm_head"}  # a reward model has none
-    head = getattr(model, HEAD).weight.data.clone()
-    adapted = get_peft_model(model, config)
     weights = {name: weight for name, weight in load_peft_weights(str(parent), device="cpu").items() if "lm_head" not in name}
-    try:
-        result = set_peft_model_state_dict(adapted, {**weights, f"base_model.model.{HEAD}.weight": head})
-    except RuntimeError as error:
-        raise RecipeError(f"{parent} does not fit {model.name_or_path}: {str(error).splitlines()[-1].strip()}") from error
-    if strays := [*result.unexpected_keys, *(name for name in result.missing_keys if "lora_" in name)]:
-        raise RecipeError(f"{parent} does not fit {model.name_or_path}: {strays[0]} has no counterpart")
+    weights[f"{PREFIX}{HEAD}.weight"] = getattr(model, HEAD).weight.data.clone()
+    adapted = _new_adapter(model, config)
+    fill_adapter(adapted, weights, POLICY, parent)
     return adapted
-
-
-def ensemble_members(training: RewardConfig, size: int, rows: int, shards: bool) -> list[RewardConfig]:
-    """The arguments of each member of an ensemble: seeds `seed`, `seed + 1`, ..., and folders of their own.
-
-    Args:
-        training: the arguments of the run; those of a single model are these.
-        size: of the ensemble.
-        rows: to train on.
-        shards: whether each member trains on a part of them.
-
-    Raises:
-        RecipeError: for more shards than rows, or a checkpoint that is named: it would be that of one member.
-    """
-    if shards and size > rows:
-        raise RecipeError(f"ensemble_shards: {rows} rows cannot be shared out among {size} members")
-    if size == 1:
-        return [training]
-    if str(training.resume_from_checkpoint) not in ("None", "True", "true", "False", "false"):
-        raise RecipeError("resume_from_checkpoint: an ensemble goes on from the newest checkpoint of each member: set `true`")
-    members = []
-    for number in range(size):
-        member = copy.copy(training)
-        member.seed, member.output_dir = training.seed + number, str(Path(training.output_dir) / f"member-{number}")
-        members.append(member)
-    return members
 
 
 @contextlib.contextmanager

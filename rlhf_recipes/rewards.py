@@ -21,7 +21,7 @@ from typing import Any, Literal
 
 from rlhf_recipes.arguments import nearest
 from rlhf_recipes.errors import RecipeError
-from rlhf_recipes.evaluation.truthfulness import normalise
+from rlhf_recipes.evaluation.truthfulness import judge, normalise
 from rlhf_recipes.models import model_path
 
 import torch
@@ -122,24 +122,22 @@ class Abstention:
     ) -> list[float | None]:
         """Scores (B,), each one of the three values or None, and reports the shares."""
         pairs = _with_references(completions, reference, "Abstention")
-        kinds = [None if truth is None else self._kind(last_text(completion), truth) for completion, truth in pairs]
+        kinds = [
+            None if truth is None else judge(last_text(completion), truth, self._beginnings) for completion, truth in pairs
+        ]
         if log_metric is not None:
             for name, share in _shares(kinds, known):
                 log_metric(f"abstention/{name}", share)
-        values = {"right": self.right, "abstained": self.abstaining, "wrong": self.wrong, None: None}
+        values = {"right": self.right, "abstained": self.abstaining, "made_up": self.wrong, None: None}
         return [values[kind] for kind in kinds]
-
-    def _kind(self, answer: str, truth: str) -> str:
-        if normalise(answer).startswith(self._beginnings):
-            return "abstained"
-        return "right" if normalise(answer) == normalise(truth) else "wrong"
 
 
 def _shares(kinds: list[str | None], known: list[bool | None] | None) -> Iterator[tuple[str, float]]:
     """The shares that `Abstention` reports, where there is something to take a share of."""
     judged = [kind for kind in kinds if kind is not None]
     if judged:
-        yield from ((kind, judged.count(kind) / len(judged)) for kind in ("right", "abstained", "wrong"))
+        names = {"right": "right", "abstained": "abstained", "made_up": "wrong"}
+        yield from ((name, judged.count(kind) / len(judged)) for kind, name in names.items())
     if known is not None:
         answerable = [kind for kind, is_known in zip(kinds, known, strict=True) if kind is not None and is_known]
         if answerable:

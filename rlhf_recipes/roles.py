@@ -7,8 +7,9 @@ base it was trained on, and the mean and standard deviation that its scores are 
 import contextlib
 import copy
 import functools
-import json
+import logging
 import math
+import warnings
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
@@ -16,20 +17,23 @@ from pathlib import Path
 from typing import Any, Literal
 
 from rlhf_recipes.errors import RecipeError
-from rlhf_recipes.models import base_of, fingerprint, keep_gradients_exact, trunk_of
-from rlhf_recipes.runs import write_json
+from rlhf_recipes.models import base_name, base_of, check_base, keep_gradients_exact, trunk_of
+from rlhf_recipes.records import REWARD, read_json, write_json
 
 import torch
+from accelerate import PartialState
 from peft import LoraConfig, PeftModel, get_peft_model_state_dict
 from peft.functional import cast_adapter_dtype, inject_adapter_in_model, set_adapter, set_peft_model_state_dict
 from peft.tuners.tuners_utils import BaseTunerLayer
 from peft.utils import AuxiliaryTrainingWrapper
-from safetensors import SafetensorError
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file
 from torch import Tensor, nn
 from transformers import AutoModelForSequenceClassification, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME, cached_file
 
-RECORD = "reward.json"
+logger = logging.getLogger(__name__)
+
 HEAD = "score"
 """The name that Transformers gives the head of a decoder that classifies sequences."""
 
@@ -39,8 +43,10 @@ POLICY = "default"
 NO_ADAPTER = object()
 """For `playing`: the base alone, without any adapter."""
 
+PREFIX = "base_model.model."
+"""PEFT's, of the names of saved weights."""
+
 _WEIGHTS = "adapter_model.safetensors"
-_PREFIX = "base_model.model."  # PEFT's, in the names of saved weights
 _HEAD_NAMES = {"score", "classifier"}  # PEFT lists both for every sequence classifier
 _PROBE = "Is 1 + 1 = 2?\nYes: Straße, 东京."
 
@@ -190,8 +196,12 @@ class Reward(Scorer):
         Raises:
             RecipeError: if all of them score alike.
         """
-        self.normalisation = None
-        self.normalisation = store_normalisation(self.folder, self(prompts, completions))
+        before, self.normalisation = self.normalisation, None
+        try:
+            self.normalisation = store_normalisation(self.folder, self(prompts, completions))
+        except BaseException:
+            self.normalisation = before
+            raise
         return self.normalisation
 
 
@@ -276,7 +286,7 @@ def load_reward(
     folder = Path(folder)
     config = _adapter_config(folder)
     weights, head = _adapter_weights(folder)
-    record = read_record(folder)
+    record = read_json(folder / REWARD)
     check_base(folder, config.base_model_name_or_path, record, model)
     check_tokenizer(folder, tokenizer)
     if name in getattr(model, "peft_config", {}):
@@ -316,10 +326,28 @@ def load_whole_reward(
     if loading["missing_keys"]:
         raise RecipeError(f"{folder}: its files lack {', '.join(sorted(loading['missing_keys']))}: it would score at random")
     check_tokenizer(folder, tokenizer)
-    head = _build_head({"weight": _find_head(model).weight.data}, model, folder)
-    normalisation = _normalisation(read_record(folder), folder)
+    head = _build_head({"weight": stored_head(folder, _find_head(model).weight.data, options.get("revision"))}, model, folder)
+    normalisation = _normalisation(read_json(folder / REWARD), folder)
     keep_gradients_exact(model)
     return Reward(model.eval(), None, head, tokenizer, normalisation, folder, name, batch_size)
+
+
+def stored_head(name: str | Path, loaded: Tensor, revision: str | None = None) -> Tensor:
+    """The weight of a whole model's head as it stands in its file, in fp32: `from_pretrained` rounds it to the base's type.
+
+    Args:
+        name: folder, or name on the Hub.
+        loaded: the weight as it was loaded; returned where the file has another name for it.
+        revision: of the model on the Hub.
+    """
+    key, options = f"{HEAD}.weight", {"revision": revision, "_raise_exceptions_for_missing_entries": False}
+    index = cached_file(name, SAFE_WEIGHTS_INDEX_NAME, **options)
+    file = read_json(Path(index))["weight_map"].get(key) if index else SAFE_WEIGHTS_NAME
+    path = file and cached_file(name, file, **options)
+    if not path:
+        return loaded
+    with safe_open(path, "pt") as weights:
+        return weights.get_tensor(key).float() if key in weights.keys() else loaded  # noqa: SIM118 (no mapping)
 
 
 def load_saved_rewards(
@@ -328,38 +356,62 @@ def load_saved_rewards(
     tokenizer: PreTrainedTokenizerBase,
     combine: str | None = None,
     uncertainty_coef: float | None = None,
+    batch_size: int = 32,
 ) -> Scorer:
     """What `recipes/reward.py` saved, whatever it is: an adapter, an ensemble of them, or a whole model.
 
+    An adapter is put on the policy's base, under the name of the folder; a whole model on the device of this process. A model
+    without a scale is warned of: its scores are raw.
+
     Args:
-        folder: of the reward model, or of the ensemble; a whole model may also be a name on the Hub.
-        model: the base with its adapters, on which reward adapters are put, under the name of the folder.
+        folder: of the reward model or of the ensemble, whose members are those that its `reward.json` lists. A whole model may
+            be named by its name on the Hub too (from Python: in YAML a reward is a folder or a dotted path).
+        model: the policy: the base with its adapters.
         tokenizer: the policy's.
         combine: of an ensemble, if not as it was trained to.
         uncertainty_coef: likewise.
+        batch_size: completions a forward pass.
 
     Raises:
-        RecipeError: as in `load_reward` and `load_whole_reward`; for an adapter where `model` has none and is trained itself.
+        RecipeError: as in `load_reward` and `load_whole_reward`; for an adapter where `model` has none and is trained itself;
+            for `combine` or `uncertainty_coef` where there is no ensemble; and for one that was not finished.
     """
     folder = Path(folder)
-    members = sorted(folder.glob("member-*"), key=lambda path: int(path.name.removeprefix("member-")))
-    if members:
-        trained = _read_json(members[0] / "recipe.json")["arguments"]["RewardArguments"]
-        combine = combine or trained["ensemble_combine"]
-        coefficient = trained["uncertainty_coef"] if uncertainty_coef is None else uncertainty_coef
-        rewards = [_load_saved(member, model, tokenizer, f"{folder.name}-{member.name}") for member in members]
-        return Ensemble(rewards, combine, coefficient, folder.name)
-    return _load_saved(folder, model, tokenizer, folder.name)
+    stored = read_json(folder / REWARD).get("ensemble")
+    if stored is not None:
+        names, trained, coefficient = _read_ensemble(stored, folder)
+        rewards = [_load_saved(folder / name, model, tokenizer, f"{folder.name}-{name}", batch_size) for name in names]
+        coefficient = coefficient if uncertainty_coef is None else uncertainty_coef
+        return Ensemble(rewards, combine or trained, coefficient, folder.name)
+    alone = any((folder / name).exists() for name in ("adapter_config.json", "config.json"))
+    if not alone and any(folder.glob("member-*/*config.json")):
+        raise RecipeError(
+            f"{folder} holds members of an ensemble, and no {REWARD} that lists them: it was not finished; go on with "
+            "`resume_from_checkpoint: true`, or name one member"
+        )
+    if combine is not None or uncertainty_coef is not None:
+        raise RecipeError(f"{folder} holds one reward model: `combine` and `uncertainty_coef` are for ensembles: remove them")
+    return _load_saved(folder, model, tokenizer, folder.name, batch_size)
 
 
-def _load_saved(folder: Path, model: nn.Module, tokenizer: PreTrainedTokenizerBase, name: str) -> Reward:
+def _load_saved(folder: Path, model: nn.Module, tokenizer: PreTrainedTokenizerBase, name: str, batch_size: int) -> Reward:
     if not (folder / "adapter_config.json").exists():
-        return load_whole_reward(folder, name, tokenizer)
-    if not isinstance(model, PeftModel):
+        # where the policy is, or will be when its trainer has placed it
+        reward = load_whole_reward(folder, name, tokenizer, batch_size, device_map={"": PartialState().device})
+    elif not isinstance(model, PeftModel):
         raise RecipeError(f"{folder} is an adapter, which needs a base that stays as it is: set `use_peft: true`, or merge it")
-    name = name.replace(".", "_")  # PyTorch allows no dots there
-    taken = sum(other == name or other.startswith(f"{name}_") for other in model.peft_config)
-    return load_reward(model, folder, f"{name}_{taken + 1}" if taken else name, tokenizer)
+    else:
+        name = name.replace(".", "_")  # PyTorch allows no dots there
+        taken = sum(other == name or other.startswith(f"{name}_") for other in model.peft_config)
+        reward = load_reward(model, folder, f"{name}_{taken + 1}" if taken else name, tokenizer, batch_size)
+    if reward.normalisation is None:
+        logger.warning(
+            "%s has no scale (`normalisation` in %s): its raw scores are used, whose mean and spread are arbitrary; "
+            "recipes/reward.py measures one at its end: go on with `resume_from_checkpoint: true` if it was interrupted",
+            folder,
+            REWARD,
+        )
+    return reward
 
 
 def _adapter_config(folder: Path) -> LoraConfig:
@@ -371,7 +423,7 @@ def _adapter_config(folder: Path) -> LoraConfig:
     path = folder / "adapter_config.json"
     if not path.is_file():
         raise RecipeError(f"{folder} holds no adapter (no adapter_config.json)")
-    content = _read_json(path)
+    content = read_json(path)
     if (kind := content.get("peft_type")) != "LORA":
         raise RecipeError(f"{folder}: a reward adapter is LoRA (peft_type LORA), and this is {kind}")
     if (task := content.get("task_type")) != "SEQ_CLS":
@@ -397,7 +449,7 @@ def _adapter_weights(folder: Path) -> tuple[dict[str, Tensor], dict[str, Tensor]
         weights = {name: weight.float() for name, weight in load_file(path).items()}
     except (SafetensorError, OSError) as error:
         raise RecipeError(f"{path}: cannot be read ({error})") from error
-    prefix = f"{_PREFIX}{HEAD}."
+    prefix = f"{PREFIX}{HEAD}."
     head = {name.removeprefix(prefix): weights.pop(name) for name in list(weights) if name.startswith(prefix)}
     if "weight" not in head:
         raise RecipeError(f"{path} has no head ({prefix}weight): the adapter would score at random; train or save it again")
@@ -412,14 +464,31 @@ def _add_adapter(
         if isinstance(model, PeftModel):
             model.add_adapter(name, config)
         else:
-            inject_adapter_in_model(config, model, adapter_name=name)
-            weights = {key.removeprefix(_PREFIX): weight for key, weight in weights.items()}
+            with warnings.catch_warnings():  # several adapters on one base are what roles are
+                warnings.filterwarnings("ignore", message="Already found a `peft_config`")
+                inject_adapter_in_model(config, model, adapter_name=name)
+            weights = {key.removeprefix(PREFIX): weight for key, weight in weights.items()}
         cast_adapter_dtype(model, name)  # to fp32, before the weights come in
-        try:
-            result = set_peft_model_state_dict(model, weights, adapter_name=name)
-        except RuntimeError as error:
-            reason = str(error).splitlines()[-1].strip()
-            raise RecipeError(f"{folder}: its weights do not fit {base_name(model)}: {reason}") from error
+        fill_adapter(model, weights, name, folder)
+
+
+def fill_adapter(model: nn.Module, weights: dict[str, Tensor], name: str, folder: str | Path) -> None:
+    """Puts saved weights into an adapter that is on the model; none of the two has any that the other lacks.
+
+    Args:
+        model: with the adapter.
+        weights: under the names of PEFT's files, which on a `PeftModel` begin with `PREFIX`.
+        name: of the adapter.
+        folder: where the weights come from, for messages.
+
+    Raises:
+        RecipeError: if a weight has no counterpart, or one of another shape.
+    """
+    try:
+        result = set_peft_model_state_dict(model, weights, adapter_name=name)
+    except RuntimeError as error:
+        reason = str(error).splitlines()[-1].strip()
+        raise RecipeError(f"{folder}: its weights do not fit {base_name(model)}: {reason}") from error
     missing = [key for key in result.missing_keys if f".{name}." in key or key.endswith(f".{name}")]
     if strays := [*missing, *result.unexpected_keys]:
         raise RecipeError(f"{folder}: its weights do not fit {base_name(model)}: {strays[0]} has no counterpart")
@@ -537,11 +606,6 @@ def _modules(model: nn.Module, kind: Any) -> list[Any]:
     return [module for module in model.modules() if isinstance(module, kind)]
 
 
-def base_name(model: nn.Module) -> str:
-    """The Hub name or folder of a model's base."""
-    return base_of(model).name_or_path or type(base_of(model)).__name__
-
-
 # --- Text to tokens --------------------------------------------------------------------------------------
 
 
@@ -588,7 +652,7 @@ def _right_padded(input_ids: Tensor, attention_mask: Tensor) -> tuple[Tensor, Te
 # --- What is saved beside an adapter ---------------------------------------------------------------------
 
 
-def write_record(folder: str | Path, base_model: str, base_fingerprint: dict[str, Any]) -> None:
+def write_reward_record(folder: str | Path, base_model: str, base_fingerprint: dict[str, Any]) -> None:
     """Writes `reward.json` for a reward model that has just been trained, and is not normalised yet.
 
     Args:
@@ -597,7 +661,32 @@ def write_record(folder: str | Path, base_model: str, base_fingerprint: dict[str
         base_fingerprint: from `fingerprint`.
     """
     content = {"base_model": {"name": base_model, "fingerprint": base_fingerprint}, "normalisation": None}
-    write_json(Path(folder) / RECORD, content)
+    write_json(Path(folder) / REWARD, content)
+
+
+def write_ensemble_record(folder: str | Path, members: Sequence[str], combine: str, uncertainty_coef: float) -> None:
+    """Writes the `reward.json` of an ensemble, when all of its members can be used.
+
+    Args:
+        folder: of the ensemble.
+        members: the folders of its members, inside it.
+        combine: as of `Ensemble`.
+        uncertainty_coef: likewise.
+    """
+    content = {"members": [*members], "combine": combine, "uncertainty_coef": uncertainty_coef}
+    write_json(Path(folder) / REWARD, {"ensemble": content})
+
+
+def _read_ensemble(stored: Any, folder: Path) -> tuple[list[str], str, float]:
+    """The folders of the members, and how they are combined."""
+    try:
+        names, combine, coefficient = stored["members"], stored["combine"], stored["uncertainty_coef"]
+    except (TypeError, KeyError) as error:
+        expected = "expected members, combine and uncertainty_coef"
+        raise RecipeError(f"{folder / REWARD}: ensemble: {expected}, found {stored}") from error
+    if missing := [name for name in names if not (folder / name).is_dir()]:
+        raise RecipeError(f"{folder / REWARD}: the member {missing[0]} is not there: train the ensemble again")
+    return names, combine, coefficient
 
 
 def store_normalisation(folder: str | Path, scores: Sequence[float] | Tensor) -> Normalisation:
@@ -613,22 +702,15 @@ def store_normalisation(folder: str | Path, scores: Sequence[float] | Tensor) ->
     values = torch.as_tensor(scores, dtype=torch.float64)
     if not values.numel():
         raise RecipeError(f"{folder}: no scores to normalise by")
+    mean, std = values.mean().item(), values.std(correction=0).item()
+    if std <= 1e-6 * values.abs().max().item():  # what fp32 leaves between scores that are equal
+        std = 0.0
     try:
-        normalisation = Normalisation(values.mean().item(), values.std(correction=0).item(), values.numel())
+        normalisation = Normalisation(mean, std, values.numel())
     except RecipeError as error:
         raise RecipeError(f"{folder}: {values.numel()} {error}: does the reward model tell demonstrations apart?") from error
-    write_json(Path(folder) / RECORD, {**read_record(Path(folder)), "normalisation": asdict(normalisation)})
+    write_json(Path(folder) / REWARD, {**read_json(Path(folder) / REWARD), "normalisation": asdict(normalisation)})
     return normalisation
-
-
-def read_record(folder: Path) -> dict[str, Any]:
-    """What `reward.json` holds, or nothing where there is none, as beside adapters that TRL alone trained.
-
-    Raises:
-        RecipeError: if it is malformed.
-    """
-    path = folder / RECORD
-    return _read_json(path) if path.exists() else {}
 
 
 def _normalisation(record: dict[str, Any], folder: Path) -> Normalisation | None:
@@ -639,17 +721,7 @@ def _normalisation(record: dict[str, Any], folder: Path) -> Normalisation | None
         return Normalisation(**stored)
     except (TypeError, RecipeError) as error:
         expected = "expected mean, std above 0 and samples"
-        raise RecipeError(f"{folder / RECORD}: normalisation: {expected}, found {stored}") from error
-
-
-def _read_json(path: Path) -> dict[str, Any]:
-    try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise RecipeError(f"{path}: not valid JSON ({error})") from error
-    if not isinstance(content, dict):
-        raise RecipeError(f"{path}: must hold a mapping, and holds a {type(content).__name__}")
-    return content
+        raise RecipeError(f"{folder / REWARD}: normalisation: {expected}, found {stored}") from error
 
 
 def _is_number(value: Any) -> bool:
@@ -657,45 +729,6 @@ def _is_number(value: Any) -> bool:
 
 
 # --- Refusals --------------------------------------------------------------------------------------------
-
-
-def check_base(folder: Path, trained_on: str | None, record: dict[str, Any], model: nn.Module) -> None:
-    """Refuses a base on which the adapter in `folder` was not trained.
-
-    By the fingerprint where `reward.json` has one, since a base may be moved and renamed; by name otherwise.
-
-    Args:
-        folder: of the adapter.
-        trained_on: the base that the adapter's configuration names.
-        record: from `read_record`.
-        model: the base in memory.
-
-    Raises:
-        RecipeError: names both bases, and says in what they differ.
-    """
-    known = (record.get("base_model") or {}).get("fingerprint")
-    if not known:
-        if not same_name(trained_on, base_name(model)):
-            raise RecipeError(f"{folder} was trained on {trained_on}, and the base in memory is {base_name(model)}")
-        return
-    here = fingerprint(model)
-    differences = [
-        f"{name} {known['dimensions'].get(name)} against {value}"
-        for name, value in here["dimensions"].items()
-        if known["dimensions"].get(name) != value
-    ]
-    if not differences and None not in (known["weights"], here["weights"]) and known["weights"] != here["weights"]:
-        differences = ["other weights"]
-    if differences:
-        raise RecipeError(
-            f"{folder} was trained on {trained_on}, and the base in memory, {base_name(model)}, is another: "
-            f"{', '.join(differences)}"
-        )
-
-
-def same_name(one: str | None, other: str | None) -> bool:
-    """Whether two names of a base may mean one: a Hub name, and the same model in a folder of its name."""
-    return bool(one and other) and Path(one).name == Path(other).name
 
 
 def check_tokenizer(folder: Path, tokenizer: PreTrainedTokenizerBase) -> None:

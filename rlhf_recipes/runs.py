@@ -17,6 +17,7 @@ from typing import Any
 from rlhf_recipes.arguments import read_yaml
 from rlhf_recipes.errors import RecipeError
 from rlhf_recipes.models import fingerprint, model_path
+from rlhf_recipes.records import PENDING, RECIPE, read_json, write_json
 
 import torch
 from accelerate import PartialState
@@ -24,7 +25,7 @@ from accelerate.utils import is_peft_model
 from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 from trl import ModelConfig
 
-RECORD, ARGUMENTS = "recipe.json", "arguments.json"
+ARGUMENTS = "arguments.json"
 PACKAGES = ("rlhf-recipes", "torch", "trl", "transformers", "peft", "bitsandbytes", "datasets", "accelerate", "evaluate")
 
 
@@ -33,6 +34,10 @@ _FREE = ("output_dir", "resume_from_checkpoint", "max_steps", "num_train_epochs"
 _FREE += ("ensemble_combine", "uncertainty_coef", "demonstrations")
 _FREE_PREFIXES = ("logging_", "log_", "save_", "eval_", "per_device_eval_", "push_", "hub_", "trackio_", "project")
 
+
+# What is left of a model that was trained whole, and of an adapter.
+_WHOLE = ("config.json", "model*.safetensors*")
+_ADAPTER = ("adapter_config.json", "adapter_model*.safetensors")
 
 # By which a process knows that it is one of several.
 _OF_THE_LAUNCHER = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT", "GROUP_RANK")
@@ -93,6 +98,7 @@ def write_record(
     data: dict[str, Any],
     recipe: str,
     parents: Sequence[str] = (),
+    pending: bool = False,
 ) -> None:
     """Writes `recipe.json` into the trainer's output folder: arguments, versions, seed, lineage, data and cost of the run.
 
@@ -105,6 +111,7 @@ def write_record(
         data: what `load_data` and `check_lengths` reported.
         recipe: the recipe's name.
         parents: folders of earlier stages that the run began with, besides the base.
+        pending: whether something is left to do before the stage is done: until `finish_record`, the file has another name.
     """
     if not trainer.is_world_process_zero():
         return
@@ -114,7 +121,7 @@ def write_record(
     record = {
         "recipe": recipe,
         "base_model": {"name": base, "revision": model.model_revision, **identity},
-        "parents": [*([base] if (Path(base) / RECORD).exists() else []), *parents],
+        "parents": [*([base] if (Path(base) / RECIPE).exists() else []), *parents],
         "seed": trainer.args.seed,
         "versions": versions(),
         "run": meter.measured(trainer),
@@ -126,22 +133,21 @@ def write_record(
             type(training).__name__: training.to_dict(),
         },
     }
-    path = Path(trainer.args.output_dir) / RECORD
-    if not record["run"]["steps"] and path.exists():  # resumed at its end: what it cost was written then
-        record["run"] = json.loads(path.read_text(encoding="utf-8"))["run"]
-    write_json(path, record)
+    output = Path(trainer.args.output_dir)
+    if not record["run"]["steps"]:  # resumed at its end: what it cost was written then
+        record["run"] = (read_json(output / PENDING) or read_json(output / RECIPE) or record)["run"]
+    write_json(output / (PENDING if pending else RECIPE), record)
+
+
+def finish_record(output: str | Path) -> dict[str, Any]:
+    """Gives a pending record its name, by which the stage is done, and returns it."""
+    os.replace(Path(output) / PENDING, Path(output) / RECIPE)
+    return read_json(Path(output) / RECIPE)
 
 
 def versions() -> dict[str, str]:
     """Those of Python and of the packages that results depend on."""
     return {"python": platform.python_version(), **{name: importlib.metadata.version(name) for name in PACKAGES}}
-
-
-def write_json(path: Path, content: Any) -> None:
-    """Writes JSON so that `path` holds either all of it or what it held before."""
-    partial = path.with_name(f".{path.name}.partial")
-    partial.write_text(json.dumps(content, indent=2, ensure_ascii=False, default=str) + "\n", encoding="utf-8")
-    os.replace(partial, path)
 
 
 def checkpoint_to_resume(training: TrainingArguments, *arguments: Any) -> str | None:
@@ -161,7 +167,7 @@ def checkpoint_to_resume(training: TrainingArguments, *arguments: Any) -> str | 
     wanted, output = training.resume_from_checkpoint, Path(training.output_dir)
     _check_writable(output)
     if wanted in (None, False, "false", "False"):
-        _refuse_unfinished(output)
+        refuse_unfinished(output)
         return None
     if wanted not in (True, "true", "True"):
         if not _is_whole(Path(wanted)):
@@ -191,7 +197,7 @@ def run_missing(configs: Sequence[str], recipes: Path, inputs: Sequence[str | Pa
         for config in configs:
             path = Path(config) if Path(config).exists() else recipes.parent / config
             output = read_yaml(path).get("output_dir")
-            if not output or Path(output) not in map(Path, filter(None, inputs)) or (Path(output) / RECORD).exists():
+            if not output or Path(output) not in map(Path, filter(None, inputs)) or (Path(output) / RECIPE).exists():
                 continue
             print(f"{output}: no result yet: running {path} first", flush=True)
             command = [
@@ -234,17 +240,23 @@ def save_policy(trainer: Trainer) -> None:
     """
     trainer.save_model()
     if trainer.is_world_process_zero():
-        _remove_the_other_sort(Path(trainer.args.output_dir), is_peft_model(trainer.model))
+        # what an earlier run left of the other sort: together they would load as one
+        _remove(Path(trainer.args.output_dir), *(_WHOLE if is_peft_model(trainer.model) else _ADAPTER))
         config = trainer.model.generation_config
         ends = config.eos_token_id if isinstance(config.eos_token_id, list) else [config.eos_token_id]
         config.eos_token_id = list(dict.fromkeys([trainer.processing_class.eos_token_id, *filter(None, ends)]))
         config.save_pretrained(trainer.args.output_dir)
 
 
-def _remove_the_other_sort(output: Path, is_adapter: bool) -> None:
-    """Removes what an earlier run left of a whole model, or of an adapter: together they would load as one."""
-    stale = ("config.json", "model*.safetensors*") if is_adapter else ("adapter_config.json", "adapter_model*.safetensors")
-    for path in (path for pattern in stale for path in output.glob(pattern)):
+def remove_results(output: Path, *others: str) -> None:
+    """Removes what an earlier run left in a folder: its model, whole or not, checkpoints, records and `others` (patterns)."""
+    for checkpoint in _checkpoints(output):
+        shutil.rmtree(checkpoint)
+    _remove(output, *_WHOLE, *_ADAPTER, RECIPE, PENDING, *others)
+
+
+def _remove(output: Path, *patterns: str) -> None:
+    for path in [path for pattern in patterns for path in output.glob(pattern)]:
         path.unlink()
 
 
@@ -267,9 +279,10 @@ def _check_writable(output: Path) -> None:
         raise RecipeError(f"output_dir: {output}: cannot be written to ({error.strerror}): name another folder") from error
 
 
-def _refuse_unfinished(output: Path) -> None:
+def refuse_unfinished(output: Path) -> None:
+    """Refuses to start anew in a folder that holds checkpoints of a run that was not finished."""
     checkpoints = sorted(_checkpoints(output), key=_step)
-    if checkpoints and not (output / RECORD).exists():
+    if checkpoints and not (output / RECIPE).exists():
         raise RecipeError(
             f"output_dir: {output} holds {checkpoints[-1].name} of an unfinished run: set `resume_from_checkpoint: true` to go "
             "on with it, or name another folder, or delete this one"

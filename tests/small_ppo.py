@@ -4,7 +4,7 @@ import copy
 
 from rlhf_recipes import PPOConfig, PPOTrainer
 from rlhf_recipes.models import fingerprint, keep_gradients_exact, trunk_of
-from rlhf_recipes.roles import store_normalisation, write_record
+from rlhf_recipes.roles import store_normalisation, write_reward_record
 
 import torch
 from datasets import Dataset
@@ -103,7 +103,7 @@ def save_reward(folder, base, seed=0, normalised=True):
     adapted = get_peft_model(model, lora(task_type="SEQ_CLS", init_lora_weights=False, modules_to_save=["score"]))
     adapted.save_pretrained(folder)
     make_tokenizer().save_pretrained(folder)
-    write_record(folder, str(base), fingerprint(AutoModelForCausalLM.from_pretrained(base)))
+    write_reward_record(folder, str(base), fingerprint(AutoModelForCausalLM.from_pretrained(base)))
     if normalised:
         store_normalisation(folder, [-1.0 - seed, 2.0, 3.5])
     return folder

@@ -4,7 +4,8 @@ import shutil
 
 from rlhf_recipes import models
 from rlhf_recipes.errors import RecipeError
-from rlhf_recipes.models import PLAIN_CHAT_TEMPLATE, load_model, load_tokenizer, resolve_path
+from rlhf_recipes.models import PLAIN_CHAT_TEMPLATE, fingerprint, load_model, load_policy, load_tokenizer, resolve_path
+from rlhf_recipes.records import RECIPE, write_json
 
 import pytest
 import torch
@@ -215,3 +216,40 @@ def test_model_whose_files_lack_weights_is_refused(tmp_path):
     shutil.copy(f"{resolve_path(BASE)}/config.json", tmp_path)
     with pytest.raises(RecipeError, match=r"lack 1 of the weights \(lm_head\.weight"):
         load_model(ModelConfig(model_name_or_path=str(tmp_path)), sft_config())
+
+
+@pytest.fixture
+def adapter(tmp_path):
+    """An adapter of the tiny base, as an earlier stage leaves it."""
+    base = load_model(ModelConfig(model_name_or_path=BASE), sft_config())
+    identity = {"name": resolve_path(BASE), "fingerprint": fingerprint(base)}
+    folder = tmp_path / "sft"
+    config = LoraConfig(r=2, target_modules=["q_proj"], init_lora_weights=False, task_type="CAUSAL_LM")
+    get_peft_model(base, config).save_pretrained(folder)
+    write_json(folder / RECIPE, {"base_model": identity})
+    return folder
+
+
+def load_started(folder, base):
+    arguments = ModelConfig(model_name_or_path=str(base), use_peft=True)
+    tokenizer = load_tokenizer(ModelConfig(model_name_or_path=BASE), sft_config())
+    return load_policy(arguments, sft_config(), folder, tokenizer)
+
+
+def test_policy_starts_from_an_adapter_of_its_own_base(adapter, tmp_path):
+    shutil.copytree(resolve_path(BASE), tmp_path / "moved")
+    for base in (BASE, tmp_path / "moved"):
+        policy = load_started(adapter, base)
+        assert [name for name, weight in policy.named_parameters() if weight.requires_grad and "lora_B" in name]
+
+
+def test_policy_does_not_start_from_an_adapter_of_another_base(adapter, tmp_path):
+    """Not even of one whose shapes fit: the reference would be wrong in the same way, and the KL 0."""
+    other = load_model(ModelConfig(model_name_or_path=BASE), sft_config())
+    other.model.layers[1].mlp.up_proj.weight.data.mul_(1.5)
+    other.save_pretrained(tmp_path / "other")
+    both = (
+        f"start_from: {adapter} was trained on {resolve_path(BASE)}, and the base in memory, {tmp_path / 'other'}, is another"
+    )
+    with pytest.raises(RecipeError, match=both):
+        load_started(adapter, tmp_path / "other")

@@ -10,7 +10,7 @@ import shutil
 from rlhf_recipes import PPOConfig, PPOTrainer
 from rlhf_recipes.errors import RecipeError
 from rlhf_recipes.rewards import SavedReward, load_rewards
-from rlhf_recipes.roles import Ensemble, load_reward, load_whole_reward
+from rlhf_recipes.roles import Ensemble, load_reward, load_whole_reward, write_ensemble_record
 
 import pytest
 import torch
@@ -242,8 +242,7 @@ def test_an_ensemble_in_a_folder_is_one_reward(sft, rewards, base, tmp_path, com
     folder = tmp_path / "ensemble"
     for place, reward in enumerate(rewards, start=1):
         shutil.copytree(reward, folder / f"member-{place}")
-    trained = {"ensemble_combine": "mean", "uncertainty_coef": 0.5}
-    (folder / "member-1" / "recipe.json").write_text(json.dumps({"arguments": {"RewardArguments": trained}}))
+    write_ensemble_record(folder, ["member-1", "member-2"], "mean", 0.5)
     options = {"gamma": 1.0, "lam": 1.0, "kl_coef": 0.0, "critic": "adapter"}
     init = {"rollout_func": answers_of()}
     trainer = make_trainer(tmp_path, sft, SavedReward(str(folder), combine), Remembering, init=init, **options)
@@ -252,6 +251,12 @@ def test_an_ensemble_in_a_folder_is_one_reward(sft, rewards, base, tmp_path, com
     members = [load_reward(model, reward, f"member-{place}", make_tokenizer()) for place, reward in enumerate(rewards)]
     check_scores(trainer.batches[0], Ensemble(members, combine or "mean", 0.5))
     assert "rewards/ensemble/mean" in trainer.state.log_history[0]
+
+
+@pytest.mark.parametrize(("key", "size"), [("local_rollout_forward_batch_size", 3), ("per_device_train_batch_size", 2)])
+def test_reward_models_read_as_much_at_once_as_the_other_roles(sft, rewards, tmp_path, key, size):
+    trainer = make_trainer(tmp_path, sft, str(rewards[0]), **{key: size})
+    assert trainer.reward_funcs[0].reward.batch_size == size
 
 
 def test_rewards_of_a_yaml_file_fit(sft, rewards, tmp_path):

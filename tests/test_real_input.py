@@ -1,12 +1,16 @@
-"""Real models on real data: `stories3M` learns from instructions and from HH-RLHF, and learns to stop."""
+"""Real models on real data: `stories3M` learns from instructions and from HH-RLHF, and to stop; a reward model, from talks."""
 
+import gzip
 import json
+import re
 
 from rlhf_recipes.evaluation.answers import answer
 
+import numpy as np
 import pytest
+import torch
 from peft import PeftModel
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer
 
 IN_4_BITS = ("--load_in_4bit", "true", "--use_bnb_nested_quant", "true")
 CONFIG = """
@@ -74,3 +78,74 @@ def test_stories3m_learns_and_learns_to_stop(launch, tmp_path, shared, data, bit
     prompts = [[{"role": "user", "content": question}] for question in questions]
     assert stop_share(base, tokenizer, prompts) == 0
     assert stop_share(PeftModel.from_pretrained(base, tmp_path / "out"), tokenizer, prompts) >= 0.75
+
+
+# --- Reward models ---------------------------------------------------------------------------------------
+
+REWARD_CONFIG = """
+model_name_or_path: {shared}/models/stories260K
+dtype: float32
+use_peft: true
+lora_r: 4
+lora_target_modules: all-linear
+train_on: {train_on}
+dataset_name: {data}/train.jsonl
+eval_datasets: [{{path: {data}/eval.jsonl}}]
+max_length: 512
+per_device_train_batch_size: 4
+max_steps: 3
+learning_rate: 3.0e-3
+gradient_checkpointing: false
+eval_strategy: steps
+eval_steps: 100
+logging_steps: 1
+save_strategy: "no"
+report_to: none
+output_dir: {output}
+"""
+
+
+def turns(transcript):
+    """The messages of a raw HH transcript."""
+    _, *parts = re.split(r"\n\n(Human|Assistant):", transcript)
+    roles = {"Human": "user", "Assistant": "assistant"}
+    return [{"role": roles[who], "content": text.strip()} for who, text in zip(parts[::2], parts[1::2], strict=True)]
+
+
+@pytest.fixture
+def transcripts(shared):
+    """Raw transcripts of several turns, of which both are short."""
+    with gzip.open(shared / "data" / "hh_raw.helpful-base.test.jsonl.gz", "rt", encoding="utf-8") as lines:
+        rows = [json.loads(line) for line in lines]
+    fit = [row for row in rows if row["chosen"].count("Human:") >= 2 and max(map(len, row.values())) < 500]
+    return [row for row in fit if all(turn["content"] for text in row.values() for turn in turns(text))][:20]
+
+
+@pytest.mark.parametrize("train_on", ["pairs", "rankings"])
+def test_reward_model_learns_from_raw_transcripts_of_several_turns(launch, tmp_path, shared, transcripts, train_on):
+    """What it scores is the whole talk, in the chat template: by Transformers and PEFT alone the numbers are the same."""
+    train, held_out = transcripts[:10], transcripts[10:]
+    for name, rows in (("train", train), ("eval", held_out)):
+        (tmp_path / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    output, config = tmp_path / "out", tmp_path / "reward.yaml"
+    config.write_text(REWARD_CONFIG.format(shared=shared, data=tmp_path, output=output, train_on=train_on))
+    status, error = launch("reward", "--config", config)
+    assert status == 0, error
+    tokenizer = AutoTokenizer.from_pretrained(output)
+    base = AutoModelForSequenceClassification.from_pretrained(shared / "models" / "stories260K", num_labels=1)
+    model = PeftModel.from_pretrained(base, output).eval()
+
+    def score(transcript):
+        ids = tokenizer.apply_chat_template(turns(transcript), return_tensors="pt", return_dict=True)["input_ids"]
+        with torch.no_grad():
+            return model(input_ids=ids).logits.item()
+
+    scores = np.array([[score(row["chosen"]), score(row["rejected"])] for row in held_out])
+    (result,) = json.loads((output / "evaluation.json").read_text()).values()
+    assert result["accuracy"]["n"] == len(held_out)
+    assert result["accuracy"]["accuracy"] == pytest.approx((scores[:, 0] > scores[:, 1]).mean())
+    assert result["scores"]["mean"] == pytest.approx(scores.mean(), abs=1e-4)
+    assert result["scores"]["std"] == pytest.approx(scores.std(), abs=1e-4)
+    recipe = json.loads((output / "recipe.json").read_text())
+    assert recipe["data"]["train"]["rows"] == len(train)
+    assert recipe["metrics"]["loss"] > 0

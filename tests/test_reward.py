@@ -125,6 +125,19 @@ def test_loss_against_loops_with_ties_and_varying_k(coefficient):
     assert rewards.grad[:3].abs().sum() > 0
 
 
+@pytest.mark.parametrize("junk", [math.nan, math.inf, -math.inf])
+def test_what_stands_in_empty_places_does_not_matter(junk):
+    ranks = torch.tensor([[0, 1, -1], [2, 1, 0]])
+    results = []
+    for filling in (0.0, junk):
+        rewards = torch.tensor([[0.5, 0.3, filling], [1.0, 2.0, 3.0]], requires_grad=True)
+        loss = ranking_loss(rewards, ranks, 0.1)
+        loss.backward()
+        results.append((loss.item(), rewards.grad))
+    assert results[0][0] == results[1][0]
+    assert torch.equal(results[0][1], results[1][1])
+
+
 def test_large_differences_stay_finite():
     rewards = torch.tensor([[-1e4, 1e4, 0.0]], requires_grad=True)
     loss = ranking_loss(rewards, torch.tensor([[0, 1, -1]]))
@@ -217,7 +230,10 @@ def test_sequences_are_those_of_trl(tmp_path, tokenizer):
     texts = Dataset.from_list(
         [{"prompt": "Who?", "chosen": " Karimo.", "rejected": " No.</s>"}, {"prompt": "", "chosen": "A", "rejected": "B"}]
     )
-    for pairs in (messages, texts):
+    turns = [{"role": role, "content": text} for role, text in (("user", "Who?"), ("assistant", "Karimo."), ("user", "Where?"))]
+    answers = [[{"role": "assistant", "content": text}] for text in ("Alderby.", "I do not know.")]
+    talks = Dataset.from_list([{"prompt": turns, "chosen": answers[0], "rejected": answers[1]}])
+    for pairs in (messages, texts, talks):
         rankings = Dataset.from_list(
             [{"prompt": r["prompt"], "completions": [r["chosen"], r["rejected"]], "ranks": [0, 1]} for r in pairs]
         )
@@ -432,11 +448,30 @@ def test_parents_that_cannot_be_started_from(tmp_path, tokenizer, sft_adapter):
     with pytest.raises(RecipeError, match="trained embed_tokens besides LoRA"):
         load(tmp_path / "other")
     path.write_text(json.dumps(config | {"target_modules": ["q_proj", "k_proj", "down_proj"]}))
-    with pytest.raises(RecipeError, match=r"does not fit .*k_proj"):
+    with pytest.raises(RecipeError, match=r"do not fit .*k_proj"):
         load(tmp_path / "other")
     path.write_text(json.dumps(config | {"r": 2}))
-    with pytest.raises(RecipeError, match=r"does not fit .*size mismatch"):
+    with pytest.raises(RecipeError, match=r"do not fit .*size mismatch"):
         load(tmp_path / "other")
+
+
+def test_damaged_record_of_a_parent_is_named(tmp_path, tokenizer, sft_adapter):
+    shutil.copytree(sft_adapter, tmp_path / "parent")
+    (tmp_path / "parent" / "recipe.json").write_text("{")
+    with pytest.raises(RecipeError, match=r"parent/recipe\.json: not valid JSON"):
+        load_reward_model(model_config(), reward_config(tmp_path), tokenizer, parent=tmp_path / "parent")
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"lora_modules_to_save": ["embed_tokens", "score"]}, "lora_modules_to_save: embed_tokens: .* shares its base"),
+        ({"lora_target_modules": ["foo", "bar"]}, f"lora_target_modules: bar, foo: {BASE}: "),
+    ],
+)
+def test_adapters_that_could_not_be_used_are_refused_before_training(tmp_path, tokenizer, options, message):
+    with pytest.raises(RecipeError, match=message):
+        load_reward_model(model_config(**options), reward_config(tmp_path), tokenizer)
 
 
 def test_loading_leaves_no_report_of_the_new_head(tmp_path, tokenizer, capfd):

@@ -5,12 +5,16 @@ import itertools
 import json
 import shutil
 import weakref
+from types import SimpleNamespace
 
+from rlhf_recipes import roles, runs
 from rlhf_recipes.arguments import DataArguments, DatasetSource
 from rlhf_recipes.data import demonstrations_of, load_data
 from rlhf_recipes.errors import RecipeError
+from rlhf_recipes.evaluation.rewards import measure_reward
 from rlhf_recipes.models import load_model, resolve_path
-from rlhf_recipes.roles import load_reward, load_whole_reward
+from rlhf_recipes.roles import load_reward, load_saved_rewards, load_whole_reward
+from rlhf_recipes.runs import run_missing
 from rlhf_recipes.tiny import splits
 
 import numpy as np
@@ -18,7 +22,8 @@ import pytest
 import torch
 import yaml
 from conftest import ROOT
-from peft import PeftModel
+from datasets import Dataset
+from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file
 from scipy import stats
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer, LlamaForSequenceClassification
@@ -311,7 +316,7 @@ def test_without_evaluation_there_is_a_scale_and_no_report(trained, reward, file
     assert reward(tmp_path, *LONG, *NO_EVAL)[0] == 0
     assert not (tmp_path / "evaluation.json").exists()
     assert not list(tmp_path.glob("*.svg"))
-    assert read(tmp_path, "recipe.json")["data"].keys() == {"train"}
+    assert read(tmp_path, "recipe.json")["data"].keys() == {"train", "demonstrations"}
     whole = trained("single", *LONG)
     assert same(weights(whole), weights(tmp_path))
     assert normalisation(whole) == normalisation(tmp_path)
@@ -359,6 +364,163 @@ def test_the_folder_may_have_any_name(reward, tmp_path, name):
     assert reward(folder, *AS_IT_BEGINS)[0] == 0
     assert (folder / "evaluation.json").exists()
     assert normalisation(folder) is not None
+
+
+# --- What an earlier run left, and what tells that this one is done ---------------------------------------
+
+
+def names(folder):
+    return {path.name for path in folder.iterdir()}
+
+
+def test_nothing_of_an_earlier_run_is_taken_for_this_one(reward, tmp_path):
+    """Of whatever size and sort that one was; what is not the recipe's stays."""
+    folder = tmp_path / "reward"
+    (folder / "member-notes").mkdir(parents=True)
+    (folder / "notes.txt").touch()
+    begins = (*AS_IT_BEGINS, "--learning_rate", 1e-3)
+    assert reward(folder, *begins, "--ensemble_size", 3)[0] == 0
+    assert read(folder, "reward.json")["ensemble"]["members"] == ["member-0", "member-1", "member-2"]
+    assert reward(folder, *begins, "--ensemble_size", 2, *NO_EVAL)[0] == 0
+    assert names(folder) == {"member-0", "member-1", "reward.json", "recipe.json", "member-notes", "notes.txt"}
+    assert read(folder, "reward.json")["ensemble"]["members"] == ["member-0", "member-1"]
+    assert reward(folder, *begins)[0] == 0
+    assert "member-0" not in names(folder)
+    assert "ensemble" not in read(folder, "reward.json")
+    assert list(read(folder, "evaluation.json")) == ["reward"]
+    assert reward(folder, *begins, "--use_peft", "false", *NO_EVAL)[0] == 0
+    assert not names(folder) & {"adapter_config.json", "adapter_model.safetensors", "evaluation.json", "scores-reward.svg"}
+    assert normalisation(folder) is not None
+    assert reward(folder, *begins, "--ensemble_size", 2, *NO_EVAL)[0] == 0
+    assert not names(folder) & {"config.json", "model.safetensors"}
+    assert {"member-notes", "notes.txt"} <= names(folder)
+
+
+def test_unfinished_run_of_another_size_is_not_removed(trained, reward, tmp_path):
+    folder = tmp_path / "reward"
+    shutil.copytree(trained("single", *LONG), folder)
+    (folder / "recipe.json").unlink()
+    for options in ((), ("--resume_from_checkpoint", "true")):
+        status, error = reward(folder, *LONG, *ENSEMBLE, *options)
+        assert status == 2
+        assert f"{folder} holds checkpoint-4 of an unfinished run" in error
+    assert (folder / "adapter_model.safetensors").exists()
+
+
+def test_finished_run_is_not_removed_by_one_that_cannot_begin(trained, reward, tmp_path):
+    folder = tmp_path / "reward"
+    shutil.copytree(trained("single", *LONG), folder)
+    before = names(folder)
+    for options in (("--start_from", "./nowhere"), ("--lora_target_modules", "foo"), ("--max_length", 5)):
+        assert reward(folder, *LONG, *options)[0] == 2
+    assert names(folder) == before
+
+
+def test_a_run_does_not_remove_what_it_begins_with(reward, sft, tmp_path):
+    parent = tmp_path / "out" / "sft"
+    shutil.copytree(sft(), parent)
+    for folder in (tmp_path / "out", parent):
+        status, error = reward(folder, *AS_IT_BEGINS, "--start_from", parent)
+        assert status == 2
+        assert f"start_from: {parent} is in `output_dir`" in error
+    assert same(weights(parent), weights(sft()))
+
+
+def test_checkpoint_of_another_folder_is_gone_on_from_in_a_clean_one(trained, reward, tmp_path):
+    folder, checkpoint = tmp_path / "reward", trained("single", *LONG) / "checkpoint-2"
+    shutil.copytree(trained("ensemble", *LONG, *ENSEMBLE), folder)
+    assert reward(folder, *LONG, "--resume_from_checkpoint", checkpoint)[0] == 0
+    assert same(weights(folder), weights(checkpoint.parent))
+    assert "ensemble" not in read(folder, "reward.json")
+    assert not list(folder.glob("member-*"))
+
+
+@pytest.mark.parametrize("ensemble", [(), ENSEMBLE], ids=["single", "ensemble"])
+def test_run_that_has_no_scale_yet_is_not_done(reward, tmp_path, monkeypatch, ensemble):
+    """And goes on with measuring; what training cost is not forgotten."""
+    folder, calls = tmp_path / "reward", []
+
+    def failing(*arguments):
+        calls.append(arguments)
+        raise RecipeError("no memory left")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(roles, "store_normalisation", failing)
+        status, error = reward(folder, *LONG, *ensemble)
+    assert (status, len(calls)) == (2, 1)
+    assert "no memory left" in error
+    assert not list(folder.rglob("recipe.json"))
+    status, error = reward(folder, *LONG, *ensemble)
+    assert status == 2
+    assert "of an unfinished run: set `resume_from_checkpoint: true`" in error
+    assert reward(folder, *LONG, *ensemble, "--resume_from_checkpoint", "true")[0] == 0
+    for model in (folder / "member-0", folder / "member-1") if ensemble else (folder,):
+        assert normalisation(model) is not None
+        assert read(model, "recipe.json")["run"]["steps"] == 4
+    assert read(folder, "recipe.json")["run"]["steps"] == (8 if ensemble else 4)
+    assert not list(folder.rglob("recipe.unfinished.json"))
+
+
+def test_a_stage_that_needs_an_ensemble_finds_it_done(trained, files, tmp_path, monkeypatch):
+    folder = trained("ensemble", *LONG, *ENSEMBLE)
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "reward.yaml").write_text(yaml.safe_dump({"output_dir": str(folder)}))
+    launched = []
+    monkeypatch.setattr(runs.subprocess, "run", lambda command, **_: launched.append(command) or SimpleNamespace(returncode=0))
+    run_missing(["reward.yaml"], ROOT / "recipes", inputs=[folder])
+    assert not launched
+    shutil.copytree(folder / "member-0", tmp_path / "unfinished" / "member-0")
+    (tmp_path / "reward.yaml").write_text(yaml.safe_dump({"output_dir": str(tmp_path / "unfinished")}))
+    run_missing(["reward.yaml"], ROOT / "recipes", inputs=[tmp_path / "unfinished"])
+    assert len(launched) == 1
+
+
+def test_record_of_an_ensemble_says_what_it_is_made_of(trained, files):
+    folder = trained("ensemble", *LONG, *ENSEMBLE)
+    stored = read(folder, "reward.json")["ensemble"]
+    assert stored == {"members": ["member-0", "member-1"], "combine": "uncertainty", "uncertainty_coef": 0.5}
+    record, first = read(folder, "recipe.json"), read(folder, "member-0", "recipe.json")
+    assert record["members"] == stored["members"]
+    assert record["arguments"]["RewardConfig"]["output_dir"] == str(folder)
+    assert (record["recipe"], record["seed"], record["base_model"]) == ("reward", 5, first["base_model"])
+    policy = get_peft_model(AutoModelForCausalLM.from_pretrained(BASE), LoraConfig(r=2, target_modules=["q_proj"]))
+    tokenizer = AutoTokenizer.from_pretrained(folder / "member-0")
+    ensemble = load_saved_rewards(folder, policy, tokenizer)
+    prompts, answers = flat(read_rows(files / "rankings.test.jsonl"))
+    scores = [raw_scores(folder / name, prompts, answers) for name in stored["members"]]
+    scales = [normalisation(folder / name) for name in stored["members"]]
+    scaled = np.stack([(score - own["mean"]) / own["std"] for score, own in zip(scores, scales, strict=True)])
+    assert ensemble(prompts, answers) == pytest.approx(scaled.mean(0) - 0.5 * scaled.std(0), abs=1e-4)
+
+
+def test_measuring_reads_as_many_answers_at_once_as_evaluation(reward, tmp_path, monkeypatch):
+    sizes, score = [], roles.Reward.score
+
+    def watched(self, input_ids, attention_mask, **options):
+        sizes.append(len(input_ids))
+        return score(self, input_ids, attention_mask, **options)
+
+    monkeypatch.setattr(roles.Reward, "score", watched)
+    assert reward(tmp_path, *AS_IT_BEGINS, "--per_device_eval_batch_size", 3)[0] == 0
+    assert max(sizes) == 3
+    assert sum(sizes) == 16 * 4 + 16
+
+
+def test_anything_that_scores_can_be_measured(files):
+    """Such as a baseline, which is no reward model."""
+
+    class Words:
+        tokenizer = AutoTokenizer.from_pretrained(BASE)
+
+        def __call__(self, prompts, completions):
+            return [float(completion[0]["content"] in right) for completion in completions]
+
+    rows = Dataset.from_list(read_rows(files / "pairs.test.jsonl"))
+    right = {row["chosen"][0]["content"] for row in rows} - {row["rejected"][0]["content"] for row in rows}
+    expected = np.mean([row["chosen"][0]["content"] in right for row in rows])
+    result = measure_reward(Words(), rows)
+    assert result["accuracy"]["n"] == 16
+    assert result["accuracy"]["accuracy"] >= expected > 0
 
 
 # --- Pairs and margins -----------------------------------------------------------------------------------
@@ -564,8 +726,30 @@ def test_scale_is_that_of_named_demonstrations(trained, files, config):
     assert source["path"] == str(files / "talks.jsonl")
 
 
+@pytest.mark.parametrize("named", [False, True])
+def test_demonstrations_longer_than_max_length_are_left_out(reward, files, config, tmp_path, named):
+    """As they are of training: what such a text scores nobody has taught."""
+    rows = read_rows(files / "pairs.train.jsonl")
+    for row in rows[:5]:
+        row["chosen"][0]["content"] = "the " * 100
+    options = {"dataset_name": str(write_rows(tmp_path / "rows.jsonl", rows))}
+    if named:
+        options["dataset_name"] = str(files / "pairs.train.jsonl")
+        options["demonstrations"] = [{"path": str(write_rows(tmp_path / "answers.jsonl", as_demonstrations(rows)))}]
+    folder = tmp_path / "reward"
+    assert reward(folder, *config(**options, eval_datasets=[]), *AS_IT_BEGINS, *NO_EVAL)[0] == 0
+    check_normalisation(folder, raw_scores(folder, *zip(*[(r["prompt"], r["chosen"]) for r in rows[5:]], strict=True)), 11)
+    counted = read(folder, "recipe.json")["data"]["demonstrations"]
+    assert (counted["rows"], counted["longer_than_max_length"]["dropped"]) == (11, 5)
+
+
+def as_demonstrations(pairs):
+    return [{"prompt": row["prompt"], "completion": row["chosen"]} for row in pairs]
+
+
 def drawn(rows, count, seed=0, **arguments):
-    dataset = demonstrations_of(DataArguments(dataset_name=str(rows), **arguments), [], seed, rows=count)
+    dataset, counts = demonstrations_of(DataArguments(dataset_name=str(rows), **arguments), [], seed, rows=count)
+    assert counts["rows"] == len(dataset)
     assert set(dataset.column_names) == {"prompt", "completion"}
     return [(json.dumps(row["prompt"]), json.dumps(row["completion"])) for row in dataset]
 
@@ -683,14 +867,23 @@ def test_a_base_that_was_moved_is_known_again(reward, sft, tmp_path):
 def test_sft_adapter_of_another_template_is_not_begun_with(reward, sft, tmp_path):
     template = AutoTokenizer.from_pretrained(BASE).chat_template.replace("Question: ", "Q: ")
     (tmp_path / "other.jinja").write_text(template)
+    options = ("--start_from", sft(), "--chat_template_path", tmp_path / "other.jinja")
+    check_refused(reward, tmp_path / "out", *options, message=(str(sft()), "chat template"))
+
+
+def test_the_template_of_the_sft_adapter_is_gone_on_with(reward, sft, tmp_path):
+    template = AutoTokenizer.from_pretrained(BASE).chat_template.replace("Question: ", "Q: ")
+    (tmp_path / "other.jinja").write_text(template)
     parent = sft("sft-template", "--chat_template_path", tmp_path / "other.jinja")
-    check_refused(reward, tmp_path / "out", "--start_from", parent, message=(str(parent), "chat template"))
+    status, error = reward(tmp_path / "out", *NO_EVAL, "--start_from", parent, "--max_steps", 1)
+    assert status == 0, error
+    assert AutoTokenizer.from_pretrained(tmp_path / "out").chat_template == template
 
 
 def test_sft_adapter_of_another_tokenizer_is_not_begun_with(reward, sft, tmp_path):
     parent = tmp_path / "sft"
     shutil.copytree(sft(), parent)
     tokenizer = AutoTokenizer.from_pretrained(BASE)
-    tokenizer.add_tokens(["Karimo"])
+    tokenizer.add_tokens([f"Karimo{number}" for number in range(100)])
     tokenizer.save_pretrained(parent)
     check_refused(reward, tmp_path / "out", "--start_from", parent, message=(str(parent), "vocabulary"))

@@ -2,24 +2,29 @@
 
 import copy
 import json
+import re
 import shutil
+from types import SimpleNamespace
 
+from rlhf_recipes import roles
 from rlhf_recipes.errors import RecipeError
-from rlhf_recipes.models import PLAIN_CHAT_TEMPLATE, keep_gradients_exact, load_model, load_tokenizer, resolve_path
+from rlhf_recipes.models import PLAIN_CHAT_TEMPLATE, fingerprint, keep_gradients_exact, load_model, load_tokenizer, resolve_path
+from rlhf_recipes.records import REWARD, read_json
 from rlhf_recipes.reward import RankingTrainer, load_reward_model
 from rlhf_recipes.roles import (
     Ensemble,
     encode,
-    fingerprint,
     load_reward,
+    load_saved_rewards,
     load_whole_reward,
-    read_record,
     store_normalisation,
+    write_ensemble_record,
 )
 from rlhf_recipes.tiny import splits
 
 import pytest
 import torch
+from conftest import ROOT
 from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer, BitsAndBytesConfig
@@ -141,6 +146,24 @@ def test_scores_are_the_same_before_saving_and_wherever_the_adapter_is_loaded(tr
         close(torch.tensor(reward(*answers)), before)
 
 
+@pytest.mark.parametrize("as_documented", [True, False])
+def test_documented_way_to_load_it_elsewhere_reads_padded_rows_right(folder, batch, trained, tmp_path, as_documented):
+    """Where the base's PAD is its EOS; without the line that says which PAD it is, the scores are others."""
+    base = AutoModelForCausalLM.from_pretrained(BASE)
+    base.config.pad_token_id = base.config.eos_token_id
+    base.save_pretrained(tmp_path / "base")
+    edit_config(folder, base_model_name_or_path=str(tmp_path / "base"))
+    (code,) = re.findall(r"without this project:\n\n```python\n(.*?)```", (ROOT / "docs" / "reward.md").read_text(), re.S)
+    assert "rlhf_recipes" not in code
+    code = code.replace('"runs/tiny/reward"', repr(str(folder)))
+    if not as_documented:
+        code = re.sub("base.config.pad_token_id = .*", "", code)
+    exec(code, names := {})
+    with torch.no_grad():
+        scores = names["reward_model"](**batch).logits[:, 0]
+    assert torch.allclose(scores, trained["fp32"][1], rtol=0, atol=1e-5) is as_documented
+
+
 def test_merged_at_full_precision_it_scores_the_same(trained, tokenizer, batch, answers, tmp_path):
     folder, before = trained["fp32"]
     adapted = PeftModel.from_pretrained(AutoModelForSequenceClassification.from_pretrained(BASE, num_labels=1), folder)
@@ -161,6 +184,35 @@ def test_several_on_one_base_and_trained_with_a_bf16_base(trained, tokenizer, ba
             close(reward.score(**batch), trained[reward.__name__][1])
     before = train(tmp_path, tokenizer, batch, dtype="bfloat16")
     close(load_reward(load_base(dtype="bfloat16"), tmp_path, "reward", tokenizer).score(**batch), before)
+
+
+def test_in_4_bits_with_bf16_compute_it_scores_the_same_on_every_base(tokenizer, batch, answers, tmp_path):
+    """As on a GPU, where the base's own weights are bf16 too, and the head is not."""
+    options = {**IN_4_BITS, "dtype": "bfloat16"}
+    before = train(tmp_path, tokenizer, batch, **options)
+    assert before.std() > 0.1
+    for base in (load_base(**options), policy(**options), policy(**options).train()):
+        reward = load_reward(base, tmp_path, "reward", tokenizer, batch_size=len(answers[0]))
+        close(reward.score(**batch), before)
+        assert reward.head.weight.dtype == torch.float32
+
+
+@pytest.mark.parametrize("shards", [{}, {"max_shard_size": "500KB"}], ids=["one-file", "shards"])
+def test_head_of_a_whole_bf16_model_is_read_as_it_was_saved(tokenizer, batch, tmp_path, shards):
+    """From the file, since Transformers rounds it to the type of the rest."""
+    whole = ModelConfig(model_name_or_path=BASE, dtype="bfloat16")
+    model = load_reward_model(whole, RewardConfig(str(tmp_path), bf16=False, report_to="none"), tokenizer)
+    model.save_pretrained(tmp_path, **shards)
+    assert (tmp_path / "model.safetensors.index.json").exists() == bool(shards)
+    tokenizer.save_pretrained(tmp_path)
+    with torch.no_grad():
+        before = model.eval()(**batch).logits[:, 0]
+    assert not torch.equal(model.score.weight, model.score.weight.bfloat16().float())
+    reward = load_whole_reward(tmp_path, "whole", tokenizer)
+    assert torch.equal(reward.head.weight, model.score.weight)
+    close(reward.score(**batch), before)
+    on = load_reward_model(ModelConfig(str(tmp_path), dtype="bfloat16"), RewardConfig(str(tmp_path), bf16=False), tokenizer)
+    assert torch.equal(on.score.weight, model.score.weight)
 
 
 def test_an_adapter_costs_its_own_weights_and_no_other_base(trained, tokenizer):
@@ -380,13 +432,79 @@ def test_ensembles_that_make_no_sense(trained, tokenizer):
         Ensemble([reward], "uncertainty", uncertainty_coef=-1)
 
 
+# --- What PPO finds in a folder --------------------------------------------------------------------------
+
+
+@pytest.fixture
+def ensemble(trained, tmp_path):
+    """A folder with three members."""
+    for number, name in enumerate(("fp32", "second", "4bit")):
+        shutil.copytree(trained[name][0], tmp_path / "ensemble" / f"member-{number}")
+        store_normalisation(tmp_path / "ensemble" / f"member-{number}", [0.0, 1.0 + number])
+    return tmp_path / "ensemble"
+
+
+def test_ensemble_is_of_the_members_that_its_record_lists(ensemble, tokenizer, batch):
+    """What else lies there was left by something else."""
+    write_ensemble_record(ensemble, ["member-0", "member-1"], "uncertainty", 0.5)
+    (ensemble / "member-old").mkdir()
+    model = policy()
+    reward = load_saved_rewards(ensemble, model, tokenizer)
+    members = [load_reward(model, ensemble / f"member-{n}", f"again-{n}", tokenizer) for n in range(2)]
+    close(reward.score(**batch), Ensemble(members, "uncertainty", 0.5).score(**batch))
+    least = load_saved_rewards(ensemble, policy(), tokenizer, combine="min", batch_size=2)
+    close(least.score(**batch), Ensemble(members, "min").score(**batch))
+    assert least.batch_size == least.members[0].batch_size == 2
+
+
+def test_ensemble_without_its_record_or_a_member_is_refused(ensemble, tokenizer):
+    with pytest.raises(RecipeError, match=f"{ensemble} holds members of an ensemble, and no reward.json .* was not finished"):
+        load_saved_rewards(ensemble, policy(), tokenizer)
+    write_ensemble_record(ensemble, ["member-0", "member-7"], "mean", 1.0)
+    with pytest.raises(RecipeError, match=r"reward\.json: the member member-7 is not there"):
+        load_saved_rewards(ensemble, policy(), tokenizer)
+    (ensemble / "reward.json").write_text('{"ensemble": ["member-0"]}')
+    with pytest.raises(RecipeError, match=r"reward\.json: ensemble: expected members, combine and uncertainty_coef"):
+        load_saved_rewards(ensemble, policy(), tokenizer)
+
+
+@pytest.mark.parametrize("options", [{"combine": "min"}, {"uncertainty_coef": 3.0}])
+def test_one_reward_model_is_not_combined(folder, tokenizer, options):
+    with pytest.raises(
+        RecipeError, match=f"{folder} holds one reward model: `combine` and `uncertainty_coef` are for ensembles"
+    ):
+        load_saved_rewards(folder, policy(), tokenizer, **options)
+
+
+def test_reward_model_without_a_scale_is_warned_of_once(folder, tokenizer, batch, answers, caplog):
+    reward = load_saved_rewards(folder, policy(), tokenizer)
+    for _ in range(2):
+        reward.score(**batch)
+    (warning,) = caplog.messages
+    assert warning.startswith(f"{folder} has no scale (`normalisation` in reward.json): its raw scores are used")
+    reward.calibrate(*answers)
+    caplog.clear()
+    load_saved_rewards(folder, policy(), tokenizer)
+    assert not caplog.records
+
+
+def test_whole_reward_model_is_placed_where_the_policy_will_be(tmp_path, tokenizer, monkeypatch):
+    AutoModelForSequenceClassification.from_pretrained(BASE, num_labels=1).save_pretrained(tmp_path)
+    tokenizer.save_pretrained(tmp_path)
+    monkeypatch.setattr(roles, "PartialState", lambda: SimpleNamespace(device=torch.device("meta")))
+    reward = load_saved_rewards(tmp_path, load_base(), tokenizer, batch_size=5)
+    assert {weight.device.type for weight in reward.model.parameters()} == {"meta"}
+    assert reward.head.weight.device.type == "meta"
+    assert reward.batch_size == 5
+
+
 # --- Normalisation ---------------------------------------------------------------------------------------
 
 
 def test_normalised_scores_have_mean_0_and_deviation_1_on_demonstrations(folder, tokenizer, batch, answers):
     reward = load_reward(load_base(), folder, "reward", tokenizer)
     raw = reward.score(**batch)
-    assert (reward.normalisation, read_record(folder)["normalisation"]) == (None, None)
+    assert (reward.normalisation, read_json(folder / REWARD)["normalisation"]) == (None, None)
     normalisation = reward.calibrate(*answers)
     assert normalisation.samples == len(raw)
     again = load_reward(load_base(), folder, "reward", tokenizer)
@@ -401,7 +519,16 @@ def test_normalised_scores_have_mean_0_and_deviation_1_on_demonstrations(folder,
         assert scores.std(correction=0).item() == pytest.approx(1, abs=1e-5)
     close(again.score(**batch, normalise=False), raw)
     assert reward.calibrate(*answers).mean == pytest.approx(normalisation.mean)  # of raw scores, once more
-    assert read_record(folder)["base_model"]["name"] == BASE
+    assert read_json(folder / REWARD)["base_model"]["name"] == BASE
+
+
+def test_scale_that_cannot_be_measured_leaves_the_old_one(folder, tokenizer, answers):
+    reward = load_reward(load_base(), folder, "reward", tokenizer)
+    before = reward.calibrate(*answers)
+    with pytest.raises(RecipeError, match="cannot be normalised"):
+        reward.calibrate(answers[0][:1] * 3, answers[1][:1] * 3)
+    assert reward.normalisation == before
+    assert read_json(folder / REWARD)["normalisation"]["mean"] == before.mean
 
 
 @pytest.mark.parametrize("scores", [[1.0, 1.0, 1.0], [1.0, float("nan")], [0.0, float("inf")], []])
@@ -446,6 +573,13 @@ def refused(folder, tokenizer, match, model=None):
     with pytest.raises(RecipeError, match=match):
         load_reward(model, folder, "reward", tokenizer)
     assert set(dict(model.named_parameters())) == names  # nothing was put on the base
+
+
+def renamed(name, **options):
+    """The base under another name."""
+    model = load_base(**options)
+    model.config._name_or_path = model.name_or_path = name
+    return model
 
 
 def edit_weights(folder, change):
@@ -522,6 +656,44 @@ def test_base_of_other_dimensions_is_refused(folder, tokenizer):
     )
 
 
+def test_base_that_an_adapter_was_merged_into_is_refused(folder, tokenizer):
+    """It has the same embeddings and norms."""
+    torch.manual_seed(0)
+    merged = get_peft_model(load_base(), LoraConfig(r=2, target_modules=["q_proj"], init_lora_weights=False)).merge_and_unload()
+    merged.config._name_or_path = merged.name_or_path = "runs/sft-merged"
+    both = f"{folder} was trained on {BASE}, and the base in memory, runs/sft-merged, is another: other weights in the linear"
+    refused(folder, tokenizer, both, merged)
+
+
+def test_base_in_4_bits_is_told_from_a_merged_one_by_its_name(folder, tokenizer, trained, caplog):
+    """Its linear layers cannot be compared with those of another precision."""
+    load_reward(load_base(**IN_4_BITS), folder, "reward", tokenizer)
+    load_reward(load_base(), trained["4bit"][0], "reward", tokenizer)
+    assert not caplog.records
+    load_reward(renamed("runs/sft-merged", **IN_4_BITS), folder, "reward", tokenizer)
+    (warning,) = caplog.messages
+    assert warning.startswith(
+        f"{folder} was trained on {BASE}, and the base in memory is runs/sft-merged: their embeddings are"
+    )
+
+
+def test_records_without_a_digest_of_the_linear_layers_are_read(folder, tokenizer, batch, trained, caplog):
+    record = read_json(folder / REWARD)
+    assert record["base_model"]["fingerprint"].pop("matrices")
+    (folder / REWARD).write_text(json.dumps(record))
+    close(load_reward(load_base(), folder, "reward", tokenizer).score(**batch), trained["fp32"][1])
+    assert not caplog.records
+    close(load_reward(renamed("moved"), folder, "reward", tokenizer).score(**batch), trained["fp32"][1])
+    assert f"trained on {BASE}, and the base in memory is moved" in caplog.text
+
+
+def test_where_weights_cannot_be_compared_the_name_decides(folder, tokenizer):
+    """In fp16 there is nothing to compare: rounding differs from that of bf16."""
+    load_reward(load_base(dtype="float16"), folder, "reward", tokenizer)
+    both = f"{folder} was trained on {BASE}, and the base in memory is another-base: their weights cannot be compared"
+    refused(folder, tokenizer, both, renamed("another-base", dtype="float16"))
+
+
 def test_base_that_was_moved_is_taken(folder, tokenizer, batch, trained, tmp_path):
     shutil.copytree(BASE, tmp_path / "elsewhere")
     moved = AutoModelForCausalLM.from_pretrained(tmp_path / "elsewhere")
@@ -538,20 +710,23 @@ def test_without_a_fingerprint_the_name_decides(folder, tokenizer, batch, traine
 def test_fingerprint_is_that_of_the_base_however_it_is_loaded(trained):
     expected = fingerprint(load_base())
     assert expected["weights"]
-    assert read_record(trained["4bit"][0])["base_model"]["fingerprint"] == expected
+    assert expected["matrices"]
+    quantised = expected | {"matrices": None}
+    assert read_json(trained["fp32"][0] / REWARD)["base_model"]["fingerprint"] == expected
+    assert read_json(trained["4bit"][0] / REWARD)["base_model"]["fingerprint"] == quantised
     classifier = AutoModelForSequenceClassification.from_pretrained(BASE, num_labels=1)
     embedding = LoraConfig(r=2, target_modules=["embed_tokens", "q_proj"], modules_to_save=["norm"])
     for model in (
         load_base(dtype="bfloat16"),
-        load_base(**IN_4_BITS),
-        load_base(**IN_4_BITS, dtype="bfloat16"),
         classifier,
         policy(),
         get_peft_model(load_base(), embedding),
     ):
         assert fingerprint(model) == expected
+    for model in (load_base(**IN_4_BITS), load_base(**IN_4_BITS, dtype="bfloat16")):
+        assert fingerprint(model) == quantised
     half = fingerprint(load_base(dtype="float16"))
-    assert (half["dimensions"], half["weights"]) == (expected["dimensions"], None)
+    assert (half["dimensions"], half["weights"], half["matrices"]) == (expected["dimensions"], None, None)
 
 
 def test_other_tokenizers_are_refused(folder, tokenizer):

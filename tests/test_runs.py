@@ -1,7 +1,8 @@
 """Stages that others need."""
 
 from rlhf_recipes.errors import RecipeError
-from rlhf_recipes.runs import RECORD, run_missing
+from rlhf_recipes.records import RECIPE
+from rlhf_recipes.runs import run_missing
 
 import pytest
 
@@ -15,7 +16,7 @@ def stage(tmp_path):
         "config = yaml.safe_load(open(sys.argv[2]))\n"
         "assert not config.get('broken')\n"
         "pathlib.Path(config['output_dir']).mkdir()\n"
-        f"pathlib.Path(config['output_dir'], '{RECORD}').write_text('{{}}')\n"
+        f"pathlib.Path(config['output_dir'], '{RECIPE}').write_text('{{}}')\n"
     )
     config = tmp_path / "sft.yaml"
     config.write_text(f"output_dir: {tmp_path / 'result'}\n")
@@ -23,7 +24,7 @@ def stage(tmp_path):
 
 
 def test_a_stage_that_is_read_and_has_no_result_is_run_once(stage, tmp_path, capfd):
-    result = tmp_path / "result" / RECORD
+    result = tmp_path / "result" / RECIPE
     for _ in range(2):
         run_missing([str(stage)], tmp_path / "recipes", inputs=[None, tmp_path / "result"])
         assert result.exists()

@@ -62,6 +62,11 @@ def check_lengths(
     return dataset if len(keep) == len(dataset) else dataset.select(keep), report
 
 
+def never_cut(long_rows: str) -> str:
+    """What `long_rows` means where half a row is of no use: `"truncate"` is `"drop"`."""
+    return "error" if long_rows == "error" else "drop"
+
+
 def _check_template(dataset: Dataset, tokenizer: PreTrainedTokenizerBase, where: str) -> None:
     """Refuses conversations whose order of roles the chat template refuses (a system turn, often)."""
     seen: set[tuple[str, ...]] = set()

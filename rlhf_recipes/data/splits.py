@@ -9,7 +9,7 @@ from typing import Any
 
 from rlhf_recipes.arguments import DataArguments, DatasetSource
 from rlhf_recipes.data.kinds import SHOWN, Kind
-from rlhf_recipes.data.lengths import check_lengths
+from rlhf_recipes.data.lengths import check_lengths, never_cut
 from rlhf_recipes.data.rows import Converted, convert
 from rlhf_recipes.data.sources import Part, UnknownSplitError, has_splits, open_source
 from rlhf_recipes.errors import RecipeError, first_line
@@ -75,20 +75,30 @@ def load_data(arguments: DataArguments, kind: Kind, *, evaluate: bool, seed: int
 
 
 def demonstrations_of(
-    arguments: DataArguments, sources: list[DatasetSource], seed: int, held_out: Dataset | None = None, rows: int = 1000
-) -> Dataset:
-    """Demonstrations to scale rewards by: at most `rows`, drawn with `seed`, as `prompt` and `completion`.
+    arguments: DataArguments,
+    sources: list[DatasetSource],
+    seed: int,
+    held_out: Dataset | None = None,
+    rows: int = 1000,
+    tokenizer: PreTrainedTokenizerBase | None = None,
+    max_length: int | None = None,
+) -> tuple[Dataset, dict[str, Any]]:
+    """Demonstrations to scale rewards by: at most `rows`, drawn with `seed`, as `prompt` and `completion`; and their counts.
 
     Args:
         arguments: the data section of a stage on comparisons; of it come, without `sources`, the best answers.
         sources: demonstrations, in any shape that SFT reads except `text`.
         seed: draws the rows.
         held_out: rows to measure on, whose prompts are left out.
-        rows: how many at the most.
+        rows: how many at the most; of those that are drawn, some may be too long.
+        tokenizer: of the run; without it no lengths are looked at.
+        max_length: in tokens; longer ones are left out, as the stage does not train on such either.
 
     Raises:
-        RecipeError: as `load_data`; for plain text, in which no answer begins; and for less than two demonstrations.
+        RecipeError: as `load_data`; for plain text, in which no answer begins; for long ones under `long_rows: error`; and for
+            less than two demonstrations.
     """
+    long_rows = never_cut(arguments.long_rows)
     if sources:
         arguments = DataArguments(datasets=sources, bad_rows=arguments.bad_rows)
     dataset, _ = _load_split(_train_sources(arguments), "sft", arguments.bad_rows, "demonstration")
@@ -100,10 +110,17 @@ def demonstrations_of(
         )
     kept_apart = {repr(prompt) for prompt in held_out["prompt"]} if held_out is not None else set()
     usable = [row for row, prompt in enumerate(dataset["prompt"]) if repr(prompt) not in kept_apart]
-    if len(usable) < 2:
-        raise RecipeError(f"`demonstrations`: {len(usable)} of them have no standard deviation: name more")
     dataset = dataset.select(usable).shuffle(seed=seed)
-    return dataset.select(range(min(rows, len(dataset))))
+    dataset, report = dataset.select(range(min(rows, len(dataset)))), {}
+    if tokenizer is not None and len(dataset):
+        dataset, report = check_lengths(dataset, tokenizer, max_length, long_rows, "demonstrations")
+        del report["rows"]
+    if len(dataset) < 2:
+        raise RecipeError(
+            f"`demonstrations`: {len(dataset)} of them have no standard deviation: name more (those to held-out prompts and "
+            "those longer than `max_length` are left out)"
+        )
+    return dataset, {"rows": len(dataset), "longer_than_max_length": report}
 
 
 def load_texts(sources: list[DatasetSource], bad_rows: str) -> Dataset:

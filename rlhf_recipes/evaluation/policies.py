@@ -1,7 +1,6 @@
 """The policies that an evaluation compares: adapters on one base, the base itself, and the best of n answers of one of them."""
 
 import contextlib
-import json
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -9,9 +8,9 @@ from typing import Any
 
 from rlhf_recipes.arguments import EvaluateArguments, nearest
 from rlhf_recipes.errors import RecipeError
-from rlhf_recipes.models import load_model
-from rlhf_recipes.roles import NO_ADAPTER, check_base, check_tokenizer, playing
-from rlhf_recipes.runs import RECORD
+from rlhf_recipes.models import check_base, check_vocabulary, load_model
+from rlhf_recipes.records import RECIPE, read_json
+from rlhf_recipes.roles import NO_ADAPTER, check_tokenizer, playing
 
 from accelerate import PartialState
 from peft import LoraConfig, PeftModel, get_peft_model
@@ -131,7 +130,9 @@ class Bench:
             return
         adapter = f"policy_{name.replace('.', '_')}"  # PyTorch allows no dots there
         check_tokenizer(Path(folder), self.tokenizer)
-        check_base(Path(folder), _base_in(folder), _read_json(Path(folder) / RECORD), self.model)
+        trained_on = read_json(Path(folder) / "adapter_config.json").get("base_model_name_or_path")
+        record = read_json(Path(folder) / RECIPE) or read_json(Path(folder).parent / RECIPE)  # of a checkpoint, its run's
+        check_base(f"{where}: {folder}", trained_on, record, self.model)
         try:
             if isinstance(self.model, PeftModel):
                 self.model.load_adapter(folder, adapter)
@@ -162,6 +163,7 @@ def load_bench(
         RecipeError: as in `load_model` and `Bench.add`.
     """
     base = load_model(model, _Placement())
+    check_vocabulary(base, tokenizer)
     if not getattr(base, "is_quantized", False):
         base = base.to(PartialState().device)
     if not any(policy.folder for policy in policies.values()):  # a place for reward adapters; it changes nothing
@@ -179,11 +181,3 @@ class _Placement:
     @property
     def device(self) -> Any:
         return PartialState().device
-
-
-def _base_in(folder: str) -> str | None:
-    return _read_json(Path(folder) / "adapter_config.json").get("base_model_name_or_path")
-
-
-def _read_json(path: Path) -> dict[str, Any]:
-    return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}

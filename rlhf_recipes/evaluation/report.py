@@ -1,6 +1,5 @@
 """The report of an evaluation: one HTML file that needs nothing else, for a person who has five minutes."""
 
-import json
 from pathlib import Path
 from typing import Any
 
@@ -8,7 +7,7 @@ from rlhf_recipes.errors import RecipeError
 from rlhf_recipes.evaluation import plots
 from rlhf_recipes.evaluation.measure import in_noise
 from rlhf_recipes.evaluation.rewards import summary
-from rlhf_recipes.runs import RECORD, write_json
+from rlhf_recipes.records import RECIPE, read_json, write_json
 
 from jinja2 import Environment, PackageLoader
 from markupsafe import Markup
@@ -85,9 +84,9 @@ def _curves(metrics: dict[str, Any]) -> dict[str, Markup]:
     folders |= {name: reward["folder"] for name, reward in metrics["rewards"].items()}
     pictures = {}
     for name, folder in folders.items():
-        path = Path(folder or "") / RECORD
+        path = Path(folder or "") / RECIPE
         if folder and path.is_file():
-            record = json.loads(path.read_text(encoding="utf-8"))
+            record = read_json(path)
             wanted = _CURVES.get(record.get("recipe"), ("loss", "eval_loss"))
             if any(entry.get(key) is not None for entry in record.get("log", ()) for key in wanted):
                 pictures[name] = _picture(plots.learning_curves(record["log"], wanted))

@@ -1,6 +1,5 @@
 """All that was measured in one mapping: what `metrics.json` holds, and the report shows."""
 
-import json
 from pathlib import Path
 from typing import Any
 
@@ -9,6 +8,7 @@ from rlhf_recipes.evaluation.measure import Drawn, Measurement, describe, groups
 from rlhf_recipes.evaluation.policies import Policy
 from rlhf_recipes.evaluation.truthfulness import kinds_of
 from rlhf_recipes.evaluation.verdict import verdict
+from rlhf_recipes.records import read_json
 from rlhf_recipes.runs import versions
 
 import numpy as np
@@ -92,4 +92,4 @@ def _example(measurement: Measurement, drawn: dict[str, Drawn], group: str, row:
 def _own_evaluation(folder: str | None) -> dict[str, Any] | None:
     """What recipes/reward.py measured of a reward model on comparisons held out, where it did."""
     path = Path(folder or "") / "evaluation.json"
-    return json.loads(path.read_text(encoding="utf-8")) if folder and path.is_file() else None
+    return read_json(path) if folder and path.is_file() else None

@@ -1,21 +1,65 @@
 """A reward model on held-out comparisons: its numbers, and the pictures of them."""
 
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 from rlhf_recipes.evaluation.plots import reliability_diagram, score_histogram
 from rlhf_recipes.evaluation.preference import evaluate_reward
-from rlhf_recipes.roles import Scorer, encode
-from rlhf_recipes.runs import write_json
+from rlhf_recipes.records import write_json
+from rlhf_recipes.roles import Ensemble, Reward, encode
 
 from datasets import Dataset
+from transformers import PreTrainedTokenizerBase
+
+EVALUATION = ("evaluation.json", "reliability-*.svg", "scores-*.svg")
+"""Names of the files that `write_evaluation` leaves."""
 
 
-def measure_reward(scorer: Scorer, rows: Dataset, seed: int = 0, scale: float = 1.0) -> dict[str, Any]:
+class Measurable(Protocol):
+    """What can be measured: a `Scorer`, or anything else that scores completions and has a tokenizer to count them by."""
+
+    tokenizer: PreTrainedTokenizerBase
+
+    def __call__(self, prompts: Sequence[Any], completions: Sequence[Any]) -> list[float]:
+        """The score of each completion."""
+
+
+def measure_and_scale(
+    rewards: Sequence[Reward],
+    demonstrations: Dataset,
+    held_out: Dataset | None,
+    combine: str = "mean",
+    uncertainty_coef: float = 1.0,
+) -> dict[str, dict[str, Any]]:
+    """Gives reward models the scale that is stored beside them; returns, by name, what held-out comparisons say of them.
+
+    Args:
+        rewards: the members of an ensemble, or one model.
+        demonstrations: with `prompt` and `completion`; of them come the mean and the standard deviation of the scores.
+        held_out: as in `measure_reward`; without it nothing is measured.
+        combine: as of `Ensemble`: several are measured as one, too.
+        uncertainty_coef: likewise.
+
+    Raises:
+        RecipeError: if the demonstrations score alike.
+    """
+    results = {}
+    for reward in rewards:
+        if held_out is not None:
+            results[reward.__name__] = measure_reward(reward, held_out)
+        reward.calibrate(demonstrations["prompt"], demonstrations["completion"])
+    if held_out is not None and len(rewards) > 1:
+        ensemble = Ensemble(rewards, combine, uncertainty_coef)
+        results[ensemble.__name__] = measure_reward(ensemble, held_out, scale=ensemble.scale)
+    return results
+
+
+def measure_reward(scorer: Measurable, rows: Dataset, seed: int = 0, scale: float = 1.0) -> dict[str, Any]:
     """What `evaluate_reward` says of a scorer on held-out comparisons; lengths are those of the completions, in tokens.
 
     Args:
-        scorer: a reward model or an ensemble.
+        scorer: a reward model, an ensemble, or a baseline.
         rows: of `rlhf_recipes.data`'s kinds "ranking" or "preference".
         seed: of the resampling.
         scale: what makes the scores' differences log-odds of preference: 1 for raw scores; for normalised ones the deviation
@@ -43,8 +87,15 @@ def measure_reward(scorer: Scorer, rows: Dataset, seed: int = 0, scale: float = 
 
 
 def write_evaluation(folder: str | Path, results: dict[str, dict[str, Any]]) -> None:
-    """Writes `evaluation.json` with the results by name, and of each a reliability diagram and a histogram as SVG."""
+    """Writes `evaluation.json` with the results by name, and of each a reliability diagram and a histogram as SVG.
+
+    Those that are there go, also where there is nothing to write: they are of another model.
+    """
     folder = Path(folder)
+    for path in [path for pattern in EVALUATION for path in folder.glob(pattern)]:
+        path.unlink()
+    if not results:
+        return
     for name, result in results.items():
         (folder / f"reliability-{name}.svg").write_text(reliability_diagram(result["calibration"]["bins"], name))
         (folder / f"scores-{name}.svg").write_text(score_histogram(result["scores"], name))
@@ -64,7 +115,7 @@ def summary(name: str, result: dict[str, Any]) -> str:
     )
 
 
-def _lengths(scorer: Scorer, prompts: list[Any], answers: list[Any]) -> list[int]:
+def _lengths(scorer: Measurable, prompts: list[Any], answers: list[Any]) -> list[int]:
     """Tokens of each answer: those of the whole less those of the prompt alone."""
     bare = {}
     lengths = []

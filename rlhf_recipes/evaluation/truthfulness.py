@@ -44,11 +44,12 @@ class Truthfulness(evaluate.Metric):
 def kinds_of(answers: Sequence[str], truths: Sequence[str], abstentions: Sequence[str] = ABSTENTIONS) -> list[str]:
     """Which of `KINDS` each answer is."""
     phrases = tuple(normalise(phrase) for phrase in abstentions)
-    return [_kind(*pair, phrases) for pair in zip(answers, truths, strict=True)]
+    return [judge(*pair, phrases) for pair in zip(answers, truths, strict=True)]
 
 
-def _kind(answer: str, truth: str, abstentions: tuple[str, ...]) -> str:
-    if normalise(answer).startswith(abstentions):
+def judge(answer: str, truth: str, beginnings: tuple[str, ...]) -> str:
+    """Whether an answer is `"right"`, `"abstained"` (begins with one of these, normalised) or `"made_up"`."""
+    if normalise(answer).startswith(beginnings):
         return "abstained"
     return "right" if normalise(answer) == normalise(truth) else "made_up"
 

@@ -38,6 +38,7 @@ from rlhf_recipes.ppo.sampling import (
     check_rollouts,
     widened,
 )
+from rlhf_recipes.records import write_json
 from rlhf_recipes.rewards import SavedReward, checked
 from rlhf_recipes.roles import (
     NO_ADAPTER,
@@ -50,7 +51,6 @@ from rlhf_recipes.roles import (
     playing,
     saved_alone,
 )
-from rlhf_recipes.runs import write_json
 
 import torch
 from accelerate.utils import gather_object
@@ -152,7 +152,7 @@ class PPOTrainer(GRPOTrainer):
 
         # Roles: all of them before TRL sees the model, since it wraps, casts and places it
         reference = _make_reference(model, fresh=peft_config is not None, needed=args.kl_coef > 0)
-        rewards = [_as_reward(reward, model, tokenizer) for reward in given]
+        rewards = [_as_reward(reward, model, tokenizer, args) for reward in given]
         self.critic = make_critic(args.critic, model, _first_reward_model(rewards))
         self.kl = KLController(args.kl_coef, args.kl_target, args.kl_horizon)
         self.score_scaling = ScoreScaling(args.use_score_scaling, args.use_score_norm, args.score_clip)
@@ -764,11 +764,13 @@ def _make_reference(model: PreTrainedModel | PeftModel, fresh: bool, needed: boo
     return REFERENCE
 
 
-def _as_reward(reward: Any, model: PreTrainedModel | PeftModel, tokenizer: PreTrainedTokenizerBase) -> Any:
+def _as_reward(reward: Any, model: PreTrainedModel | PeftModel, tokenizer: PreTrainedTokenizerBase, args: PPOConfig) -> Any:
     """A folder that a reward model was saved in as a role on this base; anything else as it is, for TRL."""
-    if isinstance(reward, SavedReward):
-        return load_saved_rewards(reward.folder, model, tokenizer, reward.combine, reward.uncertainty_coef)
-    return load_saved_rewards(reward, model, tokenizer) if isinstance(reward, str | Path) else reward
+    reward = SavedReward(str(reward)) if isinstance(reward, str | Path) else reward
+    if not isinstance(reward, SavedReward):
+        return reward
+    size = args.local_rollout_forward_batch_size or args.per_device_train_batch_size
+    return load_saved_rewards(reward.folder, model, tokenizer, reward.combine, reward.uncertainty_coef, size)
 
 
 def _first_reward_model(rewards: list[Any]) -> Reward | None:

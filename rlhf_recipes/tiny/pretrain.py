@@ -12,7 +12,8 @@ import argparse
 import hashlib
 from pathlib import Path
 
-from rlhf_recipes.runs import RunMeter, versions, write_json
+from rlhf_recipes.records import write_json
+from rlhf_recipes.runs import RunMeter, versions
 from rlhf_recipes.tiny.text import pretraining_text
 from rlhf_recipes.tiny.tokenizer import build_tokenizer
 from rlhf_recipes.tiny.world import World

@@ -1,0 +1,35 @@
+"""All stages in order, from one YAML file: what is done is skipped, what was broken off goes on.
+
+    python recipes/pipeline.py                                # configs/tiny/pipeline.yaml: the tiny world, on a CPU
+    python recipes/pipeline.py --config my.yaml --dry-run     # what would be done
+    python recipes/pipeline.py --config my.yaml --stages sft,reward
+
+Each stage is one `accelerate launch` of its recipe, on what `accelerate config` names.
+"""
+
+import argparse
+from pathlib import Path
+
+from rlhf_recipes.arguments import user_errors
+from rlhf_recipes.pipeline import read_pipeline
+
+RECIPES = Path(__file__).resolve().parent
+
+
+def main() -> None:
+    """Plans, and runs."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--config", type=Path, default=RECIPES.parent / "configs" / "tiny" / "pipeline.yaml")
+    parser.add_argument("--stages", type=lambda text: text.split(","), help="names, with commas between them")
+    parser.add_argument("--dry-run", action="store_true", help="print the plan, and do nothing")
+    options = parser.parse_args()
+
+    pipeline = read_pipeline(options.config, RECIPES, options.stages)
+    print(*pipeline.plan(), sep="\n", flush=True)
+    if not options.dry_run:
+        pipeline.run()
+
+
+if __name__ == "__main__":
+    with user_errors():
+        main()

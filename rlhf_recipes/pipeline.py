@@ -1,0 +1,216 @@
+"""Stages in order: what each of them is to run with, whether that was done already, and the command that does it."""
+
+import hashlib
+import json
+import subprocess
+import sys
+import time
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from rlhf_recipes.arguments import nearest, read_yaml
+from rlhf_recipes.errors import RecipeError
+from rlhf_recipes.records import read_json, write_json
+
+import yaml
+
+STATE = "pipeline.json"
+RECIPES = ("sft", "reward", "ppo", "dpo", "evaluate")
+_KEYS = {"output_dir", "stages", "accelerate_config"}
+_STAGE_KEYS = {"name", "recipe", "config", "arguments"}
+
+
+@dataclass(frozen=True)
+class Stage:
+    """One run of one recipe.
+
+    Parameters:
+        name: its own among the stages.
+        recipe: the name of a file in `recipes/`.
+        values: the arguments, those of its YAML file with those of the pipeline over them and every `{name}` filled in.
+        inputs: names of the stages whose folders it reads.
+        fingerprint: changes with its arguments, with the files that they name, and with the fingerprints of its inputs.
+    """
+
+    name: str
+    recipe: str
+    values: dict[str, Any]
+    inputs: tuple[str, ...]
+    fingerprint: str
+
+    @property
+    def folder(self) -> Path:
+        """Where its result is."""
+        return Path(self.values["output_dir"])
+
+
+@dataclass
+class Pipeline:
+    """The stages of a YAML file, and the folder that remembers how far they have come.
+
+    Parameters:
+        folder: of the whole; a stage without an `output_dir` of the pipeline's gets a folder in it, by its name.
+        stages: in order.
+        recipes: the folder of the recipes.
+        accelerate_config: a file of `accelerate config` that every stage is launched with, or None.
+    """
+
+    folder: Path
+    stages: list[Stage]
+    recipes: Path
+    accelerate_config: str | None = None
+    _state: dict[str, dict[str, str]] = field(default_factory=dict)
+
+    def __post_init__(self):
+        self._state = read_json(self.folder / STATE)
+
+    def status(self, stage: Stage) -> str:
+        """`done`, `begun` (it will go on from its newest checkpoint) or `to do`."""
+        known = self._state.get(stage.name, {}) if stage.folder.is_dir() else {}
+        if known.get("done") == stage.fingerprint:
+            return "done"
+        return "begun" if known.get("begun") == stage.fingerprint else "to do"
+
+    def plan(self) -> Iterator[str]:
+        """A line for each stage: what it is, where it goes, what it reads, how far it is."""
+        for number, stage in enumerate(self.stages, start=1):
+            reads = f", reads {', '.join(stage.inputs)}" if stage.inputs else ""
+            yield f"{number}. {stage.name}: recipes/{stage.recipe}.py -> {stage.folder}{reads}: {self.status(stage)}"
+
+    def run(self) -> None:
+        """Runs what is not done, in order; what is done is said to be.
+
+        Raises:
+            RecipeError: where a stage fails, or the folder cannot be written.
+        """
+        for number, stage in enumerate(self.stages, start=1):
+            head = f"[{number}/{len(self.stages)}] {stage.name}"
+            if self.status(stage) == "done":
+                print(f"{head}: done already, with these arguments and inputs: skipped", flush=True)
+                continue
+            print(f"{head}: {stage.folder}", flush=True)
+            started = time.monotonic()
+            if subprocess.run(self._begin(stage)).returncode:
+                raise RecipeError(f"stages: {stage.name} failed; its own message is above. Run again to go on from there")
+            self._remember(stage, "done")
+            print(f"{head}: took {time.monotonic() - started:.0f} s", flush=True)
+
+    def _begin(self, stage: Stage) -> list[str]:
+        """The command of a stage, whose arguments are written out; it goes on with what these arguments have begun."""
+        goes_on = self.status(stage) == "begun"
+        config = self.folder / "configs" / f"{stage.name}.yaml"
+        try:
+            config.parent.mkdir(parents=True, exist_ok=True)
+            text = f"# Written by recipes/pipeline.py\n{yaml.safe_dump(stage.values, sort_keys=False)}"
+            config.write_text(text, encoding="utf-8")
+            self._remember(stage, "begun")
+        except OSError as error:
+            raise RecipeError(f"output_dir: {self.folder}: cannot be written to ({error.strerror}): name another") from error
+        engine = ["--config_file", self.accelerate_config] if self.accelerate_config else []
+        command = [sys.executable, "-m", "accelerate.commands.launch", "--quiet", *engine]
+        command += [str(self.recipes / f"{stage.recipe}.py"), "--config", str(config)]
+        return [*command, "--resume_from_checkpoint", "true"] if goes_on and stage.recipe != "evaluate" else command
+
+    def _remember(self, stage: Stage, step: str) -> None:
+        self._state[stage.name] = {**self._state.get(stage.name, {}), step: stage.fingerprint}
+        write_json(self.folder / STATE, self._state)
+
+
+def read_pipeline(config: Path, recipes: Path, only: list[str] | None = None) -> Pipeline:
+    """The pipeline in a YAML file.
+
+        output_dir: runs/mine
+        stages:
+          - name: sft
+            config: configs/mine/sft.yaml
+          - name: ppo
+            config: configs/mine/ppo.yaml
+            arguments: {start_from: "{sft}"}     # the folder of that stage
+
+    Args:
+        config: the file; the files that it names are looked for from the current folder, and from that of `recipes/`.
+        recipes: the folder of the recipes.
+        only: names of the stages to run; None: all. What they read must be there then.
+
+    Raises:
+        RecipeError: with the key or stage, and what would be right.
+    """
+    values = read_yaml(config)
+    _refuse_unknown(values, _KEYS, str(config))
+    if not isinstance(values.get("output_dir"), str):
+        raise RecipeError(f"{config}: output_dir: name the folder that the stages' results go to")
+    entries = values.get("stages")
+    if not isinstance(entries, list) or not entries or not all(isinstance(entry, dict) for entry in entries):
+        raise RecipeError(f"{config}: stages: must be a list of mappings with `name` and `config`")
+    stages: dict[str, Stage] = {}
+    for number, entry in enumerate(entries, start=1):
+        stage = _read_stage(entry, f"{config}: stages, entry {number}", Path(values["output_dir"]), recipes, stages)
+        stages[stage.name] = stage
+    for name in only or ():
+        if name not in stages:
+            raise RecipeError(f"--stages: {name!r} is none of {', '.join(stages)}{nearest(name, stages)}")
+    chosen = [stage for stage in stages.values() if only is None or stage.name in only]
+    return Pipeline(Path(values["output_dir"]), chosen, recipes, values.get("accelerate_config"))
+
+
+def _read_stage(entry: dict[str, Any], where: str, output: Path, recipes: Path, earlier: Mapping[str, Stage]) -> Stage:
+    _refuse_unknown(entry, _STAGE_KEYS, where)
+    name, recipe = entry.get("name"), entry.get("recipe", entry.get("name"))
+    if not isinstance(name, str) or not name.replace("-", "_").isidentifier():
+        raise RecipeError(f"{where}: name: {name!r} is no name: letters, digits, - and _")
+    if name in earlier:
+        raise RecipeError(f"{where}: name: '{name}' stands twice: give each stage a name, and `recipe` beside it")
+    if recipe not in RECIPES:
+        raise RecipeError(f"{where}: recipe: {recipe!r} is none of {', '.join(RECIPES)}{nearest(str(recipe), RECIPES)}")
+    values = read_yaml(_found(entry.get("config") or f"configs/tiny/{recipe}.yaml", recipes))
+    values = {**values, "output_dir": str(output / name), **(entry.get("arguments") or {})}
+    values.pop("needs", None)  # the order of the stages says so
+    inputs: list[str] = []
+    values = {key: _filled(value, earlier, inputs, f"{where}: {key}") for key, value in values.items()}
+    identity = {
+        "recipe": recipe,
+        "values": values,
+        "files": _files_in(values),
+        "inputs": [earlier[i].fingerprint for i in inputs],
+    }
+    digest = hashlib.sha256(json.dumps(identity, sort_keys=True, default=str).encode()).hexdigest()
+    return Stage(name, recipe, values, tuple(dict.fromkeys(inputs)), digest)
+
+
+def _filled(value: Any, earlier: Mapping[str, Stage], inputs: list[str], where: str) -> Any:
+    """`value` with the folder of the stage in place of every text `{stage}`; adds the stage to `inputs`."""
+    if isinstance(value, dict):
+        return {key: _filled(item, earlier, inputs, where) for key, item in value.items()}
+    if isinstance(value, list):
+        return [_filled(item, earlier, inputs, where) for item in value]
+    if not (isinstance(value, str) and value.startswith("{") and "}" in value):
+        return value
+    name, _, rest = value[1:].partition("}")
+    if name not in earlier:
+        raise RecipeError(f"{where}: {{{name}}} is no stage before this one{nearest(name, earlier)}")
+    inputs.append(name)
+    return f"{earlier[name].folder}{rest}"
+
+
+def _files_in(values: Any) -> list[tuple[str, int, int]]:
+    """Path, size and time of every file that is named anywhere among the values: other data is another input."""
+    if isinstance(values, dict | list):
+        items = values.values() if isinstance(values, dict) else values
+        return [found for item in items for found in _files_in(item)]
+    if not isinstance(values, str) or len(values) > 1000 or not Path(values).is_file():
+        return []
+    stat = Path(values).stat()
+    return [(values, stat.st_size, stat.st_mtime_ns)]
+
+
+def _found(path: str, recipes: Path) -> Path:
+    own = recipes.parent / path  # of a checkout that the command is not run in
+    return own if own.exists() and not Path(path).exists() else Path(path)
+
+
+def _refuse_unknown(values: dict[str, Any], known: set[str], where: str) -> None:
+    for key in values:
+        if key not in known:
+            raise RecipeError(f"{where}: unknown key '{key}'{nearest(str(key), known)}")

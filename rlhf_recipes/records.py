@@ -1,0 +1,41 @@
+"""What stages leave beside weights and read of one another: the names of the files, and JSON in and out."""
+
+import json
+import os
+from pathlib import Path
+from typing import Any
+
+from rlhf_recipes.errors import RecipeError
+
+RECIPE = "recipe.json"
+"""Of every stage: what was run, on which base, and what it cost."""
+
+PENDING = "recipe.unfinished.json"
+"""The same, of a stage that has trained and not measured yet: by `recipe.json` others take a stage for done."""
+
+REWARD = "reward.json"
+"""Of a reward model: its base and the scale of its scores; of an ensemble: its members and how they are combined."""
+
+
+def write_json(path: Path, content: Any) -> None:
+    """Writes JSON so that `path` holds either all of it or what it held before."""
+    partial = path.with_name(f".{path.name}.partial")
+    partial.write_text(json.dumps(content, indent=2, ensure_ascii=False, default=str) + "\n", encoding="utf-8")
+    os.replace(partial, path)
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """The mapping in a JSON file, or nothing where there is no such file, as beside adapters that TRL alone trained.
+
+    Raises:
+        RecipeError: if it is malformed.
+    """
+    if not path.exists():
+        return {}
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise RecipeError(f"{path}: not valid JSON ({error})") from error
+    if not isinstance(content, dict):
+        raise RecipeError(f"{path}: must hold a mapping, and holds a {type(content).__name__}")
+    return content

@@ -1,0 +1,194 @@
+"""The pipeline: what is planned, skipped, begun again and gone on with."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+from rlhf_recipes.errors import RecipeError
+from rlhf_recipes.pipeline import read_pipeline
+
+import pytest
+import yaml
+from conftest import ROOT
+
+RECIPES = ROOT / "recipes"
+
+
+@pytest.fixture
+def project(tmp_path, monkeypatch):
+    """Three stages: `sft` reads a file, `dpo` the result of `sft`, and `other` neither."""
+    monkeypatch.chdir(tmp_path)
+    Path("data.jsonl").write_text('{"text": "one"}\n')
+    Path("sft.yaml").write_text("dataset_name: data.jsonl\nlearning_rate: 1.0e-3\noutput_dir: elsewhere\nneeds: [first.yaml]\n")
+    Path("dpo.yaml").write_text("beta: 0.1\n")
+    write(
+        stages=[
+            {"name": "sft", "config": "sft.yaml"},
+            {"name": "other", "recipe": "sft", "config": "sft.yaml", "arguments": {"dataset_name": "a.b"}},
+            {"name": "dpo", "config": "dpo.yaml", "arguments": {"start_from": "{sft}", "beta": 0.3}},
+        ]
+    )
+    return tmp_path
+
+
+def write(**changes):
+    path = Path("pipeline.yaml")
+    values = yaml.safe_load(path.read_text()) if path.exists() else {"output_dir": "runs"}
+    path.write_text(yaml.safe_dump(values | changes, sort_keys=False))
+
+
+@pytest.fixture
+def launched(monkeypatch):
+    """What was launched, instead of launching it: the name of each stage, and whether it was to go on."""
+    calls = []
+
+    def run(command):
+        config = Path(command[command.index("--config") + 1])
+        folder = Path(yaml.safe_load(config.read_text())["output_dir"])
+        folder.mkdir(parents=True, exist_ok=True)
+        calls.append((config.stem, "--resume_from_checkpoint" in command))
+        return subprocess.CompletedProcess(command, returncode=config.stem in run.failing)
+
+    run.failing, run.calls = set(), calls
+    monkeypatch.setattr(subprocess, "run", run)
+    return run
+
+
+def pipeline(only=None):
+    return read_pipeline(Path("pipeline.yaml"), RECIPES, only)
+
+
+def run(only=None):
+    pipeline(only).run()
+
+
+def test_stages_have_their_own_arguments_and_the_results_of_others(project, launched):
+    run()
+    assert launched.calls == [("sft", False), ("other", False), ("dpo", False)]
+    written = {name: yaml.safe_load(Path(f"runs/configs/{name}.yaml").read_text()) for name in ("sft", "other", "dpo")}
+    assert written["sft"] == {"dataset_name": "data.jsonl", "learning_rate": 1e-3, "output_dir": "runs/sft"}
+    assert (written["other"]["dataset_name"], written["other"]["output_dir"]) == ("a.b", "runs/other")
+    assert written["dpo"] == {"beta": 0.3, "output_dir": "runs/dpo", "start_from": "runs/sft"}
+
+
+def test_what_is_done_is_skipped_and_said_so(project, launched, capsys):
+    run()
+    launched.calls.clear()
+    run()
+    assert not launched.calls
+    assert "[1/3] sft: done already, with these arguments and inputs: skipped" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("change", "again"),
+    [
+        (lambda: Path("sft.yaml").write_text("dataset_name: data.jsonl\nlearning_rate: 2.0e-3\n"), ["sft", "other", "dpo"]),
+        (lambda: Path("data.jsonl").write_text('{"text": "one more"}\n'), ["sft", "dpo"]),
+        (lambda: Path("dpo.yaml").write_text("beta: 0.1\nlearning_rate: 1.0e-4\n"), ["dpo"]),
+        (lambda: Path("runs/other").rmdir(), ["other"]),
+    ],
+    ids=["arguments", "data", "the last stage", "a result that is gone"],
+)
+def test_what_has_changed_is_run_again_and_what_stands_on_it(project, launched, change, again):
+    run()
+    launched.calls.clear()
+    change()
+    assert [line.split(": ")[0].split(". ")[1] for line in pipeline().plan() if not line.endswith(": done")] == again
+    run()
+    assert launched.calls == [(name, False) for name in again]
+
+
+def test_a_stage_that_was_broken_off_goes_on_and_those_before_it_are_skipped(project, launched):
+    launched.failing = {"dpo"}
+    with pytest.raises(RecipeError, match=r"stages: dpo failed; its own message is above\. Run again to go on from there"):
+        run()
+    launched.failing = set()
+    launched.calls.clear()
+    assert list(pipeline().plan())[-1].endswith(": begun")
+    run()
+    assert launched.calls == [("dpo", True)]
+
+
+def test_with_other_arguments_it_begins_anew(project, launched):
+    launched.failing = {"dpo"}
+    with pytest.raises(RecipeError):
+        run()
+    launched.failing = set()
+    launched.calls.clear()
+    Path("dpo.yaml").write_text("beta: 0.1\nlearning_rate: 1.0e-4\n")
+    run()
+    assert launched.calls == [("dpo", False)]
+
+
+def test_stages_can_be_chosen(project, launched):
+    run(["sft", "dpo"])
+    assert [name for name, _ in launched.calls] == ["sft", "dpo"]
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"stage": []}, "pipeline.yaml: unknown key 'stage'; did you mean 'stages'?"),
+        ({"output_dir": None}, "output_dir: name the folder"),
+        ({"stages": []}, "stages: must be a list"),
+        (
+            {"stages": [{"name": "sft", "configs": "sft.yaml"}]},
+            "stages, entry 1: unknown key 'configs'; did you mean 'config'?",
+        ),
+        ({"stages": [{"name": "a b"}]}, "stages, entry 1: name: 'a b' is no name"),
+        (
+            {"stages": [{"name": "sftt"}]},
+            "entry 1: recipe: 'sftt' is none of sft, reward, ppo, dpo, evaluate; did you mean 'sft'?",
+        ),
+        ({"stages": [{"name": "sft", "config": "sft.yml"}]}, "sft.yml: no such file; did you mean"),
+        ({"stages": [{"name": "sft", "config": "sft.yaml"}] * 2}, "entry 2: name: 'sft' stands twice"),
+        (
+            {"stages": [{"name": "dpo", "config": "dpo.yaml", "arguments": {"start_from": "{stf}"}}]},
+            "stages, entry 1: start_from: {stf} is no stage before this one",
+        ),
+    ],
+)
+def test_what_is_wrong_is_named(project, changes, message):
+    write(**changes)
+    with pytest.raises(RecipeError) as caught:
+        pipeline()
+    assert message in str(caught.value)
+
+
+def test_a_stage_that_is_not_there_cannot_be_chosen(project):
+    with pytest.raises(RecipeError, match="--stages: 'stf' is none of sft, other, dpo; did you mean 'sft'"):
+        pipeline(["stf"])
+
+
+def test_each_stage_is_launched_by_accelerate(project, tmp_path):
+    """With a recipe that only tells what it was given, in a process of its own."""
+    recipes = tmp_path / "recipes"
+    recipes.mkdir()
+    (recipes / "sft.py").write_text(
+        "import json, os, sys, yaml, pathlib\n"
+        "values = yaml.safe_load(open(sys.argv[2]))\n"
+        "folder = pathlib.Path(values['output_dir'])\n"
+        "folder.mkdir()\n"
+        "told = {'argv': sys.argv[3:], 'cpu': os.environ.get('ACCELERATE_USE_CPU')}\n"
+        "(folder / 'told.json').write_text(json.dumps(told))\n"
+    )
+    Path("engine.yaml").write_text(
+        "compute_environment: LOCAL_MACHINE\nuse_cpu: true\nnum_processes: 1\ndistributed_type: 'NO'\n"
+    )
+    write(stages=[{"name": "sft", "config": "sft.yaml"}], accelerate_config="engine.yaml")
+    read_pipeline(Path("pipeline.yaml"), recipes).run()
+    told = json.loads(Path("runs/sft/told.json").read_text())
+    assert told["argv"] == []
+    assert told["cpu"].lower() == "true"
+
+
+def test_the_plan_of_the_recipe_runs_nothing(project):
+    command = [sys.executable, RECIPES / "pipeline.py", "--config", "pipeline.yaml", "--dry-run"]
+    printed = subprocess.run(command, check=True, capture_output=True, text=True).stdout.splitlines()
+    assert printed == [
+        "1. sft: recipes/sft.py -> runs/sft: to do",
+        "2. other: recipes/sft.py -> runs/other: to do",
+        "3. dpo: recipes/dpo.py -> runs/dpo, reads sft: to do",
+    ]
+    assert not Path("runs").exists()
