@@ -381,7 +381,7 @@ def settings(runs, output, **values):
     """The tiny YAML file with these runs and few prompts."""
     content = yaml.safe_load((ROOT / "configs" / "tiny" / "evaluate.yaml").read_text())
     content["policies"] |= {"sft": str(runs / "sft"), "ppo": str(runs / "ppo")}
-    del content["policies"]["dpo"]
+    del content["policies"]["dpo"], content["rewards"][2]  # the reward model, which may be there
     content["dataset_arguments"], content["ptx_dataset"][0]["arguments"] = {"rows": 16}, {"rows": 8}
     content |= {"frontier": [str(runs / "ppo")], "output_dir": str(output), "num_examples": 4, **values}
     path = output.parent / f"{output.name}.yaml"
@@ -401,7 +401,7 @@ def evaluated(runs, tmp_path_factory):
 def test_the_recipe_measures_every_policy(evaluated):
     metrics, _, _ = evaluated
     assert list(metrics["policies"]) == ["base", "sft", "best-of-4", "ppo"]
-    assert list(metrics["rewards"]) == ["Abstention", "normalised_match"]  # the reward model is optional, and not there
+    assert list(metrics["rewards"]) == ["Abstention", "normalised_match"]
     for name, policy in metrics["policies"].items():
         shares = [share["mean"] for share in policy["truthfulness"]["all"].values()]
         right, _, made_up = shares
@@ -555,3 +555,34 @@ def test_the_verdict_warns_of_over_optimisation():
     metrics = made_up_metrics(proxy=(1.0, 0.5, 1.5), gold=(-0.2, -0.3, -0.1))
     metrics["rewards"]["proxy"]["trained"] = ["another"]
     assert not any("over-optimised" in sentence for sentence in verdict(metrics))
+
+
+# --- Reward models ---------------------------------------------------------------------------------------
+
+
+def test_a_reward_model_scores_and_chooses_and_its_own_evaluation_is_shown(tmp_path, launch):
+    """On the base alone, without an adapter of any policy."""
+    from rlhf_recipes.evaluation.rewards import measure_reward, write_evaluation
+    from rlhf_recipes.roles import load_reward
+
+    options = ("--max_steps", 2, "--per_device_train_batch_size", 4, "--save_strategy", "no", "--eval_strategy", "no")
+    status, message = launch("reward", "--output_dir", tmp_path / "reward", *options)
+    assert status == 0, message
+    tokenizer = AutoTokenizer.from_pretrained(BASE)
+    model = AutoModelForCausalLM.from_pretrained(BASE)
+    reward = load_reward(model, tmp_path / "reward", "reward", tokenizer)
+    write_evaluation(tmp_path / "reward", {"reward": measure_reward(reward, splits.rankings("test", rows=8))})
+    values = {
+        "policies": {"base": None, "best": {"best_of": {"policy": "base", "n": 3, "reward": "model"}}},
+        "rewards": [{"path": str(tmp_path / "reward"), "name": "model", "trained": True}],
+        "compare_with": "base",
+        "judge": None,
+        "frontier": [],
+        "ptx_dataset": [],
+    }
+    status, message = launch("evaluate", "--config", settings(tmp_path, tmp_path / "report", **values))
+    assert status == 0, message
+    metrics = json.loads((tmp_path / "report" / "metrics.json").read_text())
+    assert metrics["policies"]["best"]["rewards"]["model"]["difference"]["mean"] > 0
+    assert metrics["policies"]["best"]["win_rate"]["judge"] == "model"
+    assert "model: reward: accuracy" in (tmp_path / "report" / "index.html").read_text()
