@@ -8,7 +8,9 @@ import re
 import statistics
 from xml.etree import ElementTree
 
+from rlhf_recipes.evaluation import intervals as resampling
 from rlhf_recipes.evaluation import plots, preference
+from rlhf_recipes.evaluation.intervals import share_interval, wilson_interval
 from rlhf_recipes.evaluation.preference import (
     Calibration,
     PairAccuracy,
@@ -22,8 +24,6 @@ from rlhf_recipes.evaluation.preference import (
     ranking_tau,
     score_distribution,
     score_length,
-    share_interval,
-    wilson_interval,
     winner_confidence,
 )
 
@@ -127,7 +127,7 @@ def test_groups_that_do_not_differ_count_as_one_observation_each(right, expected
 
 def test_intervals_hold_the_truth_95_times_in_100(monkeypatch):
     """300 studies of 60 rankings of 9 answers: comparisons taken as independent would be far too sure of themselves."""
-    monkeypatch.setattr(preference, "RESAMPLES", 300)
+    monkeypatch.setattr(resampling, "RESAMPLES", 300)
     generator = np.random.default_rng(0)
     one, other = np.triu_indices(9, 1)
 

@@ -1,25 +1,62 @@
-"""Answers of a policy to prompts, for every metric of answers."""
+"""Answers of a policy to prompts, for every metric of answers, and how probable they are."""
 
 import contextlib
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
 
+import numpy as np
 import torch
 from peft import PeftModel
 from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
+from trl.trainer.utils import selective_log_softmax
+
+Prompt = str | list[dict[str, str]]
+
+
+@dataclass(frozen=True)
+class Answer:
+    """What a policy said.
+
+    Parameters:
+        text: without special tokens; space around it as it came.
+        ids: its tokens, with the EOS where it has one.
+        ended: whether it ended by EOS, and was not cut off.
+    """
+
+    text: str
+    ids: tuple[int, ...]
+    ended: bool
 
 
 @torch.no_grad()
 def answer(
     model: PreTrainedModel,
     tokenizer: PreTrainedTokenizerBase,
-    prompts: list[list[dict[str, str]]],
+    prompts: list[Prompt],
     *,
     temperature: float = 1.0,
     max_new_tokens: int = 64,
     batch_size: int = 64,
     seed: int = 0,
 ) -> list[str]:
-    """One answer to each conversation: sampled from the model's own distribution at `temperature`, or greedy at 0.
+    """The texts of `sample`, without surrounding space."""
+    options = {"temperature": temperature, "max_new_tokens": max_new_tokens, "batch_size": batch_size, "seed": seed}
+    return [one.text.strip() for one in sample(model, tokenizer, prompts, **options)]
+
+
+@torch.no_grad()
+def sample(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    prompts: Sequence[Prompt],
+    *,
+    temperature: float = 1.0,
+    max_new_tokens: int = 64,
+    batch_size: int = 64,
+    seed: int = 0,
+) -> list[Answer]:
+    """One answer to each prompt: sampled from the model's own distribution at `temperature`, or greedy at 0.
 
     Nothing else shapes the distribution, whatever the model's generation config says. The model's mode and the global random
     state are left as they were.
@@ -35,18 +72,19 @@ def answer(
 @contextlib.contextmanager
 def _asked(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, temperature: float) -> Iterator[None]:
     """The model in eval mode with a generation config of its own, since `generate` fills what is unset from the stored one."""
-    # A PeftModel hands its own to its base at every call, and the base keeps it.
+    # A PeftModel of a causal model hands its own to its base at every call, which keeps it; one of no task leaves the base's.
     holders = [model, model.get_base_model()] if isinstance(model, PeftModel) else [model]
-    stored, was_training = model.generation_config, model.training
+    stored, was_training = [holder.generation_config for holder in holders], model.training
     sampling = {"do_sample": True, "temperature": temperature, "top_k": 0} if temperature else {"do_sample": False}
     ids = {name: getattr(tokenizer, name) for name in ("pad_token_id", "bos_token_id", "eos_token_id")}
-    model.generation_config = GenerationConfig(**sampling, **ids)
+    for holder in holders:
+        holder.generation_config = GenerationConfig(**sampling, **ids)
     model.eval()
     try:
         yield
     finally:
-        for holder in holders:
-            holder.generation_config = stored
+        for holder, config in zip(holders, stored, strict=True):
+            holder.generation_config = config
         model.train(was_training)
 
 
@@ -55,16 +93,66 @@ def _devices(model: PreTrainedModel) -> list[torch.device]:
 
 
 def _answer_batch(
-    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, prompts: list[list[dict[str, str]]], max_new_tokens: int
-) -> list[str]:
-    inputs = tokenizer.apply_chat_template(
-        prompts,
-        add_generation_prompt=True,
-        return_dict=True,
-        return_tensors="pt",
-        padding=True,
-        tokenizer_kwargs={"padding_side": "left"},
-    ).to(model.device)
-    output = model.generate(**inputs, max_new_tokens=max_new_tokens)
-    texts = tokenizer.batch_decode(output[:, inputs["input_ids"].shape[1] :], skip_special_tokens=True)
-    return [text.strip() for text in texts]
+    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, prompts: Sequence[Prompt], max_new_tokens: int
+) -> list[Answer]:
+    sequences = _prompt_ids(tokenizer, prompts)
+    inputs = tokenizer.pad({"input_ids": sequences}, padding_side="left", return_tensors="pt").to(model.device)
+    output = model.generate(**inputs, max_new_tokens=max_new_tokens)[:, inputs["input_ids"].shape[1] :].tolist()
+    answers = []
+    for ids in output:
+        ended = tokenizer.eos_token_id in ids
+        ids = ids[: ids.index(tokenizer.eos_token_id) + 1] if ended else ids
+        answers.append(Answer(tokenizer.decode(ids, skip_special_tokens=True), tuple(ids), ended))
+    return answers
+
+
+def _prompt_ids(tokenizer: PreTrainedTokenizerBase, prompts: Sequence[Prompt]) -> list[list[int]]:
+    """Token ids of each prompt: a text as it is, a conversation up to where the answer begins."""
+    if isinstance(prompts[0], str):
+        return tokenizer(list(prompts))["input_ids"]
+    return tokenizer.apply_chat_template(list(prompts), add_generation_prompt=True, return_dict=True)["input_ids"]
+
+
+@torch.no_grad()
+def log_probs(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    prompts: Sequence[Prompt],
+    answers: Sequence[Answer],
+    *,
+    temperature: float = 1.0,
+    batch_size: int = 64,
+) -> np.ndarray[Any, np.dtype[np.float64]]:
+    """The log-probability of each answer, the sum over its tokens and the EOS where it has one; nats, (N,).
+
+    Of the distribution at `temperature`, so that of a sampled answer it is the log of the chance that it had. It depends on
+    the batches by rounding only; the model's mode is left as it was.
+
+    Args:
+        model: a causal language model, with its adapters as they are.
+        tokenizer: of the model.
+        prompts: (N,) texts or conversations.
+        answers: (N,) from `sample`, by this model or another.
+        temperature: above 0.
+        batch_size: answers a forward pass.
+    """
+    prompt_ids, was_training = _prompt_ids(tokenizer, prompts), model.training
+    starts = [len(ids) for ids in prompt_ids]
+    sequences = [[*ids, *one.ids] for ids, one in zip(prompt_ids, answers, strict=True)]
+    order = sorted(range(len(sequences)), key=lambda row: len(sequences[row]))  # alike lengths together: little padding
+    result = np.zeros(len(sequences))
+    model.eval()
+    try:
+        for start in range(0, len(order), batch_size):
+            rows = order[start : start + batch_size]
+            inputs = tokenizer.pad({"input_ids": [sequences[row] for row in rows]}, padding_side="right", return_tensors="pt")
+            inputs = inputs.to(model.device)
+            first = min(starts[row] for row in rows)  # logits are large: none of what all prompts share in length
+            kept = inputs["input_ids"].shape[1] - first + 1
+            logits = model(**inputs, logits_to_keep=kept).logits[:, :-1].float() / temperature
+            logps = selective_log_softmax(logits, inputs["input_ids"][:, first:]).double().cpu().numpy()
+            for place, row in enumerate(rows):
+                result[row] = logps[place, starts[row] - first : len(sequences[row]) - first].sum()
+    finally:
+        model.train(was_training)
+    return result

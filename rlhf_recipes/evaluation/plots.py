@@ -6,7 +6,7 @@ as an `<img>`, which cannot see the colours of its page.
 
 import io
 from collections.abc import Sequence
-from itertools import pairwise
+from itertools import cycle, pairwise
 from typing import Any
 
 import matplotlib as mpl
@@ -14,9 +14,11 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 GREY, BLUE, ORANGE = "#7d7d7d", "#3b82f6", "#d97706"
+_COLOURS = (BLUE, "#16a34a", "#a855f7", "#dc2626")
 _STYLE = {
     "svg.hashsalt": "rlhf-recipes",  # otherwise the names inside differ from run to run
     "svg.fonttype": "none",
+    "text.parse_math": False,  # names that people give may hold a dollar
     "font.size": 10,
     **dict.fromkeys(("text.color", "axes.edgecolor", "axes.labelcolor", "xtick.color", "ytick.color"), GREY),
     "axes.spines.top": False,
@@ -91,6 +93,48 @@ def learning_curves(log: Sequence[dict[str, Any]], metrics: Sequence[str], colum
             axes.plot(*zip(*points, strict=True), color=BLUE, gid=name)
             axes.set_title(name, fontsize=10)
         return _svg(figure)
+
+
+def frontier(
+    runs: dict[str, Sequence[tuple[float, float, str]]],
+    best_of: Sequence[tuple[float, float, str]],
+    policies: Sequence[tuple[float, float, str]],
+    title: str,
+) -> str:
+    """Reward against KL from the reference: the path of each run, best-of-n (dashed), and the policies by name.
+
+    Args:
+        runs: name -> (KL in nats an answer, mean reward, label) of each checkpoint, in order.
+        best_of: the same of each n.
+        policies: the same of each policy.
+        title: above the picture, what the reward is.
+
+    Raises:
+        ValueError: there is no point.
+    """
+    if not (best_of or policies or any(runs.values())):
+        raise ValueError("A frontier needs at least one point.")
+    with mpl.rc_context(_STYLE):
+        axes = _axes(title, "KL from the reference, nats an answer", "mean reward")
+        for (name, points), colour in zip(runs.items(), cycle(_COLOURS), strict=False):
+            _path(axes, points, colour, name, "-o")
+        if best_of:
+            _path(axes, best_of, ORANGE, "best of n (KL: a bound)", "--s")
+        for kl, reward, label in policies:
+            axes.plot(kl, reward, "D", color=GREY)
+            axes.annotate(label, (kl, reward), xytext=(5, -11), textcoords="offset points", fontsize=8)
+        if best_of or any(runs.values()):
+            axes.legend(frameon=False, fontsize=8, loc="best")
+        axes.margins(0.12)
+        return _svg(axes.figure)
+
+
+def _path(axes: Axes, points: Sequence[tuple[float, float, str]], colour: str, name: str, style: str) -> None:
+    if points:
+        kl, reward, labels = zip(*points, strict=True)
+        axes.plot(kl, reward, style, color=colour, label=name, markersize=4)
+        for x, y, label in zip(kl, reward, labels, strict=True):
+            axes.annotate(label, (x, y), xytext=(3, 4), textcoords="offset points", fontsize=7, color=colour)
 
 
 def _axes(title: str, x: str, y: str) -> Axes:

@@ -12,17 +12,23 @@ import math
 from collections.abc import Hashable, Iterator, Sequence
 from typing import Any, Literal
 
+from rlhf_recipes.evaluation.intervals import (
+    Floats,
+    Integers,
+    check_finite,
+    codes_of,
+    columns_of,
+    mean_interval,
+    metric_info,
+    share_interval,
+)
+
 import datasets
 import evaluate
 import numpy as np
-from numpy.typing import ArrayLike, NDArray
+from numpy.typing import ArrayLike
 
-Floats = NDArray[np.float64]
-Integers = NDArray[np.int64]
-
-RESAMPLES = 2000
 _SIMULATIONS = 200
-_Z = 1.959963984540054  # 95% of a normal distribution lies within
 _TINY = 1e-15
 _NUMBER = datasets.Value("float64")
 
@@ -59,8 +65,8 @@ def pair_accuracy(
     Raises:
         ValueError: nothing to compare, lists of different lengths, or numbers that are not finite.
     """
-    chosen, rejected = _columns(chosen=chosen, rejected=rejected)
-    codes = _codes(groups, len(chosen))
+    chosen, rejected = columns_of(chosen=chosen, rejected=rejected)
+    codes = codes_of(groups, len(chosen))
     right = _credit(chosen, rejected)
 
     def share(rows: Any) -> dict[str, Any]:
@@ -74,42 +80,14 @@ def pair_accuracy(
     result = share(slice(None)) | {"groups": int(codes.max()) + 1, "ties": int((chosen == rejected).sum())}
     result["by_predicted_margin"] = by_quartile(np.abs(chosen - rejected))
     if margins is not None:
-        result["by_human_margin"] = by_quartile(_columns(chosen=chosen, margins=margins)[1])
+        result["by_human_margin"] = by_quartile(columns_of(chosen=chosen, margins=margins)[1])
     if chosen_lengths is not None or rejected_lengths is not None:
-        lengths = _columns(chosen=chosen, chosen_lengths=chosen_lengths, rejected_lengths=rejected_lengths)
+        lengths = columns_of(chosen=chosen, chosen_lengths=chosen_lengths, rejected_lengths=rejected_lengths)
         longer = np.sign(lengths[1] - lengths[2])
         result["by_length"] = {
             name: share(longer == sign) for name, sign in (("chosen_longer", 1), ("chosen_shorter", -1), ("same_length", 0))
         }
     return result
-
-
-def wilson_interval(share: float, n: float) -> list[float]:
-    """The 95% interval of a share of `n` independent observations (Wilson 1927), which stays sound near 0 and 1.
-
-    (p + z²/2n ± z √(p(1-p)/n + z²/4n²)) / (1 + z²/n). It is a little wide where observations lie between 0 and 1 (ties).
-    """
-    square = _Z**2 / n
-    centre, half = share + square / 2, _Z * math.sqrt(share * (1 - share) / n + square / (4 * n))
-    return [max(0.0, (centre - half) / (1 + square)), min(1.0, (centre + half) / (1 + square))]
-
-
-def share_interval(values: Floats, codes: Integers, seed: int = 0) -> list[float]:
-    """The 95% interval of the mean of `values` in [0, 1], by the groups that they belong to.
-
-    Wilson's where every value is a group of its own; else a bootstrap of whole groups (Davison and Hinkley 1997, 3.8), which is
-    too narrow below some 20 groups. Where groups have all the same mean, resampling says nothing; Wilson's interval then counts
-    groups as the observations.
-
-    Args:
-        values: (N,).
-        codes: (N,) the number of the group of each.
-        seed: of the resampling.
-    """
-    sums, counts = _group_sums(values, codes)
-    if len(sums) == len(values) or np.ptp(sums / counts) == 0:
-        return wilson_interval(float(values.mean()), len(sums))
-    return _bootstrap(sums, counts, seed)
 
 
 class PairAccuracy(evaluate.Metric):
@@ -122,7 +100,7 @@ class PairAccuracy(evaluate.Metric):
     """
 
     def _info(self) -> evaluate.MetricInfo:
-        return _metric_info(self, _NUMBER)
+        return metric_info(self, _NUMBER)
 
     def _compute(self, predictions: list[float], references: list[float], **options: Any) -> dict[str, Any]:
         return pair_accuracy(predictions, references, **options)
@@ -136,7 +114,7 @@ def kendall_tau(first: ArrayLike, second: ArrayLike) -> float | None:
 
     (concordant - discordant) / √((pairs not tied in the first)(pairs not tied in the second)).
     """
-    first, second = _columns(first=first, second=second)
+    first, second = columns_of(first=first, second=second)
     signs = np.sign(first[:, None] - first), np.sign(second[:, None] - second)
     untied = math.sqrt(np.abs(signs[0]).sum() * np.abs(signs[1]).sum())
     return float((signs[0] * signs[1]).sum() / untied) if untied else None
@@ -163,15 +141,13 @@ def ranking_tau(
         ValueError: no rankings, or lists of different lengths.
     """
     _check_rankings(scores=scores, ranks=ranks)
-    codes = _codes(groups, len(scores))
+    codes = codes_of(groups, len(scores))
     told = [number for number, row in enumerate(ranks) if np.ptp(row)]
     taus = [kendall_tau(scores[number], np.negative(ranks[number])) for number in told]
     result = {"tau": None, "interval": None, "rankings": len(told)}
     if told:
         values = np.array([tau or 0.0 for tau in taus])
-        sums, counts = _group_sums(values, codes[told])
-        interval = _bootstrap(sums, counts, seed) if np.ptp(sums / counts) else None
-        result |= {"tau": float(values.mean()), "interval": interval}
+        result |= {"tau": float(values.mean()), "interval": mean_interval(values, codes[told], seed)}
     return result | {"tied_scores": taus.count(None), "tied_ranks": len(scores) - len(told)}
 
 
@@ -186,7 +162,7 @@ class RankingTau(evaluate.Metric):
     """
 
     def _info(self) -> evaluate.MetricInfo:
-        return _metric_info(self, datasets.List(_NUMBER))
+        return metric_info(self, datasets.List(_NUMBER))
 
     def _compute(self, predictions: list[list[float]], references: list[list[float]], **options: Any) -> dict[str, Any]:
         return ranking_tau(predictions, references, **options)
@@ -232,12 +208,12 @@ def calibration(
     Raises:
         ValueError: nothing to judge, lists of different lengths, numbers out of range, no bins.
     """
-    confidences, outcomes = _columns(confidences=confidences, outcomes=outcomes)
+    confidences, outcomes = columns_of(confidences=confidences, outcomes=outcomes)
     _check_range("confidences", confidences, low)
     _check_range("outcomes", outcomes, 0.0)
     if bins < 1 or binning not in ("width", "mass"):
         raise ValueError(f"`bins` must be positive and `binning` 'width' or 'mass', not {bins} and {binning!r}.")
-    codes = _codes(groups, len(confidences))
+    codes = codes_of(groups, len(confidences))
     if binning == "width":
         edges = np.linspace(low, 1, bins + 1)
     else:
@@ -274,7 +250,7 @@ def winner_confidence(chosen: ArrayLike, rejected: ArrayLike) -> tuple[Floats, F
         (N,) sigmoid(|chosen - rejected|), which lies in [0.5, 1]; (N,) 1 where the prediction was right, 0 where it was wrong,
         0.5 where the scores tie.
     """
-    chosen, rejected = _columns(chosen=chosen, rejected=rejected)
+    chosen, rejected = columns_of(chosen=chosen, rejected=rejected)
     return 1 / (1 + np.exp(-np.abs(chosen - rejected))), _credit(chosen, rejected)
 
 
@@ -299,7 +275,7 @@ class Calibration(evaluate.Metric):
     """
 
     def _info(self) -> evaluate.MetricInfo:
-        return _metric_info(self, _NUMBER)
+        return metric_info(self, _NUMBER)
 
     def _compute(self, predictions: list[float], references: list[float], **options: Any) -> dict[str, Any]:
         return calibration(predictions, references, **options)
@@ -327,8 +303,8 @@ def score_length(scores: ArrayLike, lengths: ArrayLike, *, groups: Sequence[Hash
     Raises:
         ValueError: no answers, lists of different lengths, or numbers that are not finite.
     """
-    scores, lengths = _columns(scores=scores, lengths=lengths)
-    members = [rows for rows in _members(_codes(groups, len(scores))) if len(rows) > 1]
+    scores, lengths = columns_of(scores=scores, lengths=lengths)
+    members = [rows for rows in _members(codes_of(groups, len(scores))) if len(rows) > 1]
     deviations = [np.concatenate([_centred(x[rows]) for rows in members] or [[]]) for x in (scores, lengths)]
     positions = [np.concatenate([_centred(_ranks(x[rows])) for rows in members] or [[]]) for x in (scores, lengths)]
     return {
@@ -351,7 +327,7 @@ class ScoreLength(evaluate.Metric):
     """
 
     def _info(self) -> evaluate.MetricInfo:
-        return _metric_info(self, _NUMBER)
+        return metric_info(self, _NUMBER)
 
     def _compute(self, predictions: list[float], references: list[float], **options: Any) -> dict[str, Any]:
         return score_length(predictions, references, **options)
@@ -374,7 +350,7 @@ def score_distribution(scores: ArrayLike, bins: int = 20) -> dict[str, Any]:
     Raises:
         ValueError: no scores, or numbers that are not finite.
     """
-    (scores,) = _columns(scores=scores)
+    (scores,) = columns_of(scores=scores)
     deviations = _centred(scores)
     std = math.sqrt(np.mean(deviations**2))
     quantiles = (0.0, 0.05, 0.25, 0.5, 0.75, 0.95, 1.0)
@@ -428,7 +404,7 @@ def evaluate_reward(
             of rankings of more than two, or numbers that are not finite.
     """
     _check_rankings(scores=scores, ranks=ranks, lengths=lengths)
-    prompts = _codes(groups, len(scores)).tolist()
+    prompts = codes_of(groups, len(scores)).tolist()
     pairs = list(_comparisons(ranks))
     if not pairs:
         raise ValueError("There is nothing to compare: in every ranking all answers have the same rank.")
@@ -476,30 +452,6 @@ def _human_margins(
 # --- What they share -------------------------------------------------------------------------------------
 
 
-def _metric_info(metric: evaluate.Metric, feature: Any) -> evaluate.MetricInfo:
-    features = datasets.Features({"predictions": feature, "references": feature})
-    return evaluate.MetricInfo(description=type(metric).__doc__, citation="", inputs_description="", features=features)
-
-
-def _columns(**columns: ArrayLike) -> list[Floats]:
-    """The columns as float arrays of one shape (N,), N > 0, of finite numbers."""
-    arrays = {name: np.asarray(values, dtype=np.float64) for name, values in columns.items()}
-    lengths = {name: array.shape for name, array in arrays.items()}
-    if any(len(shape) != 1 for shape in lengths.values()) or len(set(lengths.values())) > 1:
-        raise ValueError(f"Lists of one length are needed, and the shapes are {lengths}.")
-    for name, array in arrays.items():
-        if not len(array):
-            raise ValueError(f"`{name}` is empty.")
-        _check_finite(name, array)
-    return list(arrays.values())
-
-
-def _check_finite(name: str, array: Floats) -> None:
-    bad = np.flatnonzero(~np.isfinite(array))
-    if len(bad):
-        raise ValueError(f"`{name}` has {len(bad)} numbers that are not finite, the first ({array[bad[0]]}) at {bad[0]}.")
-
-
 def _check_range(name: str, array: Floats, low: float) -> None:
     bad = np.flatnonzero((array < low) | (array > 1))
     if len(bad):
@@ -515,7 +467,7 @@ def _check_rankings(**columns: Sequence[ArrayLike]) -> None:
         if len(set(sizes.values())) > 1 or min(sizes.values()) < 2:
             raise ValueError(f"Ranking {number} (from 0) must have as many of each, and at least two: {sizes}.")
         for name, row in zip(columns, rows, strict=True):
-            _check_finite(f"{name}[{number}]", np.asarray(row, dtype=np.float64))
+            check_finite(f"{name}[{number}]", np.asarray(row, dtype=np.float64))
 
 
 def _credit(chosen: Floats, rejected: Floats) -> Floats:
@@ -529,32 +481,9 @@ def _share(values: Floats, codes: Integers, seed: int) -> dict[str, Any]:
     return {"n": len(values), "accuracy": float(values.mean()), "interval": share_interval(values, codes, seed)}
 
 
-def _codes(groups: Sequence[Hashable] | None, n: int) -> Integers:
-    """(n,) the groups numbered from 0; without groups, every one is its own."""
-    if groups is None:
-        return np.arange(n)
-    if len(groups) != n:
-        raise ValueError(f"`groups` has {len(groups)} entries for {n}.")
-    numbers = {group: number for number, group in enumerate(dict.fromkeys(groups))}
-    return np.array([numbers[group] for group in groups])
-
-
 def _members(codes: Integers) -> list[Integers]:
     """The rows of each group."""
     return np.split(np.argsort(codes, kind="stable"), np.cumsum(np.bincount(codes))[:-1])
-
-
-def _group_sums(values: Floats, codes: Integers) -> tuple[Floats, Integers]:
-    """Of each group that is there, the sum and the number of its values."""
-    counts = np.bincount(codes)
-    return np.bincount(codes, weights=values)[counts > 0], counts[counts > 0]
-
-
-def _bootstrap(sums: Floats, counts: Integers, seed: int) -> list[float]:
-    """The 95% percentile interval of sum / count when groups are drawn with replacement."""
-    generator = np.random.default_rng(seed)
-    draws = (generator.integers(len(sums), size=len(sums)) for _ in range(RESAMPLES))
-    return np.quantile([sums[rows].sum() / counts[rows].sum() for rows in draws], (0.025, 0.975)).tolist()
 
 
 def _quantiles(values: Floats, parts: int) -> Floats:

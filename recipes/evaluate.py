@@ -1,0 +1,69 @@
+"""Evaluation: any number of policies on held-out prompts, on one base, adapter by adapter, and a report for people.
+
+    accelerate launch recipes/evaluate.py                     # configs/tiny/evaluate.yaml: the tiny world, on a CPU
+    accelerate launch recipes/evaluate.py --config my.yaml --num_answers 4
+
+Writes `metrics.json` and `index.html`, one file that needs nothing else: a verdict in words, a table of the policies, learning
+curves, reward against KL, reliability diagrams, and answers side by side. One process does it all.
+"""
+
+from rlhf_recipes.arguments import DataArguments, EvaluateArguments, parse_arguments, user_errors
+from rlhf_recipes.data import check_lengths, load_texts
+from rlhf_recipes.evaluation.measure import (
+    Measurement,
+    check_names,
+    choose_judge,
+    draw_policy,
+    frontier,
+    held_out_prompts,
+    load_named_rewards,
+)
+from rlhf_recipes.evaluation.policies import load_bench, read_policies
+from rlhf_recipes.evaluation.report import write_report
+from rlhf_recipes.evaluation.results import collect
+from rlhf_recipes.models import load_tokenizer
+
+from accelerate import PartialState
+from trl import ModelConfig
+
+ARGUMENTS = (EvaluateArguments, DataArguments, ModelConfig)
+
+
+def main() -> None:
+    """Measures and writes."""
+    evaluate_args, data_args, model_args = parse_arguments(__file__, *ARGUMENTS)
+    if not PartialState().is_main_process:
+        return
+    policies = read_policies(evaluate_args.policies)
+    check_names(evaluate_args, policies)
+
+    # Data: prompts that no stage was trained on
+    rows = held_out_prompts(data_args, evaluate_args)
+    taught = next((policy.folder for policy in policies.values() if policy.folder), None)
+    tokenizer = load_tokenizer(model_args, evaluate_args, start_from=taught)
+    long_rows = "error" if data_args.long_rows == "error" else "drop"  # half a prompt asks for something else
+    rows, _ = check_lengths(rows, tokenizer, evaluate_args.max_prompt_length, long_rows, "eval")
+    texts = load_texts(evaluate_args.ptx_dataset, data_args.bad_rows) if evaluate_args.ptx_dataset else None
+    print(f"{len(rows)} prompts, {len(policies)} policies: {', '.join(policies)}", flush=True)
+
+    # Roles: every policy and every reward model as an adapter on one base
+    bench = load_bench(model_args, evaluate_args, policies, tokenizer)
+    rewards = load_named_rewards(evaluate_args.rewards, bench)
+    judge = choose_judge(evaluate_args, rewards)
+    measurement = Measurement(bench, rows, rewards, evaluate_args)
+
+    # Answers of every policy, each with a seed of its own, and what is measured on them
+    drawn = {}
+    for number, (name, policy) in enumerate(policies.items()):
+        drawn[name] = draw_policy(measurement, policy, evaluate_args.seed + number)
+        print(f"{name} has answered", flush=True)
+    points = frontier(measurement, evaluate_args.seed + len(policies))
+    metrics = collect(measurement, policies, drawn, judge, points, texts)
+
+    page = write_report(evaluate_args.output_dir, metrics)
+    print(*metrics["verdict"], f"The report is {page}", sep="\n")
+
+
+if __name__ == "__main__":
+    with user_errors():
+        main()

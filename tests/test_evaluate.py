@@ -1,0 +1,588 @@
+"""The evaluation of policies: probabilities of answers, figures and their noise, the judge, the recipe, the report."""
+
+import contextlib
+import json
+import math
+import os
+import re
+import subprocess
+import sys
+import threading
+import types
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from importlib.machinery import ModuleSpec
+
+from rlhf_recipes.arguments import DataArguments, EvaluateArguments
+from rlhf_recipes.errors import RecipeError
+from rlhf_recipes.evaluation.answers import Answer, log_probs, sample
+from rlhf_recipes.evaluation.judges import ChatJudge, read_chat_judge
+from rlhf_recipes.evaluation.measure import (
+    Drawn,
+    Measurement,
+    choose_judge,
+    describe,
+    figure,
+    groups_of,
+    held_out_prompts,
+    in_noise,
+    lm_eval_results,
+)
+from rlhf_recipes.evaluation.policies import Policy, load_bench, read_policies
+from rlhf_recipes.evaluation.report import render
+from rlhf_recipes.evaluation.verdict import verdict
+from rlhf_recipes.models import resolve_path
+from rlhf_recipes.tiny import splits
+
+import numpy as np
+import pytest
+import torch
+import yaml
+from conftest import ROOT
+from datasets import Dataset
+from peft import LoraConfig, get_peft_model
+from transformers import AutoModelForCausalLM, AutoTokenizer
+from trl import ModelConfig
+
+BASE = resolve_path("rlhf_recipes.tiny.base")
+
+
+@pytest.fixture(scope="module")
+def tiny():
+    return AutoModelForCausalLM.from_pretrained(BASE), AutoTokenizer.from_pretrained(BASE)
+
+
+def save_adapter(folder, seed, size=0.1):
+    """An adapter on the tiny base that changes its answers, with its tokenizer."""
+    torch.manual_seed(seed)
+    model = get_peft_model(AutoModelForCausalLM.from_pretrained(BASE), LoraConfig(r=4, target_modules="all-linear"))
+    for name, weight in model.named_parameters():
+        if "lora_B" in name:
+            weight.data.normal_(std=size)
+    model.save_pretrained(folder)
+    AutoTokenizer.from_pretrained(BASE).save_pretrained(folder)
+    return str(folder)
+
+
+@pytest.fixture(scope="module")
+def runs(tmp_path_factory):
+    """An SFT policy, and a PPO run with two checkpoints and a record."""
+    folder = tmp_path_factory.mktemp("runs")
+    save_adapter(folder / "sft", 1)
+    save_adapter(folder / "ppo", 2)
+    for step in (10, 2):
+        save_adapter(folder / "ppo" / f"checkpoint-{step}", 2, size=0.01 * step)
+    log = [{"step": step, "score": step / 10, "kl": 0.1} for step in range(5)]
+    (folder / "ppo" / "recipe.json").write_text(json.dumps({"recipe": "ppo", "log": log}))
+    return folder
+
+
+# --- Probabilities of answers ----------------------------------------------------------------------------
+
+
+def by_hand(model, tokenizer, prompt, answer, temperature=1.0):
+    ids = tokenizer.apply_chat_template(prompt, add_generation_prompt=True, return_dict=True)["input_ids"]
+    with torch.no_grad():
+        logps = (model(torch.tensor([[*ids, *answer.ids]])).logits[0] / temperature).log_softmax(-1)
+    return sum(logps[len(ids) - 1 + place, token].item() for place, token in enumerate(answer.ids))
+
+
+@pytest.mark.parametrize("temperature", [1.0, 0.7])
+def test_log_probs_are_sums_over_the_tokens_of_the_answer_whatever_the_batches(tiny, temperature):
+    model, tokenizer = tiny
+    prompts = list(splits.evaluation(rows=7)["prompt"])
+    answers = sample(model, tokenizer, prompts, max_new_tokens=3, temperature=2.0, seed=3)
+    expected = [by_hand(model, tokenizer, *pair, temperature) for pair in zip(prompts, answers, strict=True)]
+    for batch_size in (1, 3, 7):
+        found = log_probs(model, tokenizer, prompts, answers, temperature=temperature, batch_size=batch_size)
+        assert found == pytest.approx(expected, abs=1e-4)
+
+
+def test_samples_say_whether_they_ended(tiny):
+    model, tokenizer = tiny
+    prompts = list(splits.evaluation(rows=8)["prompt"])
+    for answer in sample(model, tokenizer, prompts, max_new_tokens=12):
+        assert answer.ended
+        assert answer.ids[-1] == tokenizer.eos_token_id
+        assert tokenizer.eos_token_id not in answer.ids[:-1]
+    assert not any(answer.ended for answer in sample(model, tokenizer, prompts, max_new_tokens=1))
+
+
+def test_prompts_may_be_plain_text(tiny):
+    model, tokenizer = tiny
+    text = tokenizer.apply_chat_template(splits.evaluation(rows=1)["prompt"][0], tokenize=False, add_generation_prompt=True)
+    (answer,) = sample(model, tokenizer, [text.removeprefix(tokenizer.bos_token)], temperature=0, max_new_tokens=12)
+    (same,) = sample(model, tokenizer, list(splits.evaluation(rows=1)["prompt"]), temperature=0, max_new_tokens=12)
+    assert answer == same
+
+
+# --- Figures ---------------------------------------------------------------------------------------------
+
+
+def test_a_figure_is_a_mean_over_prompts_without_what_is_missing():
+    values = np.array([[1.0, 3.0], [math.nan, 5.0], [math.nan, math.nan]])
+    assert figure(values)["mean"] == (2 + 5) / 2
+    difference = figure(values, np.array([[0.0], [math.nan], [1.0]]))["difference"]
+    assert difference == {"mean": 2.0, "interval": None}  # one prompt: resampling says nothing
+    assert figure(np.full((2, 1), math.nan)) is None
+
+
+def test_differences_are_taken_prompt_by_prompt():
+    """Where prompts differ much in how well they can be answered, that is no noise in the difference."""
+    difficulty = np.random.default_rng(0).normal(size=(100, 1), scale=50)
+    noise = np.random.default_rng(1).normal(size=(100, 1), scale=0.1)
+    better = figure(difficulty + 1 + noise, difficulty)
+    assert not in_noise(better["difference"])
+    assert better["interval"][0] < difficulty.mean() < better["interval"][1]
+    assert in_noise(figure(difficulty + noise - noise.mean(), difficulty)["difference"])
+
+
+def test_what_is_the_same_everywhere():
+    assert in_noise(figure(np.ones((5, 1)), np.ones((5, 1)))["difference"])
+    assert not in_noise(figure(np.ones((5, 1)), np.zeros((5, 1)))["difference"])
+    low, high = figure(np.ones((50, 1)), share=True)["interval"]
+    assert 0.9 < low < high == 1
+
+
+def test_groups():
+    rows = Dataset.from_dict({"known": [False, True, True], "topic": ["b", "a", "b"]})
+    assert {name: mask.tolist() for name, mask in groups_of(rows, "known").items()} == {
+        "all": [True] * 3,
+        "known": [False, True, True],
+        "not known": [True, False, False],
+    }
+    assert list(groups_of(rows, "topic")) == ["all", "topic: a", "topic: b"]
+
+
+def said(*texts):
+    return [Answer(text, (5,) * len(text.split()), True) for text in texts]
+
+
+def test_truthfulness_and_calibration_by_group():
+    rows = Dataset.from_dict({"prompt": ["q"] * 4, "reference": ["a", "b", "c", "d"], "known": [True, True, False, False]})
+    arguments = EvaluateArguments(group_by="known", compare_with="x")
+    measurement = Measurement(None, rows, {}, arguments)
+    logps = np.log([[0.9], [0.5], [0.2], [0.6]])
+    drawn = Drawn(said("a", "I do not know.", "wrong", "d"), {}, logps, logps - 0.25)
+    result = describe(measurement, Policy("x"), drawn, None, None)
+    shares = {group: {kind: share["mean"] for kind, share in kinds.items()} for group, kinds in result["truthfulness"].items()}
+    assert shares["all"] == {"right": 0.5, "abstained": 0.25, "made_up": 0.25}
+    assert shares["known"] == {"right": 0.5, "abstained": 0.5, "made_up": 0.0}
+    assert result["over_abstained"]["mean"] == 0.5
+    # What abstains is left out; one answer a bin: |1 - .9|, |0 - .2|, |1 - .6|
+    assert result["calibration"]["all"]["ece"] == pytest.approx((0.1 + 0.2 + 0.4) / 3)
+    assert result["calibration"]["all"]["brier"] == pytest.approx((0.01 + 0.04 + 0.16) / 3)
+    assert result["calibration"]["known"]["n"] == 1
+    assert result["kl"]["mean"] == pytest.approx(0.25)
+    assert result["entropy"]["mean"] == pytest.approx(-logps.mean())
+    json.dumps(result, allow_nan=False)
+
+
+# --- The judge -------------------------------------------------------------------------------------------
+
+
+@contextlib.contextmanager
+def chat_server(reply, statuses=()):
+    """A chat model: `reply(question)` is what it says; the first requests fail with `statuses`. Yields address and requests."""
+    failures, seen = list(statuses), []
+
+    class Handler(BaseHTTPRequestHandler):
+        def do_POST(self):
+            body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
+            seen.append((self.path, self.headers.get("Authorization"), body))
+            status = failures.pop(0) if failures else 200
+            content = json.dumps({"choices": [{"message": {"content": reply(body["messages"][-1]["content"])}}]})
+            content = content if status == 200 else "no such model"
+            self.send_response(status)
+            self.end_headers()
+            self.wfile.write(content.encode())
+
+        def log_message(self, *arguments):
+            pass
+
+    server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    try:
+        yield f"http://127.0.0.1:{server.server_port}/v1", seen
+    finally:
+        server.shutdown()
+        server.server_close()
+
+
+def likes_good(question):
+    first, second = (question.partition(f"[Answer {name}]\n")[2].partition("\n\n[")[0] for name in "AB")
+    return "Both tried. " + ("[[C]]" if first == second else "[[A]]" if first == "good" else "[[B]]")
+
+
+def test_a_judge_is_asked_in_both_orders():
+    with chat_server(likes_good) as (url, seen):
+        judge = ChatJudge(url, "model", parallel=2)
+        result = judge.compare(["one", "two", "three"], ["good", "bad", "good"], ["bad", "good", "good"])
+    assert result == {"credits": [1.0, 0.0, 0.5], "swayed": 0.0, "unreadable": 0}
+    assert len(seen) == 6
+    assert seen[0][0] == "/v1/chat/completions"
+    assert seen[0][2]["model"] == "model"
+    assert sum("[Answer A]\ngood\n\n[Answer B]\nbad" in body["messages"][1]["content"] for _, _, body in seen) == 2
+
+
+def test_a_judge_that_always_likes_the_first_answer_decides_nothing():
+    with chat_server(lambda question: "A") as (url, _):
+        result = ChatJudge(url, "model").compare(["one"] * 2, ["x", "y"], ["z", "w"])
+    assert result == {"credits": [0.5, 0.5], "swayed": 1.0, "unreadable": 0}
+
+
+def test_replies_without_a_mark_are_counted_and_tie():
+    with chat_server(lambda question: "A hard question.") as (url, _):
+        result = ChatJudge(url, "model").compare(["one"], ["x"], ["z"])
+    assert result == {"credits": [0.5], "swayed": 0.0, "unreadable": 2}
+
+
+def test_a_judge_is_asked_again_when_it_is_busy(monkeypatch):
+    monkeypatch.setenv("A_KEY", "secret")
+    with chat_server(likes_good, statuses=[503, 429]) as (url, seen):
+        judge = ChatJudge(url, "model", api_key_env="A_KEY", pause_s=0.01, parallel=1)
+        assert judge.compare(["one"], ["good"], ["bad"])["credits"] == [1.0]
+    assert len(seen) == 4
+    assert seen[0][1] == "Bearer secret"
+
+
+def test_what_a_judge_refuses_is_one_clear_message():
+    refused = r"judge: http.*refuses the request \(status 404: no such model\): mend `url`"
+    with chat_server(likes_good, statuses=[404, 404]) as (url, _), pytest.raises(RecipeError, match=refused):
+        ChatJudge(url, "model").compare(["one"], ["x"], ["y"])
+    with pytest.raises(RecipeError, match=r"cannot be reached, in 2 attempts \(.*refused\): start the server"):
+        ChatJudge(url, "model", retries=1, pause_s=0).compare(["one"], ["x"], ["y"])
+    with pytest.raises(RecipeError, match="the environment has no NO_SUCH_KEY"):
+        ChatJudge(url, "model", api_key_env="NO_SUCH_KEY").compare(["one"], ["x"], ["y"])
+
+
+def test_the_yaml_of_a_judge_is_checked():
+    assert read_chat_judge({"url": "http://x/v1", "model": "m", "timeout_s": 5}).timeout_s == 5
+    for entry, message in (
+        ({"url": "http://x"}, "judge: model"),
+        ({"url": "http://x", "model": "m", "modle": 1}, "judge: modle"),
+        ({"url": "file:///etc/passwd", "model": "m"}, "judge: url: must begin with http"),
+        ({"url": "http://x", "model": "m", "retries": -1}, "judge: retries"),
+    ):
+        with pytest.raises(RecipeError, match=message):
+            read_chat_judge(entry)
+    with pytest.raises(RecipeError, match="judge: 'nobody' is none of the rewards"):
+        choose_judge(EvaluateArguments(judge="nobody"), {})
+
+
+# --- What YAML files say ---------------------------------------------------------------------------------
+
+
+def test_a_missing_policy_is_named_with_the_recipe_that_makes_it(tmp_path, capsys):
+    with pytest.raises(RecipeError, match=r"policies: ppo: .*no adapter_config.json\): train it first with recipes/ppo\.py"):
+        read_policies({"base": None, "ppo": str(tmp_path / "ppo")})
+    assert list(read_policies({"base": None, "ppo": {"path": str(tmp_path / "ppo"), "optional": True}})) == ["base"]
+    assert "policies: ppo: left out" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("entry", "message"),
+    [
+        (3, "must be the folder of an adapter"),
+        ({"best_of": {"policy": "base"}}, "needs `policy`, a name, and `n`"),
+        ({"best_of": {"policy": "base", "n": 0}}, "1 or more"),
+        ({"best_of": {"policy": "base", "m": 2}}, "unknown key 'm'"),
+        ({"best_of": {"policy": "nobody", "n": 2}}, "'nobody' is none of base"),
+    ],
+)
+def test_a_malformed_policy_is_refused(entry, message):
+    with pytest.raises(RecipeError, match=message):
+        read_policies({"base": None, "x": entry})
+
+
+def test_prompts_are_those_of_the_test_split_or_of_a_whole_file(tmp_path):
+    arguments = EvaluateArguments(group_by="known")
+    data = DataArguments(dataset_name="rlhf_recipes.tiny.splits.evaluation", dataset_arguments={"rows": 6})
+    assert set(held_out_prompts(data, arguments).column_names) == {"prompt", "reference", "known"}
+    file = tmp_path / "prompts.jsonl"
+    file.write_text('{"prompt": "Who?"}\n{"prompt": "Where?"}\n')
+    assert held_out_prompts(DataArguments(dataset_name=str(file)), EvaluateArguments())["prompt"] == ["Who?", "Where?"]
+    with pytest.raises(RecipeError, match="group_by: the data have no column 'known'; the columns are: prompt"):
+        held_out_prompts(DataArguments(dataset_name=str(file)), arguments)
+
+
+# --- Policies on one base --------------------------------------------------------------------------------
+
+
+def bench_of(runs, tiny, **options):
+    policies = read_policies({"base": None, "sft": str(runs / "sft"), "ppo": str(runs / "ppo")})
+    arguments = EvaluateArguments(**options)
+    bench = load_bench(ModelConfig(model_name_or_path=BASE, dtype="float32"), arguments, policies, tiny[1])
+    return bench, arguments, policies
+
+
+def test_policies_on_one_base_answer_as_each_does_alone(runs, tiny):
+    from peft import PeftModel
+
+    bench, _, _ = bench_of(runs, tiny)
+    prompts = list(splits.evaluation(rows=6)["prompt"])
+    answers = sample(*tiny, prompts, max_new_tokens=4, seed=1)
+    for name, folder in (("base", None), ("sft", runs / "sft"), ("ppo", runs / "ppo")):
+        model = AutoModelForCausalLM.from_pretrained(BASE)
+        alone = PeftModel.from_pretrained(model, folder) if folder else model
+        with bench.playing(name) as shared:
+            found = log_probs(shared, tiny[1], prompts, answers)
+        assert found == pytest.approx(log_probs(alone.eval(), tiny[1], prompts, answers), abs=1e-4)
+
+
+def test_kl_by_sampling_is_near_the_exact_one(runs, tiny):
+    """Answers of one token, whose distribution can be written down."""
+    bench, arguments, _ = bench_of(runs, tiny, max_completion_length=1, num_answers=150, batch_size=750)
+    rows = splits.evaluation(rows=5)
+    measurement = Measurement(bench, rows, {}, arguments)
+    answers = measurement.draw("ppo", 150, seed=0)
+    gaps = measurement.log_probs("ppo", answers) - measurement.log_probs("sft", answers)
+    logps = {}
+    for name in ("ppo", "sft"):
+        with bench.playing(name) as model, torch.no_grad():
+            logps[name] = torch.stack([first_token(model, tiny[1], prompt) for prompt in rows["prompt"]])
+    exact = (logps["ppo"].exp() * (logps["ppo"] - logps["sft"])).sum(1).mean().item()
+    assert exact > 0.05
+    standard_error = math.sqrt((gaps.var(1) / gaps.shape[1]).sum()) / len(gaps)
+    assert standard_error < exact / 5
+    assert abs(figure(gaps)["mean"] - exact) < 4 * standard_error
+
+
+def first_token(model, tokenizer, prompt):
+    inputs = tokenizer.apply_chat_template(prompt, add_generation_prompt=True, return_dict=True, return_tensors="pt")
+    return model(**inputs).logits[0, -1].log_softmax(-1)
+
+
+def test_lm_eval_runs_with_each_policy_active_where_it_is_installed(runs, tiny, monkeypatch):
+    bench, arguments, policies = bench_of(runs, tiny, lm_eval_tasks=["arc_easy"])
+    prompt = splits.evaluation(rows=1)["prompt"][0]
+
+    def simple_evaluate(model, tasks):
+        assert tasks == ["arc_easy"]
+        return {"results": {"arc_easy": {"acc": first_token(model, tiny[1], prompt).max().item()}}}
+
+    for name, content in (
+        ("lm_eval", {"simple_evaluate": torch.no_grad()(simple_evaluate)}),
+        ("lm_eval.models", {}),
+        ("lm_eval.models.huggingface", {"HFLM": lambda model, tokenizer, batch_size: model}),
+    ):
+        module = types.ModuleType(name)
+        module.__spec__ = ModuleSpec(name, None)
+        vars(module).update(content)
+        monkeypatch.setitem(sys.modules, name, module)
+    found = lm_eval_results(Measurement(bench, None, {}, arguments), policies)
+    assert list(found) == ["base", "sft", "ppo"]
+    assert len({result["arc_easy"]["acc"] for result in found.values()}) == 3
+
+
+# --- The recipe ------------------------------------------------------------------------------------------
+
+
+def settings(runs, output, **values):
+    """The tiny YAML file with these runs and few prompts."""
+    content = yaml.safe_load((ROOT / "configs" / "tiny" / "evaluate.yaml").read_text())
+    content["policies"] |= {"sft": str(runs / "sft"), "ppo": str(runs / "ppo")}
+    del content["policies"]["dpo"], content["rewards"][2]  # the reward model, which may be there
+    content["dataset_arguments"], content["ptx_dataset"][0]["arguments"] = {"rows": 16}, {"rows": 8}
+    content |= {"frontier": [str(runs / "ppo")], "output_dir": str(output), "num_examples": 4, **values}
+    path = output.parent / f"{output.name}.yaml"
+    path.write_text(yaml.safe_dump(content, sort_keys=False))
+    return path
+
+
+@pytest.fixture(scope="module")
+def evaluated(runs, tmp_path_factory):
+    """What the recipe wrote and printed, run by itself: as a script, whose folder is first on Python's path."""
+    output = tmp_path_factory.mktemp("evaluated") / "report"
+    command = [sys.executable, ROOT / "recipes" / "evaluate.py", "--config", settings(runs, output)]
+    done = subprocess.run(command, check=True, capture_output=True, text=True, env=os.environ | {"PYTHONPATH": str(ROOT)})
+    return json.loads((output / "metrics.json").read_text()), (output / "index.html").read_text(), done.stdout
+
+
+def test_the_recipe_measures_every_policy(evaluated):
+    metrics, _, _ = evaluated
+    assert list(metrics["policies"]) == ["base", "sft", "best-of-4", "ppo"]
+    assert list(metrics["rewards"]) == ["Abstention", "normalised_match"]
+    for name, policy in metrics["policies"].items():
+        shares = [share["mean"] for share in policy["truthfulness"]["all"].values()]
+        right, _, made_up = shares
+        assert sum(shares) == pytest.approx(1)
+        assert policy["rewards"]["Abstention"]["mean"] == pytest.approx(right - made_up)
+        assert policy["rewards"]["normalised_match"]["mean"] == pytest.approx(right)
+        assert ("win_rate" in policy) == (name != "sft")
+        assert (policy.get("perplexity") is None) == (name == "best-of-4")
+    assert metrics["policies"]["sft"]["kl"] == {"mean": 0.0, "interval": None}
+    assert metrics["policies"]["best-of-4"]["kl"] == {
+        "mean": pytest.approx(math.log(4) - 0.75),
+        "interval": None,
+        "bound": True,
+    }
+    assert metrics["policies"]["ppo"]["kl"]["mean"] > 0
+    assert metrics["policies"]["best-of-4"]["rewards"]["Abstention"]["difference"]["mean"] > 0
+
+
+def test_the_frontier_is_that_of_the_checkpoints_in_order(evaluated):
+    frontier = evaluated[0]["frontier"]
+    (points,) = frontier["runs"].values()
+    assert [point["step"] for point in points] == [2, 10]
+    assert points[0]["kl"]["mean"] != points[1]["kl"]["mean"]
+    assert [point["n"] for point in frontier["best_of"]] == [1, 2, 4]
+    scores = [point["rewards"]["Abstention"]["mean"] for point in frontier["best_of"]]
+    assert scores == sorted(scores)
+
+
+def test_the_report_says_all_of_it_in_one_file(evaluated):
+    metrics, page, printed = evaluated
+    assert page.count("<svg") == 2 + 2 + 1  # frontiers, diagrams, the curves of the one run with a record
+    for sentence in metrics["verdict"]:
+        assert sentence in printed
+    for words in ("Judged by Abstention", "Inside the noise", "best-of-4", "prefers-color-scheme: dark", "width=device-width"):
+        assert words in page
+    for example in metrics["examples"]:
+        assert example["prompt"] in page
+    outside = re.findall(r"""(?:src|href)\s*=\s*["'](?!#)[^"']*|url\((?!#)[^)]*|@import|<script|<link""", page)
+    assert not outside
+
+
+def test_the_report_escapes_what_people_and_models_wrote(evaluated):
+    metrics = json.loads(json.dumps(evaluated[0]))
+    evil = "<script>alert('$x_1$')</script>"
+    metrics["policies"][evil] = metrics["policies"].pop("ppo")
+    metrics["rewards"][evil] = metrics["rewards"]["Abstention"]
+    for policy in metrics["policies"].values():
+        policy["rewards"][evil] = policy["rewards"]["Abstention"]
+    for points in (*metrics["frontier"]["runs"].values(), metrics["frontier"]["best_of"]):
+        for point in points:
+            point["rewards"][evil] = point["rewards"]["Abstention"]
+    metrics["examples"][0] |= {"prompt": evil, "reference": evil, "group": evil}
+    metrics["examples"][0]["answers"]["base"]["text"] = evil
+    metrics["verdict"] = verdict(metrics)
+    page = render(metrics)
+    assert "<script" not in page
+    assert page.count("&lt;script&gt;") > 8
+
+
+def test_the_same_run_gives_the_same_numbers(evaluated, runs, tmp_path, launch):
+    config = settings(runs, tmp_path / "again", frontier=[], frontier_best_of=[], ptx_dataset=[])
+    status, message = launch("evaluate", "--config", config)
+    assert status == 0, message
+    metrics = json.loads((tmp_path / "again" / "metrics.json").read_text())
+    for name, policy in metrics["policies"].items():
+        assert policy["rewards"] == evaluated[0]["policies"][name]["rewards"]
+        assert policy["truthfulness"] == evaluated[0]["policies"][name]["truthfulness"]
+    assert metrics["frontier"] is None
+    assert "Reward against KL" not in (tmp_path / "again" / "index.html").read_text()
+
+
+def test_a_chat_model_may_be_the_judge(runs, tmp_path, launch):
+    with chat_server(lambda question: "[[A]]") as (url, seen):
+        judge = {"url": url, "model": "a-model", "max_pairs": 3}
+        few = {"policies": {"base": None, "sft": str(runs / "sft")}, "frontier": [], "frontier_best_of": [], "ptx_dataset": []}
+        status, message = launch("evaluate", "--config", settings(runs, tmp_path / "judged", **few, judge=judge))
+    assert status == 0, message
+    rate = json.loads((tmp_path / "judged" / "metrics.json").read_text())["policies"]["base"]["win_rate"]
+    assert (rate["judge"], rate["win_rate"], rate["swayed"], rate["n"]) == ("a-model", 0.5, 1.0, 3)
+    assert len(seen) == 6
+    assert "the order changed the winner in 100%" in (tmp_path / "judged" / "index.html").read_text()
+
+
+@pytest.mark.parametrize(
+    ("values", "message"),
+    [
+        ({"compare_with": "nobody"}, "compare_with: 'nobody' is none of the policies (base"),
+        ({"kl_reference": "best-of-4"}, "kl_reference: 'best-of-4' is none of the policies"),
+        (
+            {"frontier": ["no/ppo"]},
+            "frontier, entry 1: no/ppo holds no adapter (no adapter_config.json): train it first with recipes/ppo.py",
+        ),
+        ({"lm_eval_tasks": ["arc_easy"]}, "lm_eval_tasks: lm-eval is not installed: `pip install lm-eval`"),
+        ({"rewards": ["no/reward"]}, "rewards, entry 1: no/reward: no such folder: train the reward model first"),
+        ({"rewards": [{"path": "rlhf_recipes.rewards.Abstention", "trained": 1}]}, "rewards, entry 1: trained: expected true"),
+        ({"temperature": 0.0}, "temperature: 0.0: must be above 0"),
+        ({"polices": {}}, "unknown key 'polices'; did you mean 'policies'?"),
+        ({"judge": {"url": "localhost", "model": "m"}}, "judge: url: must begin with http"),
+    ],
+)
+def test_what_a_user_got_wrong_is_one_message(values, message, runs, tmp_path, launch):
+    status, said = launch("evaluate", "--config", settings(runs, tmp_path / "wrong", **values))
+    assert status == 2
+    assert message in said
+    assert "Traceback" not in said
+
+
+def test_an_adapter_of_another_base_is_refused(runs, tmp_path, launch):
+    config = json.loads((runs / "sft" / "adapter_config.json").read_text())
+    other = tmp_path / "other"
+    save_adapter(other, 3)
+    (other / "adapter_config.json").write_text(json.dumps(config | {"base_model_name_or_path": "somebody/else"}))
+    status, said = launch("evaluate", "--config", settings(runs, tmp_path / "wrong", policies={"sft": str(other)}))
+    assert status == 2
+    assert "was trained on somebody/else" in said
+
+
+# --- The verdict -----------------------------------------------------------------------------------------
+
+
+def made_up_metrics(**changes):
+    """Two policies: `ppo` against `sft`, in the least that a verdict is made of."""
+
+    def policy(**more):
+        plain = {"rewards": {}, "length": {"mean": 1}, "ended": {"mean": 1}}
+        return plain | more
+
+    def changed(mean, low, high):
+        return {"mean": 0.0, "difference": {"mean": mean, "interval": [low, high]}}
+
+    rewards = {name: changed(*values) for name, values in changes.items()}
+    rate = {"judge": "gold", "win_rate": 0.4, "interval": [0.3, 0.55]}
+    return {
+        "compare_with": "sft",
+        "rewards": {"proxy": {"trained": ["ppo"]}, "gold": {"trained": False}},
+        "policies": {"sft": policy(), "ppo": policy(rewards=rewards, win_rate=rate, length=changed(2, -1, 5))},
+    }
+
+
+def test_the_verdict_says_what_lies_inside_the_noise():
+    sentences = verdict(made_up_metrics(proxy=(1.0, 0.5, 1.5), gold=(0.1, -0.1, 0.3)))
+    assert sentences[0] == "Judged by gold, not told apart from sft: ppo (40% [30%, 55%])."
+    assert "proxy +1.00 [+0.50, +1.50]; gold, not trained against +0.10 [-0.10, +0.30] (inside the noise)" in sentences[1]
+    assert sentences[-1] == "Inside the noise, as differences from sft: ppo: score by gold, length."
+    assert not any("over-optimised" in sentence for sentence in sentences)
+
+
+def test_the_verdict_warns_of_over_optimisation():
+    sentences = verdict(made_up_metrics(proxy=(1.0, 0.5, 1.5), gold=(-0.2, -0.3, -0.1)))
+    assert any(sentence.startswith("ppo may be over-optimised: it gains by proxy") for sentence in sentences)
+    metrics = made_up_metrics(proxy=(1.0, 0.5, 1.5), gold=(-0.2, -0.3, -0.1))
+    metrics["rewards"]["proxy"]["trained"] = ["another"]
+    assert not any("over-optimised" in sentence for sentence in verdict(metrics))
+
+
+# --- Reward models ---------------------------------------------------------------------------------------
+
+
+def test_a_reward_model_scores_and_chooses_and_its_own_evaluation_is_shown(tmp_path, launch):
+    """On the base alone, without an adapter of any policy."""
+    from rlhf_recipes.evaluation.rewards import measure_reward, write_evaluation
+    from rlhf_recipes.roles import load_reward
+
+    options = ("--max_steps", 2, "--per_device_train_batch_size", 4, "--save_strategy", "no", "--eval_strategy", "no")
+    status, message = launch("reward", "--output_dir", tmp_path / "reward", *options)
+    assert status == 0, message
+    tokenizer = AutoTokenizer.from_pretrained(BASE)
+    model = AutoModelForCausalLM.from_pretrained(BASE)
+    reward = load_reward(model, tmp_path / "reward", "reward", tokenizer)
+    write_evaluation(tmp_path / "reward", {"reward": measure_reward(reward, splits.rankings("test", rows=8))})
+    values = {
+        "policies": {"base": None, "best": {"best_of": {"policy": "base", "n": 3, "reward": "model"}}},
+        "rewards": [{"path": str(tmp_path / "reward"), "name": "model", "trained": True}],
+        "compare_with": "base",
+        "judge": None,
+        "frontier": [],
+        "ptx_dataset": [],
+    }
+    status, message = launch("evaluate", "--config", settings(tmp_path, tmp_path / "report", **values))
+    assert status == 0, message
+    metrics = json.loads((tmp_path / "report" / "metrics.json").read_text())
+    assert metrics["policies"]["best"]["rewards"]["model"]["difference"]["mean"] > 0
+    assert metrics["policies"]["best"]["win_rate"]["judge"] == "model"
+    assert "model: reward: accuracy" in (tmp_path / "report" / "index.html").read_text()
