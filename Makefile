@@ -9,11 +9,7 @@ export TOKENIZERS_PARALLELISM := false
 .PHONY: demo test lint format
 
 demo: .venv/installed
-	$(BIN)/accelerate launch recipes/sft.py --resume_from_checkpoint true
-	$(BIN)/accelerate launch recipes/reward.py --resume_from_checkpoint true
-	$(BIN)/accelerate launch recipes/ppo.py --resume_from_checkpoint true
-	$(BIN)/python -m rlhf_recipes.tiny.examine runs/tiny/sft runs/tiny/ppo
-	@echo; echo "The results are in runs/tiny: sft and ppo (policies), reward (a reward model; evaluation.json and pictures)"
+	$(BIN)/python recipes/pipeline.py
 
 test: .venv/installed
 	$(BIN)/python -m pytest
