@@ -83,7 +83,7 @@ def run(shared: Path, seed: int, ptx_coef: float, steps: int, **options: Any) ->
             "warmup_steps": 6,  # the first steps are the largest, and the least informed
             "lr_scheduler_type": "linear",
             "value_warmup_steps": 6,
-            "kl_coef": 0.1,
+            "kl_coef": 0.05,
             "lam": 1.0,  # one score at the end, and a critic that has not learnt much by then
             "ptx_coef": ptx_coef,
             "ptx_batch_size": 16,
