@@ -1,0 +1,103 @@
+"""Can a reward model see what the base knows? The tiny world's answer, over several seeds.
+
+    OMP_NUM_THREADS=1 python benchmarks/tiny_reward.py --seeds 0 1 2
+
+For each seed, trains `configs/tiny/reward.yaml` on rankings of that seed and compares the scores of the true answer, of
+abstaining and of every false answer to the questions of the evaluation split: about people whom no stage has seen, known to the
+base or not. The seed decides the rankings (and who the unknown people in them are), their order and the adapter's first
+weights.
+"""
+
+import argparse
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+from rlhf_recipes.evaluation.preference import pair_accuracy
+from rlhf_recipes.models import resolve_path
+from rlhf_recipes.roles import Scorer, load_reward
+from rlhf_recipes.tiny import splits
+from rlhf_recipes.tiny.world import ABSTENTION, ATTRIBUTES
+
+from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers.utils.logging import disable_progress_bar
+
+ROOT = Path(__file__).parent.parent
+ROWS = 12_800
+COMPARISONS = ("right over wrong", "right over abstaining", "abstaining over wrong")
+WHO = {True: "known", False: "unknown"}
+COLUMNS = " | ".join(f"{who}: {what}" for who in WHO.values() for what in COMPARISONS)
+HEAD = f"""\
+| seed | training accuracy | development | ECE | {COLUMNS} |
+|---|---|---|---|{"---|" * len(WHO) * len(COMPARISONS)}"""
+
+
+def train(seed: int, output: Path) -> None:
+    """Runs the recipe in a process of its own."""
+    arguments = {"rows": ROWS, "k": 4, "seed": seed}
+    command = [sys.executable, ROOT / "recipes" / "reward.py", "--seed", str(seed), "--output_dir", output]
+    command += ["--dataset_arguments", json.dumps(arguments), "--save_strategy", "no"]
+    subprocess.run(command, check=True, stdout=subprocess.DEVNULL)
+
+
+def compare_answers(reward: Scorer, rows: int = 600) -> dict[str, dict[str, float]]:
+    """The share of comparisons in which the first scores higher, by who is asked about and by `COMPARISONS`."""
+    scores = {}
+    for row in splits.evaluation(rows=rows):
+        values = next(attribute.values for attribute in ATTRIBUTES if row["reference"].rstrip(".") in attribute.values)
+        false = [f"{value}." for value in values if f"{value}." != row["reference"]]
+        answers = [[{"role": "assistant", "content": answer}] for answer in (row["reference"], ABSTENTION, *false)]
+        scores.setdefault(WHO[row["known"]], []).append(reward([row["prompt"]] * len(answers), answers))
+    return {who: _shares(table) for who, table in scores.items()}
+
+
+def _shares(table: list[list[float]]) -> dict[str, float]:
+    """Of rows of the scores of the true answer, of abstaining, and of the false answers."""
+    sides = (
+        [(right, wrong) for right, _, *false in table for wrong in false],
+        [(right, abstains) for right, abstains, *_ in table],
+        [(abstains, wrong) for _, abstains, *false in table for wrong in false],
+    )
+    shares = [pair_accuracy(*zip(*pairs, strict=True))["accuracy"] for pairs in sides]
+    return dict(zip(COMPARISONS, shares, strict=True))
+
+
+def main() -> None:
+    """Trains, measures and prints the table."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
+    parser.add_argument("--output", type=Path, default=Path("runs/tiny_reward"))
+    options = parser.parse_args()
+    disable_progress_bar()
+
+    notes = []
+    print(HEAD, flush=True)
+    for seed in options.seeds:
+        output = options.output / f"seed-{seed}"
+        train(seed, output)
+        print(_row(seed, output), flush=True)
+        run = json.loads((output / "recipe.json").read_text())["run"]
+        notes.append(f"seed {seed}: {run['wall_time_s']:.0f} s, {run['peak_memory']['bytes'] / 2**30:.2f} GiB")
+    print("", *notes, sep="\n")
+
+
+def _row(seed: int, output: Path) -> str:
+    """The row of the table whose head is `HEAD`."""
+    (result,) = json.loads((output / "evaluation.json").read_text()).values()
+    steps = [entry for entry in json.loads((output / "recipe.json").read_text())["log"] if "accuracy" in entry]
+    last = steps[-len(steps) // 4 :]  # of the batches of the last quarter, each before it is learnt from
+    seen = sum(entry["accuracy"] for entry in last) / len(last)
+
+    tokenizer = AutoTokenizer.from_pretrained(output)
+    base = AutoModelForCausalLM.from_pretrained(resolve_path("rlhf_recipes.tiny.base"))
+    shares = compare_answers(load_reward(base, output, "reward", tokenizer))
+    low, high = result["accuracy"]["interval"]
+    cells = [seed, f"{seen:.2f}", f"{result['accuracy']['accuracy']:.3f} [{low:.3f}, {high:.3f}]"]
+    cells.append(f"{result['calibration']['ece']:.3f} ({result['calibration']['ece_if_calibrated']:.3f})")
+    cells += [f"{shares[who][what]:.2f}" for who in WHO.values() for what in COMPARISONS]
+    return f"| {' | '.join(map(str, cells))} |"
+
+
+if __name__ == "__main__":
+    main()
