@@ -11,7 +11,7 @@ import argparse
 from pathlib import Path
 
 from rlhf_recipes.arguments import user_errors
-from rlhf_recipes.pipeline import read_pipeline
+from rlhf_recipes.pipeline import check_arguments, read_pipeline
 
 RECIPES = Path(__file__).resolve().parent
 
@@ -25,6 +25,7 @@ def main() -> None:
     options = parser.parse_args()
 
     pipeline = read_pipeline(options.config, RECIPES, options.stages)
+    check_arguments(pipeline, options.config)
     print(*pipeline.plan(), sep="\n", flush=True)
     if not options.dry_run:
         pipeline.run()

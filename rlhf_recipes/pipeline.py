@@ -2,15 +2,17 @@
 
 import hashlib
 import json
+import runpy
 import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from rlhf_recipes.arguments import nearest, read_yaml
+from rlhf_recipes.arguments import nearest, parse_arguments, read_yaml
 from rlhf_recipes.errors import RecipeError
 from rlhf_recipes.records import read_json, write_json
 
@@ -155,6 +157,29 @@ def read_pipeline(config: Path, recipes: Path, only: list[str] | None = None) ->
         place = output if seed is None else output / f"seed-{seed}"
         stages += _read_stages(entries, f"{config}: stages", place, recipes, only, seed)
     return Pipeline(output, stages, recipes, values.get("accelerate_config"))
+
+
+def check_arguments(pipeline: Pipeline, config: Path) -> None:
+    """Parses the arguments of every stage as its recipe will, so that a misspelt key of the last is not found after the others.
+
+    Args:
+        pipeline: the pipeline.
+        config: its file, for the message.
+
+    Raises:
+        RecipeError: what the recipe would say, with the stage.
+    """
+    for stage in pipeline.stages:
+        recipe = pipeline.recipes / f"{stage.recipe}.py"
+        types = runpy.run_path(str(recipe), run_name="stage")["ARGUMENTS"]
+        with tempfile.TemporaryDirectory() as folder:
+            written = Path(folder) / "stage.yaml"
+            written.write_text(yaml.safe_dump(stage.values), encoding="utf-8")
+            try:
+                parse_arguments(recipe, *types, argv=["--config", str(written)])
+            except RecipeError as error:
+                message = str(error).removeprefix(f"{written}: ")
+                raise RecipeError(f"{config}: stages: {stage.name} (its YAML file with its `arguments`): {message}") from error
 
 
 def _read_stages(

@@ -310,6 +310,8 @@ def _continue_adapter(model: PreTrainedModel, parent: Path) -> PeftModel:
     if config.peft_type != "LORA":
         raise RecipeError(f"{parent}: only a LoRA adapter can be started from, and this is {config.peft_type}")
     check_base(parent, config.base_model_name_or_path, read_json(parent / RECIPE), model)
+    if HEAD in (config.modules_to_save or ()):
+        raise RecipeError(f"start_from: {parent} is a reward model: name the SFT adapter, or leave this out")
     if config.modules_to_save:
         raise RecipeError(f"{parent} trained {', '.join(config.modules_to_save)} besides LoRA: it cannot be started from")
     config.base_model_name_or_path, config.inference_mode = model.name_or_path, False

@@ -6,7 +6,7 @@ import sys
 from pathlib import Path
 
 from rlhf_recipes.errors import RecipeError
-from rlhf_recipes.pipeline import read_pipeline
+from rlhf_recipes.pipeline import check_arguments, read_pipeline
 
 import pytest
 import yaml
@@ -213,3 +213,14 @@ def test_seeds_are_whole_numbers(project):
     write(seeds=["a"])
     with pytest.raises(RecipeError, match=r"pipeline\.yaml: seeds: must be a list of whole numbers"):
         pipeline()
+
+
+def test_a_misspelt_argument_of_the_last_stage_is_found_before_the_first_runs(project):
+    values = yaml.safe_load(Path("pipeline.yaml").read_text())
+    values["stages"][2]["arguments"]["max_stps"] = 3
+    write(stages=values["stages"])
+    with pytest.raises(RecipeError) as caught:
+        check_arguments(pipeline(), Path("pipeline.yaml"))
+    assert str(caught.value).startswith(
+        "pipeline.yaml: stages: dpo (its YAML file with its `arguments`): unknown key 'max_stps'"
+    )

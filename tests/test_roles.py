@@ -164,6 +164,15 @@ def test_documented_way_to_load_it_elsewhere_reads_padded_rows_right(folder, bat
     assert torch.allclose(scores, trained["fp32"][1], rtol=0, atol=1e-5) is as_documented
 
 
+def test_documented_way_to_score_reads_what_training_read(folder, tokenizer):
+    blocks = re.findall(r"```python\n(.*?)```", (ROOT / "docs" / "reward.md").read_text(), re.S)[:2]
+    code = "".join(blocks).replace('"runs/tiny/reward"', repr(str(folder)))
+    edit_config(folder, base_model_name_or_path=str(BASE))
+    exec(code, names := {})
+    assert names["inputs"]["input_ids"][0].tolist() == encode(tokenizer, names["talk"][:1], names["talk"][1:])
+    assert isinstance(names["score"], float)
+
+
 def test_merged_at_full_precision_it_scores_the_same(trained, tokenizer, batch, answers, tmp_path):
     folder, before = trained["fp32"]
     adapted = PeftModel.from_pretrained(AutoModelForSequenceClassification.from_pretrained(BASE, num_labels=1), folder)
