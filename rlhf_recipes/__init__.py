@@ -12,8 +12,8 @@ if sys.path and Path(sys.path[0], "evaluate.py").is_file():
 
 # On a CPU it warns at import that a kernel of the Hub is missing, 4-bit weights or not; it has one of its own.
 logging.getLogger("bitsandbytes.backends.cpu.ops").setLevel(logging.ERROR)
-# PEFT 0.21 reads it by its old name; nobody who reads the warning can do anything about it.
-warnings.filterwarnings("ignore", message="`is_gradient_checkpointing` is deprecated", category=FutureWarning)
+# PEFT 0.21 and TRL 1.16 use their old names; nobody who reads the warnings can do anything about it.
+warnings.filterwarnings("ignore", message=r"`\w*gradient_checkpointing\w*` is deprecated", category=FutureWarning)
 
 __all__ = ["PPOConfig", "PPOTrainer"]
 
