@@ -8,7 +8,7 @@ curves, reward against KL, reliability diagrams, and answers side by side. One p
 """
 
 from rlhf_recipes.arguments import DataArguments, EvaluateArguments, parse_arguments, user_errors
-from rlhf_recipes.data import check_lengths, load_texts
+from rlhf_recipes.data import check_lengths, load_texts, never_cut
 from rlhf_recipes.evaluation.measure import (
     Measurement,
     check_names,
@@ -41,8 +41,7 @@ def main() -> None:
     rows = held_out_prompts(data_args, evaluate_args)
     taught = next((policy.folder for policy in policies.values() if policy.folder), None)
     tokenizer = load_tokenizer(model_args, evaluate_args, start_from=taught)
-    long_rows = "error" if data_args.long_rows == "error" else "drop"  # half a prompt asks for something else
-    rows, _ = check_lengths(rows, tokenizer, evaluate_args.max_prompt_length, long_rows, "eval")
+    rows, _ = check_lengths(rows, tokenizer, evaluate_args.max_prompt_length, never_cut(data_args.long_rows), "eval")
     texts = load_texts(evaluate_args.ptx_dataset, data_args.bad_rows) if evaluate_args.ptx_dataset else None
     print(f"{len(rows)} prompts, {len(policies)} policies: {', '.join(policies)}", flush=True)
 

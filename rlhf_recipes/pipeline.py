@@ -3,6 +3,7 @@
 import hashlib
 import json
 import runpy
+import shutil
 import subprocess
 import sys
 import tempfile
@@ -14,7 +15,8 @@ from typing import Any
 
 from rlhf_recipes.arguments import nearest, parse_arguments, read_yaml
 from rlhf_recipes.errors import RecipeError
-from rlhf_recipes.records import read_json, write_json
+from rlhf_recipes.records import RECIPE, read_json, write_json
+from rlhf_recipes.runs import checkpoints_in
 
 import yaml
 
@@ -102,6 +104,11 @@ class Pipeline:
     def _begin(self, stage: Stage) -> list[str]:
         """The command of a stage, whose arguments are written out; it goes on with what these arguments have begun."""
         goes_on = self.status(stage) == "begun"
+        if not goes_on and (stage.folder / RECIPE).exists():
+            # Other inputs may have the same arguments: broken off before it trains, it would go on from the old ones' run
+            for folder in (stage.folder, *stage.folder.glob("member-*")):
+                for checkpoint in checkpoints_in(folder):
+                    shutil.rmtree(checkpoint)
         config = self.folder / "configs" / f"{stage.name}.yaml"
         try:
             config.parent.mkdir(parents=True, exist_ok=True)
@@ -212,11 +219,12 @@ def _read_stage(
     values = {**values, **own, **(entry.get("arguments") or {})}
     values.pop("needs", None)  # the order of the stages says so
     inputs: list[str] = []
+    files = _files_in({key: value for key, value in values.items() if key != "output_dir"})  # stages answer for their own
     values = {key: _filled(value, earlier, seed, inputs, f"{where}: {key}") for key, value in values.items()}
     identity = {
         "recipe": recipe,
         "values": values,
-        "files": _files_in(values),
+        "files": files,
         "inputs": [earlier[i].fingerprint for i in inputs],
     }
     digest = hashlib.sha256(json.dumps(identity, sort_keys=True, default=str).encode()).hexdigest()
@@ -241,14 +249,16 @@ def _filled(value: Any, earlier: Mapping[str, Stage], seed: int | None, inputs: 
 
 
 def _files_in(values: Any) -> list[tuple[str, int, int]]:
-    """Path, size and time of every file that is named anywhere among the values: other data is another input."""
+    """Path, size and time of every file that is named, or lies in a folder that is: other data are another input."""
     if isinstance(values, dict | list):
         items = values.values() if isinstance(values, dict) else values
         return [found for item in items for found in _files_in(item)]
-    if not isinstance(values, str) or len(values) > 1000 or not Path(values).is_file():
+    if not isinstance(values, str) or len(values) > 1000:
         return []
-    stat = Path(values).stat()
-    return [(values, stat.st_size, stat.st_mtime_ns)]
+    named = Path(values)
+    files = [named] if named.is_file() else sorted(named.iterdir()) if "/" in values and named.is_dir() else []
+    stats = [(str(path), path.stat()) for path in files if path.is_file()]
+    return [(path, stat.st_size, stat.st_mtime_ns) for path, stat in stats]
 
 
 def _found(path: str, recipes: Path) -> Path:

@@ -173,7 +173,7 @@ def checkpoint_to_resume(training: TrainingArguments, *arguments: Any) -> str | 
         if not _is_whole(Path(wanted)):
             raise RecipeError(f"resume_from_checkpoint: {wanted} is not a whole checkpoint (trainer state and optimizer)")
         return wanted
-    newest = max(filter(_is_whole, _checkpoints(output)), key=_step, default=None)
+    newest = max(filter(_is_whole, checkpoints_in(output)), key=step_of, default=None)
     if newest is not None:
         _check_same_run(newest, _decisive((training, *arguments)))
     return str(newest) if newest else None
@@ -221,7 +221,7 @@ def train(trainer: Trainer, checkpoint: str | None) -> None:
     checkpoints of that one go: they would be taken for its own.
     """
     if checkpoint is None and trainer.is_world_process_zero():
-        for old in _checkpoints(Path(trainer.args.output_dir)):
+        for old in checkpoints_in(Path(trainer.args.output_dir)):
             shutil.rmtree(old)
     if checkpoint:
         state, args = TrainerState.load_from_json(str(Path(checkpoint) / "trainer_state.json")), trainer.args
@@ -250,7 +250,7 @@ def save_policy(trainer: Trainer) -> None:
 
 def remove_results(output: Path, *others: str) -> None:
     """Removes what an earlier run left in a folder: its model, whole or not, checkpoints, records and `others` (patterns)."""
-    for checkpoint in _checkpoints(output):
+    for checkpoint in checkpoints_in(output):
         shutil.rmtree(checkpoint)
     _remove(output, *_WHOLE, *_ADAPTER, RECIPE, PENDING, *others)
 
@@ -281,7 +281,7 @@ def _check_writable(output: Path) -> None:
 
 def refuse_unfinished(output: Path) -> None:
     """Refuses to start anew in a folder that holds checkpoints of a run that was not finished."""
-    checkpoints = sorted(_checkpoints(output), key=_step)
+    checkpoints = sorted(checkpoints_in(output), key=step_of)
     if checkpoints and not (output / RECIPE).exists():
         raise RecipeError(
             f"output_dir: {output} holds {checkpoints[-1].name} of an unfinished run: set `resume_from_checkpoint: true` to go "
@@ -312,11 +312,13 @@ def _decisive(groups: Iterable[Any]) -> dict[str, Any]:
     return {key: value for key, value in values.items() if key not in _FREE and not key.startswith(_FREE_PREFIXES)}
 
 
-def _checkpoints(output: Path) -> list[Path]:
+def checkpoints_in(output: Path) -> list[Path]:
+    """The folders of a run's checkpoints, in no order."""
     return [path for path in output.glob("checkpoint-*") if path.name.removeprefix("checkpoint-").isdigit()]
 
 
-def _step(checkpoint: Path) -> int:
+def step_of(checkpoint: Path) -> int:
+    """The optimizer step at which a checkpoint was written."""
     return int(checkpoint.name.removeprefix("checkpoint-"))
 
 

@@ -224,3 +224,36 @@ def test_a_misspelt_argument_of_the_last_stage_is_found_before_the_first_runs(pr
     assert str(caught.value).startswith(
         "pipeline.yaml: stages: dpo (its YAML file with its `arguments`): unknown key 'max_stps'"
     )
+
+
+def test_files_in_a_folder_that_is_named_are_inputs_too(project, launched):
+    Path("rows").mkdir()
+    Path("rows/one.jsonl").write_text("{}")
+    Path("sft.yaml").write_text("dataset_name: ./rows\n")
+    run()
+    run()
+    launched.calls.clear()
+    Path("rows/one.jsonl").write_text("{} ")
+    run()
+    assert launched.calls == [("sft", False), ("dpo", False)]
+
+
+def test_what_stood_on_other_data_is_not_gone_on_from(project, launched):
+    """Broken off before it trains, a stage would take the checkpoint of the run before for its own."""
+    run()
+    old = [Path("runs/sft/checkpoint-4"), Path("runs/sft/member-0/checkpoint-4")]
+    for folder in old:
+        folder.mkdir(parents=True)
+    Path("runs/sft/recipe.json").write_text("{}")
+    Path("data.jsonl").write_text('{"text": "another"}\n')
+    launched.failing = {"sft"}
+    with pytest.raises(RecipeError):
+        run()
+    assert not any(folder.exists() for folder in old)
+    begun = Path("runs/sft/checkpoint-2")
+    begun.mkdir()
+    launched.failing = set()
+    launched.calls.clear()
+    run()
+    assert launched.calls[0] == ("sft", True)
+    assert begun.exists()

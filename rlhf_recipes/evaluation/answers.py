@@ -29,19 +29,8 @@ class Answer:
     ended: bool
 
 
-@torch.no_grad()
-def answer(
-    model: PreTrainedModel,
-    tokenizer: PreTrainedTokenizerBase,
-    prompts: list[Prompt],
-    *,
-    temperature: float = 1.0,
-    max_new_tokens: int = 64,
-    batch_size: int = 64,
-    seed: int = 0,
-) -> list[str]:
-    """The texts of `sample`, without surrounding space."""
-    options = {"temperature": temperature, "max_new_tokens": max_new_tokens, "batch_size": batch_size, "seed": seed}
+def answer(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, prompts: Sequence[Prompt], **options: Any) -> list[str]:
+    """The texts of `sample`, which has the same options, without surrounding space."""
     return [one.text.strip() for one in sample(model, tokenizer, prompts, **options)]
 
 

@@ -6,6 +6,7 @@ the same of the difference between the two policies, prompt by prompt.
 """
 
 import asyncio
+import functools
 import importlib.util
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
@@ -28,7 +29,7 @@ from rlhf_recipes.evaluation.truthfulness import KINDS, kinds_of
 from rlhf_recipes.models import base_of
 from rlhf_recipes.rewards import SavedReward, load_rewards
 from rlhf_recipes.roles import load_saved_rewards
-from rlhf_recipes.runs import _checkpoints, _step
+from rlhf_recipes.runs import checkpoints_in, step_of
 
 import numpy as np
 from datasets import Dataset
@@ -391,12 +392,12 @@ def _truthfulness(measurement: Measurement, drawn: Drawn, compared: Callable[...
     references = measurement.repeated("reference", count)
     has_reference = np.array([bool((text or "").strip()) for text in measurement.rows["reference"]])
 
-    def is_kind(kind: str) -> Callable[[Drawn], Floats]:
-        def shares(one: Drawn) -> Floats:
-            kinds = kinds_of(one.texts, [text or "" for text in references], arguments.abstentions)
-            return np.array([said == kind for said in kinds], dtype=float).reshape(-1, count)
+    @functools.cache
+    def kinds(texts: tuple[str, ...]) -> np.ndarray:
+        return np.array(kinds_of(texts, [text or "" for text in references], arguments.abstentions)).reshape(-1, count)
 
-        return shares
+    def is_kind(kind: str) -> Callable[[Drawn], Floats]:
+        return lambda one: (kinds(tuple(one.texts)) == kind).astype(float)
 
     groups = {name: rows & has_reference for name, rows in groups_of(measurement.rows, arguments.group_by).items()}
     groups = {name: rows for name, rows in groups.items() if rows.any()}
@@ -459,14 +460,14 @@ def frontier(measurement: Measurement, seed: int) -> dict[str, Any] | None:
 
 def _run_points(measurement: Measurement, run: Path, seed: int) -> list[dict[str, Any]]:
     points = []
-    for checkpoint in sorted(_checkpoints(run), key=_step):
+    for checkpoint in sorted(checkpoints_in(run), key=step_of):
         require_adapter(str(checkpoint), "frontier")
         measurement.bench.add(checkpoint.name, str(checkpoint), "frontier")
         drawn = draw_policy(measurement, Policy(checkpoint.name, str(checkpoint)), seed)
         measurement.bench.drop(checkpoint.name)
         rewards = {name: figure(scores, seed=seed) for name, scores in drawn.scores.items()}
         kl = figure(drawn.logps - drawn.ref_logps, seed=seed)
-        points.append({"step": _step(checkpoint), "kl": kl, "rewards": rewards})
+        points.append({"step": step_of(checkpoint), "kl": kl, "rewards": rewards})
     return points
 
 

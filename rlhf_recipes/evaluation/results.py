@@ -6,6 +6,7 @@ from typing import Any
 from rlhf_recipes.evaluation.judges import ChatJudge, as_text
 from rlhf_recipes.evaluation.measure import Drawn, Measurement, describe, groups_of, lm_eval_results, perplexities
 from rlhf_recipes.evaluation.policies import Policy
+from rlhf_recipes.evaluation.rewards import EVALUATION
 from rlhf_recipes.evaluation.truthfulness import kinds_of
 from rlhf_recipes.evaluation.verdict import verdict
 from rlhf_recipes.records import read_json
@@ -91,5 +92,4 @@ def _example(measurement: Measurement, drawn: dict[str, Drawn], group: str, row:
 
 def _own_evaluation(folder: str | None) -> dict[str, Any] | None:
     """What recipes/reward.py measured of a reward model on comparisons held out, where it did."""
-    path = Path(folder or "") / "evaluation.json"
-    return read_json(path) if folder and path.is_file() else None
+    return read_json(Path(folder) / EVALUATION[0]) or None if folder else None
