@@ -4,7 +4,8 @@
     python recipes/pipeline.py --config my.yaml --dry-run     # what would be done
     python recipes/pipeline.py --config my.yaml --stages sft,reward
 
-Each stage is one `accelerate launch` of its recipe, on what `accelerate config` names.
+Each stage is one `accelerate launch` of its recipe, on what `accelerate config` names. With `seeds` in the YAML file all of it
+is done under each, and one table sums up the evaluations.
 """
 
 import argparse
@@ -29,6 +30,7 @@ def main() -> None:
     print(*pipeline.plan(), sep="\n", flush=True)
     if not options.dry_run:
         pipeline.run()
+        print(*pipeline.write_summaries(), sep="\n")
 
 
 if __name__ == "__main__":

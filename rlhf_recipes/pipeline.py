@@ -1,20 +1,26 @@
 """Stages in order: what each of them is to run with, whether that was done already, and the command that does it."""
 
+import contextvars
 import hashlib
 import json
+import os
 import runpy
 import shutil
 import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Iterator, Mapping
+from collections import deque
+from collections.abc import Iterable, Iterator, Mapping
+from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from rlhf_recipes.arguments import nearest, parse_arguments, read_yaml
 from rlhf_recipes.errors import RecipeError
+from rlhf_recipes.evaluation.report import METRICS
+from rlhf_recipes.evaluation.seeds import write_summary
 from rlhf_recipes.records import RECIPE, read_json, write_json
 from rlhf_recipes.runs import checkpoints_in
 
@@ -22,7 +28,8 @@ import yaml
 
 STATE = "pipeline.json"
 RECIPES = ("sft", "reward", "ppo", "dpo", "evaluate")
-_KEYS = {"output_dir", "stages", "seeds", "accelerate_config"}
+LOG_TAIL = 30  # lines of a failed stage's output that are shown
+_KEYS = {"output_dir", "stages", "seeds", "jobs", "accelerate_config"}
 _STAGE_KEYS = {"name", "recipe", "config", "arguments"}
 
 
@@ -36,6 +43,7 @@ class Stage:
         values: the arguments, those of its YAML file with those of the pipeline over them and every `{name}` filled in.
         inputs: names of the stages whose folders it reads.
         fingerprint: changes with its arguments, with the files that they name, and with the fingerprints of its inputs.
+        entry: its name in the file, which the stages of all seeds have in common.
     """
 
     name: str
@@ -43,6 +51,7 @@ class Stage:
     values: dict[str, Any]
     inputs: tuple[str, ...]
     fingerprint: str
+    entry: str
 
     @property
     def folder(self) -> Path:
@@ -59,12 +68,14 @@ class Pipeline:
         stages: in order.
         recipes: the folder of the recipes.
         accelerate_config: a file of `accelerate config` that every stage is launched with, or None.
+        jobs: how many stages may run side by side, if none of them reads another's result.
     """
 
     folder: Path
     stages: list[Stage]
     recipes: Path
     accelerate_config: str | None = None
+    jobs: int = 1
     _state: dict[str, dict[str, str]] = field(default_factory=dict)
 
     def __post_init__(self):
@@ -86,20 +97,81 @@ class Pipeline:
     def run(self) -> None:
         """Runs what is not done, in order; what is done is said to be.
 
+        Side by side (`jobs`), stages write their output to `logs/` in `folder`; alone, and last of all, to the terminal.
+
         Raises:
-            RecipeError: where a stage fails, or the folder cannot be written.
+            RecipeError: where a stage fails (what runs beside it is let finish), or the folder cannot be written.
         """
-        for number, stage in enumerate(self.stages, start=1):
-            head = f"[{number}/{len(self.stages)}] {stage.name}"
-            if self.status(stage) == "done":
-                print(f"{head}: done already, with these arguments and inputs: skipped", flush=True)
-                continue
-            print(f"{head}: {stage.folder}", flush=True)
-            started = time.monotonic()
-            if subprocess.run(self._begin(stage)).returncode:
-                raise RecipeError(f"stages: {stage.name} failed; its own message is above. Run again to go on from there")
-            self._remember(stage, "done")
-            print(f"{head}: took {time.monotonic() - started:.0f} s", flush=True)
+        waiting = self._to_do()
+        running: dict[Future[None], Stage] = {}
+        with ThreadPoolExecutor(self.jobs) as pool:
+            failed: RecipeError | None = None
+            while running or (waiting and not failed):
+                while len(running) < self.jobs and not failed and (stage := self._next(waiting, running.values())):
+                    waiting.remove(stage)
+                    beside = self.jobs > 1 and bool(running or waiting)
+                    command = self._begin(stage)
+                    running[pool.submit(self._launch, stage, command, beside)] = stage
+                finished, _ = wait(running, return_when=FIRST_COMPLETED)
+                for future in finished:
+                    stage = running.pop(future)
+                    try:
+                        future.result()
+                        self._remember(stage, "done")
+                    except RecipeError as error:
+                        failed = error
+        if failed:
+            raise failed
+
+    def _to_do(self) -> list[Stage]:
+        """The stages that are not done."""
+        waiting = [stage for stage in self.stages if self.status(stage) != "done"]
+        for stage in self.stages:
+            if stage not in waiting:
+                print(f"{self._head(stage)}: done already, with these arguments and inputs: skipped", flush=True)
+        return waiting
+
+    @staticmethod
+    def _next(waiting: list[Stage], running: Iterable[Stage]) -> Stage | None:
+        """The first that reads nothing that is still to come."""
+        unfinished = {stage.name for stage in (*waiting, *running)}
+        return next((stage for stage in waiting if unfinished.isdisjoint(stage.inputs)), None)
+
+    def _head(self, stage: Stage) -> str:
+        return f"[{self.stages.index(stage) + 1}/{len(self.stages)}] {stage.name}"
+
+    def _launch(self, stage: Stage, command: list[str], beside: bool) -> None:
+        """One stage, to its end."""
+        started = time.monotonic()
+        if beside:
+            log = self.folder / "logs" / f"{stage.name}.log"
+            log.parent.mkdir(exist_ok=True)
+            print(f"{self._head(stage)}: {stage.folder} (output: {log})", flush=True)
+            with log.open("w", encoding="utf-8") as file:
+                code = subprocess.run(command, stdout=file, stderr=subprocess.STDOUT, env=self._environment()).returncode
+            if code:
+                with log.open(encoding="utf-8", errors="replace") as file:
+                    print(*deque(file, LOG_TAIL), sep="", flush=True)
+        else:
+            print(f"{self._head(stage)}: {stage.folder}", flush=True)
+            code = subprocess.run(command).returncode
+        if code:
+            raise RecipeError(f"stages: {stage.name} failed; its own message is above. Run again to go on from there")
+        print(f"{self._head(stage)}: took {time.monotonic() - started:.0f} s", flush=True)
+
+    def _environment(self) -> dict[str, str]:
+        """Stages side by side share the cores: two that each take all of them get less done than one after the other."""
+        return {"OMP_NUM_THREADS": str(max(1, (os.cpu_count() or 1) // self.jobs)), **os.environ}
+
+    def write_summaries(self) -> Iterator[str]:
+        """Writes what the evaluations under all seeds say together, `NAME-over-seeds.*` in `folder`; yields each as text."""
+        entries = dict.fromkeys(stage.entry for stage in self.stages if stage.recipe == "evaluate")
+        for entry in entries:
+            folders = [stage.folder for stage in self.stages if stage.entry == entry]
+            if len(folders) > 1:
+                stem = self.folder / f"{entry}-over-seeds"
+                text = write_summary([read_json(folder / METRICS) for folder in folders], stem)
+                yield f"\nMean over {len(folders)} seeds (least to greatest), also in {stem}.md:\n\n{text}"
 
     def _begin(self, stage: Stage) -> list[str]:
         """The command of a stage, whose arguments are written out; it goes on with what these arguments have begun."""
@@ -159,11 +231,14 @@ def read_pipeline(config: Path, recipes: Path, only: list[str] | None = None) ->
     output, seeds = Path(values["output_dir"]), values.get("seeds") or [None]
     if not isinstance(seeds, list) or not all(seed is None or type(seed) is int for seed in seeds):
         raise RecipeError(f"{config}: seeds: must be a list of whole numbers")
+    jobs = values.get("jobs", 1)
+    if type(jobs) is not int or jobs < 1:
+        raise RecipeError(f"{config}: jobs: {jobs!r} is not how many stages may run side by side: 1 or more")
     stages = []
     for seed in seeds:
         place = output if seed is None else output / f"seed-{seed}"
         stages += _read_stages(entries, f"{config}: stages", place, recipes, only, seed)
-    return Pipeline(output, stages, recipes, values.get("accelerate_config"))
+    return Pipeline(output, stages, recipes, values.get("accelerate_config"), jobs)
 
 
 def check_arguments(pipeline: Pipeline, config: Path) -> None:
@@ -183,7 +258,8 @@ def check_arguments(pipeline: Pipeline, config: Path) -> None:
             written = Path(folder) / "stage.yaml"
             written.write_text(yaml.safe_dump(stage.values), encoding="utf-8")
             try:
-                parse_arguments(recipe, *types, argv=["--config", str(written)])
+                # In a context of its own: what goes wrong later does not come from this file
+                contextvars.copy_context().run(parse_arguments, recipe, *types, argv=["--config", str(written)])
             except RecipeError as error:
                 message = str(error).removeprefix(f"{written}: ")
                 raise RecipeError(f"{config}: stages: {stage.name} (its YAML file with its `arguments`): {message}") from error
@@ -228,7 +304,8 @@ def _read_stage(
         "inputs": [earlier[i].fingerprint for i in inputs],
     }
     digest = hashlib.sha256(json.dumps(identity, sort_keys=True, default=str).encode()).hexdigest()
-    return Stage(name if seed is None else f"{name}-{seed}", recipe, values, tuple(dict.fromkeys(inputs)), digest)
+    reads = tuple(dict.fromkeys(earlier[i].name for i in inputs))
+    return Stage(name if seed is None else f"{name}-{seed}", recipe, values, reads, digest, name)
 
 
 def _filled(value: Any, earlier: Mapping[str, Stage], seed: int | None, inputs: list[str], where: str) -> Any:

@@ -1,10 +1,13 @@
 """The pipeline: what is planned, skipped, begun again and gone on with."""
 
 import json
+import os
 import subprocess
 import sys
+import threading
 from pathlib import Path
 
+from rlhf_recipes.arguments import user_errors
 from rlhf_recipes.errors import RecipeError
 from rlhf_recipes.pipeline import check_arguments, read_pipeline
 
@@ -43,14 +46,20 @@ def launched(monkeypatch):
     """What was launched, instead of launching it: the name of each stage, and whether it was to go on."""
     calls = []
 
-    def run(command):
+    def run(command, stdout=None, stderr=None, env=None):
         config = Path(command[command.index("--config") + 1])
         folder = Path(yaml.safe_load(config.read_text())["output_dir"])
         folder.mkdir(parents=True, exist_ok=True)
         calls.append((config.stem, "--resume_from_checkpoint" in command))
+        run.environments[config.stem] = env
+        if stdout:
+            stdout.write(f"{config.stem} says this\n")
+        if config.stem in run.together:
+            run.barrier.wait()
         return subprocess.CompletedProcess(command, returncode=config.stem in run.failing)
 
-    run.failing, run.calls = set(), calls
+    run.failing, run.calls, run.environments = set(), calls, {}
+    run.together, run.barrier = set(), threading.Barrier(2, timeout=20)
     monkeypatch.setattr(subprocess, "run", run)
     return run
 
@@ -257,3 +266,59 @@ def test_what_stood_on_other_data_is_not_gone_on_from(project, launched):
     run()
     assert launched.calls[0] == ("sft", True)
     assert begun.exists()
+
+
+def test_stages_that_do_not_read_each_other_run_side_by_side(project, launched, monkeypatch):
+    monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
+    write(jobs=2)
+    launched.together = {"sft", "other"}  # each waits for the other
+    run()
+    assert {name for name, _ in launched.calls[:2]} == {"sft", "other"}
+    assert launched.calls[2] == ("dpo", False)
+    assert Path("runs/logs/sft.log").read_text() == "sft says this\n"
+    assert launched.environments["sft"]["OMP_NUM_THREADS"] == str(max(1, os.cpu_count() // 2))
+
+
+def test_alone_and_last_a_stage_has_the_terminal(project, launched):
+    write(jobs=2)
+    run(["sft", "other"])
+    run()
+    assert launched.environments["dpo"] is None
+    assert not Path("runs/logs/dpo.log").exists()
+
+
+def test_what_runs_beside_a_stage_that_fails_is_let_finish(project, launched, capsys):
+    write(jobs=2)
+    launched.together, launched.failing = {"sft", "other"}, {"sft"}
+    with pytest.raises(RecipeError, match="stages: sft failed"):
+        run()
+    assert {name for name, _ in launched.calls} == {"sft", "other"}
+    assert "sft says this" in capsys.readouterr().out
+    assert [pipeline().status(stage) for stage in pipeline().stages] == ["begun", "done", "to do"]
+
+
+@pytest.mark.parametrize("jobs", [0, "two", True])
+def test_jobs_are_a_number(project, jobs):
+    write(jobs=jobs)
+    with pytest.raises(RecipeError, match=r"pipeline\.yaml: jobs: .* 1 or more"):
+        pipeline()
+
+
+def test_what_goes_wrong_is_not_said_of_a_file_that_the_check_wrote(project, capsys):
+    write(stages=[{"name": "dpo", "config": "dpo.yaml", "arguments": {"max_stps": 1}}])
+    with pytest.raises(SystemExit), user_errors():
+        check_arguments(pipeline(), Path("pipeline.yaml"))
+    assert capsys.readouterr().err.startswith("error: pipeline.yaml: stages: dpo")
+
+
+def test_evaluations_under_several_seeds_are_summed_up(project, launched):
+    write(seeds=[3, 4], stages=[{"name": "evaluate", "config": "dpo.yaml"}])
+    run()
+    for seed, mean in ((3, 0.25), (4, 0.5)):
+        policy = {"rewards": {"score": {"mean": mean}}, "win_rate": None, "kl": None, "entropy": None, "length": {"mean": 4.0}}
+        metrics = {"seed": seed, "compare_with": "a", "kl_reference": "a", "rewards": {"score": {}}, "policies": {"a": policy}}
+        Path(f"runs/seed-{seed}/evaluate/metrics.json").write_text(json.dumps(metrics))
+    (text,) = pipeline().write_summaries()
+    assert "| policy | score | length |\n|---|---|---|\n| a | 0.38 (0.25 to 0.50) | 4.00 |" in text
+    assert Path("runs/evaluate-over-seeds.md").read_text() in text + "\n"
+    assert json.loads(Path("runs/evaluate-over-seeds.json").read_text())["scores"]["a"]["score"] == [0.25, 0.5]

@@ -10,11 +10,12 @@ from itertools import cycle, pairwise
 from typing import Any
 
 import matplotlib as mpl
+import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-GREY, BLUE, ORANGE = "#7d7d7d", "#3b82f6", "#d97706"
-_COLOURS = (BLUE, "#16a34a", "#a855f7", "#dc2626")
+GREY, BLUE, ORANGE, GREEN, RED = "#7d7d7d", "#3b82f6", "#d97706", "#16a34a", "#dc2626"
+_COLOURS = (BLUE, GREEN, "#a855f7", RED)
 _STYLE = {
     "svg.hashsalt": "rlhf-recipes",  # otherwise the names inside differ from run to run
     "svg.fonttype": "none",
@@ -127,6 +128,43 @@ def frontier(
             axes.legend(frameon=False, fontsize=8, loc="best")
         axes.margins(0.12)
         return _svg(axes.figure)
+
+
+def shares_of_kinds(groups: dict[str, dict[str, dict[str, Sequence[float]]]]) -> str:
+    """Bars of what each policy's answers are, one picture for each group: the mean over seeds, and a dot for each seed.
+
+    Args:
+        groups: group -> policy -> `made_up`, `abstained`, `right` -> the share of answers under each seed.
+
+    Raises:
+        ValueError: there is no group.
+    """
+    if not groups:
+        raise ValueError("Shares need at least one group.")
+    policies = list(next(iter(groups.values())))
+    with mpl.rc_context(_STYLE):
+        figure = Figure(figsize=(4.6 * len(groups), 0.9 + 0.42 * len(policies)), layout="constrained")
+        panels = figure.subplots(1, len(groups), sharey=True, squeeze=False)[0]
+        for axes, (group, found) in zip(panels, groups.items(), strict=True):
+            _bars(axes, found)
+            axes.set(title=group, xlabel="share of answers", xlim=(0, 1))
+        panels[0].set_yticks(range(len(policies)), policies)
+        panels[0].invert_yaxis()
+        figure.legend(*panels[0].get_legend_handles_labels(), loc="outside lower center", ncols=3, frameon=False, fontsize=9)
+        return _svg(figure)
+
+
+def _bars(axes: Axes, policies: dict[str, dict[str, Sequence[float]]]) -> None:
+    """Made up stands first, where its lengths can be compared."""
+    left = np.zeros(len(policies))
+    for kind, colour in (("made_up", RED), ("abstained", GREY), ("right", GREEN)):
+        values = [found[kind] for found in policies.values()]
+        means = np.array([np.mean(seeds) if len(seeds) else 0.0 for seeds in values])
+        axes.barh(range(len(values)), means, left=left, color=colour, alpha=0.75, label=kind.replace("_", " "))
+        if kind == "made_up":
+            for place, seeds in enumerate(values):
+                axes.plot(seeds, [place] * len(seeds), "o", color=ORANGE, markersize=4, gid="seeds")
+        left += means
 
 
 def _path(axes: Axes, points: Sequence[tuple[float, float, str]], colour: str, name: str, style: str) -> None:

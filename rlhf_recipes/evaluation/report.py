@@ -51,12 +51,22 @@ def render(metrics: dict[str, Any]) -> str:
     return environment.get_template("report.html.jinja").render(
         m=metrics,
         policies=metrics["policies"],
-        groups=_groups(metrics),
+        groups=groups_shown(metrics),
         curves=_curves(metrics),
         frontiers=_frontiers(metrics),
         diagrams=_diagrams(metrics),
         reward_lines=_reward_lines(metrics),
     )
+
+
+def groups_shown(metrics: dict[str, Any]) -> list[str]:
+    """The groups by which truthfulness is split; without the whole, where there are parts.
+
+    Args:
+        metrics: what `metrics.json` holds.
+    """
+    found = list(next((policy["truthfulness"] for policy in metrics["policies"].values() if policy.get("truthfulness")), {}))
+    return found[1:] or found
 
 
 def _number(value: float | None, digits: int = 2) -> str:
@@ -65,12 +75,6 @@ def _number(value: float | None, digits: int = 2) -> str:
 
 def _percent(value: float | None) -> str:
     return "-" if value is None else f"{value:.0%}"
-
-
-def _groups(metrics: dict[str, Any]) -> list[str]:
-    """The groups by which truthfulness is split; without the whole, where there are parts."""
-    found = list(next((policy["truthfulness"] for policy in metrics["policies"].values() if policy.get("truthfulness")), {}))
-    return found[1:] or found
 
 
 def _picture(svg: str) -> Markup:
