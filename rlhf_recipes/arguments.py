@@ -227,6 +227,13 @@ class EvaluateArguments:
             "false, true is what the model could know, and abstaining there is over-abstention."
         },
     )
+    truthfulness: bool | None = field(
+        default=None,
+        metadata={
+            "help": "Whether answers are compared with the column `reference`, word for word; by default, where half of the "
+            "references or more have at most eight words. Of free text no wording is the right one."
+        },
+    )
     abstentions: list[str] = field(
         default_factory=lambda: ["I do not know"], metadata={"help": "How an answer begins that abstains."}
     )
@@ -254,6 +261,7 @@ class EvaluateArguments:
     )
     num_examples: int = field(default=8, metadata={"help": "Prompts that the report shows with all answers."})
     seed: int = field(default=0, metadata={"help": "Of sampling and of resampling."})
+    trust_remote_code: bool = field(default=False, metadata={"help": "Whether code that comes with a model is run."})
     output_dir: str = field(default="runs/evaluate", metadata={"help": "Where metrics.json and index.html are written."})
 
     def __post_init__(self):

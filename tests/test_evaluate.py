@@ -157,6 +157,25 @@ def said(*texts):
     return [Answer(text, (5,) * len(text.split()), True) for text in texts]
 
 
+@pytest.mark.parametrize(
+    ("wanted", "references", "told"),
+    [
+        (None, ["Paris.", "I grew up in the old town, and", None], True),
+        (
+            None,
+            ["There are two ways to do it, and this is the first.", "Yes, as long as it does not rain on that day.", "No."],
+            False,
+        ),
+        (True, ["There are two ways to do it, and this is the first."], True),
+        (False, ["Paris."], False),
+        (True, [None, " "], False),
+    ],
+)
+def test_free_text_is_not_compared_word_for_word(wanted, references, told):
+    rows = Dataset.from_dict({"prompt": ["?"] * len(references), "reference": references})
+    assert Measurement(None, rows, {}, EvaluateArguments(truthfulness=wanted)).tells_truth == told
+
+
 def test_truthfulness_and_calibration_by_group():
     rows = Dataset.from_dict({"prompt": ["q"] * 4, "reference": ["a", "b", "c", "d"], "known": [True, True, False, False]})
     arguments = EvaluateArguments(group_by="known", compare_with="x")

@@ -26,6 +26,7 @@ from rlhf_recipes.evaluation.preference import (
     score_length,
     winner_confidence,
 )
+from rlhf_recipes.evaluation.truthfulness import KINDS
 
 import evaluate
 import numpy as np
@@ -493,6 +494,7 @@ def test_small_and_tied_inputs_have_results(scores, accuracy):
         (lambda: evaluate_reward([[1, 2, 3]], [[1, 2, 3]], [[1, 1, 1]], margins=[1]), "`margins` go with pairs"),
         (lambda: evaluate_reward([[1, 2]], [[1, 2]], [[1, 1]], margins=[1, 2]), "`margins` go with pairs"),
         (lambda: plots.reliability_diagram([], "none"), "at least one bin"),
+        (lambda: plots.shares_of_kinds({}), "at least one group"),
     ],
 )
 def test_inputs_without_a_result_say_why(call, message):
@@ -557,7 +559,7 @@ def test_pictures_are_svg_that_stands_alone():
 
 def test_colours_stand_out_on_white_and_on_black():
     """By WCAG's contrast of at least 3, that of graphics and large print."""
-    for colour in (plots.GREY, plots.BLUE, plots.ORANGE):
+    for colour in (plots.GREY, plots.BLUE, plots.ORANGE, plots.GREEN, plots.RED):
         channels = [int(colour[at : at + 2], 16) / 255 for at in (1, 3, 5)]
         linear = [c / 12.92 if c <= 0.04045 else ((c + 0.055) / 1.055) ** 2.4 for c in channels]
         luminance = 0.2126 * linear[0] + 0.7152 * linear[1] + 0.0722 * linear[2]
@@ -575,6 +577,25 @@ def test_reliability_diagram_shows_every_bin_where_it_is():
         slope = np.polyfit([entry[of] for entry in bins], [place[numbers] for place in places], 1)
         assert slope[0] * sign > 0
         assert [place[numbers] for place in places] == pytest.approx(np.polyval(slope, [e[of] for e in bins]), abs=0.01)
+
+
+def test_bars_of_kinds_have_the_lengths_of_their_means_and_a_dot_for_each_seed():
+    shares = {"a": {"made_up": [0.2, 0.4], "abstained": [0.1, 0.3], "right": [0.7, 0.3]}}
+    shares["b"] = {kind: [0.5, 0.5] for kind in KINDS}
+    root = ElementTree.fromstring(plots.shares_of_kinds({"known": shares, "not known": shares}))
+    assert {"known", "not known", "a", "b"} <= {text.text for text in root.iter(f"{SVG}text")}
+    dots = [group for group in root.iter(f"{SVG}g") if (group.get("id") or "").startswith("seeds")]
+    assert [len(list(group.iter(f"{SVG}use"))) for group in dots] == [2] * 4
+    first, second = (float(use.get("x")) for use in dots[0].iter(f"{SVG}use"))
+    widths = {}
+    for path in root.iter(f"{SVG}path"):
+        if colour := re.search(r"fill: (#[0-9a-f]{6}); opacity", path.get("style") or ""):
+            across = [float(x) for x in re.findall(r"[ML] ([\d.]+)", path.get("d"))]
+            widths.setdefault(colour[1], []).append(max(across) - min(across))
+    # 0.2 of the axis lie between the two dots
+    unit = (second - first) / 0.2
+    for colour, share in ((plots.RED, 0.3), (plots.GREY, 0.2), (plots.GREEN, 0.5)):
+        assert widths[colour][0] / unit == pytest.approx(share, abs=0.01)
 
 
 def test_pictures_of_edge_cases_are_drawn():

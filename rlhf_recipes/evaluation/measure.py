@@ -37,6 +37,8 @@ from trl.trainer.utils import get_callable_name, is_async_callable
 
 Figure = dict[str, Any]
 
+SHORT = 8  # words of a reference of which there is but one wording
+
 _EXPECTED = {"name": "a text", "trained": "true, false or a list of policies", "optional": "true or false"}
 
 
@@ -197,6 +199,15 @@ class Measurement:
         """The reward that best-of-n chooses by, if an entry names no other."""
         return next((name for name, reward in self.rewards.items() if reward.trained), next(iter(self.rewards), None))
 
+    @functools.cached_property
+    def tells_truth(self) -> bool:
+        """Whether answers are right or made up: there are references, and as `truthfulness` says, or they are short."""
+        if "reference" not in self.rows.column_names:
+            return False
+        lengths = [len(text.split()) for text in self.rows["reference"] if text and text.strip()]
+        wanted = self.arguments.truthfulness
+        return bool(lengths) and (np.median(lengths) <= SHORT if wanted is None else wanted)
+
     def draw(self, policy: str, count: int, seed: int) -> list[Answer]:
         """`count` answers to each prompt."""
         arguments = self.arguments
@@ -307,7 +318,7 @@ def describe(
     result["length"] = compared(lambda one: np.array([len(answer.ids) for answer in one.answers], float).reshape(shape))
     result["ended"] = compared(lambda one: np.array([answer.ended for answer in one.answers], float).reshape(shape), True)
     result["diversity"] = diversity(drawn.texts, np.repeat(np.arange(shape[0]), shape[1]).tolist())
-    if "reference" in measurement.rows.column_names:
+    if measurement.tells_truth:
         result |= _truthfulness(measurement, drawn, compared)
     return result
 

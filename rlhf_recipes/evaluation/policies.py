@@ -162,7 +162,7 @@ def load_bench(
     Raises:
         RecipeError: as in `load_model` and `Bench.add`.
     """
-    base = load_model(model, _Placement())
+    base = load_model(model, _Placement(arguments.trust_remote_code))
     check_vocabulary(base, tokenizer)
     if not getattr(base, "is_quantized", False):
         base = base.to(PartialState().device)
@@ -175,8 +175,11 @@ def load_bench(
     return bench
 
 
+@dataclass(frozen=True)
 class _Placement:
     """What `load_model` asks of a trainer's arguments, where there is no trainer."""
+
+    trust_remote_code: bool
 
     @property
     def device(self) -> Any:

@@ -77,10 +77,11 @@ def examples(measurement: Measurement, drawn: dict[str, Drawn]) -> list[dict[str
 def _example(measurement: Measurement, drawn: dict[str, Drawn], group: str, row: int) -> dict[str, Any]:
     entry, arguments = measurement.rows[row], measurement.arguments
     reference = entry.get("reference")
+    known = reference and measurement.tells_truth
 
     def shown(one: Drawn) -> dict[str, Any]:
         text = one.texts[row * arguments.num_answers]
-        return {"text": text, "kind": kinds_of([text], [reference], arguments.abstentions)[0] if reference else None}
+        return {"text": text, "kind": kinds_of([text], [reference], arguments.abstentions)[0] if known else None}
 
     return {
         "prompt": as_text(entry["prompt"]),
