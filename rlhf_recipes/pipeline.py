@@ -1,6 +1,7 @@
 """Stages in order: what each of them is to run with, whether that was done already, and the command that does it."""
 
 import contextvars
+import fcntl
 import hashlib
 import json
 import os
@@ -13,6 +14,7 @@ import time
 from collections import deque
 from collections.abc import Iterable, Iterator, Mapping
 from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -26,7 +28,7 @@ from rlhf_recipes.runs import checkpoints_in
 
 import yaml
 
-STATE = "pipeline.json"
+STATE, LOCK = "pipeline.json", "pipeline.lock"
 RECIPES = ("sft", "reward", "ppo", "dpo", "evaluate")
 LOG_TAIL = 30  # lines of a failed stage's output that are shown
 _KEYS = {"output_dir", "stages", "seeds", "jobs", "accelerate_config"}
@@ -100,9 +102,15 @@ class Pipeline:
         Side by side (`jobs`), stages write their output to `logs/` in `folder`; alone, and last of all, to the terminal.
 
         Raises:
-            RecipeError: where a stage fails (what runs beside it is let finish), or the folder cannot be written.
+            RecipeError: where a stage fails (what runs beside it is let finish), the folder cannot be written to, or another
+                pipeline is at work in it.
         """
         waiting = self._to_do()
+        if waiting:
+            with self._alone() as lock:
+                self._run(waiting, lock)
+
+    def _run(self, waiting: list[Stage], lock: int) -> None:
         running: dict[Future[None], Stage] = {}
         with ThreadPoolExecutor(self.jobs) as pool:
             failed: RecipeError | None = None
@@ -111,7 +119,7 @@ class Pipeline:
                     waiting.remove(stage)
                     beside = self.jobs > 1 and bool(running or waiting)
                     command = self._begin(stage)
-                    running[pool.submit(self._launch, stage, command, beside)] = stage
+                    running[pool.submit(self._launch, stage, command, beside, lock)] = stage
                 finished, _ = wait(running, return_when=FIRST_COMPLETED)
                 for future in finished:
                     stage = running.pop(future)
@@ -140,7 +148,32 @@ class Pipeline:
     def _head(self, stage: Stage) -> str:
         return f"[{self.stages.index(stage) + 1}/{len(self.stages)}] {stage.name}"
 
-    def _launch(self, stage: Stage, command: list[str], beside: bool) -> None:
+    @contextmanager
+    def _alone(self) -> Iterator[int]:
+        """Holds the folder's lock; its file descriptor.
+
+        Stages inherit it: one whose pipeline was killed may still be writing, and must not be written over.
+        """
+        path = self.folder / LOCK
+        try:
+            self.folder.mkdir(parents=True, exist_ok=True)
+            file = path.open("w")
+        except OSError as error:
+            raise self._unwritable(error) from error
+        with file:
+            try:
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError as error:
+                raise RecipeError(
+                    f"output_dir: {self.folder}: another pipeline, or a stage of one that was killed, still runs in it: wait "
+                    f"for its end, or end it (`fuser {path}` says which process it is)"
+                ) from error
+            yield file.fileno()
+
+    def _unwritable(self, error: OSError) -> RecipeError:
+        return RecipeError(f"output_dir: {self.folder}: cannot be written to ({error.strerror}): name another")
+
+    def _launch(self, stage: Stage, command: list[str], beside: bool, lock: int) -> None:
         """One stage, to its end."""
         started = time.monotonic()
         if beside:
@@ -148,13 +181,14 @@ class Pipeline:
             log.parent.mkdir(exist_ok=True)
             print(f"{self._head(stage)}: {stage.folder} (output: {log})", flush=True)
             with log.open("w", encoding="utf-8") as file:
-                code = subprocess.run(command, stdout=file, stderr=subprocess.STDOUT, env=self._environment()).returncode
+                shared = {"stdout": file, "stderr": subprocess.STDOUT, "env": self._environment()}
+                code = subprocess.run(command, pass_fds=(lock,), **shared).returncode
             if code:
                 with log.open(encoding="utf-8", errors="replace") as file:
                     print(*deque(file, LOG_TAIL), sep="", flush=True)
         else:
             print(f"{self._head(stage)}: {stage.folder}", flush=True)
-            code = subprocess.run(command).returncode
+            code = subprocess.run(command, pass_fds=(lock,)).returncode
         if code:
             raise RecipeError(f"stages: {stage.name} failed; its own message is above. Run again to go on from there")
         print(f"{self._head(stage)}: took {time.monotonic() - started:.0f} s", flush=True)
@@ -188,7 +222,7 @@ class Pipeline:
             config.write_text(text, encoding="utf-8")
             self._remember(stage, "begun")
         except OSError as error:
-            raise RecipeError(f"output_dir: {self.folder}: cannot be written to ({error.strerror}): name another") from error
+            raise self._unwritable(error) from error
         engine = ["--config_file", self.accelerate_config] if self.accelerate_config else []
         command = [sys.executable, "-m", "accelerate.commands.launch", "--quiet", *engine]
         command += [str(self.recipes / f"{stage.recipe}.py"), "--config", str(config)]

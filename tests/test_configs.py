@@ -13,7 +13,7 @@ import yaml
 from conftest import ROOT
 from trl import ModelConfig
 
-PIPELINES = sorted((ROOT / "configs").rglob("pipeline*.yaml"))
+PIPELINES = sorted(path for path in (ROOT / "configs").rglob("*.yaml") if "stages" in read_yaml(path))
 CONFIGS = sorted({*(ROOT / "configs").rglob("*.yaml")} - {*PIPELINES})
 SOURCES = [*(ROOT / "recipes").glob("*.py"), *(ROOT / "rlhf_recipes").rglob("*.py")]
 

@@ -2,9 +2,11 @@
 
 import json
 import os
+import signal
 import subprocess
 import sys
 import threading
+import time
 from pathlib import Path
 
 from rlhf_recipes.arguments import user_errors
@@ -12,8 +14,10 @@ from rlhf_recipes.errors import RecipeError
 from rlhf_recipes.pipeline import check_arguments, read_pipeline
 
 import pytest
+import torch
 import yaml
 from conftest import ROOT
+from safetensors.torch import load_file
 
 RECIPES = ROOT / "recipes"
 
@@ -46,7 +50,7 @@ def launched(monkeypatch):
     """What was launched, instead of launching it: the name of each stage, and whether it was to go on."""
     calls = []
 
-    def run(command, stdout=None, stderr=None, env=None):
+    def run(command, pass_fds, stdout=None, stderr=None, env=None):
         config = Path(command[command.index("--config") + 1])
         folder = Path(yaml.safe_load(config.read_text())["output_dir"])
         folder.mkdir(parents=True, exist_ok=True)
@@ -190,6 +194,61 @@ def test_each_stage_is_launched_by_accelerate(project, tmp_path):
     told = json.loads(Path("runs/sft/told.json").read_text())
     assert told["argv"] == []
     assert told["cpu"].lower() == "true"
+
+
+def wait_for(path):
+    for _ in range(6000):
+        if path.exists():
+            return
+        time.sleep(0.01)
+    raise TimeoutError(path)
+
+
+def start(config):
+    command = [sys.executable, str(RECIPES / "pipeline.py"), "--config", str(config)]
+    return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, start_new_session=True)
+
+
+def test_a_killed_pipeline_goes_on_to_the_same_end(tmp_path, launch):
+    small = {"dataset_arguments": {"rows": 512}, "per_device_train_batch_size": 32, "save_steps": 2, "eval_strategy": "no"}
+    stages = [{"name": "sft", "arguments": small | {"save_total_limit": None}}]
+    config = tmp_path / "pipeline.yaml"
+    config.write_text(yaml.safe_dump({"output_dir": str(tmp_path), "stages": stages}))
+    killed = start(config)
+    wait_for(tmp_path / "sft" / "checkpoint-4")
+    os.killpg(killed.pid, signal.SIGKILL)
+    killed.wait()
+    assert not (tmp_path / "sft" / "recipe.json").exists()
+    again = start(config)
+    output = again.communicate()[0]
+    assert again.returncode == 0, output
+    assert f"1. sft: recipes/sft.py -> {tmp_path}/sft: begun\n" in output
+
+    unbroken = tmp_path / "unbroken"
+    assert launch("sft", "--config", tmp_path / "configs" / "sft.yaml", "--output_dir", unbroken)[0] == 0
+    whole, gone_on = (load_file(folder / "adapter_model.safetensors") for folder in (unbroken, tmp_path / "sft"))
+    assert whole.keys() == gone_on.keys()
+    assert all(torch.equal(whole[name], gone_on[name]) for name in whole)
+
+
+def test_a_stage_that_has_outlived_its_pipeline_is_not_written_over(project, tmp_path):
+    recipes = tmp_path / "recipes"
+    recipes.mkdir()
+    (recipes / "sft.py").write_text("import pathlib, time\npathlib.Path('begun').touch()\ntime.sleep(60)\n")
+    write(stages=[{"name": "sft", "config": "sft.yaml"}])
+    program = "from pathlib import Path\nfrom rlhf_recipes.pipeline import read_pipeline\n"
+    program += f"read_pipeline(Path('pipeline.yaml'), Path({str(recipes)!r})).run()"
+    process = subprocess.Popen([sys.executable, "-c", program], start_new_session=True, stdout=subprocess.DEVNULL)
+    try:
+        wait_for(Path("begun"))
+        process.kill()
+        process.wait()
+        with pytest.raises(
+            RecipeError, match="output_dir: runs: another pipeline, or a stage of one that was killed, still runs"
+        ):
+            run()
+    finally:
+        os.killpg(process.pid, signal.SIGKILL)
 
 
 def test_the_plan_of_the_recipe_runs_nothing(project):
