@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from rlhf_recipes.arguments import EvaluateArguments, nearest
+from rlhf_recipes.arguments import EvaluateArguments, SampleArguments, nearest
 from rlhf_recipes.errors import RecipeError
 from rlhf_recipes.models import check_base, check_vocabulary, load_model
 from rlhf_recipes.records import RECIPE, read_json
@@ -155,7 +155,10 @@ class Bench:
 
 
 def load_bench(
-    model: ModelConfig, arguments: EvaluateArguments, policies: dict[str, Policy], tokenizer: PreTrainedTokenizerBase
+    model: ModelConfig,
+    arguments: EvaluateArguments | SampleArguments,
+    policies: dict[str, Policy],
+    tokenizer: PreTrainedTokenizerBase,
 ) -> Bench:
     """The base with every policy's adapter on it, on the device that Accelerate has chosen.
 

@@ -1,0 +1,53 @@
+"""Sampling: several completions of each prompt, from one policy or several, for people to rank.
+
+    accelerate launch recipes/sample.py                       # configs/tiny/sample.yaml: the tiny world, on a CPU
+    accelerate launch recipes/sample.py --config my.yaml --num_completions 6
+
+Writes groups of unranked completions to `groups.jsonl`. Broken off, the same command goes on where it was. One process does it
+all.
+"""
+
+from dataclasses import asdict
+
+from rlhf_recipes.arguments import DataArguments, SampleArguments, parse_arguments, user_errors
+from rlhf_recipes.data import check_lengths, load_data, never_cut
+from rlhf_recipes.evaluation.policies import load_bench, read_policies
+from rlhf_recipes.models import load_tokenizer
+from rlhf_recipes.sampling import GroupFile, refuse_best_of, sample_groups
+
+from accelerate import PartialState
+from tqdm import tqdm
+from trl import ModelConfig
+
+ARGUMENTS = (SampleArguments, DataArguments, ModelConfig)
+
+
+def main() -> None:
+    """Samples and writes."""
+    sample_args, data_args, model_args = parse_arguments(__file__, *ARGUMENTS)
+    if not PartialState().is_main_process:
+        return
+    policies = read_policies(sample_args.policies)
+    refuse_best_of(policies)
+    arguments = asdict(sample_args) | asdict(data_args) | asdict(model_args)
+    file = GroupFile(arguments.pop("output_dir"), arguments)
+
+    # Data
+    rows = load_data(data_args, "prompt", evaluate=False, seed=sample_args.seed).train
+    taught = next((policy.folder for policy in policies.values() if policy.folder), None)
+    tokenizer = load_tokenizer(model_args, sample_args, start_from=taught)
+    rows, _ = check_lengths(rows, tokenizer, sample_args.max_prompt_length, never_cut(data_args.long_rows), "train")
+
+    # Every policy as an adapter on one base, asked in turns
+    bench = load_bench(model_args, sample_args, policies, tokenizer)
+    with tqdm(total=len(rows), initial=file.prompts, unit="prompt") as bar:
+        for part in sample_groups(bench, list(policies), rows, sample_args, done=file.prompts):
+            file.append(part)
+            bar.update(len(part))
+    alike = file.prompts - file.groups
+    print(f"{file.groups} groups are in {file.path}; {alike} prompts were left out, whose completions were all alike")
+
+
+if __name__ == "__main__":
+    with user_errors():
+        main()
