@@ -1,17 +1,14 @@
-"""Can a reward model see what the base knows? The tiny world's answer, over several seeds.
+"""Can a reward model see what the base knows? The tiny world's answer, over the seeds of the experiment.
 
-    OMP_NUM_THREADS=1 python benchmarks/tiny_reward.py --seeds 0 1 2
+    python recipes/pipeline.py --config configs/tiny/experiment.yaml --stages reward
+    python benchmarks/tiny_reward.py
 
-For each seed, trains `configs/tiny/reward.yaml` on rankings of that seed and compares the scores of the true answer, of
-abstaining and of every false answer to the questions of the evaluation split: about people whom no stage has seen, known to the
-base or not. The seed decides the rankings (and who the unknown people in them are), their order and the adapter's first
-weights.
+Of each reward model of `configs/tiny/experiment.yaml` it compares the scores of the true answer, of abstaining and of every
+false answer to the questions of the evaluation split: about people whom no stage has seen, known to the base or not.
 """
 
 import argparse
 import json
-import subprocess
-import sys
 from pathlib import Path
 
 from rlhf_recipes.evaluation.preference import pair_accuracy
@@ -23,22 +20,12 @@ from rlhf_recipes.tiny.world import ABSTENTION, ATTRIBUTES
 from transformers import AutoModelForCausalLM, AutoTokenizer
 from transformers.utils.logging import disable_progress_bar
 
-ROOT = Path(__file__).parent.parent
-ROWS = 12_800
 COMPARISONS = ("right over wrong", "right over abstaining", "abstaining over wrong")
 WHO = {True: "known", False: "unknown"}
 COLUMNS = " | ".join(f"{who}: {what}" for who in WHO.values() for what in COMPARISONS)
 HEAD = f"""\
 | seed | training accuracy | development | ECE | {COLUMNS} |
 |---|---|---|---|{"---|" * len(WHO) * len(COMPARISONS)}"""
-
-
-def train(seed: int, output: Path) -> None:
-    """Runs the recipe in a process of its own."""
-    arguments = {"rows": ROWS, "k": 4, "seed": seed}
-    command = [sys.executable, ROOT / "recipes" / "reward.py", "--seed", str(seed), "--output_dir", output]
-    command += ["--dataset_arguments", json.dumps(arguments), "--save_strategy", "no"]
-    subprocess.run(command, check=True, stdout=subprocess.DEVNULL)
 
 
 def compare_answers(reward: Scorer, rows: int = 600) -> dict[str, dict[str, float]]:
@@ -64,25 +51,17 @@ def _shares(table: list[list[float]]) -> dict[str, float]:
 
 
 def main() -> None:
-    """Trains, measures and prints the table."""
+    """Measures and prints the table."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
-    parser.add_argument("--output", type=Path, default=Path("runs/tiny_reward"))
+    parser.add_argument("--experiment", type=Path, default=Path("runs/tiny-experiment"), help="where it was run")
     options = parser.parse_args()
     disable_progress_bar()
-
-    notes = []
     print(HEAD, flush=True)
-    for seed in options.seeds:
-        output = options.output / f"seed-{seed}"
-        train(seed, output)
-        print(_row(seed, output), flush=True)
-        run = json.loads((output / "recipe.json").read_text())["run"]
-        notes.append(f"seed {seed}: {run['wall_time_s']:.0f} s, {run['peak_memory']['bytes'] / 2**30:.2f} GiB")
-    print("", *notes, sep="\n")
+    for folder in sorted(options.experiment.glob("seed-*/reward")):
+        print(_row(folder.parent.name.removeprefix("seed-"), folder), flush=True)
 
 
-def _row(seed: int, output: Path) -> str:
+def _row(seed: str, output: Path) -> str:
     """The row of the table whose head is `HEAD`."""
     (result,) = json.loads((output / "evaluation.json").read_text()).values()
     steps = [entry for entry in json.loads((output / "recipe.json").read_text())["log"] if "accuracy" in entry]
