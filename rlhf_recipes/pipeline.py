@@ -23,6 +23,7 @@ from rlhf_recipes.arguments import nearest, parse_arguments, read_yaml
 from rlhf_recipes.errors import RecipeError
 from rlhf_recipes.evaluation.report import METRICS
 from rlhf_recipes.evaluation.seeds import write_summary
+from rlhf_recipes.models import resolve_path
 from rlhf_recipes.records import RECIPE, read_json, write_json
 from rlhf_recipes.runs import checkpoints_in
 
@@ -60,6 +61,11 @@ class Stage:
         """Where its result is."""
         return Path(self.values["output_dir"])
 
+    def result(self) -> list[int] | None:
+        """Size and time of the file that the recipe writes last: another run in the folder leaves another one."""
+        path = self.folder / (METRICS if self.recipe == "evaluate" else RECIPE)
+        return [path.stat().st_size, path.stat().st_mtime_ns] if path.is_file() else None
+
 
 @dataclass
 class Pipeline:
@@ -71,6 +77,7 @@ class Pipeline:
         recipes: the folder of the recipes.
         accelerate_config: a file of `accelerate config` that every stage is launched with, or None.
         jobs: how many stages may run side by side, if none of them reads another's result.
+        unselected: stages of the file that are not to be run.
     """
 
     folder: Path
@@ -78,7 +85,8 @@ class Pipeline:
     recipes: Path
     accelerate_config: str | None = None
     jobs: int = 1
-    _state: dict[str, dict[str, str]] = field(default_factory=dict)
+    unselected: tuple[Stage, ...] = ()
+    _state: dict[str, dict[str, Any]] = field(default_factory=dict)
 
     def __post_init__(self):
         self._state = read_json(self.folder / STATE)
@@ -86,7 +94,7 @@ class Pipeline:
     def status(self, stage: Stage) -> str:
         """`done`, `begun` (it will go on from its newest checkpoint) or `to do`."""
         known = self._state.get(stage.name, {}) if stage.folder.is_dir() else {}
-        if known.get("done") == stage.fingerprint:
+        if known.get("done") == stage.fingerprint and known.get("result") == stage.result():
             return "done"
         return "begun" if known.get("begun") == stage.fingerprint else "to do"
 
@@ -105,10 +113,20 @@ class Pipeline:
             RecipeError: where a stage fails (what runs beside it is let finish), the folder cannot be written to, or another
                 pipeline is at work in it.
         """
-        waiting = self._to_do()
-        if waiting:
-            with self._alone() as lock:
-                self._run(waiting, lock)
+        with self._alone() as lock:
+            self._state = read_json(self.folder / STATE)  # another pipeline may have been at work since
+            self._check_unselected()
+            self._run(self._to_do(), lock)
+
+    def _check_unselected(self) -> None:
+        """Refuses to run a stage on what a stage that is left out did for other arguments, or did not do."""
+        lacking = {stage.name for stage in self.unselected if self.status(stage) != "done"}
+        for stage in self.stages:
+            for name in stage.inputs:
+                if name in lacking:
+                    raise RecipeError(
+                        f"--stages: {stage.name} reads {name}, which is not done with its present arguments and inputs: add it"
+                    )
 
     def _run(self, waiting: list[Stage], lock: int) -> None:
         running: dict[Future[None], Stage] = {}
@@ -125,7 +143,7 @@ class Pipeline:
                     stage = running.pop(future)
                     try:
                         future.result()
-                        self._remember(stage, "done")
+                        self._remember(stage, done=stage.fingerprint, result=stage.result())
                     except RecipeError as error:
                         failed = error
         if failed:
@@ -210,8 +228,8 @@ class Pipeline:
     def _begin(self, stage: Stage) -> list[str]:
         """The command of a stage, whose arguments are written out; it goes on with what these arguments have begun."""
         goes_on = self.status(stage) == "begun"
-        if not goes_on and (stage.folder / RECIPE).exists():
-            # Other inputs may have the same arguments: broken off before it trains, it would go on from the old ones' run
+        if not goes_on:
+            # The arguments may be the same on other inputs, and the recipe would go on from the old ones' run
             for folder in (stage.folder, *stage.folder.glob("member-*")):
                 for checkpoint in checkpoints_in(folder):
                     shutil.rmtree(checkpoint)
@@ -220,7 +238,7 @@ class Pipeline:
             config.parent.mkdir(parents=True, exist_ok=True)
             text = f"# Written by recipes/pipeline.py\n{yaml.safe_dump(stage.values, sort_keys=False)}"
             config.write_text(text, encoding="utf-8")
-            self._remember(stage, "begun")
+            self._remember(stage, begun=stage.fingerprint)
         except OSError as error:
             raise self._unwritable(error) from error
         engine = ["--config_file", self.accelerate_config] if self.accelerate_config else []
@@ -228,8 +246,9 @@ class Pipeline:
         command += [str(self.recipes / f"{stage.recipe}.py"), "--config", str(config)]
         return [*command, "--resume_from_checkpoint", "true"] if goes_on and stage.recipe != "evaluate" else command
 
-    def _remember(self, stage: Stage, step: str) -> None:
-        self._state[stage.name] = {**self._state.get(stage.name, {}), step: stage.fingerprint}
+    def _remember(self, stage: Stage, **what: Any) -> None:
+        """In place of what was known: a stage that has begun anew is no longer done."""
+        self._state[stage.name] = what
         write_json(self.folder / STATE, self._state)
 
 
@@ -262,17 +281,27 @@ def read_pipeline(config: Path, recipes: Path, only: list[str] | None = None) ->
     entries = values.get("stages")
     if not isinstance(entries, list) or not entries or not all(isinstance(entry, dict) for entry in entries):
         raise RecipeError(f"{config}: stages: must be a list of mappings with `name` and `config`")
-    output, seeds = Path(values["output_dir"]), values.get("seeds") or [None]
-    if not isinstance(seeds, list) or not all(seed is None or type(seed) is int for seed in seeds):
-        raise RecipeError(f"{config}: seeds: must be a list of whole numbers")
+    output, seeds = Path(values["output_dir"]), values.get("seeds", [None])
+    whole = isinstance(seeds, list) and seeds and all(seed is None or type(seed) is int for seed in seeds)
+    if not whole or len(set(seeds)) < len(seeds):
+        raise RecipeError(f"{config}: seeds: must be a list of whole numbers, none of them twice")
     jobs = values.get("jobs", 1)
     if type(jobs) is not int or jobs < 1:
         raise RecipeError(f"{config}: jobs: {jobs!r} is not how many stages may run side by side: 1 or more")
+    engine = values.get("accelerate_config")
+    if engine is not None and not (isinstance(engine, str) and Path(engine).is_file()):
+        raise RecipeError(f"{config}: accelerate_config: {engine!r} is no file: write one with `accelerate config`")
     stages = []
     for seed in seeds:
         place = output if seed is None else output / f"seed-{seed}"
-        stages += _read_stages(entries, f"{config}: stages", place, recipes, only, seed)
-    return Pipeline(output, stages, recipes, values.get("accelerate_config"), jobs)
+        stages += _read_stages(entries, f"{config}: stages", place, recipes, seed, engine)
+    _refuse_shared_folders(stages, f"{config}: stages")
+    entries_known = dict.fromkeys(stage.entry for stage in stages)
+    for name in only or ():
+        if name not in entries_known:
+            raise RecipeError(f"--stages: {name!r} is none of {', '.join(entries_known)}{nearest(name, entries_known)}")
+    chosen = [stage for stage in stages if only is None or stage.entry in only]
+    return Pipeline(output, chosen, recipes, engine, jobs, tuple(stage for stage in stages if stage not in chosen))
 
 
 def check_arguments(pipeline: Pipeline, config: Path) -> None:
@@ -300,21 +329,32 @@ def check_arguments(pipeline: Pipeline, config: Path) -> None:
 
 
 def _read_stages(
-    entries: list[dict[str, Any]], where: str, output: Path, recipes: Path, only: list[str] | None, seed: int | None
+    entries: list[dict[str, Any]], where: str, output: Path, recipes: Path, seed: int | None, engine: str | None
 ) -> list[Stage]:
     """The stages of one seed."""
     stages: dict[str, Stage] = {}
     for number, entry in enumerate(entries, start=1):
-        stage = _read_stage(entry, f"{where}, entry {number}", output, recipes, stages, seed)
-        stages[entry["name"]] = stage
-    for name in only or ():
-        if name not in stages:
-            raise RecipeError(f"--stages: {name!r} is none of {', '.join(stages)}{nearest(name, stages)}")
-    return [stage for name, stage in stages.items() if only is None or name in only]
+        stage = _read_stage(entry, f"{where}, entry {number}", output, recipes, stages, seed, engine)
+        stages[stage.entry] = stage
+    return list(stages.values())
+
+
+def _refuse_shared_folders(stages: Iterable[Stage], where: str) -> None:
+    owners: dict[Path, str] = {}
+    for stage in stages:
+        owner = owners.setdefault(stage.folder.absolute(), stage.name)
+        if owner != stage.name:
+            raise RecipeError(f"{where}: {owner} and {stage.name} both write to {stage.folder}: leave `output_dir` out")
 
 
 def _read_stage(
-    entry: dict[str, Any], where: str, output: Path, recipes: Path, earlier: Mapping[str, Stage], seed: int | None
+    entry: dict[str, Any],
+    where: str,
+    output: Path,
+    recipes: Path,
+    earlier: Mapping[str, Stage],
+    seed: int | None,
+    engine: str | None,
 ) -> Stage:
     _refuse_unknown(entry, _STAGE_KEYS, where)
     name, recipe = entry.get("name"), entry.get("recipe", entry.get("name"))
@@ -324,12 +364,18 @@ def _read_stage(
         raise RecipeError(f"{where}: name: '{name}' stands twice: give each stage a name, and `recipe` beside it")
     if recipe not in RECIPES:
         raise RecipeError(f"{where}: recipe: {recipe!r} is none of {', '.join(RECIPES)}{nearest(str(recipe), RECIPES)}")
-    values = read_yaml(_found(entry.get("config") or f"configs/tiny/{recipe}.yaml", recipes))
+    config, arguments = entry.get("config"), entry.get("arguments", {})
+    if not isinstance(config, str):
+        raise RecipeError(f"{where}: config: name the YAML file of its recipe, such as configs/tiny/{recipe}.yaml")
+    if not isinstance(arguments, dict):
+        raise RecipeError(f"{where}: arguments: must be a mapping of keys of {recipe}.py, and is {arguments!r}")
+    values = read_yaml(_found(config, recipes))
     own = {"output_dir": str(output / name)} if seed is None else {"output_dir": str(output / name), "seed": seed}
-    values = {**values, **own, **(entry.get("arguments") or {})}
+    values = {**values, **own, **arguments}
     values.pop("needs", None)  # the order of the stages says so
     inputs: list[str] = []
-    files = _files_in({key: value for key, value in values.items() if key != "output_dir"})  # stages answer for their own
+    named = {key: value for key, value in values.items() if key != "output_dir"} | {"accelerate_config": engine}
+    files = _files_in(named, Path(values["output_dir"]))
     values = {key: _filled(value, earlier, seed, inputs, f"{where}: {key}") for key, value in values.items()}
     identity = {
         "recipe": recipe,
@@ -337,7 +383,7 @@ def _read_stage(
         "files": files,
         "inputs": [earlier[i].fingerprint for i in inputs],
     }
-    digest = hashlib.sha256(json.dumps(identity, sort_keys=True, default=str).encode()).hexdigest()
+    digest = hashlib.sha256(json.dumps(_sorted(identity), default=str).encode()).hexdigest()
     reads = tuple(dict.fromkeys(earlier[i].name for i in inputs))
     return Stage(name if seed is None else f"{name}-{seed}", recipe, values, reads, digest, name)
 
@@ -359,17 +405,27 @@ def _filled(value: Any, earlier: Mapping[str, Stage], seed: int | None, inputs: 
     return f"{earlier[name].folder}{rest}"
 
 
-def _files_in(values: Any) -> list[tuple[str, int, int]]:
-    """Path, size and time of every file that is named, or lies in a folder that is: other data are another input."""
+def _files_in(values: Any, output: Path) -> list[tuple[str, int, int]]:
+    """Path, size and time of every file that is named, or lies in a folder that is, but for what the stage itself writes."""
     if isinstance(values, dict | list):
         items = values.values() if isinstance(values, dict) else values
-        return [found for item in items for found in _files_in(item)]
+        return [found for item in items for found in _files_in(item, output)]
     if not isinstance(values, str) or len(values) > 1000:
         return []
-    named = Path(values)
-    files = [named] if named.is_file() else sorted(named.iterdir()) if "/" in values and named.is_dir() else []
-    stats = [(str(path), path.stat()) for path in files if path.is_file()]
+    try:
+        named = Path(resolve_path(values)).expanduser()
+        files = [named] if named.is_file() else sorted(named.rglob("*")) if named.is_dir() else []
+        stats = [(str(path), path.stat()) for path in files if path.is_file() and output not in path.parents]
+    except (OSError, RuntimeError, ValueError):  # a text that is no path
+        return []
     return [(path, stat.st_size, stat.st_mtime_ns) for path, stat in stats]
+
+
+def _sorted(value: Any) -> Any:
+    """The same with the keys of mappings in order, whatever their types."""
+    if isinstance(value, dict):
+        return sorted(([str(key), _sorted(item)] for key, item in value.items()), key=lambda pair: pair[0])
+    return [_sorted(item) for item in value] if isinstance(value, list | tuple) else value
 
 
 def _found(path: str, recipes: Path) -> Path:

@@ -1,7 +1,9 @@
 """The pipeline: what is planned, skipped, begun again and gone on with."""
 
+import contextlib
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -20,6 +22,7 @@ from conftest import ROOT
 from safetensors.torch import load_file
 
 RECIPES = ROOT / "recipes"
+ENGINE = "compute_environment: LOCAL_MACHINE\nuse_cpu: true\nnum_processes: 1\ndistributed_type: 'NO'\n"
 
 
 @pytest.fixture
@@ -29,12 +32,14 @@ def project(tmp_path, monkeypatch):
     Path("data.jsonl").write_text('{"text": "one"}\n')
     Path("sft.yaml").write_text("dataset_name: data.jsonl\nlearning_rate: 1.0e-3\noutput_dir: elsewhere\nneeds: [first.yaml]\n")
     Path("dpo.yaml").write_text("beta: 0.1\n")
+    Path("engine.yaml").write_text(ENGINE)
     write(
+        accelerate_config="engine.yaml",
         stages=[
             {"name": "sft", "config": "sft.yaml"},
             {"name": "other", "recipe": "sft", "config": "sft.yaml", "arguments": {"dataset_name": "a.b"}},
             {"name": "dpo", "config": "dpo.yaml", "arguments": {"start_from": "{sft}", "beta": 0.3}},
-        ]
+        ],
     )
     return tmp_path
 
@@ -58,6 +63,9 @@ def launched(monkeypatch):
         run.environments[config.stem] = env
         if stdout:
             stdout.write(f"{config.stem} says this\n")
+        if config.stem not in run.failing:
+            (folder / "recipe.json").write_text(json.dumps({"calls": len(calls)}))
+            (folder / "metrics.json").write_text(json.dumps({"calls": len(calls)}))
         if config.stem in run.together:
             run.barrier.wait()
         return subprocess.CompletedProcess(command, returncode=config.stem in run.failing)
@@ -99,9 +107,12 @@ def test_what_is_done_is_skipped_and_said_so(project, launched, capsys):
         (lambda: Path("sft.yaml").write_text("dataset_name: data.jsonl\nlearning_rate: 2.0e-3\n"), ["sft", "other", "dpo"]),
         (lambda: Path("data.jsonl").write_text('{"text": "one more"}\n'), ["sft", "dpo"]),
         (lambda: Path("dpo.yaml").write_text("beta: 0.1\nlearning_rate: 1.0e-4\n"), ["dpo"]),
-        (lambda: Path("runs/other").rmdir(), ["other"]),
+        (lambda: shutil.rmtree("runs/other"), ["other"]),
+        (lambda: Path("runs/other/recipe.json").unlink(), ["other"]),
+        (lambda: Path("runs/other/recipe.json").write_text("of another run"), ["other"]),
+        (lambda: Path("engine.yaml").write_text("num_processes: 2"), ["sft", "other", "dpo"]),
     ],
-    ids=["arguments", "data", "the last stage", "a result that is gone"],
+    ids=["arguments", "data", "the last stage", "gone", "no result", "another result", "engine"],
 )
 def test_what_has_changed_is_run_again_and_what_stands_on_it(project, launched, change, again):
     run()
@@ -160,6 +171,17 @@ def test_stages_can_be_chosen(project, launched):
             {"stages": [{"name": "dpo", "config": "dpo.yaml", "arguments": {"start_from": "{stf}"}}]},
             "stages, entry 1: start_from: {stf} is no stage before this one",
         ),
+        ({"stages": [{"name": "sft"}]}, "entry 1: config: name the YAML file of its recipe, such as configs/tiny/sft.yaml"),
+        ({"stages": [{"name": "sft", "config": 5}]}, "entry 1: config: name the YAML file"),
+        (
+            {"stages": [{"name": "sft", "config": "sft.yaml", "arguments": ["a"]}]},
+            "arguments: must be a mapping of keys of sft.py",
+        ),
+        (
+            {"seeds": [0, 1], "stages": [{"name": "sft", "config": "sft.yaml", "arguments": {"output_dir": "here"}}]},
+            "stages: sft-0 and sft-1 both write to here: leave `output_dir` out",
+        ),
+        ({"accelerate_config": "missing.yaml"}, "accelerate_config: 'missing.yaml' is no file"),
     ],
 )
 def test_what_is_wrong_is_named(project, changes, message):
@@ -167,6 +189,12 @@ def test_what_is_wrong_is_named(project, changes, message):
     with pytest.raises(RecipeError) as caught:
         pipeline()
     assert message in str(caught.value)
+
+
+def test_values_that_are_no_paths_and_keys_of_any_type_are_read(project):
+    arguments = {"policies": {1: "a", "b": None}, "judge": {"instructions": "long " * 60, "home": "~nobody-here/x"}}
+    write(stages=[{"name": "evaluate", "config": "dpo.yaml", "arguments": arguments}])
+    assert pipeline().stages[0].values["policies"] == {1: "a", "b": None}
 
 
 def test_a_stage_that_is_not_there_cannot_be_chosen(project):
@@ -186,10 +214,7 @@ def test_each_stage_is_launched_by_accelerate(project, tmp_path):
         "told = {'argv': sys.argv[3:], 'cpu': os.environ.get('ACCELERATE_USE_CPU')}\n"
         "(folder / 'told.json').write_text(json.dumps(told))\n"
     )
-    Path("engine.yaml").write_text(
-        "compute_environment: LOCAL_MACHINE\nuse_cpu: true\nnum_processes: 1\ndistributed_type: 'NO'\n"
-    )
-    write(stages=[{"name": "sft", "config": "sft.yaml"}], accelerate_config="engine.yaml")
+    write(stages=[{"name": "sft", "config": "sft.yaml"}])
     read_pipeline(Path("pipeline.yaml"), recipes).run()
     told = json.loads(Path("runs/sft/told.json").read_text())
     assert told["argv"] == []
@@ -211,7 +236,7 @@ def start(config):
 
 def test_a_killed_pipeline_goes_on_to_the_same_end(tmp_path, launch):
     small = {"dataset_arguments": {"rows": 512}, "per_device_train_batch_size": 32, "save_steps": 2, "eval_strategy": "no"}
-    stages = [{"name": "sft", "arguments": small | {"save_total_limit": None}}]
+    stages = [{"name": "sft", "config": "configs/tiny/sft.yaml", "arguments": small | {"save_total_limit": None}}]
     config = tmp_path / "pipeline.yaml"
     config.write_text(yaml.safe_dump({"output_dir": str(tmp_path), "stages": stages}))
     killed = start(config)
@@ -267,8 +292,10 @@ def test_with_seeds_everything_is_done_once_for_each(project, launched):
     values = yaml.safe_load(Path("pipeline.yaml").read_text())
     values["stages"][1]["arguments"]["dataset_arguments"] = {"seed": "{seed}"}
     write(stages=values["stages"])
-    run(["other", "dpo"])
-    assert [name for name, _ in launched.calls] == ["other-3", "dpo-3", "other-4", "dpo-4"]
+    run(["sft", "other"])
+    assert [name for name, _ in launched.calls] == ["sft-3", "other-3", "sft-4", "other-4"]
+    run()
+    assert [name for name, _ in launched.calls[4:]] == ["dpo-3", "dpo-4"]
     written = yaml.safe_load(Path("runs/configs/dpo-4.yaml").read_text())
     assert (written["seed"], written["output_dir"], written["start_from"]) == (4, "runs/seed-4/dpo", "runs/seed-4/sft")
     assert yaml.safe_load(Path("runs/configs/other-3.yaml").read_text())["dataset_arguments"] == {"seed": 3}
@@ -277,8 +304,9 @@ def test_with_seeds_everything_is_done_once_for_each(project, launched):
     assert not launched.calls
 
 
-def test_seeds_are_whole_numbers(project):
-    write(seeds=["a"])
+@pytest.mark.parametrize("seeds", [["a"], 0, [], [1, 1], [True]])
+def test_seeds_are_different_whole_numbers(project, seeds):
+    write(seeds=seeds)
     with pytest.raises(RecipeError, match=r"pipeline\.yaml: seeds: must be a list of whole numbers"):
         pipeline()
 
@@ -297,22 +325,65 @@ def test_a_misspelt_argument_of_the_last_stage_is_found_before_the_first_runs(pr
 def test_files_in_a_folder_that_is_named_are_inputs_too(project, launched):
     Path("rows").mkdir()
     Path("rows/one.jsonl").write_text("{}")
-    Path("sft.yaml").write_text("dataset_name: ./rows\n")
+    Path("rows/train").mkdir()
+    Path("sft.yaml").write_text("dataset_name: rows\n")
     run()
+    run()
+    for name in ("one", "train/two"):
+        launched.calls.clear()
+        Path(f"rows/{name}.jsonl").write_text("{} ")
+        run()
+        assert launched.calls == [("sft", False), ("dpo", False)]
+
+
+def test_a_base_that_is_named_by_a_dotted_path_is_an_input(project, monkeypatch):
+    Path("package/base").mkdir(parents=True)
+    Path("package/__init__.py").touch()
+    Path("package/base/model.safetensors").write_text("weights")
+    monkeypatch.syspath_prepend(project)
+    Path("sft.yaml").write_text("model_name_or_path: package.base\n")
+    before = pipeline().stages[0].fingerprint
+    Path("package/base/model.safetensors").write_text("other weights")
+    assert pipeline().stages[0].fingerprint != before
+
+
+def test_a_stage_is_not_run_on_the_result_of_other_arguments(project, launched):
     run()
     launched.calls.clear()
-    Path("rows/one.jsonl").write_text("{} ")
+    Path("sft.yaml").write_text("dataset_name: data.jsonl\nlearning_rate: 2.0e-3\n")
+    with pytest.raises(RecipeError, match="--stages: dpo reads sft, which is not done with its present arguments and inputs"):
+        run(["dpo"])
+    assert not launched.calls
+
+
+def test_what_other_arguments_have_overwritten_is_no_longer_done(project, launched):
     run()
-    assert launched.calls == [("sft", False), ("dpo", False)]
+    before = Path("sft.yaml").read_text()
+    Path("sft.yaml").write_text("learning_rate: 2.0e-3\n")
+    launched.failing = {"sft"}
+    with pytest.raises(RecipeError):
+        run()
+    Path("sft.yaml").write_text(before)
+    assert [pipeline().status(stage) for stage in pipeline().stages] == ["to do", "done", "done"]
 
 
-def test_what_stood_on_other_data_is_not_gone_on_from(project, launched):
+def test_what_another_pipeline_has_done_meanwhile_is_done(project, launched):
+    early = pipeline()
+    run()
+    launched.calls.clear()
+    early.run()
+    assert not launched.calls
+
+
+@pytest.mark.parametrize("finished", [True, False])
+def test_what_stood_on_other_data_is_not_gone_on_from(project, launched, finished):
     """Broken off before it trains, a stage would take the checkpoint of the run before for its own."""
-    run()
+    launched.failing = set() if finished else {"sft"}
+    with contextlib.nullcontext() if finished else pytest.raises(RecipeError):
+        run()
     old = [Path("runs/sft/checkpoint-4"), Path("runs/sft/member-0/checkpoint-4")]
     for folder in old:
         folder.mkdir(parents=True)
-    Path("runs/sft/recipe.json").write_text("{}")
     Path("data.jsonl").write_text('{"text": "another"}\n')
     launched.failing = {"sft"}
     with pytest.raises(RecipeError):
