@@ -5,7 +5,7 @@ from collections import defaultdict
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 
-from rlhf_recipes.labels.files import different
+from rlhf_recipes.labels.files import different, ranked
 from rlhf_recipes.labels.groups import Group
 from rlhf_recipes.labels.store import Label, Store
 
@@ -49,13 +49,13 @@ class Agreement:
 
 def agreement(store: Store) -> Agreement:
     """The agreement of all labellers of a store with each other."""
-    labels = defaultdict(list)
-    for label in store.labels():
-        if label.ranks is not None:
-            labels[label.group].append(label)
+    labels, groups = defaultdict(list), {}
+    for group, label in ranked(store):
+        groups[group.id] = group
+        labels[group.id].append(label)
     strict, same, number = [], 0, 0  # strict: (prompt, the labellers, whether they agree)
-    for code, group in enumerate(store.groups()):
-        for one, other in itertools.combinations(labels[group.id], 2):
+    for code, (identity, group) in enumerate(groups.items()):
+        for one, other in itertools.combinations(labels[identity], 2):
             for mine, yours in _judgements(group, one, other):
                 number, same = number + 1, same + (mine == yours)
                 if mine and yours:

@@ -1,7 +1,6 @@
 """Labels as files: rankings, pairs and demonstrations for the recipes, and one file from which all is restored."""
 
 import contextlib
-import dataclasses
 import itertools
 import json
 import os
@@ -10,11 +9,10 @@ from pathlib import Path
 from typing import Any
 
 from rlhf_recipes.errors import RecipeError
-from rlhf_recipes.labels.groups import Group, Turns, group_of, read_rows
+from rlhf_recipes.labels.groups import Group, group_of, read_rows
 from rlhf_recipes.labels.store import Label, Store
 
 Rows = list[dict[str, Any]]
-_FIELDS = {field.name: field.default for field in dataclasses.fields(Label) if field.name != "group"}
 _TEXTS = str | None
 _TYPES = {"labeller": str, "ranks": list | None, "demonstration": _TEXTS, "note": _TEXTS, "at": str}
 
@@ -26,7 +24,7 @@ def rankings(store: Store) -> Rows:
         Rows of `prompt`, `completions`, `ranks` (1 is the best), `labeller`, `id`, and `sources` where the group has them.
     """
     rows = []
-    for group, label in _ranked(store):
+    for group, label in ranked(store):
         kept = [k for k, rank in enumerate(label.ranks) if rank is not None]
         if len({label.ranks[k] for k in kept}) < 2:
             continue
@@ -47,7 +45,7 @@ def pairs(store: Store) -> Rows:
         Rows of `prompt`, `chosen`, `rejected`, `labeller`, `id`.
     """
     rows = []
-    for group, label in _ranked(store):
+    for group, label in ranked(store):
         ranks = sorted(different(group, label).items(), key=lambda item: item[1])
         for (better, low), (worse, high) in itertools.combinations(ranks, 2):
             if low < high:
@@ -62,12 +60,16 @@ def demonstrations(store: Store) -> Rows:
     Returns:
         Rows of `prompt`, `completion`, `labeller`, `id`.
     """
-    groups = {group.id: group for group in store.groups()}
     return [
-        {"prompt": groups[label.group].prompt, "completion": _written(groups[label.group], label)} | _origin(label)
-        for label in store.labels()
+        {"prompt": group.prompt, "completion": group.answer(label.demonstration)} | _origin(label)
+        for group, label in _labelled(store)
         if label.demonstration
     ]
+
+
+def ranked(store: Store) -> Iterator[tuple[Group, Label]]:
+    """Each label that is more than a skip, with its group."""
+    return ((group, label) for group, label in _labelled(store) if label.ranks is not None)
 
 
 def different(group: Group, label: Label) -> dict[int, int]:
@@ -87,12 +89,9 @@ def export_labels(store: Store, folder: Path) -> dict[str, int]:
     Raises:
         RecipeError: if a file cannot be written.
     """
-    labels = store.labels()
-    everything = [
-        group.row() | {"labels": [_label_row(label) for label in labels if label.group == group.id]}
-        for group in store.groups()
-    ]
-    files = {"rankings": rankings(store), "pairs": pairs(store), "demonstrations": demonstrations(store), "labels": everything}
+    with store.snapshot():
+        files = {"rankings": rankings(store), "pairs": pairs(store), "demonstrations": demonstrations(store)}
+        files["labels"] = _everything(store)
     with _written_to(folder):
         folder.mkdir(parents=True, exist_ok=True)
         for name, rows in files.items():
@@ -119,21 +118,21 @@ def import_labels(store: Store, path: Path) -> int:
     return store.restore(rows)
 
 
-def _ranked(store: Store) -> Iterator[tuple[Group, Label]]:
-    groups = {group.id: group for group in store.groups()}
-    return ((groups[label.group], label) for label in store.labels() if label.ranks is not None)
+def _labelled(store: Store) -> Iterator[tuple[Group, Label]]:
+    with store.snapshot():
+        labels, groups = store.labels(), {group.id: group for group in store.groups()}
+    return ((groups[label.group], label) for label in labels)
+
+
+def _everything(store: Store) -> Rows:
+    rows = {group.id: group.row() | {"labels": []} for group in store.groups()}
+    for label in store.labels():
+        rows[label.group]["labels"].append({name: getattr(label, name) for name in _TYPES})
+    return list(rows.values())
 
 
 def _origin(label: Label) -> dict[str, str]:
     return {"labeller": label.labeller, "id": label.group}
-
-
-def _written(group: Group, label: Label) -> Turns:
-    return group.answer(label.demonstration)
-
-
-def _label_row(label: Label) -> dict[str, Any]:
-    return {name: getattr(label, name) for name in _FIELDS}
 
 
 def _read_labels(row: dict[str, Any], group: str, where: str) -> list[Label]:

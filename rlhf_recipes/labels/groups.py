@@ -2,10 +2,10 @@
 
     {"prompt": T, "completions": [T, T, ...], "sources": ["sft", "ppo", ...], "id": "..."}
 
-`T` is text, or a list of messages `{"role": ..., "content": ...}`: of a prompt any that end with the user's turn, of a completion
-one message of the assistant. There are 2 to 64 completions; one may be empty (a model that ended at once). `sources` (optional)
-names for each completion who wrote it; no labeller sees it. `id` (optional) names the group; without it, it is a hash of prompt
-and completions. Other columns are not read.
+`T` is text, or a list of messages `{"role": ..., "content": ...}`: of a prompt any that end with the user's turn, of a
+completion one message of the assistant. There are 2 to 64 completions; one may be empty (a model that ended at once).
+`sources` (optional) names for each completion who wrote it; no labeller sees it. `id` (optional) names the group; without it,
+it is a hash of prompt and completions. Other columns are not read.
 """
 
 import hashlib
@@ -87,7 +87,9 @@ def read_groups(path: Path) -> list[Group]:
             raise RecipeError(f"{path}: row {number}: the id '{group.id}' stands in row {rows[group.id]} with other content")
         rows.setdefault(group.id, number)
         if group.conversational != next(iter(groups.values())).conversational:
-            raise RecipeError(f"{path}: row {number}: some prompts are texts and some lists of messages: write all of them alike")
+            raise RecipeError(
+                f"{path}: row {number}: some prompts are texts and some lists of messages: write all of them alike"
+            )
     if not groups:
         raise RecipeError(f"{path}: the file has no rows")
     return list(groups.values())
@@ -124,7 +126,9 @@ def group_of(row: Any, where: str) -> Group:
         return _read_group(row)
     except _BadGroupError as problem:
         wanted = '{"prompt": text or messages, "completions": [two or more of them]}'
-        raise RecipeError(f"{where}: {problem}. A row of sampled groups is {wanted}; docs/label.md has the whole shape") from None
+        raise RecipeError(
+            f"{where}: {problem}. A row of sampled groups is {wanted}; docs/label.md has the whole shape"
+        ) from None
 
 
 def _parse(line: str, where: str) -> Any:

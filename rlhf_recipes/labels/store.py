@@ -246,9 +246,7 @@ class Store:
         """
         with self._transaction():
             labeller = self._labeller(name)
-            found = self._one(
-                f"{_LABEL} WHERE l.labeller = ? AND l.withdrawn IS NULL ORDER BY l.number DESC LIMIT 1", labeller
-            )
+            found = self._one(f"{_LABEL} WHERE l.labeller = ? AND l.withdrawn IS NULL ORDER BY l.number DESC LIMIT 1", labeller)
             if not found:
                 return None
             self._withdraw(found[0])
@@ -286,6 +284,19 @@ class Store:
                 except RecipeError as error:
                     raise RecipeError(f"{where}: {error}. Nothing was imported") from error
             return self._one("SELECT count(*) FROM labels")[0] - before
+
+    @contextlib.contextmanager
+    def snapshot(self) -> Iterator[None]:
+        """What is read within is of one moment, whatever others write."""
+        with self._lock:
+            if self._connection.in_transaction:  # within another snapshot
+                yield
+                return
+            self._run("BEGIN")
+            try:
+                yield
+            finally:
+                self._run("ROLLBACK")
 
     def _prepare(self) -> None:
         self._run("PRAGMA synchronous = EXTRA")
@@ -350,7 +361,9 @@ class Store:
     def _save(self, label: Label, submission: str) -> None:
         current = self._current(label)
         if current and current[-1] != submission:
-            raise AlreadyLabelledError(f"{label.labeller} has labelled the group '{label.group}' already: undo that label first")
+            raise AlreadyLabelledError(
+                f"{label.labeller} has labelled the group '{label.group}' already: undo that label first"
+            )
         if current:
             self._withdraw(current[0])
         self._run(
@@ -412,7 +425,9 @@ class Store:
             remedy = next((text for key, text in _REMEDIES.items() if name.startswith(key)), None)
             if isinstance(error, sqlite3.IntegrityError | sqlite3.ProgrammingError) or not name:
                 raise  # ours to mend
-            raise RecipeError(f"{self.path}: {remedy or f'SQLite failed, and this was not saved: {first_line(error)}'}") from error
+            raise RecipeError(
+                f"{self.path}: {remedy or f'SQLite failed, and this was not saved: {first_line(error)}'}"
+            ) from error
 
 
 def _label(row: tuple) -> Label:
