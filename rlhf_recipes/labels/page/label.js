@@ -59,7 +59,10 @@ async function attempt(what, consequence) {
     if (error.kind === "sign in") return askName(`${consequence} ${error.message}`);
     $("status").textContent = "";
     $("error").textContent = `${consequence} ${error.message}`;
-    if (error.kind === "labelled") next("You have labelled this prompt in another window already; that label stays.");
+    if (error.kind === "labelled") {
+      localStorage.removeItem(draftKey());
+      next("You have labelled this prompt in another window already; that label stays.");
+    }
   } finally {
     busy = false;
     $("work").removeAttribute("aria-busy");
@@ -214,6 +217,7 @@ function drawTask() {
     return turn;
   }));
   $("answers-title").textContent = task.completions.length === 2 ? "Which answer is better?" : "Rank the answers";
+  $("answers").dataset.number = task.completions.length;
   $("answers").replaceChildren(...task.completions.map(drawAnswer));
   drawRanks();
   for (const box of document.querySelectorAll(".text")) {
@@ -248,7 +252,7 @@ function drawRanks() {
     const implied = !ranked && rankOf(answer) > 0;
     item.className = isBad(answer) ? "unusable" : ranked ? "ranked" : "";
     const shown = item.querySelector(".place");
-    shown.textContent = placeText(answer) + (implied ? ", being left" : "");
+    shown.textContent = placeText(answer) + (implied ? " (what is left)" : "");
     shown.classList.toggle("implied", implied);
     const [rank, tie, bad] = item.querySelectorAll("button");
     rank.textContent = ranked ? `${ordinal(rankOf(answer))}: take back` : next === 1 ? "Best" : `Make it ${ordinal(next)}`;
