@@ -4,11 +4,13 @@ import asyncio
 import hashlib
 import hmac
 import secrets
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Annotated, Any
 
 from rlhf_recipes.errors import RecipeError
 from rlhf_recipes.labels.groups import MOST_COMPLETIONS, Group
+from rlhf_recipes.labels.guard import Guard
 from rlhf_recipes.labels.shown import Shown
 from rlhf_recipes.labels.store import (
     LONGEST_DEMONSTRATION,
@@ -21,6 +23,7 @@ from rlhf_recipes.labels.store import (
     Store,
 )
 
+import uvicorn
 from fastapi import Depends, FastAPI, Header, HTTPException, Request
 from fastapi.exceptions import RequestValidationError
 from fastapi.responses import FileResponse, JSONResponse
@@ -51,6 +54,30 @@ class Submission(_Strict):
     ranks: list[int | None] | None = Field(max_length=MOST_COMPLETIONS)
     demonstration: str = Field(max_length=LONGEST_DEMONSTRATION)
     note: str = Field(max_length=LONGEST_NOTE)
+
+
+def make_server(store: Store, password: str = "", names: Iterable[str] = (), addresses: bool = False) -> uvicorn.Server:
+    """What serves the page, guarded, on a socket that listens (`run(sockets=[...])`).
+
+    Args:
+        store: where groups come from and labels go.
+        password: what labellers must give to sign in; none where empty.
+        names: host names under which the page is reached, besides localhost.
+        addresses: whether it is reached under other addresses than loopback.
+    """
+    config = uvicorn.Config(
+        Guard(create_app(store, password), frozenset(name.lower() for name in names), addresses),
+        loop="asyncio",
+        http="h11",
+        ws="none",
+        lifespan="off",
+        log_level="warning",
+        access_log=False,
+        server_header=False,
+        proxy_headers=False,
+        timeout_graceful_shutdown=5,
+    )
+    return uvicorn.Server(config)
 
 
 def create_app(store: Store, password: str = "", delay: float = 1.0) -> FastAPI:

@@ -80,6 +80,8 @@ class Guard:
             name = urlsplit(f"//{host}").hostname or ""
         except ValueError:
             return False
+        if set(host) & set("@/?#"):  # more than a name and a port
+            return False
         if name in self.names:
             return True
         try:

@@ -29,30 +29,15 @@ def serve(store: Store, host: str, port: int, password: str = "", names: Iterabl
             there.
     """
     try:
-        from rlhf_recipes.labels.app import create_app
-        from rlhf_recipes.labels.guard import Guard
-
-        import uvicorn
+        from rlhf_recipes.labels.app import make_server
     except ImportError as error:
         raise RecipeError(f"The page needs the extra `label` (there is no {error.name}). In the clone: {_INSTALL}") from error
     listener, is_loopback = listen(host, port, password)
     with listener:
-        app = Guard(create_app(store, password), frozenset(name.lower() for name in names), addresses=not is_loopback)
-        config = uvicorn.Config(
-            app,
-            loop="asyncio",
-            http="h11",
-            ws="none",
-            lifespan="off",
-            log_level="warning",
-            access_log=False,
-            server_header=False,
-            proxy_headers=False,
-            timeout_graceful_shutdown=5,
-        )
-        print(f"Label at {_address(listener)} (Ctrl-C ends; what was saved is safe)", flush=True)
+        server = make_server(store, password, names, addresses=not is_loopback)
+        print(f"Label at {address_of(listener)} (Ctrl-C ends; what was saved is safe)", flush=True)
         with contextlib.suppress(KeyboardInterrupt):
-            uvicorn.Server(config).run(sockets=[listener])
+            server.run(sockets=[listener])
 
 
 def listen(host: str, port: int, password: str) -> tuple[socket.socket, bool]:
@@ -88,6 +73,7 @@ def _why_not(error: Exception) -> str:
     return f"cannot listen there ({os.strerror(code) if code else error}): give an address of this machine"
 
 
-def _address(listener: socket.socket) -> str:
+def address_of(listener: socket.socket) -> str:
+    """The URL of what listens."""
     host, port = listener.getsockname()[:2]
     return f"http://[{host}]:{port}" if ":" in host else f"http://{host}:{port}"
