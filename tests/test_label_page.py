@@ -172,6 +172,7 @@ def test_of_two_one_key_and_enter(serve, visit):
     site = serve([group(1, ("better", "worse")), group(2, ("same", "alike"))])
     page = visit(site.url, "anna")
     expect(page.get_by_role("heading", name="Which answer is better?")).to_be_visible()
+    expect(page.get_by_role("button", name="Better, answer 1")).to_be_visible()
     press_answer(page, "better")
     page.keyboard.press("Enter")
     done(page, 1)
@@ -250,12 +251,12 @@ def test_a_reload_goes_on_where_it_was(serve, visit):
 def test_keys_can_be_turned_off(serve, visit):
     site = serve([group(1)])
     page = visit(site.url, "anna")
-    page.get_by_label("Keys").uncheck()
+    page.get_by_label("Keyboard shortcuts").uncheck()
     page.keyboard.press("1")
     assert set(places(page).values()) == {""}
     page.reload()
-    expect(page.get_by_label("Keys")).not_to_be_checked()
-    page.get_by_label("Keys").check()
+    expect(page.get_by_label("Keyboard shortcuts")).not_to_be_checked()
+    page.get_by_label("Keyboard shortcuts").check()
     page.keyboard.press("1")
     assert "1st" in places(page).values()
 

@@ -216,7 +216,10 @@ function drawTask() {
     turn.append(element("span", content));
     return turn;
   }));
-  $("answers-title").textContent = task.completions.length === 2 ? "Which answer is better?" : "Rank the answers";
+  const isPair = task.completions.length === 2;
+  $("answers-title").textContent = isPair ? "Which answer is better?" : "Rank the answers";
+  $("keys-of-two").hidden = !isPair;
+  $("keys-of-more").hidden = isPair;
   $("answers").dataset.number = task.completions.length;
   $("answers").replaceChildren(...task.completions.map(drawAnswer));
   drawRanks();
@@ -255,7 +258,7 @@ function drawRanks() {
     shown.textContent = placeText(answer) + (implied ? " (what is left)" : "");
     shown.classList.toggle("implied", implied);
     const [rank, tie, bad] = item.querySelectorAll("button");
-    rank.textContent = ranked ? `${ordinal(rankOf(answer))}: take back` : next === 1 ? "Best" : `Make it ${ordinal(next)}`;
+    rank.textContent = ranked ? `${ordinal(rankOf(answer))}: take back` : next === 1 ? (task.completions.length === 2 ? "Better" : "Best") : `Make it ${ordinal(next)}`;
     tie.textContent = `Tie with ${ordinal(order.length)}`;
     tie.hidden = !order.length || ranked;
     bad.textContent = "Unusable";
@@ -351,10 +354,12 @@ function pressed(event) {
   if (typing || event.ctrlKey || event.metaKey || !$("shortcuts").checked || busy) return;
   if (event.key === "Enter" && event.target.matches("button, input")) return; // it presses that
   if (!task && event.key !== "u") return;
-  const digit = /^(?:Digit|Numpad)([1-9])$/.exec(event.code); // by place: with Shift, a digit is another character
+  const digit = /^(?:Digit|Numpad)([0-9])$/.exec(event.code)?.[1]; // by place: with Shift, a digit is another character
+  // on a keyboard of another script, letters by place too
+  const letter = /^[^\x00-\x7f]$/.test(event.key) ? event.code.replace("Key", "") : event.key;
   const wasMarking = marking;
   marking = false;
-  const act = digit ? () => choose(digit[1] - 1, wasMarking, event.shiftKey) : KEYS[event.key.toLowerCase()];
+  const act = digit > 0 ? () => choose(digit - 1, wasMarking, event.shiftKey) : KEYS[digit ?? letter.toLowerCase()];
   if (!act) return;
   event.preventDefault();
   act();
