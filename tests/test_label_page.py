@@ -34,6 +34,7 @@ class Site:
 
     def __init__(self, path, groups, password=""):
         self.store = Store(path, overlap=1.0)
+        self.store._run("PRAGMA synchronous = OFF")  # tests need not outlive a power cut, and are quicker so
         self.store.add(groups)
         self.listener, _ = listen("127.0.0.1", 0, password)
         self.url = address_of(self.listener)
