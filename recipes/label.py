@@ -4,8 +4,8 @@
     python recipes/label.py --store groups.labels.sqlite --export data/mine  # rankings, pairs and demonstrations
     python recipes/label.py --store fresh.sqlite --import data/mine/labels.jsonl
 
-Labels are kept in a SQLite file; more data can be added to it, and it can be exported, while people label. The page needs the
-extra `label`. `docs/label.md` has the rest.
+Labels are kept in a SQLite file, which can be exported while people label. The page needs the extra `label`; `docs/label.md`
+has the rest.
 """
 
 import argparse

@@ -1,5 +1,6 @@
 """Labels: groups that are read, the store, what outlives a kill, export and import, agreement, and the recipe's messages."""
 
+import contextlib
 import json
 import os
 import signal
@@ -252,13 +253,14 @@ def test_everyone_is_given_the_overlap_and_of_the_rest_each_prompt_goes_to_one(t
             assert store.progress(name) == (len(given), 0)
 
 
-def test_labellers_at_once_are_never_given_the_same_prompt_that_is_for_one(tmp_path):
+@pytest.mark.parametrize("shared", [True, False], ids=["one process", "several"])
+def test_labellers_at_once_are_never_given_the_same_prompt_that_is_for_one(tmp_path, shared):
     with Store(tmp_path / "labels.sqlite", overlap=0.0) as store:
         store.add([group(number) for number in range(12)])
         said = {name: [] for name in ("anna", "berta", "carla")}
 
         def work(name):
-            with Store(store.path, overlap=0.0) as own:  # as another process would
+            with contextlib.nullcontext(store) if shared else Store(store.path, overlap=0.0) as own:
                 while label_next(own, name, said[name]):
                     pass
 
