@@ -10,6 +10,7 @@ import signal
 import subprocess
 import sys
 import threading
+import time
 from pathlib import Path
 
 from rlhf_recipes.labels import Group, Label, Store
@@ -39,7 +40,7 @@ class Site:
         self.listener, _ = listen("127.0.0.1", 0, password)
         self.url = address_of(self.listener)
         self.port = self.listener.getsockname()[1]
-        self.server = make_server(self.store, password, names=["labels.example"])
+        self.server = make_server(self.store, password, names=["labels.example"], delay=0.2)
         self.thread = threading.Thread(target=self.server.run, kwargs={"sockets": [self.listener]})
         self.thread.start()
 
@@ -679,6 +680,17 @@ def test_what_is_sent_does_not_tell_who_wrote_what(serve):
     text = ask(site, "/api/task", "POST", {}, authorization=f"Bearer {token}")[2]
     assert "Question 1?" in text
     assert "secret" not in text
+
+
+def test_wrong_passwords_wait_for_each_other(serve):
+    site = serve([group(1)], password="correct horse")
+    begun = time.monotonic()
+    guesses = [threading.Thread(target=sign_in, args=(site,), kwargs={"password": "wrong"}) for _ in range(3)]
+    for guess in guesses:
+        guess.start()
+    for guess in guesses:
+        guess.join()
+    assert time.monotonic() - begun >= 3 * 0.2
 
 
 def test_the_page_asks_nobody_else():

@@ -24,7 +24,7 @@ from rlhf_recipes.labels.store import (
 )
 
 import uvicorn
-from fastapi import Depends, FastAPI, Header, HTTPException, Request
+from fastapi import FastAPI, Header, HTTPException, Request
 from fastapi.exceptions import RequestValidationError
 from fastapi.responses import FileResponse, JSONResponse
 from pydantic import BaseModel, ConfigDict, Field
@@ -32,6 +32,9 @@ from pydantic import BaseModel, ConfigDict, Field
 PAGE = Path(__file__).parent / "page"
 _STATUS = {BadLabelError: 400, AlreadyLabelledError: 409, KnownNameError: 409}
 _KINDS = {AlreadyLabelledError: "labelled", KnownNameError: "known"}  # errors that the page can do something about
+
+
+Authorization = Annotated[str, Header()]
 
 
 class _Strict(BaseModel):
@@ -56,7 +59,9 @@ class Submission(_Strict):
     note: str = Field(max_length=LONGEST_NOTE)
 
 
-def make_server(store: Store, password: str = "", names: Iterable[str] = (), addresses: bool = False) -> uvicorn.Server:
+def make_server(
+    store: Store, password: str = "", names: Iterable[str] = (), addresses: bool = False, delay: float = 1.0
+) -> uvicorn.Server:
     """What serves the page, guarded, on a socket that listens (`run(sockets=[...])`).
 
     Args:
@@ -64,9 +69,10 @@ def make_server(store: Store, password: str = "", names: Iterable[str] = (), add
         password: what labellers must give to sign in; none where empty.
         names: host names under which the page is reached, besides localhost.
         addresses: whether it is reached under other addresses than loopback.
+        delay: seconds for which a wrong password holds up all that come after it.
     """
     config = uvicorn.Config(
-        Guard(create_app(store, password), frozenset(name.lower() for name in names), addresses),
+        Guard(create_app(store, password, delay), frozenset(name.lower() for name in names), addresses),
         loop="asyncio",
         http="h11",
         ws="none",
@@ -80,87 +86,103 @@ def make_server(store: Store, password: str = "", names: Iterable[str] = (), add
     return uvicorn.Server(config)
 
 
-def create_app(store: Store, password: str = "", delay: float = 1.0) -> FastAPI:
-    """The application over a store.
+def create_app(store: Store, password: str, delay: float) -> FastAPI:
+    """The application over a store; the arguments are those of `Desk`."""
+    app = FastAPI(docs_url=None, redoc_url=None, openapi_url=None)
+    desk = Desk(store, password, delay)
+    # All are POST, since all change something: the next task is claimed.
+    for path, answer in (("session", desk.sign_in), ("task", desk.next_task), ("label", desk.save), ("undo", desk.undo)):
+        app.post(f"/api/{path}")(answer)
+    for path, file in (("/", "label.html"), ("/label.js", "label.js"), ("/label.css", "label.css")):
+        app.get(path)(lambda file=file: FileResponse(PAGE / file))
+    app.exception_handler(RecipeError)(_explain)
+    app.exception_handler(HTTPException)(_refuse)
+    app.exception_handler(RequestValidationError)(_reject)
+    return app
+
+
+class Desk:
+    """What the page asks for.
 
     Args:
         store: where groups come from and labels go.
         password: what labellers must give to sign in; none where empty.
         delay: seconds for which a wrong password holds up all that come after it.
     """
-    app = FastAPI(docs_url=None, redoc_url=None, openapi_url=None)
-    guesses = asyncio.Lock()
 
-    def session(token: str) -> str:
+    def __init__(self, store: Store, password: str, delay: float) -> None:
+        self.store, self.password, self.delay = store, password, delay
+        self._guesses = asyncio.Lock()
+
+    async def sign_in(self, asked: SignIn) -> dict[str, str]:
+        """A token for a session, and the name under which it labels."""
+        if self.password:
+            await self._check_password(asked.password)
+        token = secrets.token_urlsafe(32)
+        return {"name": self.store.sign_in(asked.name, self._session(token), asked.known), "token": token}
+
+    def next_task(self, authorization: Authorization = "") -> dict[str, Any]:
+        """The group to label now, or none."""
+        name = self._labeller(authorization)
+        return self._task(self.store.claim(name), name)
+
+    def save(self, sent: Submission, authorization: Authorization = "") -> dict[str, bool]:
+        """Says that a label is saved, when it is."""
+        name, ranks = self._labeller(authorization), sent.ranks
+        if ranks is not None:
+            try:
+                ranks = self._shown(self.store.group(sent.id), name).ranks_of_group(ranks)
+            except ValueError:
+                raise BadLabelError("not as many ranks as answers are shown") from None
+        self.store.save(Label(sent.id, name, ranks, sent.demonstration, sent.note), sent.submission)
+        return {"saved": True}
+
+    def undo(self, authorization: Authorization = "") -> dict[str, Any]:
+        """The group of the label that was undone, to be labelled again."""
+        name = self._labeller(authorization)
+        label = self.store.undo(name)
+        if label is None:
+            raise BadLabelError("There is nothing to undo.")
+        return self._task(self.store.group(label.group), name)
+
+    async def _check_password(self, given: str) -> None:
+        if not given:
+            raise HTTPException(401, "The password, please.")
+        async with self._guesses:  # one at a time, so that guessing many takes long
+            if not hmac.compare_digest(given.encode(), self.password.encode()):
+                await asyncio.sleep(self.delay)
+                raise HTTPException(401, "That is not the password.")
+
+    def _session(self, token: str) -> str:
         """What the store keeps of a session: no token that could be used, and none that outlives its password."""
-        return hashlib.sha256(f"{password}\0{token}".encode()).hexdigest()
+        return hashlib.sha256(f"{self.password}\0{token}".encode()).hexdigest()
 
-    def signed_in(authorization: Annotated[str, Header()] = "") -> str:
-        name = store.signed_in(session(authorization.removeprefix("Bearer ")))
+    def _labeller(self, authorization: str) -> str:
+        name = self.store.signed_in(self._session(authorization.removeprefix("Bearer ")))
         if name is None:
             raise HTTPException(401, "Sign in again: this session is not known here.")
         return name
 
-    Labeller = Annotated[str, Depends(signed_in)]  # noqa: N806, a type
+    def _shown(self, group: Group, name: str) -> Shown:
+        return Shown(group, name, self.store.seed)
 
-    def shown(group: Group, name: str) -> Shown:
-        return Shown(group, name, store.seed)
-
-    def task(group: Group | None, name: str) -> dict[str, Any]:
-        mine, left = store.progress(name)
-        content = group and shown(group, name).page(store.withdrawn(name, group.id))
+    def _task(self, group: Group | None, name: str) -> dict[str, Any]:
+        mine, left = self.store.progress(name)
+        content = group and self._shown(group, name).page(self.store.withdrawn(name, group.id))
         return {"task": content, "mine": mine, "left": left}
 
-    @app.post("/api/session")
-    async def sign_in(asked: SignIn) -> dict[str, str]:
-        if password and not asked.password:
-            raise HTTPException(401, "The password, please.")
-        async with guesses:  # one at a time, so that guessing takes as long as it takes
-            if not hmac.compare_digest(asked.password.encode(), password.encode()) and password:
-                await asyncio.sleep(delay)
-                raise HTTPException(401, "That is not the password.")
-        token = secrets.token_urlsafe(32)
-        return {"name": store.sign_in(asked.name, session(token), asked.known), "token": token}
 
-    @app.post("/api/task")  # it claims what it returns, so it is no GET
-    def next_task(name: Labeller) -> dict[str, Any]:
-        return task(store.claim(name), name)
+def _explain(_: Request, error: RecipeError) -> JSONResponse:
+    return _error(_STATUS.get(type(error), 503), str(error), _KINDS.get(type(error), ""))
 
-    @app.post("/api/label")
-    def save(sent: Submission, name: Labeller) -> dict[str, bool]:
-        ranks = sent.ranks
-        if ranks is not None:
-            try:
-                ranks = shown(store.group(sent.id), name).ranks_of_group(ranks)
-            except ValueError:
-                raise BadLabelError("not as many ranks as answers are shown") from None
-        store.save(Label(sent.id, name, ranks, sent.demonstration, sent.note), sent.submission)
-        return {"saved": True}
 
-    @app.post("/api/undo")
-    def undo(name: Labeller) -> dict[str, Any]:
-        label = store.undo(name)
-        if label is None:
-            raise BadLabelError("There is nothing to undo.")
-        return task(store.group(label.group), name)
+def _refuse(_: Request, error: HTTPException) -> JSONResponse:
+    return _error(error.status_code, error.detail, "sign in" if error.status_code == 401 else "")
 
-    for path, file in (("/", "label.html"), ("/label.js", "label.js"), ("/label.css", "label.css")):
-        app.get(path)(lambda file=file: FileResponse(PAGE / file))
 
-    @app.exception_handler(RecipeError)
-    def explain(_: Request, error: RecipeError) -> JSONResponse:
-        return _error(_STATUS.get(type(error), 503), str(error), _KINDS.get(type(error), ""))
-
-    @app.exception_handler(HTTPException)
-    def refuse(_: Request, error: HTTPException) -> JSONResponse:
-        return _error(error.status_code, error.detail, "sign in" if error.status_code == 401 else "")
-
-    @app.exception_handler(RequestValidationError)
-    def reject(_: Request, error: RequestValidationError) -> JSONResponse:
-        problem = error.errors()[0]
-        return _error(422, f"{'.'.join(str(part) for part in problem['loc'][1:])}: {problem['msg']}")
-
-    return app
+def _reject(_: Request, error: RequestValidationError) -> JSONResponse:
+    problem = error.errors()[0]
+    return _error(422, f"{'.'.join(str(part) for part in problem['loc'][1:])}: {problem['msg']}")
 
 
 def _error(status: int, text: str, kind: str = "") -> JSONResponse:
