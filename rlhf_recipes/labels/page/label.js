@@ -1,0 +1,387 @@
+"use strict";
+
+const $ = (id) => document.getElementById(id);
+const ORDINALS = new Intl.PluralRules("en", {type: "ordinal"});
+const ordinal = (n) => n + {one: "st", two: "nd", few: "rd", other: "th"}[ORDINALS.select(n)];
+
+// Who labels is remembered for this tab alone: two people may use two tabs of one browser.
+let session = JSON.parse(sessionStorage.getItem("session"));
+let task = null;
+let order = []; // lists of answers, best first; those in one list tie
+let unusable = new Set();
+let submission = "";
+let marking = false; // x was pressed: the next number is an unusable answer
+let busy = false;
+
+function element(tag, content = "", attributes = {}) {
+  const made = document.createElement(tag);
+  made.textContent = content; // never HTML: it may be what a model wrote
+  for (const [name, value] of Object.entries(attributes)) made.setAttribute(name, value);
+  return made;
+}
+
+// The server
+
+class Refusal extends Error {
+  constructor(text, kind) {
+    super(text);
+    this.kind = kind;
+  }
+}
+
+async function ask(path, body = {}) {
+  let reply;
+  try {
+    reply = await fetch(`api/${path}`, {
+      method: "POST",
+      headers: {"content-type": "application/json", authorization: `Bearer ${session?.token ?? ""}`},
+      body: JSON.stringify(body),
+      signal: AbortSignal.timeout(15000),
+    });
+  } catch {
+    throw new Refusal("The server does not answer.", "away");
+  }
+  const content = await reply.json().catch(() => ({error: `The server failed (${reply.status}).`}));
+  if (!reply.ok) throw new Refusal(content.error, content.kind);
+  return content;
+}
+
+async function attempt(what, consequence) {
+  if (busy) return;
+  busy = true;
+  $("work").setAttribute("aria-busy", "true");
+  for (const id of ["save", "skip", "undo"]) $(id).disabled = true;
+  try {
+    $("error").textContent = "";
+    await what();
+  } catch (error) {
+    if (!(error instanceof Refusal)) throw error;
+    if (error.kind === "sign in") return askName(`${consequence} ${error.message}`);
+    $("status").textContent = "";
+    $("error").textContent = `${consequence} ${error.message}`;
+    if (error.kind === "labelled") {
+      localStorage.removeItem(draftKey());
+      next("You have labelled this prompt in another window already; that label stays.");
+    }
+  } finally {
+    busy = false;
+    $("work").removeAttribute("aria-busy");
+    for (const id of ["save", "skip", "undo"]) $(id).disabled = false;
+  }
+}
+
+// Signing in
+
+function askName(error = "") {
+  $("work").hidden = true;
+  $("sign-in").hidden = false;
+  $("known").hidden = true;
+  $("sign-in-error").textContent = error;
+  $("name").value = session?.name ?? "";
+  $("name").focus();
+}
+
+async function signIn(known) {
+  const name = $("name").value;
+  $("known").hidden = true;
+  try {
+    session = await ask("session", {name, password: $("password").value, known});
+  } catch (error) {
+    if (!(error instanceof Refusal)) throw error;
+    $("sign-in-error").textContent = error.message;
+    if (error.kind === "sign in") {
+      $("password-field").hidden = false;
+      $("password").focus();
+    } else if (error.kind === "known") {
+      $("sign-in-error").textContent = `${error.message}. Is that you? If not, add something to your name.`;
+      $("known").textContent = `Yes, I am ${name}`;
+      $("known").hidden = false;
+      $("known").focus();
+    }
+    return;
+  }
+  sessionStorage.setItem("session", JSON.stringify(session));
+  $("sign-in").hidden = true;
+  next("");
+}
+
+// What was typed and not saved: it outlives a reload, and a server that is away
+
+const draftKey = () => `draft ${task.key}`;
+
+function keepDraft() {
+  if (!task) return;
+  const draft = {order, unusable: [...unusable], submission, demonstration: $("demonstration").value, note: $("note").value};
+  localStorage.setItem(draftKey(), JSON.stringify(draft));
+}
+
+function fromLabel(label) {
+  const places = new Map();
+  const bad = [];
+  for (const [answer, rank] of (label.ranks ?? []).entries()) {
+    if (rank === null) bad.push(answer);
+    else places.set(rank, [...(places.get(rank) ?? []), answer]);
+  }
+  const ranks = [...places.keys()].sort((one, other) => one - other);
+  return {...label, order: ranks.map((rank) => places.get(rank)), unusable: bad};
+}
+
+function openDraft() {
+  const draft = JSON.parse(localStorage.getItem(draftKey())) ?? (task.before && fromLabel(task.before)) ?? {};
+  order = draft.order ?? [];
+  unusable = new Set(draft.unusable ?? []);
+  for (const [answer, text] of task.completions.entries()) if (!text) unusable.add(answer);
+  submission = draft.submission ?? newSubmission();
+  $("demonstration").value = draft.demonstration ?? "";
+  $("note").value = draft.note ?? "";
+}
+
+function newSubmission() {
+  // crypto.randomUUID is not there on plain http from another machine
+  return Array.from(crypto.getRandomValues(new Uint8Array(16)), (byte) => byte.toString(16).padStart(2, "0")).join("");
+}
+
+// Ranking
+
+const isBad = (answer) => unusable.has(answer);
+const isRanked = (answer) => order.some((tied) => tied.includes(answer));
+const unranked = () => task.completions.map((_, answer) => answer).filter((answer) => !isBad(answer) && !isRanked(answer));
+
+function ranking() {
+  const rest = unranked();
+  return rest.length === 1 ? [...order, rest] : order; // the one that is left is the last
+}
+
+function rankOf(answer) {
+  return ranking().findIndex((tied) => tied.includes(answer)) + 1;
+}
+
+function place(answer, tie) {
+  if (!task.completions[answer]) return say(`Answer ${answer + 1} is empty: it can only be unusable.`);
+  const wasRanked = isRanked(answer);
+  unusable.delete(answer);
+  order = order.map((tied) => tied.filter((other) => other !== answer)).filter((tied) => tied.length);
+  if (tie && order.length) order.at(-1).push(answer);
+  else if (!wasRanked) order.push([answer]);
+  changed(isRanked(answer) ? `Answer ${answer + 1}: ${placeText(answer)}.` : `Answer ${answer + 1} has no rank now.`);
+}
+
+function mark(answer) {
+  if (!task.completions[answer]) return say(`Answer ${answer + 1} is empty: it can only be unusable.`);
+  order = order.map((tied) => tied.filter((other) => other !== answer)).filter((tied) => tied.length);
+  if (!unusable.delete(answer)) unusable.add(answer);
+  changed(`Answer ${answer + 1}: ${isBad(answer) ? "unusable" : "usable"}.`);
+}
+
+function tieRest() {
+  const rest = unranked();
+  if (!rest.length) return;
+  order.push(rest);
+  changed(`The rest: ${placeText(rest[0])}.`);
+}
+
+function clear() {
+  order = [];
+  unusable = new Set([...task.completions.keys()].filter((answer) => !task.completions[answer]));
+  changed("Ranks cleared.");
+}
+
+function changed(message) {
+  keepDraft();
+  drawRanks();
+  const rest = unranked().length;
+  say(`${message} ${rest > 1 ? `${rest} have no rank yet.` : "Ready to save."}`);
+}
+
+function say(message) {
+  $("error").textContent = "";
+  $("status").textContent = message;
+}
+
+// Drawing
+
+function placeText(answer) {
+  if (isBad(answer)) return "unusable";
+  const rank = rankOf(answer);
+  if (!rank) return "";
+  return `${ordinal(rank)}${ranking()[rank - 1].length > 1 ? ", tied" : ""}`;
+}
+
+function drawTask() {
+  $("task").hidden = false;
+  $("done").hidden = true;
+  $("prompt").replaceChildren(...task.prompt.map(({role, content}) => {
+    const turn = element("div", "", {class: "turn"});
+    if (role) turn.append(element("span", role, {class: "role"}));
+    turn.append(element("span", content));
+    return turn;
+  }));
+  const isPair = task.completions.length === 2;
+  $("answers-title").textContent = isPair ? "Which answer is better?" : "Rank the answers";
+  $("keys-of-two").hidden = !isPair;
+  $("keys-of-more").hidden = isPair;
+  $("answers").dataset.number = task.completions.length;
+  $("answers").replaceChildren(...task.completions.map(drawAnswer));
+  drawRanks();
+  for (const box of document.querySelectorAll(".text")) {
+    // who has no mouse scrolls a long text by focusing it
+    if (box.scrollHeight > box.clientHeight + 1) box.tabIndex = 0;
+    else box.removeAttribute("tabindex");
+  }
+}
+
+function drawAnswer(text, answer) {
+  const item = element("li", "", {"aria-labelledby": `answer-${answer}`});
+  const title = element("h3");
+  title.append(element("span", `Answer ${answer + 1}`, {id: `answer-${answer}`}), element("span", "", {class: "place"}));
+  const body = element("div", text || "(empty: the model ended at once)", {
+    class: text ? "text" : "text empty", role: "group", "aria-labelledby": `answer-${answer}`,
+  });
+  const choices = element("div", "", {class: "choices"});
+  const buttons = [["rank", () => place(answer, false)], ["tie", () => place(answer, true)], ["bad", () => mark(answer)]];
+  for (const [name, act] of buttons) {
+    const button = element("button", "", {type: "button", "data-choice": name});
+    button.addEventListener("click", act);
+    choices.append(button);
+  }
+  item.append(title, body, choices);
+  return item;
+}
+
+function drawRanks() {
+  const next = order.length + 1;
+  for (const [answer, item] of [...$("answers").children].entries()) {
+    const ranked = isRanked(answer);
+    const implied = !ranked && rankOf(answer) > 0;
+    item.className = isBad(answer) ? "unusable" : ranked ? "ranked" : "";
+    const shown = item.querySelector(".place");
+    shown.textContent = placeText(answer) + (implied ? " (what is left)" : "");
+    shown.classList.toggle("implied", implied);
+    const [rank, tie, bad] = item.querySelectorAll("button");
+    rank.textContent = ranked ? `${ordinal(rankOf(answer))}: take back` : next === 1 ? (task.completions.length === 2 ? "Better" : "Best") : `Make it ${ordinal(next)}`;
+    tie.textContent = `Tie with ${ordinal(order.length)}`;
+    tie.hidden = !order.length || ranked;
+    bad.textContent = "Unusable";
+    bad.setAttribute("aria-pressed", isBad(answer));
+    for (const button of [rank, tie]) button.disabled = !task.completions[answer];
+    for (const button of [rank, tie, bad]) button.setAttribute("aria-label", `${button.textContent}, answer ${answer + 1}`);
+  }
+}
+
+function show(reply, message) {
+  task = reply.task;
+  marking = false;
+  $("work").hidden = false;
+  $("who").textContent = session.name;
+  $("bar").max = reply.mine + reply.left || 1;
+  $("bar").value = reply.mine;
+  $("progress").textContent = `${reply.mine} done, ${reply.left} left`;
+  for (const id of ["save", "skip", "clear"]) $(id).hidden = !task;
+  if (task) {
+    openDraft();
+    drawTask();
+  } else {
+    $("task").hidden = true;
+    $("done").hidden = false;
+  }
+  scrollTo(0, 0);
+  $(task ? "prompt-title" : "done-title").focus({preventScroll: true});
+  $("status").textContent = message;
+}
+
+// What a labeller does
+
+const next = async (message) => {
+  try {
+    show(await ask("task"), message);
+  } catch (error) {
+    if (!(error instanceof Refusal)) throw error;
+    if (error.kind === "sign in") return askName(error.message);
+    $("work").hidden = false;
+    $("error").textContent = `${message} The next prompt is not here yet: ${error.message} Reload the page to try again.`;
+    for (const id of ["task", "save", "skip", "clear"]) $(id).hidden = true;
+  }
+};
+
+function send(ranks, message) {
+  const demonstration = $("demonstration").value;
+  const note = $("note").value;
+  keepDraft();
+  return attempt(async () => {
+    $("status").textContent = "Saving…";
+    await ask("label", {id: task.id, submission, ranks, demonstration, note});
+    localStorage.removeItem(draftKey());
+    await next(message);
+  }, "This label is NOT saved; what you entered is kept here. Save again to send it.");
+}
+
+function save() {
+  const rest = unranked().map((answer) => answer + 1);
+  if (rest.length > 1) {
+    say("");
+    const numbers = `${rest.slice(0, -1).join(", ")} and ${rest.at(-1)}`;
+    $("error").textContent = `Not saved yet: answers ${numbers} have no rank. Rank them, mark them unusable, or skip the prompt.`;
+    return;
+  }
+  send(task.completions.map((_, answer) => rankOf(answer) || null), "Saved.");
+}
+
+const skip = () => send(null, "Skipped.");
+
+const undo = () => attempt(async () => {
+  const reply = await ask("undo");
+  if (reply.task) localStorage.removeItem(`draft ${reply.task.key}`);
+  show(reply, "Undone: change it and save it again.");
+}, "Nothing was undone.");
+
+// Keys
+
+const KEYS = {
+  enter: save, s: skip, u: undo, c: clear, 0: tieRest,
+  d: () => $("demonstration").focus(),
+  n: () => $("note").focus(),
+  x: () => { say("Which answer is unusable? Press its number."); marking = true; },
+};
+
+function pressed(event) {
+  if ($("work").hidden || event.altKey || event.repeat || event.isComposing) return;
+  const typing = event.target.matches("textarea, input:not([type=checkbox])");
+  if (event.key === "Escape" && typing) return event.target.blur();
+  if (event.key === "Enter" && (event.ctrlKey || event.metaKey) && task) {
+    event.preventDefault();
+    return save();
+  }
+  if (typing || event.ctrlKey || event.metaKey || !$("shortcuts").checked || busy) return;
+  if (event.key === "Enter" && event.target.matches("button, input")) return; // it presses that
+  if (!task && event.key !== "u") return;
+  const digit = /^(?:Digit|Numpad)([0-9])$/.exec(event.code)?.[1]; // by place: with Shift, a digit is another character
+  // on a keyboard of another script, letters by place too
+  const letter = /^[^\x00-\x7f]$/.test(event.key) ? event.code.replace("Key", "") : event.key;
+  const wasMarking = marking;
+  marking = false;
+  const act = digit > 0 ? () => choose(digit - 1, wasMarking, event.shiftKey) : KEYS[digit ?? letter.toLowerCase()];
+  if (!act) return;
+  event.preventDefault();
+  act();
+}
+
+function choose(answer, unusableOne, tie) {
+  if (answer >= task.completions.length) return say(`There is no answer ${answer + 1}.`);
+  if (unusableOne) mark(answer);
+  else place(answer, tie);
+}
+
+document.addEventListener("keydown", pressed);
+$("sign-in-form").addEventListener("submit", (event) => { event.preventDefault(); signIn(false); });
+$("known").addEventListener("click", () => signIn(true));
+$("sign-out").addEventListener("click", () => {
+  sessionStorage.removeItem("session");
+  session = null;
+  askName();
+});
+for (const [id, act] of Object.entries({save, skip, clear, undo})) $(id).addEventListener("click", act);
+for (const id of ["demonstration", "note"]) $(id).addEventListener("input", keepDraft);
+$("shortcuts").checked = localStorage.getItem("shortcuts") !== "off";
+$("shortcuts").addEventListener("change", () => localStorage.setItem("shortcuts", $("shortcuts").checked ? "on" : "off"));
+if (session) next("");
+else askName();
