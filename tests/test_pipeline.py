@@ -452,3 +452,86 @@ def test_evaluations_under_several_seeds_are_summed_up(project, launched):
     assert "| policy | score | length |\n|---|---|---|\n| a | 0.38 (0.25 to 0.50) | 4.00 |" in text
     assert Path("runs/evaluate-over-seeds.md").read_text() in text + "\n"
     assert json.loads(Path("runs/evaluate-over-seeds.json").read_text())["scores"]["a"]["score"] == [0.25, 0.5]
+
+
+# --- Rounds ----------------------------------------------------------------------------------------------
+
+
+def in_rounds(**changes):
+    """SFT; three rounds of a reward model on the results of all rounds, and of PPO from the newest policy; evaluation."""
+    stages = [
+        {"name": "sft", "config": "sft.yaml"},
+        {
+            "name": "reward",
+            "config": "dpo.yaml",
+            "each_round": True,
+            "arguments": {"start_from": "{ppo|sft}", "dataset_arguments": {"seed": "{round}"}},
+        },
+        {
+            "name": "ppo",
+            "config": "dpo.yaml",
+            "each_round": True,
+            "arguments": {"start_from": "{ppo|sft}", "datasets": [{"path": "first.jsonl"}, {"path": "{reward*}/rows.jsonl"}]},
+        },
+        {"name": "evaluate", "config": "dpo.yaml", "arguments": {"policies": {"one": "{ppo@1}", "last": "{ppo}"}}},
+    ]
+    write(**({"rounds": 3, "stages": stages} | changes))
+    return stages
+
+
+def test_rounds_go_on_from_one_another(project, launched):
+    in_rounds()
+    run()
+    turns = [f"{name}-round-{turn}" for turn in (1, 2, 3) for name in ("reward", "ppo")]
+    assert [name for name, _ in launched.calls] == ["sft", *turns, "evaluate"]
+    written = {path.stem: yaml.safe_load(path.read_text()) for path in Path("runs/configs").iterdir()}
+    assert [written[f"ppo-round-{turn}"]["start_from"] for turn in (1, 2, 3)] == [
+        "runs/sft",
+        "runs/round-1/ppo",
+        "runs/round-2/ppo",
+    ]
+    assert written["reward-round-2"]["start_from"] == "runs/round-1/ppo"
+    assert written["reward-round-2"]["dataset_arguments"] == {"seed": 2}
+    assert [entry["path"] for entry in written["ppo-round-2"]["datasets"]] == [
+        "first.jsonl",
+        "runs/round-1/reward/rows.jsonl",
+        "runs/round-2/reward/rows.jsonl",
+    ]
+    assert written["evaluate"]["policies"] == {"one": "runs/round-1/ppo", "last": "runs/round-3/ppo"}
+    inputs = {stage.name: stage.inputs for stage in pipeline().stages}
+    assert inputs["ppo-round-2"] == ("ppo-round-1", "reward-round-1", "reward-round-2")
+
+
+def test_a_later_round_is_done_anew_where_an_earlier_one_is(project, launched):
+    stages = in_rounds()
+    run()
+    launched.calls.clear()
+    stages[1]["arguments"]["dataset_arguments"] = {"seed": "{round}", "rows": 3}
+    write(stages=stages)
+    assert [stage.name for stage in pipeline().stages if pipeline().status(stage) == "done"] == ["sft"]
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"rounds": 0}, "rounds: 0 is not how often the stages with `each_round` are done: 1 or more"),
+        ({"rounds": 2, "stages": [{"name": "sft", "config": "sft.yaml"}]}, "rounds: goes with `each_round: true`"),
+        (
+            {"stages": [{"name": name, "recipe": "sft", "config": "sft.yaml", "each_round": name != "b"} for name in "abc"]},
+            "stages: those with `each_round: true` must follow one another",
+        ),
+        (
+            {"stages": [{"name": "ppo", "config": "dpo.yaml", "each_round": True, "arguments": {"start_from": "{ppo}"}}]},
+            "stages, entry 1: start_from: {ppo} is no stage before this one",
+        ),
+        (
+            {"stages": [{"name": "ppo", "config": "dpo.yaml", "each_round": True, "arguments": {"x": ["{sft*}"]}}]},
+            "stages, entry 1: x: {sft} is no stage before this one",
+        ),
+    ],
+)
+def test_rounds_that_cannot_be_are_refused(project, changes, message):
+    in_rounds(**changes)
+    with pytest.raises(RecipeError) as caught:
+        pipeline()
+    assert message in str(caught.value)
