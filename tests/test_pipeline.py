@@ -163,7 +163,7 @@ def test_stages_can_be_chosen(project, launched):
         ({"stages": [{"name": "a b"}]}, "stages, entry 1: name: 'a b' is no name"),
         (
             {"stages": [{"name": "sftt"}]},
-            "entry 1: recipe: 'sftt' is none of sft, reward, ppo, dpo, evaluate; did you mean 'sft'?",
+            "entry 1: recipe: 'sftt' is none of sft, reward, ppo, dpo, evaluate, sample, rank; did you mean 'sft'?",
         ),
         ({"stages": [{"name": "sft", "config": "sft.yml"}]}, "sft.yml: no such file; did you mean"),
         ({"stages": [{"name": "sft", "config": "sft.yaml"}] * 2}, "entry 2: name: 'sft' stands twice"),
@@ -535,3 +535,20 @@ def test_rounds_that_cannot_be_are_refused(project, changes, message):
     with pytest.raises(RecipeError) as caught:
         pipeline()
     assert message in str(caught.value)
+
+
+def test_what_was_sampled_with_other_arguments_is_sampled_anew(project, launched):
+    write(stages=[{"name": "sample", "config": "dpo.yaml"}])
+    folder = Path("runs/sample")
+    folder.mkdir(parents=True)
+    for name in ("groups.jsonl", "sample.json"):
+        (folder / name).write_text("{}")
+    launched.failing = {"sample"}
+    with pytest.raises(RecipeError):
+        run()
+    assert not list(folder.iterdir())
+    (folder / "groups.jsonl").write_text("begun")
+    with pytest.raises(RecipeError):
+        run()
+    assert launched.calls == [("sample", False), ("sample", False)], "it goes on by itself"
+    assert (folder / "groups.jsonl").exists()

@@ -12,10 +12,13 @@ from rlhf_recipes.arguments import nearest, read_yaml
 from rlhf_recipes.errors import RecipeError
 from rlhf_recipes.evaluation.report import METRICS
 from rlhf_recipes.models import resolve_path
+from rlhf_recipes.ranking import RANKED
 from rlhf_recipes.records import RECIPE
+from rlhf_recipes.sampling import STATE
 
+TRAINERS = ("sft", "reward", "ppo", "dpo")
 # Every recipe that a stage may be, and the file that it writes last
-RECIPES = {"sft": RECIPE, "reward": RECIPE, "ppo": RECIPE, "dpo": RECIPE, "evaluate": METRICS}
+RECIPES = dict.fromkeys(TRAINERS, RECIPE) | {"evaluate": METRICS, "sample": STATE, "rank": RANKED}
 _KEYS = {"output_dir", "stages", "seeds", "rounds", "jobs", "accelerate_config"}
 _STAGE_KEYS = {"name", "recipe", "config", "arguments", "each_round"}
 _PLACE = re.compile(r"\{([^{}]*)\}(.*)", re.DOTALL)

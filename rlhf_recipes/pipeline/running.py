@@ -21,9 +21,11 @@ from rlhf_recipes.arguments import nearest, parse_arguments
 from rlhf_recipes.errors import RecipeError
 from rlhf_recipes.evaluation.report import METRICS
 from rlhf_recipes.evaluation.seeds import write_summary
-from rlhf_recipes.pipeline.reading import Stage, read_stages
+from rlhf_recipes.pipeline.reading import TRAINERS, Stage, read_stages
 from rlhf_recipes.records import read_json, write_json
 from rlhf_recipes.runs import checkpoints_in
+from rlhf_recipes.sampling import GROUPS
+from rlhf_recipes.sampling import STATE as STATE_OF_SAMPLES
 
 import yaml
 
@@ -193,10 +195,7 @@ class Pipeline:
         """The command of a stage, whose arguments are written out; it goes on with what these arguments have begun."""
         goes_on = self.status(stage) == "begun"
         if not goes_on:
-            # The arguments may be the same on other inputs, and the recipe would go on from the old ones' run
-            for folder in (stage.folder, *stage.folder.glob("member-*")):
-                for checkpoint in checkpoints_in(folder):
-                    shutil.rmtree(checkpoint)
+            _forget(stage)
         config = self.folder / "configs" / f"{stage.name}.yaml"
         try:
             config.parent.mkdir(parents=True, exist_ok=True)
@@ -208,12 +207,22 @@ class Pipeline:
         engine = ["--config_file", self.accelerate_config] if self.accelerate_config else []
         command = [sys.executable, "-m", "accelerate.commands.launch", "--quiet", *engine]
         command += [str(self.recipes / f"{stage.recipe}.py"), "--config", str(config)]
-        return [*command, "--resume_from_checkpoint", "true"] if goes_on and stage.recipe != "evaluate" else command
+        return [*command, "--resume_from_checkpoint", "true"] if goes_on and stage.recipe in TRAINERS else command
 
     def _remember(self, stage: Stage, **what: Any) -> None:
         """In place of what was known: a stage that has begun anew is no longer done."""
         self._state[stage.name] = what
         write_json(self.folder / STATE, self._state)
+
+
+def _forget(stage: Stage) -> None:
+    """Deletes what the recipe would go on from: the arguments may be the same, and the inputs others."""
+    for folder in (stage.folder, *stage.folder.glob("member-*")):
+        for checkpoint in checkpoints_in(folder):
+            shutil.rmtree(checkpoint)
+    if stage.recipe == "sample":
+        for name in (GROUPS, STATE_OF_SAMPLES):
+            (stage.folder / name).unlink(missing_ok=True)
 
 
 def read_pipeline(config: Path, recipes: Path, only: list[str] | None = None) -> Pipeline:

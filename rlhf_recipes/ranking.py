@@ -1,0 +1,236 @@
+"""Rankings of sampled groups: which groups are to be ranked, and by whom: people, a judge, or a simulated labeller."""
+
+import asyncio
+import itertools
+import math
+import random
+import statistics
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from rlhf_recipes.errors import RecipeError
+from rlhf_recipes.evaluation.judges import ChatJudge, read_chat_judge
+from rlhf_recipes.labels import Store, rankings
+from rlhf_recipes.labels.groups import Group, group_of, read_rows
+from rlhf_recipes.rewards import load_rewards
+from rlhf_recipes.roles import Ensemble
+from rlhf_recipes.sampling import GROUPS
+
+from trl.trainer.utils import get_callable_name, is_async_callable
+
+RANKINGS, RANKED = "rankings.jsonl", "rank.json"
+
+
+@dataclass(frozen=True)
+class Sampled:
+    """A group to be ranked, with the columns of the data that came along."""
+
+    group: Group
+    columns: dict[str, Any]
+
+
+Labeller = Callable[[Sequence[Sampled]], list[dict[str, Any]]]
+"""Groups -> rows of `prompt`, `completions`, `ranks` (0 or 1 is the best) and `labeller`."""
+
+
+def read_sampled(path: str | Path) -> list[Sampled]:
+    """The groups that recipes/sample.py wrote, from its folder or from its file.
+
+    Raises:
+        RecipeError: if the file cannot be read, or a row is no group.
+    """
+    path = Path(path) / GROUPS if Path(path).is_dir() else Path(path)
+    found = []
+    for number, row in read_rows(path):
+        group = group_of(row, f"{path}: row {number}")
+        found.append(Sampled(group, {key: value for key, value in row.items() if key not in group.row()}))
+    if not found:
+        raise RecipeError(f"{path}: the file has no rows")
+    return found
+
+
+# --- Which --------------------------------------------------------------------------------------------------
+
+
+def choose(groups: Sequence[Sampled], number: int | None, seed: int, ensemble: Ensemble | None = None) -> list[Sampled]:
+    """Those that are worth a label: drawn at random, or those on which the members of an ensemble disagree most.
+
+    Args:
+        groups: to choose from.
+        number: how many; None: all.
+        seed: of the draw.
+        ensemble: reward models; None: at random.
+    """
+    if number is None or number >= len(groups):
+        return list(groups)
+    if ensemble is None:
+        return random.Random(seed).sample(list(groups), number)
+    doubts = disagreement(groups, ensemble)
+    order = sorted(range(len(groups)), key=lambda place: -doubts[place])
+    return [groups[place] for place in sorted(order[:number])]
+
+
+def disagreement(groups: Sequence[Sampled], ensemble: Ensemble) -> list[float]:
+    """Of each group the mean, over pairs of its completions, of the deviation over members of how much better one is.
+
+    What two completions share, such as a prompt on which a member scores everything high, says nothing about their order.
+
+    Args:
+        groups: (N,).
+        ensemble: of M reward models.
+
+    Returns:
+        (N,) standard deviations of differences of scores; 0 where all members agree.
+    """
+    prompts = [one.group.prompt for one in groups for _ in one.group.completions]
+    completions = [completion for one in groups for completion in one.group.completions]
+    scores = list(zip(*(member(prompts, completions) for member in ensemble.members), strict=True))  # (completions, M)
+    starts = itertools.accumulate((len(one.group.completions) for one in groups), initial=0)
+    return [_doubt(scores[first:last]) for first, last in itertools.pairwise(starts)]
+
+
+def _doubt(scores: Sequence[Sequence[float]]) -> float:
+    pairs = itertools.combinations(scores, 2)
+    return statistics.fmean(statistics.pstdev(a - b for a, b in zip(one, other, strict=True)) for one, other in pairs)
+
+
+# --- By whom ------------------------------------------------------------------------------------------------
+
+
+def read_labeller(entry: Any, seed: int) -> Labeller:
+    """Who ranks, of the YAML key `labeller`.
+
+    `{store: FILE}` is people, by recipes/label.py; `{url: ..., model: ...}` a chat model, as a judge in recipes/evaluate.py;
+    `{path: ..., arguments: ..., noise: ...}` a simulated labeller, whose liking a reward function says.
+
+    Raises:
+        RecipeError: for anything else.
+    """
+    if isinstance(entry, dict) and set(entry) == {"store"} and isinstance(entry["store"], str):
+        return People(Path(entry["store"]))
+    if isinstance(entry, dict) and "url" in entry:
+        return Judge(read_chat_judge(entry))
+    if isinstance(entry, dict) and isinstance(entry.get("path"), str) and set(entry) <= {"path", "arguments", "noise"}:
+        noise = entry.get("noise", 0.0)
+        if isinstance(noise, bool) or not isinstance(noise, int | float) or not 0 <= noise < math.inf:
+            raise RecipeError(f"labeller: noise: {noise!r} is not a scale: a number, 0 or more")
+        (reward,), _ = load_rewards([{key: value for key, value in entry.items() if key != "noise"}])
+        return Simulated(reward, float(noise), seed)
+    raise RecipeError(
+        "labeller: must be {store: FILE} for people, {url: ..., model: ...} for a chat model, or {path: ..., noise: ...} for a "
+        f"reward function in the role of a labeller: found {entry!r}"
+    )
+
+
+@dataclass(frozen=True)
+class People:
+    """Those who label by recipes/label.py.
+
+    Parameters:
+        path: the database of labels; made where there is none.
+    """
+
+    path: Path
+
+    def __call__(self, groups: Sequence[Sampled]) -> list[dict[str, Any]]:
+        """What they have said of these groups.
+
+        Raises:
+            RecipeError: while one of them has no label yet.
+        """
+        with Store(self.path) as store:
+            store.add(one.group for one in groups)
+            wanted = {one.group.id for one in groups if one.group.comparable()}
+            lacking = wanted - {label.group for label in store.labels()}
+            if lacking:
+                raise RecipeError(
+                    f"labeller: {len(lacking)} of {len(wanted)} groups in {self.path} have no label yet: run `python "
+                    f"recipes/label.py --store {self.path}`, rank them, and then this again"
+                )
+            return [row for row in rankings(store) if row["id"] in wanted]
+
+
+@dataclass(frozen=True)
+class Judge:
+    """A chat model, which is asked about every two completions of a group in both orders; who wins more ranks higher."""
+
+    judge: ChatJudge
+
+    def __call__(self, groups: Sequence[Sampled]) -> list[dict[str, Any]]:
+        """A ranking of each group."""
+        asked = [(one.group, *pair) for one in groups for pair in itertools.combinations(range(len(one.group.completions)), 2)]
+        prompts, firsts, seconds = zip(*((g.prompt, g.texts()[i], g.texts()[j]) for g, i, j in asked), strict=True)
+        credits = self.judge.compare(prompts, firsts, seconds)["credits"]
+        wins = [[0.0] * len(one.group.completions) for one in groups]
+        places = {id(one.group): place for place, one in enumerate(groups)}
+        for (group, first, second), credit in zip(asked, credits, strict=True):
+            wins[places[id(group)]][first] += credit
+            wins[places[id(group)]][second] += 1 - credit
+        named = f"judge: {self.judge.model}"
+        return [_row(one.group, scores, named) for one, scores in zip(groups, wins, strict=True)]
+
+
+@dataclass(frozen=True)
+class Simulated:
+    """A labeller whose liking of a completion is a reward, with noise.
+
+    Completions of one reward tie; of two others the better one is preferred with probability sigmoid(difference / noise), as
+    Bradley and Terry have it: Gumbel noise, drawn once for each reward within a group.
+
+    Parameters:
+        reward: with TRL's signature.
+        noise: its scale; 0: none.
+        seed: of the noise.
+    """
+
+    reward: Callable[..., Any]
+    noise: float
+    seed: int
+
+    def __call__(self, groups: Sequence[Sampled]) -> list[dict[str, Any]]:
+        """A ranking of each group whose rewards are not all the same."""
+        rng = random.Random(f"labeller/{self.seed}")
+        named = f"simulated: {get_callable_name(self.reward)}, noise {self.noise:g}"
+        rows = []
+        for one, scores in zip(groups, self._scores(groups), strict=True):
+            liking = {score: score - self.noise * math.log(-math.log(rng.random())) for score in sorted(set(scores))}
+            if len(liking) > 1:
+                rows.append(_row(one.group, [liking[score] for score in scores], named))
+        return rows
+
+    def _scores(self, groups: Sequence[Sampled]) -> list[list[float]]:
+        columns = {key: [one.columns.get(key) for one in groups for _ in one.group.completions] for key in groups[0].columns}
+        given = {
+            "prompts": [one.group.prompt for one in groups for _ in one.group.completions],
+            "completions": [completion for one in groups for completion in one.group.completions],
+        }
+        scores = self.reward(**given, **columns, log_extra=_ignore, log_metric=_ignore)
+        scores = list(asyncio.run(scores) if is_async_callable(self.reward) else scores)
+        if len(scores) != len(given["prompts"]) or any(score is None or not math.isfinite(score) for score in scores):
+            raise RecipeError(
+                f"labeller: {get_callable_name(self.reward)} must give a finite number for each of {len(given['prompts'])} "
+                "completions, and did not"
+            )
+        starts = itertools.accumulate((len(one.group.completions) for one in groups), initial=0)
+        return [scores[first:last] for first, last in itertools.pairwise(starts)]
+
+
+def _ignore(*arguments: Any) -> None:
+    """Where rewards log to, in training."""
+
+
+def _row(group: Group, scores: Sequence[float], labeller: str) -> dict[str, Any]:
+    """A ranking by scores, the highest first; equal ones tie."""
+    order = sorted(set(scores), reverse=True)
+    sources = {"sources": group.sources} if group.sources else {}
+    ranks = [order.index(score) + 1 for score in scores]
+    return {
+        "prompt": group.prompt,
+        "completions": group.completions,
+        "ranks": ranks,
+        **sources,
+        "labeller": labeller,
+        "id": group.id,
+    }
