@@ -137,7 +137,7 @@ def main() -> None:
     parser.add_argument("--shared", type=Path, default=Path("../shared"), help="folder with `models` and `data`")
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     parser.add_argument("--steps", type=int, default=50)
-    parser.add_argument("--ptx_coefs", type=float, nargs="+", default=[0.0, 0.2, 1.0])
+    parser.add_argument("--ptx_coefs", type=float, nargs="+", default=[0.0, 1.0])
     options = parser.parse_args()
     disable_progress_bars()
     print("| ptx_coef | seed | reward before | after | rise, sd | KL, nats a story | perplexity before | after |")
