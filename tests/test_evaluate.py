@@ -19,6 +19,7 @@ from rlhf_recipes.evaluation.judges import ChatJudge, read_chat_judge
 from rlhf_recipes.evaluation.measure import (
     Drawn,
     Measurement,
+    NamedReward,
     choose_judge,
     describe,
     figure,
@@ -29,6 +30,7 @@ from rlhf_recipes.evaluation.measure import (
 )
 from rlhf_recipes.evaluation.policies import Policy, load_bench, read_policies
 from rlhf_recipes.evaluation.report import render
+from rlhf_recipes.evaluation.results import collect
 from rlhf_recipes.evaluation.verdict import verdict
 from rlhf_recipes.models import resolve_path
 from rlhf_recipes.tiny import splits
@@ -196,6 +198,72 @@ def test_truthfulness_and_calibration_by_group():
     json.dumps(result, allow_nan=False)
 
 
+# --- Scores ----------------------------------------------------------------------------------------------
+
+
+def questions(count=2, **columns):
+    return Dataset.from_dict({"prompt": [f"q{number}" for number in range(count)], **columns})
+
+
+def measurement_of(*rewards, rows=None, **options):
+    """What scores answers, without a model."""
+    rows = questions() if rows is None else rows
+    return Measurement(None, rows, {reward.name: reward for reward in rewards}, EvaluateArguments(compare_with="x", **options))
+
+
+@pytest.mark.parametrize(
+    ("scores", "message"),
+    [
+        ([1.0], "the reward gold returned 1 numbers for 2 completions"),
+        ([1.0, -math.inf], "the reward gold returned -inf for completion 1 .*; the prompt: 'q1'"),
+        ([1.0, math.nan], "the reward gold returned nan for completion 1 .*; the prompt: 'q1'"),
+        (None, "the reward gold returned a NoneType, not a list"),
+    ],
+)
+def test_what_a_reward_must_not_return_is_named(scores, message):
+    measurement = measurement_of(NamedReward("gold", lambda **columns: scores))
+    with pytest.raises(RecipeError, match=message):
+        measurement.score("gold", said("a", "b"))
+
+
+def test_a_reward_that_applies_nowhere_is_a_dash():
+    reward = NamedReward("nowhere", lambda completions, **columns: [None] * len(completions))
+    measurement = measurement_of(reward)
+    drawn = {name: Drawn(said(*texts), {"nowhere": measurement.score("nowhere", said(*texts))}) for name, texts in SAID.items()}
+    points = [{"step": 1, "kl": None, "rewards": {"nowhere": None}}]
+    policies = {name: Policy(name) for name in SAID}
+    metrics = collect(measurement, policies, drawn, "nowhere", {"runs": {"r": points}, "best_of": [], "chooser": None}, None)
+    assert metrics["policies"]["y"]["rewards"] == {"nowhere": None}
+    assert metrics["policies"]["y"]["win_rate"] is None
+    assert metrics["verdict"][0].startswith("There is no reward or judge")
+    assert render(metrics).count("<td>-</td>") >= 4
+
+
+SAID = {"x": ("a", "b"), "y": ("a", "c")}
+
+
+@pytest.mark.parametrize("folder", [None, "runs/reward"])
+def test_equal_answers_have_equal_scores_and_are_scored_once(folder):
+    """A model's scores differ from batch to batch by rounding; here they do in every batch."""
+    batches = []
+
+    def drifting(prompts, completions, **columns):
+        batches.append(list(zip(prompts, completions, columns["reference"], strict=True)))
+        return [len(text) + 1e-7 * len(batches) for text in completions]
+
+    measurement = measurement_of(NamedReward("model", drifting, folder=folder), rows=questions(reference=["r0", "r1"]))
+    first = measurement.score("model", said("a", "a", "b", "cc"))
+    second = measurement.score("model", said("dd", "a", "a", "cc"))
+    assert (first[0, 0], second[0, 1], second[1, 1]) == (first[0, 1], first[0, 0], first[1, 1])
+    assert batches == [[("q0", "a", "r0"), ("q1", "b", "r1"), ("q1", "cc", "r1")], [("q0", "dd", "r0"), ("q1", "a", "r1")]]
+
+
+def test_a_function_may_count_tokens_where_the_text_is_one():
+    cut_off, ended = Answer("a", (5,), False), Answer("a", (5, 2), True)
+    measurement = measurement_of(NamedReward("length", lambda completion_ids, **columns: [len(ids) for ids in completion_ids]))
+    assert measurement.score("length", [cut_off, ended, ended, cut_off]).tolist() == [[1, 2], [2, 1]]
+
+
 # --- The judge -------------------------------------------------------------------------------------------
 
 
@@ -218,13 +286,38 @@ def chat_server(reply, statuses=()):
         def log_message(self, *arguments):
             pass
 
-    server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+    with served(Handler) as url:
+        yield url, seen
+
+
+@contextlib.contextmanager
+def served(handler):
+    server = ThreadingHTTPServer(("127.0.0.1", 0), handler)
     threading.Thread(target=server.serve_forever, daemon=True).start()
     try:
-        yield f"http://127.0.0.1:{server.server_port}/v1", seen
+        yield f"http://127.0.0.1:{server.server_port}/v1"
     finally:
         server.shutdown()
         server.server_close()
+
+
+@contextlib.contextmanager
+def breaking_off():
+    """A server that ends in the middle of every answer."""
+
+    class Handler(BaseHTTPRequestHandler):
+        def do_POST(self):
+            self.rfile.read(int(self.headers["Content-Length"]))
+            self.send_response(200)
+            self.send_header("Content-Length", "1000")
+            self.end_headers()
+            self.wfile.write(b"half")
+
+        def log_message(self, *arguments):
+            pass
+
+    with served(Handler) as url:
+        yield url
 
 
 def likes_good(question):
@@ -274,6 +367,18 @@ def test_what_a_judge_refuses_is_one_clear_message():
         ChatJudge(url, "model", api_key_env="NO_SUCH_KEY").compare(["one"], ["x"], ["y"])
 
 
+def test_a_judge_that_breaks_off_is_one_clear_message():
+    with breaking_off() as url, pytest.raises(RecipeError, match=r"cannot be reached, in 2 attempts \(IncompleteRead"):
+        ChatJudge(url, "model", retries=1, pause_s=0).compare(["one"], ["x"], ["y"])
+    with pytest.raises(RecipeError, match=r"control characters|nonnumeric port"):
+        ChatJudge("http://local host:a/v1", "model", retries=0).compare(["one"], ["x"], ["y"])
+
+
+def test_what_a_judge_says_must_be_a_text():
+    with chat_server(lambda question: ["[[A]]"]) as (url, _), pytest.raises(RecipeError, match="does not answer as OpenAI's"):
+        ChatJudge(url, "model").compare(["one"], ["x"], ["y"])
+
+
 def test_the_yaml_of_a_judge_is_checked():
     assert read_chat_judge({"url": "http://x/v1", "model": "m", "timeout_s": 5}).timeout_s == 5
     for entry, message in (
@@ -281,6 +386,9 @@ def test_the_yaml_of_a_judge_is_checked():
         ({"url": "http://x", "model": "m", "modle": 1}, "judge: modle"),
         ({"url": "file:///etc/passwd", "model": "m"}, "judge: url: must begin with http"),
         ({"url": "http://x", "model": "m", "retries": -1}, "judge: retries"),
+        ({"url": "http://my host/v1", "model": "m"}, "judge: url: 'http://my host/v1' is no address: write it like"),
+        ({"url": "http://host:80a/v1", "model": "m"}, "judge: url: .* is no address"),
+        ({"url": "http:///v1", "model": "m"}, "judge: url: .* is no address"),
     ):
         with pytest.raises(RecipeError, match=message):
             read_chat_judge(entry)
@@ -322,6 +430,25 @@ def test_prompts_are_those_of_the_test_split_or_of_a_whole_file(tmp_path):
     assert held_out_prompts(DataArguments(dataset_name=str(file)), EvaluateArguments())["prompt"] == ["Who?", "Where?"]
     with pytest.raises(RecipeError, match="group_by: the data have no column 'known'; the columns are: prompt"):
         held_out_prompts(DataArguments(dataset_name=str(file)), arguments)
+
+
+@pytest.mark.parametrize(
+    ("row", "options", "message"),
+    [
+        ({"reference": 42}, {}, r"reference: the column 'reference' holds 42 in row 1: write it in quotes"),
+        (
+            {"topic": ["a"]},
+            {"group_by": "topic"},
+            r"group_by: the column 'topic' holds \['a'\] in row 1: name a column of texts",
+        ),
+    ],
+)
+def test_a_column_that_cannot_be_used_is_named_with_the_row(tmp_path, row, options, message):
+    file = tmp_path / "prompts.jsonl"
+    lines = [{"prompt": "Who?"} | dict.fromkeys(row), {"prompt": "Where?"} | row]
+    file.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    with pytest.raises(RecipeError, match=message):
+        held_out_prompts(DataArguments(dataset_name=str(file)), EvaluateArguments(**options))
 
 
 # --- Policies on one base --------------------------------------------------------------------------------

@@ -8,7 +8,8 @@ the same of the difference between the two policies, prompt by prompt.
 import asyncio
 import functools
 import importlib.util
-from collections.abc import Callable, Sequence
+import math
+from collections.abc import Callable, Hashable, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -27,7 +28,7 @@ from rlhf_recipes.evaluation.policies import Bench, Policy, require_adapter
 from rlhf_recipes.evaluation.preference import calibration
 from rlhf_recipes.evaluation.truthfulness import KINDS, kinds_of
 from rlhf_recipes.models import base_of
-from rlhf_recipes.rewards import SavedReward, load_rewards
+from rlhf_recipes.rewards import SavedReward, checked, load_rewards
 from rlhf_recipes.roles import load_saved_rewards
 from rlhf_recipes.runs import checkpoints_in, step_of
 
@@ -49,7 +50,8 @@ def held_out_prompts(data: DataArguments, arguments: EvaluateArguments) -> Datas
     """The prompts of the YAML file: `eval_datasets`, else the split `dataset_test_split` of `dataset_name`, or a whole file.
 
     Raises:
-        RecipeError: as in `load_data`; if there is no column `group_by`.
+        RecipeError: as in `load_data`; if there is no column `group_by`, or it holds lists or mappings; for a `reference` that
+            is no text.
     """
     if data.eval_datasets:
         data = DataArguments(datasets=data.eval_datasets, bad_rows=data.bad_rows)
@@ -59,7 +61,18 @@ def held_out_prompts(data: DataArguments, arguments: EvaluateArguments) -> Datas
     if arguments.group_by and arguments.group_by not in rows.column_names:
         known = ", ".join(rows.column_names)
         raise RecipeError(f"group_by: the data have no column '{arguments.group_by}'; the columns are: {known}")
+    if arguments.group_by:
+        _check_column(rows, arguments.group_by, Hashable, "group_by", "name a column of texts, numbers or truths")
+    if "reference" in rows.column_names:
+        _check_column(rows, "reference", str | None, "reference", "write it in quotes, or rename the column")
     return rows
+
+
+def _check_column(rows: Dataset, column: str, kind: Any, where: str, remedy: str) -> None:
+    """Refuses a column with a value of another kind: the types of columns that no stage trains on are as they came."""
+    for row, value in enumerate(rows[column]):
+        if not isinstance(value, kind):
+            raise RecipeError(f"{where}: the column '{column}' holds {value!r:.80} in row {row}: {remedy}")
 
 
 @dataclass(frozen=True)
@@ -182,12 +195,15 @@ class Measurement:
 
     Parameters:
         rows: `prompt`, and what rewards read besides.
+        scored: reward -> what was scored -> its score. A model's score of one text differs from batch to batch by rounding:
+            scored once, equal answers of two policies tie.
     """
 
     bench: Bench
     rows: Dataset
     rewards: dict[str, NamedReward]
     arguments: EvaluateArguments
+    scored: dict[str, dict[Hashable, float]] = field(default_factory=dict, init=False, repr=False)
 
     @property
     def reference(self) -> str:
@@ -235,21 +251,34 @@ class Measurement:
         return logps.reshape(-1, count)
 
     def score(self, reward: str, answers: list[Answer]) -> Floats:
-        """(P, K) scores of the answers under a reward; NaN where it does not apply."""
-        function, count = self.rewards[reward].function, len(answers) // len(self.rows)
-        prompts = self.repeated("prompt", count)
-        others = [column for column in self.rows.column_names if column != "prompt"]
+        """(P, K) scores of the answers under a reward; NaN where it does not apply. What was scored before is not again.
+
+        Raises:
+            RecipeError: if the reward fails, or does not return one finite number or None for each answer.
+        """
+        count, known = len(answers) // len(self.rows), self.scored.setdefault(reward, {})
+        keys = [_scored_as(self.rewards[reward], place // count, answer) for place, answer in enumerate(answers)]
+        new = {key: place for place, key in enumerate(keys) if key not in known}
+        if new:
+            places = list(new.values())
+            scores = self._ask(self.rewards[reward], [place // count for place in places], [answers[place] for place in places])
+            known |= zip(new, scores, strict=True)
+        return np.array([known[key] for key in keys]).reshape(-1, count)
+
+    def _ask(self, reward: NamedReward, rows: list[int], answers: list[Answer]) -> list[float]:
+        """The score of each answer to its row."""
+        function, asked = checked(reward.function, reward.name), self.rows.select(rows)
         scores = function(
-            prompts=prompts,
-            completions=[_completion(prompt, answer) for prompt, answer in zip(prompts, answers, strict=True)],
+            prompts=list(asked["prompt"]),
+            completions=[_completion(prompt, answer) for prompt, answer in zip(asked["prompt"], answers, strict=True)],
             completion_ids=[list(answer.ids) for answer in answers],
             trainer_state=None,
             log_extra=_ignore,
             log_metric=_ignore,
-            **{column: self.repeated(column, count) for column in others},
+            **{column: list(asked[column]) for column in self.rows.column_names if column != "prompt"},
         )
         scores = asyncio.run(scores) if is_async_callable(function) else scores
-        return np.array([np.nan if score is None else score for score in scores], dtype=np.float64).reshape(-1, count)
+        return [math.nan if score is None else score for score in scores]
 
 
 def draw_policy(measurement: Measurement, policy: Policy, seed: int) -> Drawn:
@@ -274,6 +303,11 @@ def draw_policy(measurement: Measurement, policy: Policy, seed: int) -> Drawn:
         drawn = Drawn([answers[row * policy.n + best] for row, best in enumerate(sets.argmax(1))])
     drawn.scores = {name: measurement.score(name, drawn.answers) for name in measurement.rewards}
     return drawn
+
+
+def _scored_as(reward: NamedReward, row: int, answer: Answer) -> Hashable:
+    """What a score depends on: a reward model reads the text alone, a function may count tokens too."""
+    return (row, answer.text) if reward.folder else (row, answer)
 
 
 def _completion(prompt: Prompt, answer: Answer) -> Any:
@@ -311,7 +345,8 @@ def describe(
     result["rewards"] = {name: compared(lambda one, name=name: one.scores[name]) for name in measurement.rewards}
     if baseline is not None:
         for name, reward in result["rewards"].items():
-            reward["win_rate"] = _win_rate(drawn.scores[name], baseline.scores[name], seed)
+            if reward is not None:  # None: it applies nowhere
+                reward["win_rate"] = _win_rate(drawn.scores[name], baseline.scores[name], seed)
         result["win_rate"] = _judged(measurement, drawn, baseline, judge)
     result["kl"] = _kl(measurement, policy, drawn)
     result["entropy"] = figure(-drawn.logps, seed=seed) if drawn.logps is not None else None

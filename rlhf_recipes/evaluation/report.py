@@ -115,6 +115,8 @@ def _frontiers(metrics: dict[str, Any]) -> list[Markup]:
         }
         best_of = [*filter(None, (point(entry, reward, f"n={entry['n']}") for entry in found["best_of"]))]
         named = [point(entry, reward, name) for name, entry in metrics["policies"].items() if not entry.get("best_of")]
+        if not (best_of or any(named) or any(runs.values())):  # it applies nowhere
+            continue
         title = f"{reward} ({'trained against' if about['trained'] else 'held out'})"
         pictures.append(_picture(plots.frontier(runs, best_of, [*filter(None, named)], title)))
     return pictures
