@@ -23,6 +23,7 @@ from rlhf_recipes.evaluation.measure import (
     choose_judge,
     describe,
     figure,
+    frontier,
     groups_of,
     held_out_prompts,
     in_noise,
@@ -124,7 +125,8 @@ def test_a_figure_is_a_mean_over_prompts_without_what_is_missing():
     values = np.array([[1.0, 3.0], [math.nan, 5.0], [math.nan, math.nan]])
     assert figure(values)["mean"] == (2 + 5) / 2
     difference = figure(values, np.array([[0.0], [math.nan], [1.0]]))["difference"]
-    assert difference == {"mean": 2.0, "interval": None}  # one prompt: resampling says nothing
+    assert difference == {"mean": 2.0, "interval": None, "n": 1}  # one prompt: resampling says nothing
+    assert figure(values)["n"] == 2
     assert figure(np.full((2, 1), math.nan)) is None
 
 
@@ -139,10 +141,19 @@ def test_differences_are_taken_prompt_by_prompt():
 
 
 def test_what_is_the_same_everywhere():
-    assert in_noise(figure(np.ones((5, 1)), np.ones((5, 1)))["difference"])
-    assert not in_noise(figure(np.ones((5, 1)), np.zeros((5, 1)))["difference"])
+    assert in_noise(figure(np.ones((9, 1)), np.ones((9, 1)))["difference"])
+    assert not in_noise(figure(np.ones((9, 1)), np.zeros((9, 1)))["difference"])
     low, high = figure(np.ones((50, 1)), share=True)["interval"]
     assert 0.9 < low < high == 1
+
+
+@pytest.mark.parametrize("spread", [0.0, 0.01])
+def test_six_prompts_that_agree_say_something_and_five_do_not(spread):
+    """The sign test: 2 * 2**-6 = .03 is below .05, and 2 * 2**-5 = .06 is not."""
+    for count in range(1, 9):
+        better = 1 + spread * np.arange(count)[:, None]
+        assert in_noise(figure(better, np.zeros((count, 1)))["difference"]) == (count < 6)
+    assert not in_noise({"mean": 1.0, "interval": [0.5, 1.5]})  # of a metrics.json without `n`
 
 
 def test_groups():
@@ -475,6 +486,38 @@ def test_policies_on_one_base_answer_as_each_does_alone(runs, tiny):
         assert found == pytest.approx(log_probs(alone.eval(), tiny[1], prompts, answers), abs=1e-4)
 
 
+def test_policies_whose_names_differ_by_a_dot_are_two(runs, tiny):
+    prompts = list(splits.evaluation(rows=4)["prompt"])
+    answers = sample(*tiny, prompts, max_new_tokens=4, seed=1)
+    found = {}
+    for names in (("lr1.5", "lr1_5"), ("one", "two")):
+        policies = read_policies(dict(zip(names, (str(runs / "sft"), str(runs / "ppo")), strict=True)))
+        arguments = ModelConfig(model_name_or_path=BASE, dtype="float32")
+        bench = load_bench(arguments, EvaluateArguments(), policies, tiny[1])
+        for name in names:
+            with bench.playing(name) as model:
+                found[name] = log_probs(model, tiny[1], prompts, answers)
+    assert found["lr1.5"] == pytest.approx(found["one"], abs=1e-4)
+    assert found["lr1_5"] == pytest.approx(found["two"], abs=1e-4)
+    assert np.abs(found["one"] - found["two"]).max() > 0.1
+
+
+def test_a_policy_may_have_the_name_of_a_checkpoint_on_the_frontier(runs, tiny):
+    policies = read_policies({"checkpoint-10": str(runs / "sft")})
+    arguments = EvaluateArguments(
+        compare_with="checkpoint-10", frontier=[str(runs / "ppo")], max_completion_length=4, batch_size=8
+    )
+    bench = load_bench(ModelConfig(model_name_or_path=BASE, dtype="float32"), arguments, policies, tiny[1])
+    measurement = Measurement(bench, splits.evaluation(rows=8), {}, arguments)
+    ((_, last),) = frontier(measurement, 0)["runs"].values()
+    assert last["step"] == 10
+    assert abs(last["kl"]["mean"]) > 0.01  # from the policy, not from itself
+    with bench.playing("checkpoint-10") as model:  # which is still there
+        assert sample(model, tiny[1], list(measurement.rows["prompt"]), max_new_tokens=1)
+    with pytest.raises(RecipeError, match="there is a policy 'checkpoint-10' already: rename"):
+        bench.add("checkpoint-10", None, "policies: checkpoint-10")
+
+
 def test_kl_by_sampling_is_near_the_exact_one(runs, tiny):
     """Answers of one token, whose distribution can be written down."""
     bench, arguments, _ = bench_of(runs, tiny, max_completion_length=1, num_answers=150, batch_size=750)
@@ -556,7 +599,7 @@ def test_the_recipe_measures_every_policy(evaluated):
         assert policy["rewards"]["normalised_match"]["mean"] == pytest.approx(right)
         assert ("win_rate" in policy) == (name != "sft")
         assert (policy.get("perplexity") is None) == (name == "best-of-4")
-    assert metrics["policies"]["sft"]["kl"] == {"mean": 0.0, "interval": None}
+    assert metrics["policies"]["sft"]["kl"] == {"mean": 0.0, "interval": None, "n": 16}
     assert metrics["policies"]["best-of-4"]["kl"] == {
         "mean": pytest.approx(math.log(4) - 0.75),
         "interval": None,

@@ -1,8 +1,8 @@
 """Policies on held-out prompts: what each says, how that scores, and in what it differs from the others.
 
-`P` is the number of prompts and `K` that of the answers of a policy to each. A *figure* is a mapping of `mean` and `interval`
-(95%, of prompts resampled; None where resampling says nothing) and, beside the policy that all are compared with, `difference`:
-the same of the difference between the two policies, prompt by prompt.
+`P` is the number of prompts and `K` that of the answers of a policy to each. A *figure* is a mapping of `mean`, `interval`
+(95%, of prompts resampled; None where resampling says nothing), `n` (the prompts that count) and, beside the policy that all
+are compared with, `difference`: the same of the difference between the two policies, prompt by prompt.
 """
 
 import asyncio
@@ -38,6 +38,7 @@ from trl.trainer.utils import get_callable_name, is_async_callable
 
 Figure = dict[str, Any]
 
+FEWEST = 6  # prompts
 SHORT = 8  # words of a reference of which there is but one wording
 
 _EXPECTED = {"name": "a text", "trained": "true, false or a list of policies", "optional": "true or false"}
@@ -385,11 +386,17 @@ def figure(values: Floats, baseline: Floats | None = None, *, share: bool = Fals
 
 
 def in_noise(difference: Figure | None) -> bool:
-    """Whether a difference may be nothing but chance: its interval holds 0, or there is none."""
-    if difference is None or difference["interval"] is None:
-        return not (difference and difference["mean"])
-    low, high = difference["interval"]
-    return low <= 0 <= high
+    """Whether a difference may be nothing but chance: its interval holds 0, or it is of fewer than 6 prompts.
+
+    Where all prompts differ alike, resampling gives no interval. By the sign test 6 prompts agree by chance with probability
+    2 * 2**-6 = .03, and 5 with .06; so fewer than 6 tell nothing, with an interval or without.
+    """
+    if difference is None or not difference["mean"]:
+        return True
+    interval = difference["interval"]
+    if difference.get("n", 0 if interval is None else FEWEST) < FEWEST:  # metrics.json once had no `n`
+        return True
+    return interval is not None and interval[0] <= 0 <= interval[1]
 
 
 def _means(values: Floats) -> Floats:
@@ -399,7 +406,8 @@ def _means(values: Floats) -> Floats:
 
 
 def _mean(values: Floats, seed: int) -> Figure:
-    return {"mean": float(values.mean()), "interval": mean_interval(values, np.arange(len(values)), seed)}
+    interval = mean_interval(values, np.arange(len(values)), seed)
+    return {"mean": float(values.mean()), "interval": interval, "n": len(values)}
 
 
 def _win_rate(scores: Floats, others: Floats, seed: int) -> dict[str, Any] | None:
@@ -508,9 +516,10 @@ def _run_points(measurement: Measurement, run: Path, seed: int) -> list[dict[str
     points = []
     for checkpoint in sorted(checkpoints_in(run), key=step_of):
         require_adapter(str(checkpoint), "frontier")
-        measurement.bench.add(checkpoint.name, str(checkpoint), "frontier")
-        drawn = draw_policy(measurement, Policy(checkpoint.name, str(checkpoint)), seed)
-        measurement.bench.drop(checkpoint.name)
+        name = f"frontier: {checkpoint}"  # a policy may be called checkpoint-10 too
+        measurement.bench.add(name, str(checkpoint), "frontier")
+        drawn = draw_policy(measurement, Policy(name, str(checkpoint)), seed)
+        measurement.bench.drop(name)
         rewards = {name: figure(scores, seed=seed) for name, scores in drawn.scores.items()}
         kl = figure(drawn.logps - drawn.ref_logps, seed=seed)
         points.append({"step": step_of(checkpoint), "kl": kl, "rewards": rewards})
