@@ -443,6 +443,19 @@ def test_prompts_are_those_of_the_test_split_or_of_a_whole_file(tmp_path):
         held_out_prompts(DataArguments(dataset_name=str(file)), arguments)
 
 
+def test_a_prompt_with_several_pairs_is_asked_once(tmp_path, capsys):
+    file = tmp_path / "pairs.jsonl"
+    pairs = [("Who?", "A", "B"), ("Where?", "C", "D"), ("Who?", "A", "E")]
+    lines = [json.dumps(dict(zip(("prompt", "chosen", "rejected"), pair, strict=True))) for pair in pairs]
+    file.write_text("\n".join(lines))
+    assert held_out_prompts(DataArguments(dataset_name=str(file)), EvaluateArguments())["prompt"] == ["Who?", "Where?"]
+    assert "1 of 3 rows have the prompt and reference of another: they are left out" in capsys.readouterr().out
+    answers = [("Who?", "A"), ("Who?", "B"), ("Who?", "A")]  # another reference is another question
+    file.write_text("\n".join(json.dumps({"prompt": prompt, "reference": answer}) for prompt, answer in answers))
+    rows = held_out_prompts(DataArguments(dataset_name=str(file)), EvaluateArguments())
+    assert rows["reference"] == ["A", "B"]
+
+
 @pytest.mark.parametrize(
     ("row", "options", "message"),
     [

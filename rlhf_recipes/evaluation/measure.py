@@ -50,6 +50,9 @@ _EXPECTED = {"name": "a text", "trained": "true, false or a list of policies", "
 def held_out_prompts(data: DataArguments, arguments: EvaluateArguments) -> Dataset:
     """The prompts of the YAML file: `eval_datasets`, else the split `dataset_test_split` of `dataset_name`, or a whole file.
 
+    A prompt that comes again with the same reference, as where preference data have several pairs of it, is asked once: its
+    first row stays. Twice it would count as two independent ones, and intervals would be too narrow.
+
     Raises:
         RecipeError: as in `load_data`; if there is no column `group_by`, or it holds lists or mappings; for a `reference` that
             is no text.
@@ -66,7 +69,18 @@ def held_out_prompts(data: DataArguments, arguments: EvaluateArguments) -> Datas
         _check_column(rows, arguments.group_by, Hashable, "group_by", "name a column of texts, numbers or truths")
     if "reference" in rows.column_names:
         _check_column(rows, "reference", str | None, "reference", "write it in quotes, or rename the column")
-    return rows
+    return _each_once(rows)
+
+
+def _each_once(rows: Dataset) -> Dataset:
+    """Without the rows whose prompt and reference came before; how many they are is printed."""
+    references = rows["reference"] if "reference" in rows.column_names else [None] * len(rows)
+    first: dict[Hashable, int] = {}
+    for row, key in enumerate(zip(map(repr, rows["prompt"]), references, strict=True)):
+        first.setdefault(key, row)
+    if len(first) < len(rows):
+        print(f"{len(rows) - len(first)} of {len(rows)} rows have the prompt and reference of another: they are left out")
+    return rows.select(first.values())
 
 
 def _check_column(rows: Dataset, column: str, kind: Any, where: str, remedy: str) -> None:
