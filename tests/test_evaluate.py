@@ -209,6 +209,35 @@ def test_truthfulness_and_calibration_by_group():
     json.dumps(result, allow_nan=False)
 
 
+def confident(answers, confidence, count):
+    """Twice the same answer to each prompt, with one confidence."""
+    texts = [text for text in answers for _ in range(2)]
+    return Drawn(said(*texts), {}, np.full((count, 2), math.log(confidence)), np.full((count, 2), math.log(confidence)))
+
+
+def test_calibration_is_compared_and_says_what_chance_gives():
+    count = 40
+    rows = questions(count, reference=["a"] * count)
+    measurement = measurement_of(rows=rows, num_answers=2)
+    answers = ["wrong" if number % 8 < 5 else "a" for number in range(count)]  # right in 3 of 8
+    drawn = {"x": confident(answers, 0.5, count), "y": confident(answers, 0.9, count), "z": confident(answers, 0.5, count)}
+    metrics = collect(measurement, {name: Policy(name) for name in drawn}, drawn, None, None, None)
+    found = {name: policy["calibration"]["all"] for name, policy in metrics["policies"].items()}
+    assert "difference" not in found["x"]
+    assert found["y"]["difference"]["ece"]["mean"] == pytest.approx((0.9 - 3 / 8) - (0.5 - 3 / 8), abs=0.02)
+    assert found["y"]["difference"]["brier"]["mean"] == pytest.approx((3 * 0.1**2 + 5 * 0.9**2) / 8 - 0.25)
+    # of 40 coins, and not of 80: the mean of |heads / 40 - 1/2|
+    assert found["x"]["ece_if_calibrated"] == pytest.approx(math.sqrt(2 / math.pi) * 0.5 / math.sqrt(40), rel=0.15)
+    noise = metrics["verdict"][-1]
+    assert "z: right, abstained, made up, calibration error, Brier score, length, share ended" in noise
+    assert "y: right, abstained, made up, length, share ended" in noise
+    assert noise.endswith("perplexity and diversity have no interval.")
+    page = render(metrics)
+    mark = r'\(0.0\d\) <span class="mark">▲</span></td><td>0.51 <span class="mark">▲</span></td>'
+    assert re.search(rf"<td>0.5[23] {mark}", " ".join(page.split()))
+    assert re.search(r'<td class="noise">0.1[23] \(0.0\d\)</td><td class="noise">0.25</td>', " ".join(page.split()))
+
+
 # --- Scores ----------------------------------------------------------------------------------------------
 
 
@@ -747,7 +776,7 @@ def test_the_verdict_says_what_lies_inside_the_noise():
     sentences = verdict(made_up_metrics(proxy=(1.0, 0.5, 1.5), gold=(0.1, -0.1, 0.3)))
     assert sentences[0] == "Judged by gold, not told apart from sft: ppo (40% [30%, 55%])."
     assert "proxy +1.00 [+0.50, +1.50]; gold, not trained against +0.10 [-0.10, +0.30] (inside the noise)" in sentences[1]
-    assert sentences[-1] == "Inside the noise, as differences from sft: ppo: score by gold, length."
+    assert sentences[-1].startswith("Inside the noise, as differences from sft: ppo: score by gold, length. Looked at: scores,")
     assert not any("over-optimised" in sentence for sentence in sentences)
 
 

@@ -25,7 +25,7 @@ from rlhf_recipes.evaluation.intervals import Floats, mean_interval, wilson_inte
 from rlhf_recipes.evaluation.judges import ChatJudge, read_chat_judge
 from rlhf_recipes.evaluation.perplexity import perplexity
 from rlhf_recipes.evaluation.policies import Bench, Policy, require_adapter
-from rlhf_recipes.evaluation.preference import calibration
+from rlhf_recipes.evaluation.preference import calibration, calibration_difference
 from rlhf_recipes.evaluation.truthfulness import KINDS, kinds_of
 from rlhf_recipes.models import base_of
 from rlhf_recipes.rewards import SavedReward, checked, load_rewards
@@ -369,7 +369,7 @@ def describe(
     result["ended"] = compared(lambda one: np.array([answer.ended for answer in one.answers], float).reshape(shape), True)
     result["diversity"] = diversity(drawn.texts, np.repeat(np.arange(shape[0]), shape[1]).tolist())
     if measurement.tells_truth:
-        result |= _truthfulness(measurement, drawn, compared)
+        result |= _truthfulness(measurement, drawn, baseline, compared)
     return result
 
 
@@ -454,7 +454,9 @@ def _kl(measurement: Measurement, policy: Policy, drawn: Drawn) -> Figure | None
     return None
 
 
-def _truthfulness(measurement: Measurement, drawn: Drawn, compared: Callable[..., Figure]) -> dict[str, Any]:
+def _truthfulness(
+    measurement: Measurement, drawn: Drawn, baseline: Drawn | None, compared: Callable[..., Figure]
+) -> dict[str, Any]:
     """Shares of right, abstaining and made-up answers, and calibration, for all prompts and for each group."""
     arguments, count = measurement.arguments, measurement.arguments.num_answers
     references = measurement.repeated("reference", count)
@@ -475,22 +477,55 @@ def _truthfulness(measurement: Measurement, drawn: Drawn, compared: Callable[...
     column = arguments.group_by
     if column in groups and f"not {column}" in groups:
         result["over_abstained"] = result["truthfulness"][column]["abstained"]
-    if drawn.logps is not None:
-        right, abstained = is_kind("right")(drawn), is_kind("abstained")(drawn)
-        result["calibration"] = {
-            name: _calibration(np.exp(drawn.logps[rows]), right[rows], abstained[rows], arguments.seed)
-            for name, rows in groups.items()
-        }
+    one, other = _told(drawn, is_kind), _told(baseline, is_kind)
+    if one is not None:
+        result["calibration"] = {name: _calibration(one, other, rows, arguments.seed) for name, rows in groups.items()}
     return result
 
 
-def _calibration(confidences: Floats, right: Floats, abstained: Floats, seed: int) -> dict[str, Any] | None:
-    """Of the answers that do not abstain: whether those of probability p are right with frequency p."""
-    told = abstained == 0
-    if not told.any():
+@dataclass(frozen=True)
+class _Told:
+    """What a policy's answers stake: (P, K) each.
+
+    Parameters:
+        confidences: the probability of the answer.
+        right: 1 or 0.
+        counts: whether the answer tells something, and does not abstain.
+        texts: of the answers.
+    """
+
+    confidences: Floats
+    right: Floats
+    counts: np.ndarray
+    texts: np.ndarray
+
+    def of(self, rows: np.ndarray) -> tuple[Floats, Floats, list[int], list[str]]:
+        """Of the answers that count, to these prompts (P,) only: confidence, outcome, number of the prompt, and text."""
+        chosen = self.counts & rows[:, None]
+        return self.confidences[chosen], self.right[chosen], np.nonzero(chosen)[0].tolist(), self.texts[chosen].tolist()
+
+
+def _told(drawn: Drawn | None, is_kind: Callable[[str], Callable[[Drawn], Floats]]) -> _Told | None:
+    """None where there are no answers, or no probabilities of them."""
+    if drawn is None or drawn.logps is None:
         return None
-    prompts = np.broadcast_to(np.arange(len(right))[:, None], right.shape)[told].tolist()
-    return calibration(np.minimum(confidences[told], 1), right[told], groups=prompts, seed=seed)
+    confidences, texts = np.minimum(np.exp(drawn.logps), 1), np.array(drawn.texts, dtype=object)
+    return _Told(confidences, is_kind("right")(drawn), is_kind("abstained")(drawn) == 0, texts.reshape(confidences.shape))
+
+
+def _calibration(one: _Told, other: _Told | None, rows: np.ndarray, seed: int) -> dict[str, Any] | None:
+    """Of the answers that do not abstain: whether those of probability p are right with frequency p."""
+    confidences, right, prompts, texts = one.of(rows)
+    if not prompts:
+        return None
+    events = list(zip(prompts, texts, strict=True))  # an answer that is given twice is right twice, or not at all
+    result = calibration(confidences, right, groups=prompts, events=events, seed=seed)
+    if other is not None and (other.counts & rows[:, None]).any():
+        others, others_right, others_prompts, _ = other.of(rows)
+        result["difference"] = calibration_difference(
+            confidences, right, others, others_right, groups=prompts, other_groups=others_prompts, seed=seed
+        )
+    return result
 
 
 def groups_of(rows: Dataset, column: str | None) -> dict[str, Any]:

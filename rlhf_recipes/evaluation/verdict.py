@@ -110,9 +110,10 @@ def _noise(metrics: dict[str, Any]) -> str:
     }
     listed = "; ".join(f"{name}: {', '.join(labels)}" for name, labels in lost.items() if labels)
     rival = metrics["compare_with"]
+    covered = "Looked at: scores, shares of answers, calibration and length; perplexity and diversity have no interval."
     if not listed:
-        return f"No difference from {rival} that was measured lies inside the noise."
-    return f"Inside the noise, as differences from {rival}: {listed}."
+        return f"No difference from {rival} that was measured lies inside the noise. {covered}"
+    return f"Inside the noise, as differences from {rival}: {listed}. {covered}"
 
 
 def differences(policy: dict[str, Any]) -> list[tuple[str, dict[str, Any] | None]]:
@@ -120,6 +121,9 @@ def differences(policy: dict[str, Any]) -> list[tuple[str, dict[str, Any] | None
     found = [(f"score by {name}", reward) for name, reward in policy["rewards"].items()]
     for group, kinds in (policy.get("truthfulness") or {}).items():
         found += [(f"{kind.replace('_', ' ')}{_on(group)}", share) for kind, share in kinds.items()]
+    calibration = ((policy.get("calibration") or {}).get("all") or {}).get("difference") or {}
+    labels = {"ece": "calibration error", "brier": "Brier score"}
+    found += [(labels[key], {"difference": difference}) for key, difference in calibration.items()]
     found += [("length", policy["length"]), ("share ended", policy["ended"])]
     return [(label, one["difference"]) for label, one in found if one and "difference" in one]
 
