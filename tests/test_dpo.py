@@ -5,7 +5,7 @@ import json
 import re
 from importlib import import_module
 
-from rlhf_recipes.dpo import LOSSES, DPOConfig, DPOTrainer
+from rlhf_recipes.dpo import LOSSES, SMOOTHED, DPOConfig, DPOTrainer
 
 import pytest
 import torch
@@ -154,25 +154,65 @@ def test_the_losses_are_those_that_trl_has():
     assert set(re.findall(r'loss_type == "(\w+)"', source)) == set(LOSSES)
 
 
-@pytest.mark.parametrize("options", [{"loss_type": loss} for loss in LOSSES] + [{"label_smoothing": 0.1}])
-def test_every_loss_moves_the_policy(tmp_path, options):
-    if options.get("loss_type") in ("robust", "exo_pair"):
-        options = options | {"label_smoothing": 0.1}
-    trainer = make_trainer(tmp_path, max_steps=2, **options)
+def test_the_losses_that_read_label_smoothing_are_those_that_do_in_trl():
+    branches = re.split(r'(?:el)?if loss_type == "(\w+)":', inspect.getsource(trl.DPOTrainer))
+    found = {loss for loss, code in zip(branches[1::2], branches[2::2], strict=True) if "self.label_smoothing" in code}
+    assert found == set(SMOOTHED)
+
+
+@pytest.mark.parametrize("loss", LOSSES)
+def test_every_loss_moves_the_policy(tmp_path, loss):
+    trainer = make_trainer(tmp_path, max_steps=2, loss_type=loss, label_smoothing=0.1 if loss == "exo_pair" else 0.0)
     before = copies(dict(trainer.model.named_parameters()))
     trainer.train()
     assert all(map(torch.isfinite, map(torch.tensor, logged(trainer, "loss"))))
     assert moved(before, dict(trainer.model.named_parameters()))
 
 
-def test_losses_are_mixed_by_their_weights(tmp_path):
-    def first_loss(**options):
-        trainer = make_trainer(tmp_path, max_steps=1, **options)
-        trainer.train()
-        return logged(trainer, "loss")[0]
+def losses_of(folder, steps=1, **options):
+    trainer = make_trainer(folder, max_steps=steps, **options)
+    trainer.train()
+    return logged(trainer, "loss")
 
-    mixed = first_loss(loss_type=["sigmoid", "sft"], loss_weights=[1.0, 0.5])
-    assert mixed == pytest.approx(first_loss(loss_type="sigmoid") + 0.5 * first_loss(loss_type="sft"), abs=1e-4)
+
+@pytest.mark.parametrize("loss", SMOOTHED)
+def test_label_smoothing_changes_the_losses_that_read_it(tmp_path, loss):
+    little, much = (losses_of(tmp_path, 3, loss_type=loss, label_smoothing=share)[-1] for share in (0.01, 0.3))
+    assert abs(little - much) > 1e-3
+
+
+def test_robust_without_smoothing_is_sigmoid(tmp_path):
+    assert losses_of(tmp_path, 3, loss_type="robust") == losses_of(tmp_path, 3, loss_type="sigmoid")
+
+
+def test_losses_are_mixed_by_their_weights(tmp_path):
+    mixed = losses_of(tmp_path, loss_type=["sigmoid", "sft"], loss_weights=[1.0, 0.5])[0]
+    alone = [losses_of(tmp_path, loss_type=loss)[0] for loss in ("sigmoid", "sft")]
+    assert mixed == pytest.approx(alone[0] + 0.5 * alone[1], abs=1e-4)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"label_smoothing": 0.1}, r"label_smoothing: 0.1: sigmoid does not read it: choose one of robust, exo_pair"),
+        ({"loss_type": ["ipo", "sft"], "label_smoothing": 0.1}, r"label_smoothing: 0.1: ipo, sft does not read it"),
+        ({"loss_type": "robust", "label_smoothing": 0.5}, r"label_smoothing: 0.5: must be below 0.5"),
+        ({"loss_type": "robust", "label_smoothing": -0.1}, r"label_smoothing: -0.1: must be .* not below 0"),
+        ({"loss_type": "exo_pair"}, r"label_smoothing: exo_pair needs it above 0"),
+        ({"loss_type": []}, r"loss_type: names no loss"),
+        ({"loss_type": "ipo", "beta": 0.0}, r"beta: 0.0: must be above 0"),
+    ],
+)
+def test_options_that_would_do_nothing_or_harm_are_refused(tmp_path, options, message):
+    with pytest.raises(ValueError, match=message):
+        DPOConfig(str(tmp_path), use_cpu=True, bf16=False, **options)
+
+
+@pytest.mark.parametrize(
+    "options", [{"loss_type": ["sigmoid", "robust"], "label_smoothing": 0.1}, {"loss_type": "sft", "beta": 0.0}]
+)
+def test_options_that_something_reads_are_not(tmp_path, options):
+    assert DPOConfig(str(tmp_path), use_cpu=True, bf16=False, **options).beta >= 0
 
 
 def test_a_loss_that_trl_does_not_have_is_refused(tmp_path):
@@ -242,6 +282,9 @@ def test_the_recipe_goes_from_rankings_to_a_policy_that_peft_loads(launch, base,
         ({"start_from": "/nowhere"}, "start_from: /nowhere holds no adapter"),
         ({"loss_type": "sigmod"}, "loss_type: 'sigmod' is none of sigmoid"),
         ({"loss_type": ["sigmoid", "sft"], "loss_weights": [1.0]}, "loss_weights"),
+        ({"loss_type": "sigmoid", "label_smoothing": 0.1}, "label_smoothing: 0.1: sigmoid does not read it"),
+        ({"loss_type": []}, "loss_type: names no loss"),
+        ({"beta": 0.0}, "beta: 0.0: must be above 0"),
         ({"use_peft": False}, "is an adapter: set `use_peft: true`"),
         ({"beta": "small"}, "beta: expected float, found 'small'"),
     ],
