@@ -304,6 +304,27 @@ def test_a_function_may_count_tokens_where_the_text_is_one():
     assert measurement.score("length", [cut_off, ended, ended, cut_off]).tolist() == [[1, 2], [2, 1]]
 
 
+def test_best_of_n_on_the_frontier_is_of_the_prompts_that_the_runs_are_of(monkeypatch):
+    """Each reward of those that it and the chooser apply to, and not of those that all rewards apply to."""
+
+    def counted(prompts, completions, **columns):
+        return [float(text) for text in completions]
+
+    def first_only(prompts, completions, **columns):
+        return [-float(text) if prompt == "q0" else None for prompt, text in zip(prompts, completions, strict=True)]
+
+    rewards = [
+        NamedReward("everywhere", counted),
+        NamedReward("once", first_only),
+        NamedReward("never", lambda prompts, **columns: [None] * len(prompts)),
+    ]
+    measurement = measurement_of(*rewards, frontier_best_of=[2])
+    monkeypatch.setattr(Measurement, "draw", lambda self, policy, count, seed: said("1", "3", "10", "20"))
+    (point,) = frontier(measurement, 0)["best_of"]
+    means = {name: found and (found["mean"], found["n"]) for name, found in point["rewards"].items()}
+    assert means == {"everywhere": ((3 + 20) / 2, 2), "once": (-3, 1), "never": None}
+
+
 # --- The judge -------------------------------------------------------------------------------------------
 
 
@@ -692,6 +713,17 @@ def test_the_report_escapes_what_people_and_models_wrote(evaluated):
     assert page.count("&lt;script&gt;") > 8
 
 
+def test_runs_of_one_name_are_two_on_the_frontier(evaluated):
+    metrics = json.loads(json.dumps(evaluated[0]))
+    (points,) = metrics["frontier"]["runs"].values()
+    metrics["frontier"]["runs"] = {"runs/a/ppo": points, "runs/b/ppo": points, "runs/b/dpo": points}
+    page = render(metrics)
+    for name in ("a/ppo", "b/ppo", "b/dpo"):
+        assert page.count(f">{name}<") == 2  # in the picture of each reward
+    metrics["frontier"]["runs"] = {"runs/a/ppo": points}
+    assert ">ppo<" in render(metrics)
+
+
 def test_the_same_run_gives_the_same_numbers(evaluated, runs, tmp_path, launch):
     config = settings(runs, tmp_path / "again", frontier=[], frontier_best_of=[], ptx_dataset=[])
     status, message = launch("evaluate", "--config", config)
@@ -786,6 +818,35 @@ def test_the_verdict_warns_of_over_optimisation():
     metrics = made_up_metrics(proxy=(1.0, 0.5, 1.5), gold=(-0.2, -0.3, -0.1))
     metrics["rewards"]["proxy"]["trained"] = ["another"]
     assert not any("over-optimised" in sentence for sentence in verdict(metrics))
+
+
+def judged(judge, **policies):
+    """Policies that all win against `sft`, and differ from it by `proxy`; `ppo` was trained against that."""
+    metrics = made_up_metrics(proxy=(1.0, 0.5, 1.5))
+    ppo = metrics["policies"].pop("ppo")
+    rate = {"judge": judge, "win_rate": 0.7, "interval": [0.6, 0.8]}
+    metrics["policies"] |= {name: ppo | {"win_rate": rate} | more for name, more in policies.items()}
+    return verdict(metrics)
+
+
+def test_a_win_by_the_judge_that_a_policy_was_made_for_is_marked():
+    chosen = {"best_of": {"policy": "sft", "n": 4, "reward": "proxy"}}
+    of_trained = {"best_of": {"policy": "ppo", "n": 4, "reward": "gold"}}
+    first = judged("proxy", dpo={}, ppo={}, best=chosen, both=of_trained)[0]
+    assert first == (
+        "Judged by proxy, better than sft: dpo (wins 70% [60%, 80%]), ppo (wins 70% [60%, 80%]; trained against this judge), "
+        "best (wins 70% [60%, 80%]; chosen by this judge), both (wins 70% [60%, 80%]; trained against this judge)."
+    )
+    assert "this judge" not in judged("gold", ppo={}, best=chosen)[0]
+    assert "this judge" not in judged("a chat model", ppo={}, best=chosen)[0]
+
+
+def test_whether_a_policy_was_trained_against_a_reward_is_said_of_each():
+    chosen = {"best_of": {"policy": "sft", "n": 4, "reward": "proxy"}}
+    _, dpo, ppo, best, *_ = judged("proxy", dpo={}, ppo={}, best=chosen)
+    assert dpo.startswith("dpo against sft: proxy, not trained against +1.00")
+    assert ppo.startswith("ppo against sft: proxy +1.00")
+    assert best.startswith("best against sft: proxy +1.00")
 
 
 # --- Reward models ---------------------------------------------------------------------------------------

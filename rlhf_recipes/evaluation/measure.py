@@ -580,19 +580,20 @@ def _best_of_points(measurement: Measurement, seed: int) -> list[dict[str, Any]]
     answers = measurement.draw(measurement.reference, ns[-1], seed)
     scores = {name: measurement.score(name, answers) for name in measurement.rewards}
     chosen_by = scores[measurement.chooser]
-    applies = ~np.isnan(np.stack([*scores.values()])).any((0, 2))  # prompts on which every reward says something
-    if not applies.any():
-        return []
     return [
         {
             "n": n,
             "kl": {"mean": best_of_n_kl(n), "interval": None, "bound": True},
-            "rewards": {
-                name: _mean(best_of_n(chosen_by[applies], n, values[applies]), seed) for name, values in scores.items()
-            },
+            "rewards": {name: _best_of_figure(chosen_by, n, values, seed) for name, values in scores.items()},
         }
         for n in ns
     ]
+
+
+def _best_of_figure(chosen_by: Floats, n: int, values: Floats, seed: int) -> Figure | None:
+    """Over the prompts to whose answers (P, N) both rewards say something; None if there are none."""
+    there = ~np.isnan(chosen_by + values).any(1)
+    return _mean(best_of_n(chosen_by[there], n, values[there]), seed) if there.any() else None
 
 
 def perplexities(measurement: Measurement, policies: dict[str, Policy], texts: Dataset) -> dict[str, float]:
