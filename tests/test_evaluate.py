@@ -381,6 +381,9 @@ def breaking_off():
         yield url
 
 
+NOWHERE = "http://127.0.0.1:9/v1"  # the port that discards, and on which nothing listens
+
+
 def likes_good(question):
     first, second = (question.partition(f"[Answer {name}]\n")[2].partition("\n\n[")[0] for name in "AB")
     return "Both tried. " + ("[[C]]" if first == second else "[[A]]" if first == "good" else "[[B]]")
@@ -407,6 +410,16 @@ def test_replies_without_a_mark_are_counted_and_tie():
     with chat_server(lambda question: "A hard question.") as (url, _):
         result = ChatJudge(url, "model").compare(["one"], ["x"], ["z"])
     assert result == {"credits": [0.5], "swayed": 0.0, "unreadable": 2}
+
+
+def test_a_judge_is_tried_out_with_one_question(capsys):
+    with chat_server(lambda question: "[[A]]" if "1 + 1" in question else "?") as (url, seen):
+        choose_judge(EvaluateArguments(judge={"url": url, "model": "m"}), {})
+    assert len(seen) == 1
+    assert not capsys.readouterr().out
+    with chat_server(lambda question: "Two.") as (url, _):
+        ChatJudge(url, "a-model").try_out()
+    assert "judge: a-model was asked a trivial question and replied without a mark" in capsys.readouterr().out
 
 
 def test_a_judge_is_asked_again_when_it_is_busy(monkeypatch):
@@ -473,6 +486,7 @@ def test_a_missing_policy_is_named_with_the_recipe_that_makes_it(tmp_path, capsy
         (3, "must be the folder of an adapter"),
         ({"best_of": {"policy": "base"}}, "needs `policy`, a name, and `n`"),
         ({"best_of": {"policy": "base", "n": 0}}, "1 or more"),
+        ({"best_of": {"policy": "base", "n": 2, "reward": ["gold"]}}, "and `reward`, if at all, a name"),
         ({"best_of": {"policy": "base", "m": 2}}, "unknown key 'm'"),
         ({"best_of": {"policy": "nobody", "n": 2}}, "'nobody' is none of base"),
     ],
@@ -744,7 +758,7 @@ def test_a_chat_model_may_be_the_judge(runs, tmp_path, launch):
     assert status == 0, message
     rate = json.loads((tmp_path / "judged" / "metrics.json").read_text())["policies"]["base"]["win_rate"]
     assert (rate["judge"], rate["win_rate"], rate["swayed"], rate["n"]) == ("a-model", 0.5, 1.0, 3)
-    assert len(seen) == 6
+    assert len(seen) == 1 + 6  # the first to see whether it answers
     assert "the order changed the winner in 100%" in (tmp_path / "judged" / "index.html").read_text()
 
 
@@ -763,9 +777,34 @@ def test_a_chat_model_may_be_the_judge(runs, tmp_path, launch):
         ({"temperature": 0.0}, "temperature: 0.0: must be above 0"),
         ({"polices": {}}, "unknown key 'polices'; did you mean 'policies'?"),
         ({"judge": {"url": "localhost", "model": "m"}}, "judge: url: must begin with http"),
+        (
+            {"judge": {"url": NOWHERE, "model": "m", "retries": 0}},
+            "judge: http://127.0.0.1:9/v1/chat/completions cannot be reached",
+        ),
+        (
+            {"judge": {"url": NOWHERE, "model": "m", "api_key_env": "NO_SUCH_KEY"}},
+            "judge: api_key_env: the environment has no NO_SUCH_KEY",
+        ),
+        (
+            {
+                "policies": {"base": None, "best": {"best_of": {"policy": "base", "n": 2, "reward": "gold"}}},
+                "compare_with": "base",
+            },
+            "policies: best: best_of: reward: 'gold' is none of the rewards (Abstention, normalised_match)",
+        ),
+        (
+            {
+                "policies": {"base": None, "best": {"best_of": {"policy": "base", "n": 2}}},
+                "compare_with": "base",
+                "rewards": [],
+                "judge": None,
+            },
+            "policies: best: best_of: reward: None is none of the rewards (there is none)",
+        ),
     ],
 )
-def test_what_a_user_got_wrong_is_one_message(values, message, runs, tmp_path, launch):
+def test_what_a_user_got_wrong_is_one_message_before_anything_is_sampled(values, message, runs, tmp_path, launch, monkeypatch):
+    monkeypatch.setattr(Measurement, "draw", lambda *arguments: pytest.fail("something was sampled"))
     status, said = launch("evaluate", "--config", settings(runs, tmp_path / "wrong", **values))
     assert status == 2
     assert message in said

@@ -74,7 +74,7 @@ class ChatJudge:
             which count as ties.
 
         Raises:
-            RecipeError: if the address cannot be reached or refuses the request.
+            RecipeError: if the address cannot be reached or refuses the request, or the environment lacks the key.
         """
         pairs = list(zip(map(as_text, prompts), answers, others, strict=True))
         asked = [(p, a, b) for p, a, b in pairs] + [(p, b, a) for p, a, b in pairs]
@@ -87,6 +87,15 @@ class ChatJudge:
             "swayed": sum(one != other for one, other in zip(straight, swapped, strict=True)) / len(pairs),
             "unreadable": marks.count(None),
         }
+
+    def try_out(self) -> None:
+        """Asks one trivial question, so that what is wrong is known before hours of sampling, and not after.
+
+        Raises:
+            RecipeError: as `compare`; not for a reply without a mark, which is printed.
+        """
+        if self._ask(("How much is 1 + 1?", "2", "3")) is None:
+            print(f"judge: {self.model} was asked a trivial question and replied without a mark; such replies count as ties")
 
     def _ask(self, pair: tuple[str, str, str]) -> str | None:
         """A, B or C; None where the reply does not say."""

@@ -151,14 +151,29 @@ def choose_judge(arguments: EvaluateArguments, rewards: dict[str, NamedReward]) 
     """Who decides win rates: the name of a reward, a chat model, or None where there is no reward.
 
     Raises:
-        RecipeError: for a name that no reward has, or a malformed chat judge.
+        RecipeError: for a name that no reward has, or a chat judge that is malformed or does not answer.
     """
     if isinstance(arguments.judge, dict):
-        return read_chat_judge(arguments.judge)
+        judge = read_chat_judge(arguments.judge)
+        judge.try_out()
+        return judge
     if arguments.judge is not None and arguments.judge not in rewards:
         raise RecipeError(f"judge: {arguments.judge!r} is none of the rewards ({', '.join(rewards)})")
     held_out = (name for name, reward in rewards.items() if not reward.trained)
     return arguments.judge or next(held_out, next(iter(rewards), None))
+
+
+def check_choosers(policies: dict[str, Policy], measurement: "Measurement") -> None:
+    """Refuses a best-of-n without a reward to choose by, before anything is sampled.
+
+    Raises:
+        RecipeError: with the policy.
+    """
+    for policy in policies.values():
+        chooser = measurement.chooser_of(policy)
+        if policy.best_of and chooser not in measurement.rewards:
+            known = ", ".join(measurement.rewards) or "there is none"
+            raise RecipeError(f"policies: {policy.name}: best_of: reward: {chooser!r} is none of the rewards ({known})")
 
 
 def check_names(arguments: EvaluateArguments, policies: dict[str, Policy]) -> None:
@@ -230,6 +245,10 @@ class Measurement:
         """The reward that best-of-n chooses by, if an entry names no other."""
         return next((name for name, reward in self.rewards.items() if reward.trained), next(iter(self.rewards), None))
 
+    def chooser_of(self, policy: Policy) -> str | None:
+        """The reward that a best-of-n is chosen by."""
+        return policy.reward or self.chooser
+
     @functools.cached_property
     def tells_truth(self) -> bool:
         """Whether answers are right or made up: there are references, and as `truthfulness` says, or they are short."""
@@ -297,11 +316,7 @@ class Measurement:
 
 
 def draw_policy(measurement: Measurement, policy: Policy, seed: int) -> Drawn:
-    """The answers of a policy, with their scores and probabilities; of a best-of-n the answers that it would choose.
-
-    Raises:
-        RecipeError: for a best-of-n without a reward to choose by.
-    """
+    """The answers of a policy, with their scores and probabilities; of a best-of-n the answers that it would choose."""
     count = measurement.arguments.num_answers
     if policy.best_of is None:
         drawn = Drawn(measurement.draw(policy.name, count, seed))
@@ -309,10 +324,7 @@ def draw_policy(measurement: Measurement, policy: Policy, seed: int) -> Drawn:
         same = policy.name == measurement.reference
         drawn.ref_logps = drawn.logps if same else measurement.log_probs(measurement.reference, drawn.answers)
     else:
-        chooser = policy.reward or measurement.chooser
-        if chooser not in measurement.rewards:
-            known = ", ".join(measurement.rewards)
-            raise RecipeError(f"policies: {policy.name}: best_of: reward: {chooser!r} is none of the rewards ({known})")
+        chooser = measurement.chooser_of(policy)
         answers = measurement.draw(policy.best_of, count * policy.n, seed)
         sets = np.nan_to_num(measurement.score(chooser, answers), nan=-np.inf).reshape(-1, policy.n)
         drawn = Drawn([answers[row * policy.n + best] for row, best in enumerate(sets.argmax(1))])
@@ -356,7 +368,7 @@ def describe(
 
     result: dict[str, Any] = {"adapter": policy.folder}
     if policy.best_of:
-        result["best_of"] = {"policy": policy.best_of, "n": policy.n, "reward": policy.reward or measurement.chooser}
+        result["best_of"] = {"policy": policy.best_of, "n": policy.n, "reward": measurement.chooser_of(policy)}
     result["rewards"] = {name: compared(lambda one, name=name: one.scores[name]) for name in measurement.rewards}
     if baseline is not None:
         for name, reward in result["rewards"].items():

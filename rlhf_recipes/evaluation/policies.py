@@ -76,9 +76,17 @@ def _read(name: str, entry: Any) -> Policy | None:
             if key not in ("policy", "n", "reward"):
                 raise RecipeError(f"{where}: best_of: unknown key '{key}'{nearest(str(key), ('policy', 'n', 'reward'))}")
         n, policy, reward = best.get("n"), best.get("policy"), best.get("reward")
-        if isinstance(n, int) and not isinstance(n, bool) and n >= 1 and isinstance(policy, str):
+        if (
+            isinstance(n, int)
+            and not isinstance(n, bool)
+            and n >= 1
+            and isinstance(policy, str)
+            and isinstance(reward, str | None)
+        ):
             return Policy(name, best_of=policy, n=n, reward=reward)
-        raise RecipeError(f"{where}: best_of: needs `policy`, a name, and `n`, 1 or more: found {best!r}")
+        raise RecipeError(
+            f"{where}: best_of: needs `policy`, a name, and `n`, 1 or more, and `reward`, if at all, a name: found {best!r}"
+        )
     raise RecipeError(
         f"{where}: must be the folder of an adapter, null for the base, `{{path: ..., optional: true}}`, or "
         f"`{{best_of: {{policy: ..., n: ...}}}}`: found {entry!r}"
