@@ -108,6 +108,30 @@ def test_a_policy_that_is_trained_whole_has_a_copy_as_reference(tmp_path):
     assert not moved(before, dict(trainer.ref_model.named_parameters()))
 
 
+@pytest.mark.parametrize("bits", ["fp32", "4bit"])
+def test_of_several_turns_the_last_answer_is_learnt_with_all_before_it(base, tmp_path, bits):
+    talk = [{"role": role, "content": text} for role, text in (("user", "w5"), ("assistant", "w6"), ("user", "w7 w8"))]
+    answers = {name: [{"role": "assistant", "content": text}] for name, text in (("chosen", "w9 w10"), ("rejected", "w11"))}
+    model = with_adapter(in_4_bits(base) if bits == "4bit" else AutoModelForCausalLM.from_pretrained(base))
+    expected = {name: by_hand(model, talk, answer) for name, answer in answers.items()}
+    assert abs(expected["chosen"] - by_hand(model, talk[2:], answers["chosen"])) > 0.1  # the turns before matter
+    trainer = make_trainer(tmp_path, model, Dataset.from_list([{"prompt": talk} | answers] * 4))
+    trainer.train()
+    for name, logp in expected.items():
+        assert logged(trainer, f"logps/{name}")[0] == pytest.approx(logp, abs=1e-3)
+    assert logged(trainer, "loss")[-1] < logged(trainer, "loss")[0]
+
+
+def by_hand(model, talk, answer):
+    """The log-probability of the answer after a conversation, as the template writes both."""
+    tokenizer = make_tokenizer()
+    start = len(tokenizer.apply_chat_template(talk, add_generation_prompt=True, return_dict=True)["input_ids"])
+    ids = torch.tensor(tokenizer.apply_chat_template(talk + answer, return_dict=True)["input_ids"])
+    with torch.no_grad():
+        logps = model.eval()(ids[None]).logits[0].float().log_softmax(-1)
+    return logps[start - 1 : -1].gather(1, ids[start:, None]).sum().item()
+
+
 def test_the_policy_is_saved_without_its_reference(base, tmp_path):
     trainer = make_trainer(
         tmp_path, with_adapter(AutoModelForCausalLM.from_pretrained(base)), save_strategy="steps", save_steps=2
@@ -122,13 +146,17 @@ def test_the_policy_is_saved_without_its_reference(base, tmp_path):
     torch.testing.assert_close(alone(ids).logits, trainer.model.eval()(ids).logits)
 
 
-def test_precomputed_log_probabilities_of_the_reference_change_nothing(tmp_path):
+@pytest.mark.parametrize("fresh", [False, True])
+def test_precomputed_log_probabilities_of_the_reference_change_nothing(tmp_path, fresh):
     runs = []
     for precomputed in (False, True):
-        trainer = make_trainer(tmp_path, precompute_ref_log_probs=precomputed)
+        of = {"model": make_model(), "peft": lora()} if fresh else {}
+        torch.manual_seed(0)  # of the fresh adapter
+        trainer = make_trainer(tmp_path, precompute_ref_log_probs=precomputed, **of)
         trainer.train()
         runs.append(logged(trainer, "loss"))
     assert runs[0] == pytest.approx(runs[1], abs=1e-5)
+    assert runs[0][-1] < runs[0][0] - 1e-3
 
 
 class Stop(TrainerCallback):
@@ -266,7 +294,8 @@ def test_the_recipe_goes_from_rankings_to_a_policy_that_peft_loads(launch, base,
     record = json.loads((tmp_path / "dpo" / "recipe.json").read_text())
     assert (record["recipe"], record["parents"]) == ("dpo", [str(sft)])
     assert record["data"]["train"]["rows"] == 4 * 2, "each ranking has two comparisons, and a tie"
-    assert record["log"][0]["step"] == 3 or "eval_loss" in record["metrics"]
+    assert [entry["step"] for entry in record["log"] if "eval_loss" in entry] == [2 if bits else 3]
+    assert "eval_loss" in record["metrics"]
     policy = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(base), tmp_path / "dpo")
     before, after = (load_file(folder / "adapter_model.safetensors") for folder in (sft, tmp_path / "dpo"))
     assert before.keys() == after.keys()
