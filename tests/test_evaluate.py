@@ -15,6 +15,7 @@ from importlib.machinery import ModuleSpec
 from rlhf_recipes.arguments import DataArguments, EvaluateArguments
 from rlhf_recipes.errors import RecipeError
 from rlhf_recipes.evaluation.answers import Answer, log_probs, sample
+from rlhf_recipes.evaluation.comparison import Divergence
 from rlhf_recipes.evaluation.judges import ChatJudge, read_chat_judge
 from rlhf_recipes.evaluation.measure import (
     Drawn,
@@ -207,6 +208,20 @@ def test_truthfulness_and_calibration_by_group():
     assert result["kl"]["mean"] == pytest.approx(0.25)
     assert result["entropy"]["mean"] == pytest.approx(-logps.mean())
     json.dumps(result, allow_nan=False)
+
+
+def test_kl_and_entropy_are_the_metric():
+    generator = np.random.default_rng(0)
+    logps, ref_logps = -generator.random((2, 5, 3))
+    measurement = measurement_of(rows=questions(5), num_answers=3, seed=7)
+    result = describe(measurement, Policy("x"), Drawn(said(*"abcdefghijklmno"), {}, logps, ref_logps), None, None)
+    groups = np.repeat(np.arange(5), 3).tolist()
+    options = {"predictions": logps.ravel(), "references": ref_logps.ravel(), "groups": groups, "seed": 7}
+    found = Divergence().compute(**options)
+    for name, values in (("kl", logps - ref_logps), ("entropy", -logps)):
+        assert result[name] == {"mean": found[name], "interval": found[f"{name}_interval"], "n": 5}
+        assert result[name]["mean"] == pytest.approx(values.mean())
+        assert result[name]["interval"] == pytest.approx(figure(values, seed=7)["interval"])
 
 
 def confident(answers, confidence, count):
@@ -595,6 +610,33 @@ def test_a_policy_may_have_the_name_of_a_checkpoint_on_the_frontier(runs, tiny):
         bench.add("checkpoint-10", None, "policies: checkpoint-10")
 
 
+def several_turns(count):
+    """Each question after another one, and its answer."""
+    first, *asked = splits.evaluation(rows=count + 1)["prompt"]
+    return [[*first, {"role": "assistant", "content": "I do not know."}, *question] for question in asked]
+
+
+def test_several_turns_on_a_base_in_4_bits(runs, tiny):
+    from peft import PeftModel
+
+    quantised = {"load_in_4bit": True, "bnb_4bit_quant_type": "nf4", "dtype": "float32"}
+    policies = read_policies({"base": None, "sft": str(runs / "sft"), "ppo": str(runs / "ppo")})
+    bench = load_bench(ModelConfig(model_name_or_path=BASE, **quantised), EvaluateArguments(), policies, tiny[1])
+    assert bench.model.is_loaded_in_4bit
+    config = bench.model.config.quantization_config
+    prompts = several_turns(3)
+    with bench.playing("ppo") as model:
+        answers = sample(model, tiny[1], prompts, max_new_tokens=4, seed=1)
+    for name in ("base", "sft"):
+        model = AutoModelForCausalLM.from_pretrained(BASE, quantization_config=config, dtype=torch.float32).eval()
+        alone = PeftModel.from_pretrained(model, runs / name).eval() if name != "base" else model
+        expected = [by_hand(alone, tiny[1], *pair) for pair in zip(prompts, answers, strict=True)]
+        with bench.playing(name) as shared:
+            assert log_probs(shared, tiny[1], prompts, answers) == pytest.approx(expected, abs=1e-3)
+        last_turns = [prompt[-1:] for prompt in prompts]
+        assert np.abs(log_probs(alone, tiny[1], last_turns, answers) - expected).max() > 0.01
+
+
 def test_kl_by_sampling_is_near_the_exact_one(runs, tiny):
     """Answers of one token, whose distribution can be written down."""
     bench, arguments, _ = bench_of(runs, tiny, max_completion_length=1, num_answers=150, batch_size=750)
@@ -760,6 +802,23 @@ def test_a_chat_model_may_be_the_judge(runs, tmp_path, launch):
     assert (rate["judge"], rate["win_rate"], rate["swayed"], rate["n"]) == ("a-model", 0.5, 1.0, 3)
     assert len(seen) == 1 + 6  # the first to see whether it answers
     assert "the order changed the winner in 100%" in (tmp_path / "judged" / "index.html").read_text()
+
+
+def test_the_recipe_on_several_turns_and_a_base_in_4_bits(runs, tmp_path, launch):
+    prompts, file = several_turns(6), tmp_path / "talks.jsonl"
+    file.write_text("".join(json.dumps({"prompt": prompt, "reference": "Larkhill."}) + "\n" for prompt in prompts))
+    few = {"frontier": [str(runs / "ppo")], "frontier_best_of": [2], "ptx_dataset": [], "group_by": None}
+    data = {"dataset_name": str(file), "dataset_arguments": None, "max_prompt_length": 128}
+    config = settings(runs, tmp_path / "talks", **few, **data, load_in_4bit=True, use_peft=True)
+    status, message = launch("evaluate", "--config", config)
+    assert status == 0, message
+    metrics = json.loads((tmp_path / "talks" / "metrics.json").read_text())
+    assert (metrics["prompts"], metrics["policies"]["sft"]["kl"]["mean"]) == (6, 0)
+    assert metrics["policies"]["ppo"]["kl"]["mean"] > 0.05
+    assert metrics["policies"]["best-of-4"]["win_rate"]["prompts"] == 6
+    assert metrics["examples"][0]["prompt"].startswith("user: ")
+    assert "\nassistant: I do not know.\nuser: " in metrics["examples"][0]["prompt"]
+    assert [point["step"] for point in metrics["frontier"]["runs"][str(runs / "ppo")]] == [2, 10]
 
 
 @pytest.mark.parametrize(

@@ -19,7 +19,7 @@ from rlhf_recipes.data import load_data
 from rlhf_recipes.data.sources import has_splits
 from rlhf_recipes.errors import RecipeError
 from rlhf_recipes.evaluation.answers import Answer, Prompt, log_probs, sample
-from rlhf_recipes.evaluation.comparison import best_of_n, best_of_n_kl, share_won, win_rate
+from rlhf_recipes.evaluation.comparison import best_of_n, best_of_n_kl, divergence, share_won, win_rate
 from rlhf_recipes.evaluation.diversity import diversity
 from rlhf_recipes.evaluation.intervals import Floats, mean_interval, wilson_interval
 from rlhf_recipes.evaluation.judges import ChatJudge, read_chat_judge
@@ -375,8 +375,7 @@ def describe(
             if reward is not None:  # None: it applies nowhere
                 reward["win_rate"] = _win_rate(drawn.scores[name], baseline.scores[name], seed)
         result["win_rate"] = _judged(measurement, drawn, baseline, judge)
-    result["kl"] = _kl(measurement, policy, drawn)
-    result["entropy"] = figure(-drawn.logps, seed=seed) if drawn.logps is not None else None
+    result["kl"], result["entropy"] = _kl_and_entropy(measurement, policy, drawn, seed)
     result["length"] = compared(lambda one: np.array([len(answer.ids) for answer in one.answers], float).reshape(shape))
     result["ended"] = compared(lambda one: np.array([answer.ended for answer in one.answers], float).reshape(shape), True)
     result["diversity"] = diversity(drawn.texts, np.repeat(np.arange(shape[0]), shape[1]).tolist())
@@ -457,13 +456,16 @@ def _judged(measurement: Measurement, drawn: Drawn, baseline: Drawn, judge: str 
     return {"judge": judge.model} | share_won(verdict.pop("credits"), groups=prompts, seed=seed) | verdict
 
 
-def _kl(measurement: Measurement, policy: Policy, drawn: Drawn) -> Figure | None:
-    """KL from the reference: by Monte Carlo, or the bound of a best-of-n of the reference."""
-    if drawn.logps is not None:
-        return figure(drawn.logps - drawn.ref_logps, seed=measurement.arguments.seed)
-    if policy.best_of == measurement.reference:
-        return {"mean": best_of_n_kl(policy.n), "interval": None, "bound": True}
-    return None
+def _kl_and_entropy(measurement: Measurement, policy: Policy, drawn: Drawn, seed: int) -> tuple[Figure | None, Figure | None]:
+    """KL from the reference, by Monte Carlo or the bound of a best-of-n of the reference, and entropy; nats an answer."""
+    if drawn.logps is None:
+        bound = {"mean": best_of_n_kl(policy.n), "interval": None, "bound": True}
+        return bound if policy.best_of == measurement.reference else None, None
+    prompts, count = drawn.logps.shape
+    groups = np.repeat(np.arange(prompts), count).tolist()
+    found = divergence(drawn.logps.ravel(), drawn.ref_logps.ravel(), groups=groups, seed=seed)
+    kl, entropy = ({"mean": found[name], "interval": found[f"{name}_interval"], "n": prompts} for name in ("kl", "entropy"))
+    return kl, entropy
 
 
 def _truthfulness(
@@ -579,10 +581,11 @@ def _run_points(measurement: Measurement, run: Path, seed: int) -> list[dict[str
         require_adapter(str(checkpoint), "frontier")
         name = f"frontier: {checkpoint}"  # a policy may be called checkpoint-10 too
         measurement.bench.add(name, str(checkpoint), "frontier")
-        drawn = draw_policy(measurement, Policy(name, str(checkpoint)), seed)
+        policy = Policy(name, str(checkpoint))
+        drawn = draw_policy(measurement, policy, seed)
         measurement.bench.drop(name)
         rewards = {name: figure(scores, seed=seed) for name, scores in drawn.scores.items()}
-        kl = figure(drawn.logps - drawn.ref_logps, seed=seed)
+        kl, _ = _kl_and_entropy(measurement, policy, drawn, seed)
         points.append({"step": step_of(checkpoint), "kl": kl, "rewards": rewards})
     return points
 
