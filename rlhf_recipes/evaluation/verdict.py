@@ -81,7 +81,7 @@ def _made_for(name: str, reward: str, metrics: dict[str, Any]) -> str | None:
     if best_of.get("reward") == reward:
         return "chosen by"
     trained = metrics["rewards"][reward]["trained"]
-    return "trained against" if trained is True or (trained and best_of.get("policy", name) in trained) else None
+    return "trained against" if trained is True or (trained and {name, best_of.get("policy")} & set(trained)) else None
 
 
 def _made_up(metrics: dict[str, Any]) -> str | None:
