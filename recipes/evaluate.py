@@ -11,6 +11,7 @@ from rlhf_recipes.arguments import DataArguments, EvaluateArguments, parse_argum
 from rlhf_recipes.data import check_lengths, load_texts, never_cut
 from rlhf_recipes.evaluation.measure import (
     Measurement,
+    check_choosers,
     check_names,
     choose_judge,
     draw_policy,
@@ -50,6 +51,7 @@ def main() -> None:
     rewards = load_named_rewards(evaluate_args.rewards, bench)
     judge = choose_judge(evaluate_args, rewards)
     measurement = Measurement(bench, rows, rewards, evaluate_args)
+    check_choosers(policies, measurement)
 
     # Answers of every policy, each with a seed of its own, and what is measured on them
     drawn = {}

@@ -5,7 +5,7 @@ import json
 import re
 from importlib import import_module
 
-from rlhf_recipes.dpo import LOSSES, DPOConfig, DPOTrainer
+from rlhf_recipes.dpo import LOSSES, SMOOTHED, DPOConfig, DPOTrainer
 
 import pytest
 import torch
@@ -108,6 +108,30 @@ def test_a_policy_that_is_trained_whole_has_a_copy_as_reference(tmp_path):
     assert not moved(before, dict(trainer.ref_model.named_parameters()))
 
 
+@pytest.mark.parametrize("bits", ["fp32", "4bit"])
+def test_of_several_turns_the_last_answer_is_learnt_with_all_before_it(base, tmp_path, bits):
+    talk = [{"role": role, "content": text} for role, text in (("user", "w5"), ("assistant", "w6"), ("user", "w7 w8"))]
+    answers = {name: [{"role": "assistant", "content": text}] for name, text in (("chosen", "w9 w10"), ("rejected", "w11"))}
+    model = with_adapter(in_4_bits(base) if bits == "4bit" else AutoModelForCausalLM.from_pretrained(base))
+    expected = {name: by_hand(model, talk, answer) for name, answer in answers.items()}
+    assert abs(expected["chosen"] - by_hand(model, talk[2:], answers["chosen"])) > 0.1  # the turns before matter
+    trainer = make_trainer(tmp_path, model, Dataset.from_list([{"prompt": talk} | answers] * 4))
+    trainer.train()
+    for name, logp in expected.items():
+        assert logged(trainer, f"logps/{name}")[0] == pytest.approx(logp, abs=1e-3)
+    assert logged(trainer, "loss")[-1] < logged(trainer, "loss")[0]
+
+
+def by_hand(model, talk, answer):
+    """The log-probability of the answer after a conversation, as the template writes both."""
+    tokenizer = make_tokenizer()
+    start = len(tokenizer.apply_chat_template(talk, add_generation_prompt=True, return_dict=True)["input_ids"])
+    ids = torch.tensor(tokenizer.apply_chat_template(talk + answer, return_dict=True)["input_ids"])
+    with torch.no_grad():
+        logps = model.eval()(ids[None]).logits[0].float().log_softmax(-1)
+    return logps[start - 1 : -1].gather(1, ids[start:, None]).sum().item()
+
+
 def test_the_policy_is_saved_without_its_reference(base, tmp_path):
     trainer = make_trainer(
         tmp_path, with_adapter(AutoModelForCausalLM.from_pretrained(base)), save_strategy="steps", save_steps=2
@@ -122,13 +146,17 @@ def test_the_policy_is_saved_without_its_reference(base, tmp_path):
     torch.testing.assert_close(alone(ids).logits, trainer.model.eval()(ids).logits)
 
 
-def test_precomputed_log_probabilities_of_the_reference_change_nothing(tmp_path):
+@pytest.mark.parametrize("fresh", [False, True])
+def test_precomputed_log_probabilities_of_the_reference_change_nothing(tmp_path, fresh):
     runs = []
     for precomputed in (False, True):
-        trainer = make_trainer(tmp_path, precompute_ref_log_probs=precomputed)
+        of = {"model": make_model(), "peft": lora()} if fresh else {}
+        torch.manual_seed(0)  # of the fresh adapter
+        trainer = make_trainer(tmp_path, precompute_ref_log_probs=precomputed, **of)
         trainer.train()
         runs.append(logged(trainer, "loss"))
     assert runs[0] == pytest.approx(runs[1], abs=1e-5)
+    assert runs[0][-1] < runs[0][0] - 1e-3
 
 
 class Stop(TrainerCallback):
@@ -154,25 +182,65 @@ def test_the_losses_are_those_that_trl_has():
     assert set(re.findall(r'loss_type == "(\w+)"', source)) == set(LOSSES)
 
 
-@pytest.mark.parametrize("options", [{"loss_type": loss} for loss in LOSSES] + [{"label_smoothing": 0.1}])
-def test_every_loss_moves_the_policy(tmp_path, options):
-    if options.get("loss_type") in ("robust", "exo_pair"):
-        options = options | {"label_smoothing": 0.1}
-    trainer = make_trainer(tmp_path, max_steps=2, **options)
+def test_the_losses_that_read_label_smoothing_are_those_that_do_in_trl():
+    branches = re.split(r'(?:el)?if loss_type == "(\w+)":', inspect.getsource(trl.DPOTrainer))
+    found = {loss for loss, code in zip(branches[1::2], branches[2::2], strict=True) if "self.label_smoothing" in code}
+    assert found == set(SMOOTHED)
+
+
+@pytest.mark.parametrize("loss", LOSSES)
+def test_every_loss_moves_the_policy(tmp_path, loss):
+    trainer = make_trainer(tmp_path, max_steps=2, loss_type=loss, label_smoothing=0.1 if loss == "exo_pair" else 0.0)
     before = copies(dict(trainer.model.named_parameters()))
     trainer.train()
     assert all(map(torch.isfinite, map(torch.tensor, logged(trainer, "loss"))))
     assert moved(before, dict(trainer.model.named_parameters()))
 
 
-def test_losses_are_mixed_by_their_weights(tmp_path):
-    def first_loss(**options):
-        trainer = make_trainer(tmp_path, max_steps=1, **options)
-        trainer.train()
-        return logged(trainer, "loss")[0]
+def losses_of(folder, steps=1, **options):
+    trainer = make_trainer(folder, max_steps=steps, **options)
+    trainer.train()
+    return logged(trainer, "loss")
 
-    mixed = first_loss(loss_type=["sigmoid", "sft"], loss_weights=[1.0, 0.5])
-    assert mixed == pytest.approx(first_loss(loss_type="sigmoid") + 0.5 * first_loss(loss_type="sft"), abs=1e-4)
+
+@pytest.mark.parametrize("loss", SMOOTHED)
+def test_label_smoothing_changes_the_losses_that_read_it(tmp_path, loss):
+    little, much = (losses_of(tmp_path, 3, loss_type=loss, label_smoothing=share)[-1] for share in (0.01, 0.3))
+    assert abs(little - much) > 1e-3
+
+
+def test_robust_without_smoothing_is_sigmoid(tmp_path):
+    assert losses_of(tmp_path, 3, loss_type="robust") == losses_of(tmp_path, 3, loss_type="sigmoid")
+
+
+def test_losses_are_mixed_by_their_weights(tmp_path):
+    mixed = losses_of(tmp_path, loss_type=["sigmoid", "sft"], loss_weights=[1.0, 0.5])[0]
+    alone = [losses_of(tmp_path, loss_type=loss)[0] for loss in ("sigmoid", "sft")]
+    assert mixed == pytest.approx(alone[0] + 0.5 * alone[1], abs=1e-4)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"label_smoothing": 0.1}, r"label_smoothing: 0.1: sigmoid does not read it: choose one of robust, exo_pair"),
+        ({"loss_type": ["ipo", "sft"], "label_smoothing": 0.1}, r"label_smoothing: 0.1: ipo, sft does not read it"),
+        ({"loss_type": "robust", "label_smoothing": 0.5}, r"label_smoothing: 0.5: must be below 0.5"),
+        ({"loss_type": "robust", "label_smoothing": -0.1}, r"label_smoothing: -0.1: must be .* not below 0"),
+        ({"loss_type": "exo_pair"}, r"label_smoothing: exo_pair needs it above 0"),
+        ({"loss_type": []}, r"loss_type: names no loss"),
+        ({"loss_type": "ipo", "beta": 0.0}, r"beta: 0.0: must be above 0"),
+    ],
+)
+def test_options_that_would_do_nothing_or_harm_are_refused(tmp_path, options, message):
+    with pytest.raises(ValueError, match=message):
+        DPOConfig(str(tmp_path), use_cpu=True, bf16=False, **options)
+
+
+@pytest.mark.parametrize(
+    "options", [{"loss_type": ["sigmoid", "robust"], "label_smoothing": 0.1}, {"loss_type": "sft", "beta": 0.0}]
+)
+def test_options_that_something_reads_are_not(tmp_path, options):
+    assert DPOConfig(str(tmp_path), use_cpu=True, bf16=False, **options).beta >= 0
 
 
 def test_a_loss_that_trl_does_not_have_is_refused(tmp_path):
@@ -226,7 +294,8 @@ def test_the_recipe_goes_from_rankings_to_a_policy_that_peft_loads(launch, base,
     record = json.loads((tmp_path / "dpo" / "recipe.json").read_text())
     assert (record["recipe"], record["parents"]) == ("dpo", [str(sft)])
     assert record["data"]["train"]["rows"] == 4 * 2, "each ranking has two comparisons, and a tie"
-    assert record["log"][0]["step"] == 3 or "eval_loss" in record["metrics"]
+    assert [entry["step"] for entry in record["log"] if "eval_loss" in entry] == [2 if bits else 3]
+    assert "eval_loss" in record["metrics"]
     policy = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(base), tmp_path / "dpo")
     before, after = (load_file(folder / "adapter_model.safetensors") for folder in (sft, tmp_path / "dpo"))
     assert before.keys() == after.keys()
@@ -242,6 +311,9 @@ def test_the_recipe_goes_from_rankings_to_a_policy_that_peft_loads(launch, base,
         ({"start_from": "/nowhere"}, "start_from: /nowhere holds no adapter"),
         ({"loss_type": "sigmod"}, "loss_type: 'sigmod' is none of sigmoid"),
         ({"loss_type": ["sigmoid", "sft"], "loss_weights": [1.0]}, "loss_weights"),
+        ({"loss_type": "sigmoid", "label_smoothing": 0.1}, "label_smoothing: 0.1: sigmoid does not read it"),
+        ({"loss_type": []}, "loss_type: names no loss"),
+        ({"beta": 0.0}, "beta: 0.0: must be above 0"),
         ({"use_peft": False}, "is an adapter: set `use_peft: true`"),
         ({"beta": "small"}, "beta: expected float, found 'small'"),
     ],

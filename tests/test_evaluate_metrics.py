@@ -144,12 +144,13 @@ def test_self_bleu_by_hand():
     assert self_bleu(["a a b", "a b c"]) == 0
     # "a b" against "a b b": both n-grams match, but it is shorter: exp(1 - 3 / 2); "a b b": 2 of 3 and 1 of 2, no 3-gram: 0
     assert self_bleu(["a b", "a b b"]) == pytest.approx(math.exp(-0.5) / 2)
-    # the count of "b" is clipped by the reference that has most of it, the nearest length is 2
-    first = math.sqrt((2 / 2) * (1 / 1))
-    second = math.sqrt((1 / 2) * (1 / 1))
-    assert diversity._bleu(0, 2, *prepared(["b b", "b b b", "a b"])) == pytest.approx(first)
+    # "b a b c d" against "a b c d": "b" is clipped to 1, and what holds "b a" has no match; no penalty, being longer
+    first = (4 / 5 * 3 / 4 * 2 / 3 * 1 / 2) ** (1 / 4)
+    assert diversity._bleu(0, 5, *prepared(["b a b c d", "a b c d"])) == pytest.approx(first)
+    # the reference that has most of "b" clips it, and the one of nearest length is the longer one still
+    second = (5 / 5 * 3 / 4 * 2 / 3 * 1 / 2) ** (1 / 4)
+    assert diversity._bleu(0, 5, *prepared(["b a b c d", "a b c d", "b b"])) == pytest.approx(second)
     assert diversity._bleu(0, 2, *prepared(["b b", "b c", "a a"])) == 0
-    assert second == pytest.approx(0.7071, abs=1e-4)
 
 
 def prepared(texts):

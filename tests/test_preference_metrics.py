@@ -17,6 +17,7 @@ from rlhf_recipes.evaluation.preference import (
     RankingTau,
     ScoreLength,
     calibration,
+    calibration_difference,
     evaluate_reward,
     kendall_tau,
     pair_accuracy,
@@ -330,6 +331,78 @@ def test_intervals_of_bins_are_of_whole_groups():
         calibration([0.7] * 150, outcomes, groups=groups)["bins"][0]["interval"] for groups in (None, np.repeat(range(30), 5))
     )
     assert np.ptp(grouped) > 1.8 * np.ptp(alone)
+
+
+def test_what_chance_gives_where_predictions_share_an_outcome():
+    confidences = np.random.default_rng(0).random(60)
+    outcomes = (np.random.default_rng(1).random(60) < confidences).astype(float)
+    once = calibration(confidences, outcomes)["ece_if_calibrated"]
+    four = np.repeat(confidences, 4), np.repeat(outcomes, 4)
+    together = calibration(*four, events=np.repeat(np.arange(60), 4).tolist())["ece_if_calibrated"]
+    assert together == pytest.approx(once)  # four copies of each say nothing new
+    assert calibration(*four)["ece_if_calibrated"] < 0.7 * once
+    with pytest.raises(ValueError, match="`events` has 1 entries for 60"):
+        calibration(confidences, outcomes, events=[0])
+
+
+def predictions(generator, groups, gap):
+    """Confidences that lie `gap` above the frequencies."""
+    confidences = gap + (1 - gap) * generator.random(len(groups))
+    return confidences, (generator.random(len(groups)) < confidences - gap).astype(float)
+
+
+def test_the_difference_of_calibration_by_hand():
+    """Gaps that every prompt has alike: of -.2 in one bin, and of .5 in another."""
+    found = calibration_difference([0.7] * 20, [0.5] * 20, [0.5] * 20, [1.0] * 20)
+    assert found["ece"] == {"mean": pytest.approx(0.2 - 0.5), "interval": pytest.approx([-0.3, -0.3]), "n": 20}
+    assert found["brier"]["mean"] == pytest.approx((0.5 * 0.3**2 + 0.5 * 0.7**2) - 0.5**2)
+
+
+def test_the_difference_of_calibration_is_that_of_the_two():
+    generator = np.random.default_rng(0)
+    groups, others = np.repeat(np.arange(400), 3), np.arange(400)
+    one, other = predictions(generator, groups, 0.4), predictions(generator, others, 0.1)
+    found = calibration_difference(*one, *other, groups=groups.tolist(), other_groups=others.tolist())
+    plain = [calibration(*one), calibration(*other)]
+    assert found["brier"]["mean"] == pytest.approx(plain[0]["brier"] - plain[1]["brier"])
+    assert found["ece"]["mean"] == pytest.approx(plain[0]["ece"] - plain[1]["ece"], abs=0.05)
+    for name in ("ece", "brier"):
+        low, high = found[name]["interval"]
+        assert 0 < low < found[name]["mean"] < high
+        assert found[name]["n"] == 400
+    # the same answers five times over say nothing new
+    repeated = [np.repeat(column, 5) for column in (*one, *other)]
+    again = calibration_difference(*repeated, groups=np.repeat(groups, 5).tolist(), other_groups=np.repeat(others, 5).tolist())
+    assert again["ece"]["interval"] == pytest.approx(found["ece"]["interval"])
+    assert calibration_difference(*one, *one, groups=groups.tolist(), other_groups=groups.tolist())["ece"] == {
+        "mean": 0,
+        "interval": None,
+        "n": 400,
+    }
+
+
+@pytest.mark.parametrize(("gaps", "truth"), [((0.0, 0.0), 0.0), ((0.3, 0.0), 0.3)])
+def test_the_interval_of_a_difference_of_calibration_holds_the_truth(gaps, truth):
+    """Also where one of the two says little, whose error is large by chance alone."""
+    hits, surely, runs = 0, 0, 60
+    for run in range(runs):
+        generator = np.random.default_rng(run)
+        groups, others = np.repeat(np.arange(150), 2), generator.permutation(150)[:40]
+        one, other = predictions(generator, groups, gaps[0]), predictions(generator, others, gaps[1])
+        low, high = calibration_difference(*one, *other, groups=groups.tolist(), other_groups=others.tolist(), seed=run)["ece"][
+            "interval"
+        ]
+        hits += low <= truth <= high
+        surely += calibration(*one)["ece"] + 0.02 < calibration(*other)["ece"]
+    assert hits / runs >= 0.9
+    assert (surely / runs > 0.9) == (truth == 0)  # what the plain difference says
+
+
+def test_the_difference_of_calibration_refuses_what_is_no_probability():
+    with pytest.raises(ValueError, match=r"`other_confidences` must be in \[0.0, 1\]"):
+        calibration_difference([0.5], [1], [1.5], [1])
+    with pytest.raises(ValueError, match="`groups` has 3 entries for 2"):
+        calibration_difference([0.5], [1], [0.5], [1], groups=[0, 1])
 
 
 # --- Length and distribution -----------------------------------------------------------------------------

@@ -66,12 +66,12 @@ def bootstrap(sums: Floats, counts: Integers, seed: int) -> list[float]:
     return np.quantile([sums[rows].sum() / counts[rows].sum() for rows in draws], (0.025, 0.975)).tolist()
 
 
-def codes_of(groups: Sequence[Hashable] | None, n: int) -> Integers:
+def codes_of(groups: Sequence[Hashable] | None, n: int, name: str = "groups") -> Integers:
     """(n,) the groups numbered from 0; without groups, every one is its own."""
     if groups is None:
         return np.arange(n)
     if len(groups) != n:
-        raise ValueError(f"`groups` has {len(groups)} entries for {n}.")
+        raise ValueError(f"`{name}` has {len(groups)} entries for {n}.")
     numbers = {group: number for number, group in enumerate(dict.fromkeys(groups))}
     return np.array([numbers[group] for group in groups])
 

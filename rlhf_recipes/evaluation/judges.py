@@ -1,10 +1,12 @@
 """A chat model that says which of two answers is better, asked in both orders."""
 
+import http.client
 import json
 import os
 import re
 import time
 import urllib.error
+import urllib.parse
 import urllib.request
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -72,7 +74,7 @@ class ChatJudge:
             which count as ties.
 
         Raises:
-            RecipeError: if the address cannot be reached or refuses the request.
+            RecipeError: if the address cannot be reached or refuses the request, or the environment lacks the key.
         """
         pairs = list(zip(map(as_text, prompts), answers, others, strict=True))
         asked = [(p, a, b) for p, a, b in pairs] + [(p, b, a) for p, a, b in pairs]
@@ -85,6 +87,15 @@ class ChatJudge:
             "swayed": sum(one != other for one, other in zip(straight, swapped, strict=True)) / len(pairs),
             "unreadable": marks.count(None),
         }
+
+    def try_out(self) -> None:
+        """Asks one trivial question, so that what is wrong is known before hours of sampling, and not after.
+
+        Raises:
+            RecipeError: as `compare`; not for a reply without a mark, which is printed.
+        """
+        if self._ask(("How much is 1 + 1?", "2", "3")) is None:
+            print(f"judge: {self.model} was asked a trivial question and replied without a mark; such replies count as ties")
 
     def _ask(self, pair: tuple[str, str, str]) -> str | None:
         """A, B or C; None where the reply does not say."""
@@ -111,11 +122,11 @@ class ChatJudge:
                 with urllib.request.urlopen(request, timeout=self.timeout_s) as response:
                     return _content(response.read(), address)
             except urllib.error.HTTPError as error:
-                problem = f"status {error.code}: {error.read(300).decode(errors='replace').strip() or error.reason}"
+                problem = f"status {error.code}: {_said(error) or error.reason}"
                 if error.code < 500 and error.code not in _PASSING:
                     refused = f"judge: {address} refuses the request ({problem}): mend `url`, `model` or the key"
                     raise RecipeError(refused) from None
-            except OSError as error:  # no such host, refused, timed out
+            except (OSError, http.client.HTTPException) as error:  # no such host, refused, timed out, broken off
                 problem = first_line(getattr(error, "reason", error) if isinstance(error, urllib.error.URLError) else error)
         raise RecipeError(
             f"judge: {address} cannot be reached, in {self.retries + 1} attempts ({problem}): start the server, mend `url`, or "
@@ -127,7 +138,8 @@ def read_chat_judge(entry: dict[str, Any]) -> ChatJudge:
     """A judge of the mapping in YAML.
 
     Raises:
-        RecipeError: for a key that is missing, unknown, or has a value of the wrong type; for an address that is not http.
+        RecipeError: for a key that is missing, unknown, or has a value of the wrong type; for an address that is not of http,
+            or malformed.
     """
     try:
         judge = TypeAdapter(ChatJudge).validate_python(entry)
@@ -136,12 +148,33 @@ def read_chat_judge(entry: dict[str, Any]) -> ChatJudge:
         raise RecipeError(f"judge: {'.'.join(map(str, first['loc']))}: {first['msg']}") from error
     if not judge.url.startswith(("http://", "https://")):
         raise RecipeError(f"judge: url: must begin with http:// or https://, found {judge.url!r}")
+    if not _is_address(judge.url):
+        raise RecipeError(f"judge: url: {judge.url!r} is no address: write it like http://localhost:8000/v1, without spaces")
     return judge
+
+
+def _is_address(url: str) -> bool:
+    """Whether there is a host, a port that is a number if there is one, and nothing that a request could not hold."""
+    try:
+        parts = urllib.parse.urlsplit(url)
+        parts.port  # noqa: B018 - parsed here, and refused
+    except ValueError:
+        return False
+    return bool(parts.hostname) and url.isascii() and url.isprintable() and " " not in url
+
+
+def _said(error: urllib.error.HTTPError) -> str:
+    """How the body of a refusal begins, if it comes."""
+    try:
+        return error.read(300).decode(errors="replace").strip()
+    except (OSError, http.client.HTTPException):
+        return ""
 
 
 def _content(body: bytes, address: str) -> str:
     try:
-        return json.loads(body)["choices"][0]["message"]["content"] or ""
+        content = json.loads(body)["choices"][0]["message"]["content"] or ""
+        return content + ""  # a list of parts, say, is no text
     except (ValueError, LookupError, TypeError) as error:
         raise RecipeError(f"judge: {address} does not answer as OpenAI's interface does: {body[:200]!r}") from error
 

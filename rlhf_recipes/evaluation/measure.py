@@ -1,14 +1,15 @@
 """Policies on held-out prompts: what each says, how that scores, and in what it differs from the others.
 
-`P` is the number of prompts and `K` that of the answers of a policy to each. A *figure* is a mapping of `mean` and `interval`
-(95%, of prompts resampled; None where resampling says nothing) and, beside the policy that all are compared with, `difference`:
-the same of the difference between the two policies, prompt by prompt.
+`P` is the number of prompts and `K` that of the answers of a policy to each. A *figure* is a mapping of `mean`, `interval`
+(95%, of prompts resampled; None where resampling says nothing), `n` (the prompts that count) and, beside the policy that all
+are compared with, `difference`: the same of the difference between the two policies, prompt by prompt.
 """
 
 import asyncio
 import functools
 import importlib.util
-from collections.abc import Callable, Sequence
+import math
+from collections.abc import Callable, Hashable, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -18,16 +19,16 @@ from rlhf_recipes.data import load_data
 from rlhf_recipes.data.sources import has_splits
 from rlhf_recipes.errors import RecipeError
 from rlhf_recipes.evaluation.answers import Answer, Prompt, log_probs, sample
-from rlhf_recipes.evaluation.comparison import best_of_n, best_of_n_kl, share_won, win_rate
+from rlhf_recipes.evaluation.comparison import best_of_n, best_of_n_kl, divergence, share_won, win_rate
 from rlhf_recipes.evaluation.diversity import diversity
 from rlhf_recipes.evaluation.intervals import Floats, mean_interval, wilson_interval
 from rlhf_recipes.evaluation.judges import ChatJudge, read_chat_judge
 from rlhf_recipes.evaluation.perplexity import perplexity
 from rlhf_recipes.evaluation.policies import Bench, Policy, require_adapter
-from rlhf_recipes.evaluation.preference import calibration
+from rlhf_recipes.evaluation.preference import calibration, calibration_difference
 from rlhf_recipes.evaluation.truthfulness import KINDS, kinds_of
 from rlhf_recipes.models import base_of
-from rlhf_recipes.rewards import SavedReward, load_rewards
+from rlhf_recipes.rewards import SavedReward, checked, load_rewards
 from rlhf_recipes.roles import load_saved_rewards
 from rlhf_recipes.runs import checkpoints_in, step_of
 
@@ -37,6 +38,7 @@ from trl.trainer.utils import get_callable_name, is_async_callable
 
 Figure = dict[str, Any]
 
+FEWEST = 6  # prompts
 SHORT = 8  # words of a reference of which there is but one wording
 
 _EXPECTED = {"name": "a text", "trained": "true, false or a list of policies", "optional": "true or false"}
@@ -48,8 +50,12 @@ _EXPECTED = {"name": "a text", "trained": "true, false or a list of policies", "
 def held_out_prompts(data: DataArguments, arguments: EvaluateArguments) -> Dataset:
     """The prompts of the YAML file: `eval_datasets`, else the split `dataset_test_split` of `dataset_name`, or a whole file.
 
+    A prompt that comes again with the same reference, as where preference data have several pairs of it, is asked once: its
+    first row stays. Twice it would count as two independent ones, and intervals would be too narrow.
+
     Raises:
-        RecipeError: as in `load_data`; if there is no column `group_by`.
+        RecipeError: as in `load_data`; if there is no column `group_by`, or it holds lists or mappings; for a `reference` that
+            is no text.
     """
     if data.eval_datasets:
         data = DataArguments(datasets=data.eval_datasets, bad_rows=data.bad_rows)
@@ -59,7 +65,29 @@ def held_out_prompts(data: DataArguments, arguments: EvaluateArguments) -> Datas
     if arguments.group_by and arguments.group_by not in rows.column_names:
         known = ", ".join(rows.column_names)
         raise RecipeError(f"group_by: the data have no column '{arguments.group_by}'; the columns are: {known}")
-    return rows
+    if arguments.group_by:
+        _check_column(rows, arguments.group_by, Hashable, "group_by", "name a column of texts, numbers or truths")
+    if "reference" in rows.column_names:
+        _check_column(rows, "reference", str | None, "reference", "write it in quotes, or rename the column")
+    return _each_once(rows)
+
+
+def _each_once(rows: Dataset) -> Dataset:
+    """Without the rows whose prompt and reference came before; how many they are is printed."""
+    references = rows["reference"] if "reference" in rows.column_names else [None] * len(rows)
+    first: dict[Hashable, int] = {}
+    for row, key in enumerate(zip(map(repr, rows["prompt"]), references, strict=True)):
+        first.setdefault(key, row)
+    if len(first) < len(rows):
+        print(f"{len(rows) - len(first)} of {len(rows)} rows have the prompt and reference of another: they are left out")
+    return rows.select(first.values())
+
+
+def _check_column(rows: Dataset, column: str, kind: Any, where: str, remedy: str) -> None:
+    """Refuses a column with a value of another kind: the types of columns that no stage trains on are as they came."""
+    for row, value in enumerate(rows[column]):
+        if not isinstance(value, kind):
+            raise RecipeError(f"{where}: the column '{column}' holds {value!r:.80} in row {row}: {remedy}")
 
 
 @dataclass(frozen=True)
@@ -123,14 +151,29 @@ def choose_judge(arguments: EvaluateArguments, rewards: dict[str, NamedReward]) 
     """Who decides win rates: the name of a reward, a chat model, or None where there is no reward.
 
     Raises:
-        RecipeError: for a name that no reward has, or a malformed chat judge.
+        RecipeError: for a name that no reward has, or a chat judge that is malformed or does not answer.
     """
     if isinstance(arguments.judge, dict):
-        return read_chat_judge(arguments.judge)
+        judge = read_chat_judge(arguments.judge)
+        judge.try_out()
+        return judge
     if arguments.judge is not None and arguments.judge not in rewards:
         raise RecipeError(f"judge: {arguments.judge!r} is none of the rewards ({', '.join(rewards)})")
     held_out = (name for name, reward in rewards.items() if not reward.trained)
     return arguments.judge or next(held_out, next(iter(rewards), None))
+
+
+def check_choosers(policies: dict[str, Policy], measurement: "Measurement") -> None:
+    """Refuses a best-of-n without a reward to choose by, before anything is sampled.
+
+    Raises:
+        RecipeError: with the policy.
+    """
+    for policy in policies.values():
+        chooser = measurement.chooser_of(policy)
+        if policy.best_of and chooser not in measurement.rewards:
+            known = ", ".join(measurement.rewards) or "there is none"
+            raise RecipeError(f"policies: {policy.name}: best_of: reward: {chooser!r} is none of the rewards ({known})")
 
 
 def check_names(arguments: EvaluateArguments, policies: dict[str, Policy]) -> None:
@@ -182,12 +225,15 @@ class Measurement:
 
     Parameters:
         rows: `prompt`, and what rewards read besides.
+        scored: reward -> what was scored -> its score. A model's score of one text differs from batch to batch by rounding:
+            scored once, equal answers of two policies tie.
     """
 
     bench: Bench
     rows: Dataset
     rewards: dict[str, NamedReward]
     arguments: EvaluateArguments
+    scored: dict[str, dict[Hashable, float]] = field(default_factory=dict, init=False, repr=False)
 
     @property
     def reference(self) -> str:
@@ -198,6 +244,10 @@ class Measurement:
     def chooser(self) -> str | None:
         """The reward that best-of-n chooses by, if an entry names no other."""
         return next((name for name, reward in self.rewards.items() if reward.trained), next(iter(self.rewards), None))
+
+    def chooser_of(self, policy: Policy) -> str | None:
+        """The reward that a best-of-n is chosen by."""
+        return policy.reward or self.chooser
 
     @functools.cached_property
     def tells_truth(self) -> bool:
@@ -235,29 +285,38 @@ class Measurement:
         return logps.reshape(-1, count)
 
     def score(self, reward: str, answers: list[Answer]) -> Floats:
-        """(P, K) scores of the answers under a reward; NaN where it does not apply."""
-        function, count = self.rewards[reward].function, len(answers) // len(self.rows)
-        prompts = self.repeated("prompt", count)
-        others = [column for column in self.rows.column_names if column != "prompt"]
+        """(P, K) scores of the answers under a reward; NaN where it does not apply. What was scored before is not again.
+
+        Raises:
+            RecipeError: if the reward fails, or does not return one finite number or None for each answer.
+        """
+        count, known = len(answers) // len(self.rows), self.scored.setdefault(reward, {})
+        keys = [_scored_as(self.rewards[reward], place // count, answer) for place, answer in enumerate(answers)]
+        new = {key: place for place, key in enumerate(keys) if key not in known}
+        if new:
+            places = list(new.values())
+            scores = self._ask(self.rewards[reward], [place // count for place in places], [answers[place] for place in places])
+            known |= zip(new, scores, strict=True)
+        return np.array([known[key] for key in keys]).reshape(-1, count)
+
+    def _ask(self, reward: NamedReward, rows: list[int], answers: list[Answer]) -> list[float]:
+        """The score of each answer to its row."""
+        function, asked = checked(reward.function, reward.name), self.rows.select(rows)
         scores = function(
-            prompts=prompts,
-            completions=[_completion(prompt, answer) for prompt, answer in zip(prompts, answers, strict=True)],
+            prompts=list(asked["prompt"]),
+            completions=[_completion(prompt, answer) for prompt, answer in zip(asked["prompt"], answers, strict=True)],
             completion_ids=[list(answer.ids) for answer in answers],
             trainer_state=None,
             log_extra=_ignore,
             log_metric=_ignore,
-            **{column: self.repeated(column, count) for column in others},
+            **{column: list(asked[column]) for column in self.rows.column_names if column != "prompt"},
         )
         scores = asyncio.run(scores) if is_async_callable(function) else scores
-        return np.array([np.nan if score is None else score for score in scores], dtype=np.float64).reshape(-1, count)
+        return [math.nan if score is None else score for score in scores]
 
 
 def draw_policy(measurement: Measurement, policy: Policy, seed: int) -> Drawn:
-    """The answers of a policy, with their scores and probabilities; of a best-of-n the answers that it would choose.
-
-    Raises:
-        RecipeError: for a best-of-n without a reward to choose by.
-    """
+    """The answers of a policy, with their scores and probabilities; of a best-of-n the answers that it would choose."""
     count = measurement.arguments.num_answers
     if policy.best_of is None:
         drawn = Drawn(measurement.draw(policy.name, count, seed))
@@ -265,15 +324,17 @@ def draw_policy(measurement: Measurement, policy: Policy, seed: int) -> Drawn:
         same = policy.name == measurement.reference
         drawn.ref_logps = drawn.logps if same else measurement.log_probs(measurement.reference, drawn.answers)
     else:
-        chooser = policy.reward or measurement.chooser
-        if chooser not in measurement.rewards:
-            known = ", ".join(measurement.rewards)
-            raise RecipeError(f"policies: {policy.name}: best_of: reward: {chooser!r} is none of the rewards ({known})")
+        chooser = measurement.chooser_of(policy)
         answers = measurement.draw(policy.best_of, count * policy.n, seed)
         sets = np.nan_to_num(measurement.score(chooser, answers), nan=-np.inf).reshape(-1, policy.n)
         drawn = Drawn([answers[row * policy.n + best] for row, best in enumerate(sets.argmax(1))])
     drawn.scores = {name: measurement.score(name, drawn.answers) for name in measurement.rewards}
     return drawn
+
+
+def _scored_as(reward: NamedReward, row: int, answer: Answer) -> Hashable:
+    """What a score depends on: a reward model reads the text alone, a function may count tokens too."""
+    return (row, answer.text) if reward.folder else (row, answer)
 
 
 def _completion(prompt: Prompt, answer: Answer) -> Any:
@@ -307,19 +368,19 @@ def describe(
 
     result: dict[str, Any] = {"adapter": policy.folder}
     if policy.best_of:
-        result["best_of"] = {"policy": policy.best_of, "n": policy.n, "reward": policy.reward or measurement.chooser}
+        result["best_of"] = {"policy": policy.best_of, "n": policy.n, "reward": measurement.chooser_of(policy)}
     result["rewards"] = {name: compared(lambda one, name=name: one.scores[name]) for name in measurement.rewards}
     if baseline is not None:
         for name, reward in result["rewards"].items():
-            reward["win_rate"] = _win_rate(drawn.scores[name], baseline.scores[name], seed)
+            if reward is not None:  # None: it applies nowhere
+                reward["win_rate"] = _win_rate(drawn.scores[name], baseline.scores[name], seed)
         result["win_rate"] = _judged(measurement, drawn, baseline, judge)
-    result["kl"] = _kl(measurement, policy, drawn)
-    result["entropy"] = figure(-drawn.logps, seed=seed) if drawn.logps is not None else None
+    result["kl"], result["entropy"] = _kl_and_entropy(measurement, policy, drawn, seed)
     result["length"] = compared(lambda one: np.array([len(answer.ids) for answer in one.answers], float).reshape(shape))
     result["ended"] = compared(lambda one: np.array([answer.ended for answer in one.answers], float).reshape(shape), True)
     result["diversity"] = diversity(drawn.texts, np.repeat(np.arange(shape[0]), shape[1]).tolist())
     if measurement.tells_truth:
-        result |= _truthfulness(measurement, drawn, compared)
+        result |= _truthfulness(measurement, drawn, baseline, compared)
     return result
 
 
@@ -350,11 +411,17 @@ def figure(values: Floats, baseline: Floats | None = None, *, share: bool = Fals
 
 
 def in_noise(difference: Figure | None) -> bool:
-    """Whether a difference may be nothing but chance: its interval holds 0, or there is none."""
-    if difference is None or difference["interval"] is None:
-        return not (difference and difference["mean"])
-    low, high = difference["interval"]
-    return low <= 0 <= high
+    """Whether a difference may be nothing but chance: its interval holds 0, or it is of fewer than 6 prompts.
+
+    Where all prompts differ alike, resampling gives no interval. By the sign test 6 prompts agree by chance with probability
+    2 * 2**-6 = .03, and 5 with .06; so fewer than 6 tell nothing, with an interval or without.
+    """
+    if difference is None or not difference["mean"]:
+        return True
+    interval = difference["interval"]
+    if difference.get("n", 0 if interval is None else FEWEST) < FEWEST:  # metrics.json once had no `n`
+        return True
+    return interval is not None and interval[0] <= 0 <= interval[1]
 
 
 def _means(values: Floats) -> Floats:
@@ -364,7 +431,8 @@ def _means(values: Floats) -> Floats:
 
 
 def _mean(values: Floats, seed: int) -> Figure:
-    return {"mean": float(values.mean()), "interval": mean_interval(values, np.arange(len(values)), seed)}
+    interval = mean_interval(values, np.arange(len(values)), seed)
+    return {"mean": float(values.mean()), "interval": interval, "n": len(values)}
 
 
 def _win_rate(scores: Floats, others: Floats, seed: int) -> dict[str, Any] | None:
@@ -388,16 +456,21 @@ def _judged(measurement: Measurement, drawn: Drawn, baseline: Drawn, judge: str 
     return {"judge": judge.model} | share_won(verdict.pop("credits"), groups=prompts, seed=seed) | verdict
 
 
-def _kl(measurement: Measurement, policy: Policy, drawn: Drawn) -> Figure | None:
-    """KL from the reference: by Monte Carlo, or the bound of a best-of-n of the reference."""
-    if drawn.logps is not None:
-        return figure(drawn.logps - drawn.ref_logps, seed=measurement.arguments.seed)
-    if policy.best_of == measurement.reference:
-        return {"mean": best_of_n_kl(policy.n), "interval": None, "bound": True}
-    return None
+def _kl_and_entropy(measurement: Measurement, policy: Policy, drawn: Drawn, seed: int) -> tuple[Figure | None, Figure | None]:
+    """KL from the reference, by Monte Carlo or the bound of a best-of-n of the reference, and entropy; nats an answer."""
+    if drawn.logps is None:
+        bound = {"mean": best_of_n_kl(policy.n), "interval": None, "bound": True}
+        return bound if policy.best_of == measurement.reference else None, None
+    prompts, count = drawn.logps.shape
+    groups = np.repeat(np.arange(prompts), count).tolist()
+    found = divergence(drawn.logps.ravel(), drawn.ref_logps.ravel(), groups=groups, seed=seed)
+    kl, entropy = ({"mean": found[name], "interval": found[f"{name}_interval"], "n": prompts} for name in ("kl", "entropy"))
+    return kl, entropy
 
 
-def _truthfulness(measurement: Measurement, drawn: Drawn, compared: Callable[..., Figure]) -> dict[str, Any]:
+def _truthfulness(
+    measurement: Measurement, drawn: Drawn, baseline: Drawn | None, compared: Callable[..., Figure]
+) -> dict[str, Any]:
     """Shares of right, abstaining and made-up answers, and calibration, for all prompts and for each group."""
     arguments, count = measurement.arguments, measurement.arguments.num_answers
     references = measurement.repeated("reference", count)
@@ -418,22 +491,55 @@ def _truthfulness(measurement: Measurement, drawn: Drawn, compared: Callable[...
     column = arguments.group_by
     if column in groups and f"not {column}" in groups:
         result["over_abstained"] = result["truthfulness"][column]["abstained"]
-    if drawn.logps is not None:
-        right, abstained = is_kind("right")(drawn), is_kind("abstained")(drawn)
-        result["calibration"] = {
-            name: _calibration(np.exp(drawn.logps[rows]), right[rows], abstained[rows], arguments.seed)
-            for name, rows in groups.items()
-        }
+    one, other = _told(drawn, is_kind), _told(baseline, is_kind)
+    if one is not None:
+        result["calibration"] = {name: _calibration(one, other, rows, arguments.seed) for name, rows in groups.items()}
     return result
 
 
-def _calibration(confidences: Floats, right: Floats, abstained: Floats, seed: int) -> dict[str, Any] | None:
-    """Of the answers that do not abstain: whether those of probability p are right with frequency p."""
-    told = abstained == 0
-    if not told.any():
+@dataclass(frozen=True)
+class _Told:
+    """What a policy's answers stake: (P, K) each.
+
+    Parameters:
+        confidences: the probability of the answer.
+        right: 1 or 0.
+        counts: whether the answer tells something, and does not abstain.
+        texts: of the answers.
+    """
+
+    confidences: Floats
+    right: Floats
+    counts: np.ndarray
+    texts: np.ndarray
+
+    def of(self, rows: np.ndarray) -> tuple[Floats, Floats, list[int], list[str]]:
+        """Of the answers that count, to these prompts (P,) only: confidence, outcome, number of the prompt, and text."""
+        chosen = self.counts & rows[:, None]
+        return self.confidences[chosen], self.right[chosen], np.nonzero(chosen)[0].tolist(), self.texts[chosen].tolist()
+
+
+def _told(drawn: Drawn | None, is_kind: Callable[[str], Callable[[Drawn], Floats]]) -> _Told | None:
+    """None where there are no answers, or no probabilities of them."""
+    if drawn is None or drawn.logps is None:
         return None
-    prompts = np.broadcast_to(np.arange(len(right))[:, None], right.shape)[told].tolist()
-    return calibration(np.minimum(confidences[told], 1), right[told], groups=prompts, seed=seed)
+    confidences, texts = np.minimum(np.exp(drawn.logps), 1), np.array(drawn.texts, dtype=object)
+    return _Told(confidences, is_kind("right")(drawn), is_kind("abstained")(drawn) == 0, texts.reshape(confidences.shape))
+
+
+def _calibration(one: _Told, other: _Told | None, rows: np.ndarray, seed: int) -> dict[str, Any] | None:
+    """Of the answers that do not abstain: whether those of probability p are right with frequency p."""
+    confidences, right, prompts, texts = one.of(rows)
+    if not prompts:
+        return None
+    events = list(zip(prompts, texts, strict=True))  # an answer that is given twice is right twice, or not at all
+    result = calibration(confidences, right, groups=prompts, events=events, seed=seed)
+    if other is not None and (other.counts & rows[:, None]).any():
+        others, others_right, others_prompts, _ = other.of(rows)
+        result["difference"] = calibration_difference(
+            confidences, right, others, others_right, groups=prompts, other_groups=others_prompts, seed=seed
+        )
+    return result
 
 
 def groups_of(rows: Dataset, column: str | None) -> dict[str, Any]:
@@ -473,11 +579,13 @@ def _run_points(measurement: Measurement, run: Path, seed: int) -> list[dict[str
     points = []
     for checkpoint in sorted(checkpoints_in(run), key=step_of):
         require_adapter(str(checkpoint), "frontier")
-        measurement.bench.add(checkpoint.name, str(checkpoint), "frontier")
-        drawn = draw_policy(measurement, Policy(checkpoint.name, str(checkpoint)), seed)
-        measurement.bench.drop(checkpoint.name)
+        name = f"frontier: {checkpoint}"  # a policy may be called checkpoint-10 too
+        measurement.bench.add(name, str(checkpoint), "frontier")
+        policy = Policy(name, str(checkpoint))
+        drawn = draw_policy(measurement, policy, seed)
+        measurement.bench.drop(name)
         rewards = {name: figure(scores, seed=seed) for name, scores in drawn.scores.items()}
-        kl = figure(drawn.logps - drawn.ref_logps, seed=seed)
+        kl, _ = _kl_and_entropy(measurement, policy, drawn, seed)
         points.append({"step": step_of(checkpoint), "kl": kl, "rewards": rewards})
     return points
 
@@ -487,19 +595,20 @@ def _best_of_points(measurement: Measurement, seed: int) -> list[dict[str, Any]]
     answers = measurement.draw(measurement.reference, ns[-1], seed)
     scores = {name: measurement.score(name, answers) for name in measurement.rewards}
     chosen_by = scores[measurement.chooser]
-    applies = ~np.isnan(np.stack([*scores.values()])).any((0, 2))  # prompts on which every reward says something
-    if not applies.any():
-        return []
     return [
         {
             "n": n,
             "kl": {"mean": best_of_n_kl(n), "interval": None, "bound": True},
-            "rewards": {
-                name: _mean(best_of_n(chosen_by[applies], n, values[applies]), seed) for name, values in scores.items()
-            },
+            "rewards": {name: _best_of_figure(chosen_by, n, values, seed) for name, values in scores.items()},
         }
         for n in ns
     ]
+
+
+def _best_of_figure(chosen_by: Floats, n: int, values: Floats, seed: int) -> Figure | None:
+    """Over the prompts to whose answers (P, N) both rewards say something; None if there are none."""
+    there = ~np.isnan(chosen_by + values).any(1)
+    return _mean(best_of_n(chosen_by[there], n, values[there]), seed) if there.any() else None
 
 
 def perplexities(measurement: Measurement, policies: dict[str, Policy], texts: Dataset) -> dict[str, float]:

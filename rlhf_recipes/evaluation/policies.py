@@ -1,6 +1,7 @@
 """The policies that an evaluation compares: adapters on one base, the base itself, and the best of n answers of one of them."""
 
 import contextlib
+import itertools
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -75,9 +76,17 @@ def _read(name: str, entry: Any) -> Policy | None:
             if key not in ("policy", "n", "reward"):
                 raise RecipeError(f"{where}: best_of: unknown key '{key}'{nearest(str(key), ('policy', 'n', 'reward'))}")
         n, policy, reward = best.get("n"), best.get("policy"), best.get("reward")
-        if isinstance(n, int) and not isinstance(n, bool) and n >= 1 and isinstance(policy, str):
+        if (
+            isinstance(n, int)
+            and not isinstance(n, bool)
+            and n >= 1
+            and isinstance(policy, str)
+            and isinstance(reward, str | None)
+        ):
             return Policy(name, best_of=policy, n=n, reward=reward)
-        raise RecipeError(f"{where}: best_of: needs `policy`, a name, and `n`, 1 or more: found {best!r}")
+        raise RecipeError(
+            f"{where}: best_of: needs `policy`, a name, and `n`, 1 or more, and `reward`, if at all, a name: found {best!r}"
+        )
     raise RecipeError(
         f"{where}: must be the folder of an adapter, null for the base, `{{path: ..., optional: true}}`, or "
         f"`{{best_of: {{policy: ..., n: ...}}}}`: found {entry!r}"
@@ -118,17 +127,21 @@ class Bench:
     def __init__(self, model: PreTrainedModel | PeftModel, tokenizer: PreTrainedTokenizerBase):
         self.model, self.tokenizer = model, tokenizer
         self._adapters: dict[str, Any] = {}
+        self._numbers = itertools.count()
 
     def add(self, name: str, folder: str | None, where: str) -> None:
         """Puts a policy on the base: an adapter, or with None the base as it is.
 
         Raises:
-            RecipeError: if the adapter was trained on another base, with another tokenizer or chat template, or does not fit.
+            RecipeError: if the adapter was trained on another base, with another tokenizer or chat template, or does not fit;
+                if the name is taken.
         """
+        if name in self._adapters:
+            raise RecipeError(f"{where}: there is a policy '{name}' already: rename one of the two")
         if folder is None:
             self._adapters[name] = NO_ADAPTER
             return
-        adapter = f"policy_{name.replace('.', '_')}"  # PyTorch allows no dots there
+        adapter = f"policy_{next(self._numbers)}"  # PyTorch allows no dots in names, and `1.5` must not be `1_5`
         check_tokenizer(Path(folder), self.tokenizer)
         trained_on = read_json(Path(folder) / "adapter_config.json").get("base_model_name_or_path")
         record = read_json(Path(folder) / RECIPE) or read_json(Path(folder).parent / RECIPE)  # of a checkpoint, its run's

@@ -13,6 +13,7 @@ from collections.abc import Hashable, Iterator, Sequence
 from typing import Any, Literal
 
 from rlhf_recipes.evaluation.intervals import (
+    RESAMPLES,
     Floats,
     Integers,
     check_finite,
@@ -28,6 +29,7 @@ import evaluate
 import numpy as np
 from numpy.typing import ArrayLike
 
+_BLOCK = 100  # resamples at once, which bounds the memory
 _SIMULATIONS = 200
 _TINY = 1e-15
 _NUMBER = datasets.Value("float64")
@@ -179,13 +181,14 @@ def calibration(
     binning: Literal["width", "mass"] = "width",
     low: float = 0.0,
     groups: Sequence[Hashable] | None = None,
+    events: Sequence[Hashable] | None = None,
     seed: int = 0,
 ) -> dict[str, Any]:
     """Whether what is predicted with probability p happens with frequency p, for any predictions of yes or no.
 
     With bins b of n_b predictions: ECE = Σ n_b/N |frequency_b - mean confidence_b| (Naeini et al. 2015, Guo et al. 2017). It
     is above 0 for perfect predictions too, the more so the fewer they are: `ece_if_calibrated` says how much, as the mean over
-    independent outcomes drawn from the confidences themselves (Vaicenavicius et al. 2019).
+    outcomes drawn from the confidences themselves (Vaicenavicius et al. 2019), one for each of `events`.
 
     For comparisons, do not take sigmoid(chosen - rejected) and outcomes that are all 1: with every comparison in the same
     order, a frequency can only be 1. Take `winner_confidence`, or `preference_calibration`.
@@ -198,6 +201,8 @@ def calibration(
             that equal ones stay together (Nguyen and O'Connor 2015).
         low: the lowest confidence there can be: 0.5 for that in the winner of a pair.
         groups: (N,) what each prediction belongs to; None: they are independent.
+        events: (N,) what each prediction is of. Equal ones have one outcome, as where a model gives an answer twice; None: each
+            has its own.
         seed: of the resampling.
 
     Returns:
@@ -208,9 +213,7 @@ def calibration(
     Raises:
         ValueError: nothing to judge, lists of different lengths, numbers out of range, no bins.
     """
-    confidences, outcomes = columns_of(confidences=confidences, outcomes=outcomes)
-    _check_range("confidences", confidences, low)
-    _check_range("outcomes", outcomes, 0.0)
+    confidences, outcomes = _checked_predictions(low, confidences=confidences, outcomes=outcomes)
     if bins < 1 or binning not in ("width", "mass"):
         raise ValueError(f"`bins` must be positive and `binning` 'width' or 'mass', not {bins} and {binning!r}.")
     codes = codes_of(groups, len(confidences))
@@ -220,12 +223,13 @@ def calibration(
         edges = np.array([confidences.min(), *_quantiles(confidences, bins), confidences.max()])
     places = _cut(confidences, edges[1:-1])
     generator = np.random.default_rng(seed)
-    drawn = (generator.random(len(confidences)) < confidences for _ in range(_SIMULATIONS))
+    numbers = codes_of(events, len(confidences), "events")
+    drawn = (generator.random(numbers.max() + 1)[numbers] < confidences for _ in range(_SIMULATIONS))
     clipped = np.clip(confidences, _TINY, 1 - _TINY)
     return {
         "ece": _ece(confidences, outcomes, places),
         "ece_if_calibrated": float(np.mean([_ece(confidences, outcome, places) for outcome in drawn])),
-        "brier": float(np.mean(outcomes * (1 - confidences) ** 2 + (1 - outcomes) * confidences**2)),
+        "brier": float(_squares(confidences, outcomes).mean()),
         "log_loss": float(np.mean(-outcomes * np.log(clipped) - (1 - outcomes) * np.log1p(-clipped))),
         "accuracy": float(outcomes.mean()),
         "confidence": float(confidences.mean()),
@@ -236,6 +240,62 @@ def calibration(
             for place in np.unique(places)
             for rows in [places == place]
         ],
+    }
+
+
+def calibration_difference(
+    confidences: ArrayLike,
+    outcomes: ArrayLike,
+    other_confidences: ArrayLike,
+    other_outcomes: ArrayLike,
+    *,
+    groups: Sequence[Hashable] | None = None,
+    other_groups: Sequence[Hashable] | None = None,
+    bins: int = 10,
+    seed: int = 0,
+) -> dict[str, dict[str, Any]]:
+    """How far ECE and Brier score of predictions lie above those of others on the same prompts.
+
+    Chance adds to ECE, the more so the fewer predictions there are and the better they are, and to a resample's once more: the
+    plain difference can be all chance, and its bootstrap surer of it than of anything. So here the sign of each bin's gap is
+    read off one half of the prompts, drawn by `seed`, and the gap off the other half, and the reverse. That is 0 on average for
+    perfect predictions, and not quite the difference of two `ece`.
+
+    Args:
+        confidences: (N,) predicted probabilities, in [0, 1].
+        outcomes: (N,) 0 or 1, or in between.
+        other_confidences: (M,) of the other predictions.
+        other_outcomes: (M,) likewise.
+        groups: (N,) the prompt of each; None: each has its own, numbered from 0.
+        other_groups: (M,) likewise.
+        bins: of even width.
+        seed: of the resampling.
+
+    Returns:
+        `ece` and `brier`, each with `mean`, `interval` (95%; None where every resample says the same) and `n`, the prompts.
+
+    Raises:
+        ValueError: nothing to judge, lists of different lengths, or numbers out of range.
+    """
+    one = _checked_predictions(confidences=confidences, outcomes=outcomes)
+    other = _checked_predictions(other_confidences=other_confidences, other_outcomes=other_outcomes)
+    split, total = len(one[0]), len(one[0]) + len(other[0])
+    named = [*(range(split) if groups is None else groups)], [*(range(total - split) if other_groups is None else other_groups)]
+    codes = codes_of(named[0] + named[1], total)
+    prompts, generator = int(codes.max()) + 1, np.random.default_rng(seed)
+    folds = generator.permutation(prompts) % 2
+    sides = [_per_prompt(*one, codes[:split], prompts, bins), _per_prompt(*other, codes[split:], prompts, bins)]
+
+    def differences(weights: Floats) -> Floats:
+        return np.subtract(*(_errors(weights, folds, *side) for side in sides))
+
+    chances = np.full(prompts, 1 / prompts)
+    blocks = [differences(generator.multinomial(prompts, chances, _BLOCK)) for _ in range(RESAMPLES // _BLOCK)]
+    resampled, means = np.concatenate(blocks), differences(np.ones((1, prompts)))[0]
+    resampled = resampled[~np.isnan(resampled).any(1)]  # a resample may have no prediction of one kind
+    return {
+        name: {"mean": float(mean), "interval": _percentiles(values), "n": prompts}
+        for name, mean, values in zip(("ece", "brier"), means, resampled.T, strict=True)
     }
 
 
@@ -458,6 +518,13 @@ def _check_range(name: str, array: Floats, low: float) -> None:
         raise ValueError(f"`{name}` must be in [{low}, 1], and that at {bad[0]} is {array[bad[0]]}.")
 
 
+def _checked_predictions(low: float = 0.0, /, **columns: ArrayLike) -> list[Floats]:
+    """Confidences in [low, 1], and what came of them in [0, 1], under the names of the arguments."""
+    for name, array, least in zip(columns, (checked := columns_of(**columns)), (low, 0.0), strict=True):
+        _check_range(name, array, least)
+    return checked
+
+
 def _check_rankings(**columns: Sequence[ArrayLike]) -> None:
     counts = {name: len(rows) for name, rows in columns.items()}
     if len(set(counts.values())) > 1 or not all(counts.values()):
@@ -498,6 +565,32 @@ def _cut(values: Floats, inner: Floats) -> Integers:
 
 def _ece(confidences: Floats, outcomes: Floats, places: Integers) -> float:
     return float(np.abs(np.bincount(places, weights=outcomes - confidences)).sum() / len(places))
+
+
+def _per_prompt(confidences: Floats, outcomes: Floats, codes: Integers, prompts: int, bins: int) -> tuple[Floats, ...]:
+    """Of each prompt's predictions: sums of outcome less confidence by bin (P, bins), of squares (P,), and how many (P,)."""
+    places = codes * bins + _cut(confidences, np.linspace(0, 1, bins + 1)[1:-1])
+    gaps = np.bincount(places, outcomes - confidences, prompts * bins).reshape(prompts, bins)
+    return gaps, np.bincount(codes, _squares(confidences, outcomes), prompts), np.bincount(codes, minlength=prompts)
+
+
+def _errors(weights: Floats, folds: Integers, gaps: Floats, squares: Floats, counts: Floats) -> Floats:
+    """(B, 2) ECE, its signs from the other fold, and Brier score, with weights (B, P) on the prompts; NaN where nothing is."""
+    first, second = (weights[:, folds == fold] @ gaps[folds == fold] for fold in (0, 1))
+    error = (np.sign(second) * first + np.sign(first) * second).sum(1)
+    total = weights @ counts
+    sums = np.stack([error, weights @ squares], 1)
+    return np.divide(sums, total[:, None], out=np.full_like(sums, np.nan), where=total[:, None] > 0)
+
+
+def _percentiles(values: Floats) -> list[float] | None:
+    """The 95% interval of what was resampled; None where it is all the same."""
+    return np.quantile(values, (0.025, 0.975)).tolist() if np.ptp(values) else None
+
+
+def _squares(confidences: Floats, outcomes: Floats) -> Floats:
+    """(N,) the expected square of confidence less outcome, of an outcome in between too."""
+    return outcomes * (1 - confidences) ** 2 + (1 - outcomes) * confidences**2
 
 
 def _ranks(values: Floats) -> Floats:

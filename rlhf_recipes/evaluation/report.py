@@ -1,5 +1,6 @@
 """The report of an evaluation: one HTML file that needs nothing else, for a person who has five minutes."""
 
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -107,17 +108,29 @@ def _frontiers(metrics: dict[str, Any]) -> list[Markup]:
         place = entry.get("kl"), entry["rewards"][reward]
         return None if None in place else (place[0]["mean"], place[1]["mean"], label)
 
-    pictures = []
+    names, pictures = _short_names(found["runs"]), []
     for reward, about in metrics["rewards"].items():
         runs = {
-            Path(folder).name: [*filter(None, (point(entry, reward, str(entry["step"])) for entry in points))]
+            names[folder]: [*filter(None, (point(entry, reward, str(entry["step"])) for entry in points))]
             for folder, points in found["runs"].items()
         }
         best_of = [*filter(None, (point(entry, reward, f"n={entry['n']}") for entry in found["best_of"]))]
         named = [point(entry, reward, name) for name, entry in metrics["policies"].items() if not entry.get("best_of")]
+        if not (best_of or any(named) or any(runs.values())):  # it applies nowhere
+            continue
         title = f"{reward} ({'trained against' if about['trained'] else 'held out'})"
         pictures.append(_picture(plots.frontier(runs, best_of, [*filter(None, named)], title)))
     return pictures
+
+
+def _short_names(folders: Iterable[str]) -> dict[str, str]:
+    """Of each folder the end of its path, of as few parts as tell them all apart."""
+    parts = {folder: Path(folder).parts for folder in folders}
+    for count in range(1, max(map(len, parts.values()), default=0) + 1):
+        names = {folder: "/".join(path[-count:]) for folder, path in parts.items()}
+        if len(set(names.values())) == len(names):
+            return names
+    return {folder: folder for folder in parts}
 
 
 def _diagrams(metrics: dict[str, Any]) -> list[Markup]:

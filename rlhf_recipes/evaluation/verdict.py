@@ -36,7 +36,8 @@ def _winner(metrics: dict[str, Any]) -> str:
     unclear = [name for name in rates if name not in better and name not in worse]
     parts = []
     if better:
-        parts.append(f"better than {rival}: {', '.join(f'{name} (wins {_rate(rates[name])})' for name in better)}")
+        wins = ", ".join(f"{name} (wins {_rate(rates[name])}{_interest(name, judge, metrics)})" for name in better)
+        parts.append(f"better than {rival}: {wins}")
     if worse:
         parts.append(f"worse: {', '.join(f'{name} ({_rate(rates[name])})' for name in worse)}")
     if unclear:
@@ -44,12 +45,18 @@ def _winner(metrics: dict[str, Any]) -> str:
     return f"Judged by {judge}, {'; '.join(parts)}."
 
 
+def _interest(name: str, judge: str, metrics: dict[str, Any]) -> str:
+    """What makes a win by a judge less than it seems."""
+    made = _made_for(name, judge, metrics) if judge in metrics["rewards"] else None  # a chat model is no reward
+    return f"; {made} this judge" if made else ""
+
+
 def _rewards(name: str, metrics: dict[str, Any]) -> str | None:
     """How a policy's rewards differ from those of the policy that it is compared with."""
     changes = []
     for reward, result in metrics["policies"][name]["rewards"].items():
         if result and result.get("difference"):
-            held_out = "" if metrics["rewards"][reward]["trained"] else ", not trained against"
+            held_out = "" if _made_for(name, reward, metrics) else ", not trained against"
             changes.append(f"{reward}{held_out} {_change(result['difference'])}")
     return f"{name} against {metrics['compare_with']}: {'; '.join(changes)}." if changes else None
 
@@ -58,8 +65,7 @@ def _over_optimised(name: str, metrics: dict[str, Any]) -> str | None:
     """Gao et al. (2023): the reward that is trained against rises while another, which stands for the aim, falls."""
     differences = {reward: (result or {}).get("difference") for reward, result in metrics["policies"][name]["rewards"].items()}
     clear = {reward: found["mean"] for reward, found in differences.items() if found and not in_noise(found)}
-    chooser = (metrics["policies"][name].get("best_of") or {}).get("reward")
-    trained = [reward for reward in clear if clear[reward] > 0 and (reward == chooser or _trained(name, reward, metrics))]
+    trained = [reward for reward in clear if clear[reward] > 0 and _made_for(name, reward, metrics)]
     held_out = [reward for reward in clear if not metrics["rewards"][reward]["trained"] and clear[reward] < 0]
     if not (trained and held_out):
         return None
@@ -69,9 +75,13 @@ def _over_optimised(name: str, metrics: dict[str, Any]) -> str | None:
     )
 
 
-def _trained(name: str, reward: str, metrics: dict[str, Any]) -> bool:
+def _made_for(name: str, reward: str, metrics: dict[str, Any]) -> str | None:
+    """How a policy came to please a reward, as words that go before its name; None where it was made without."""
+    best_of = metrics["policies"][name].get("best_of") or {}
+    if best_of.get("reward") == reward:
+        return "chosen by"
     trained = metrics["rewards"][reward]["trained"]
-    return trained is True or (trained is not False and name in trained)
+    return "trained against" if trained is True or (trained and {name, best_of.get("policy")} & set(trained)) else None
 
 
 def _made_up(metrics: dict[str, Any]) -> str | None:
@@ -110,9 +120,10 @@ def _noise(metrics: dict[str, Any]) -> str:
     }
     listed = "; ".join(f"{name}: {', '.join(labels)}" for name, labels in lost.items() if labels)
     rival = metrics["compare_with"]
+    covered = "Looked at: scores, shares of answers, calibration and length; perplexity and diversity have no interval."
     if not listed:
-        return f"No difference from {rival} that was measured lies inside the noise."
-    return f"Inside the noise, as differences from {rival}: {listed}."
+        return f"No difference from {rival} that was measured lies inside the noise. {covered}"
+    return f"Inside the noise, as differences from {rival}: {listed}. {covered}"
 
 
 def differences(policy: dict[str, Any]) -> list[tuple[str, dict[str, Any] | None]]:
@@ -120,6 +131,9 @@ def differences(policy: dict[str, Any]) -> list[tuple[str, dict[str, Any] | None
     found = [(f"score by {name}", reward) for name, reward in policy["rewards"].items()]
     for group, kinds in (policy.get("truthfulness") or {}).items():
         found += [(f"{kind.replace('_', ' ')}{_on(group)}", share) for kind, share in kinds.items()]
+    calibration = ((policy.get("calibration") or {}).get("all") or {}).get("difference") or {}
+    labels = {"ece": "calibration error", "brier": "Brier score"}
+    found += [(labels[key], {"difference": difference}) for key, difference in calibration.items()]
     found += [("length", policy["length"]), ("share ended", policy["ended"])]
     return [(label, one["difference"]) for label, one in found if one and "difference" in one]
 
