@@ -391,7 +391,7 @@ def parse_arguments(recipe: str | Path, *dataclass_types: type, argv: Sequence[s
     merged = {**from_file, **given}
     where = f"{config} and {COMMAND_LINE}" if given else str(config)
     _origin.set(where)
-    _refuse_exclusive(merged, where)
+    _refuse_exclusive(merged, where, trains="learning_rate" in fields)
     _refuse_unusable(merged, where)
     if "bf16" in fields:
         _suit_the_machine(merged, where)
@@ -541,11 +541,11 @@ def _dataset_source(key: str, number: int, entry: Any, where: str) -> DatasetSou
     return DatasetSource(**entry)
 
 
-def _refuse_exclusive(values: dict[str, Any], where: str) -> None:
+def _refuse_exclusive(values: dict[str, Any], where: str, trains: bool) -> None:
     for one, other, remedy in EXCLUSIVE:
         if values.get(one) and values.get(other):
             raise RecipeError(f"{where}: `{one}` and `{other}` exclude each other: {remedy}")
-    if (values.get("load_in_4bit") or values.get("load_in_8bit")) and not values.get("use_peft"):
+    if trains and (values.get("load_in_4bit") or values.get("load_in_8bit")) and not values.get("use_peft"):
         raise RecipeError(
             f"{where}: quantised weights cannot be trained: set `use_peft: true`, or `load_in_4bit` and `load_in_8bit` to false"
         )

@@ -809,7 +809,7 @@ def test_the_recipe_on_several_turns_and_a_base_in_4_bits(runs, tmp_path, launch
     file.write_text("".join(json.dumps({"prompt": prompt, "reference": "Larkhill."}) + "\n" for prompt in prompts))
     few = {"frontier": [str(runs / "ppo")], "frontier_best_of": [2], "ptx_dataset": [], "group_by": None}
     data = {"dataset_name": str(file), "dataset_arguments": None, "max_prompt_length": 128}
-    config = settings(runs, tmp_path / "talks", **few, **data, load_in_4bit=True, use_peft=True)
+    config = settings(runs, tmp_path / "talks", **few, **data, load_in_4bit=True)
     status, message = launch("evaluate", "--config", config)
     assert status == 0, message
     metrics = json.loads((tmp_path / "talks" / "metrics.json").read_text())
