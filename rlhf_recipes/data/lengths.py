@@ -176,9 +176,9 @@ class _TokenCounter:
         """Token ids of texts or conversations; prompts without an end-of-text token, and with a generation prompt."""
         if not sequences:
             return []
+        quiet = {"verbose": False}  # no warning of "indexing errors": what is too long for the model is found here
         if not isinstance(sequences[0], str):
-            return self._tokenizer.apply_chat_template(
-                sequences, tokenize=True, return_dict=True, add_generation_prompt=prompts
-            )["input_ids"]
+            options = {"tokenize": True, "return_dict": True, "add_generation_prompt": prompts, "tokenizer_kwargs": quiet}
+            return self._tokenizer.apply_chat_template(sequences, **options)["input_ids"]
         end = "" if prompts else self._end
-        return self._tokenizer([text if text.endswith(end) else text + end for text in sequences])["input_ids"]
+        return self._tokenizer([text if text.endswith(end) else text + end for text in sequences], **quiet)["input_ids"]
