@@ -5,6 +5,7 @@ import contextlib
 import dataclasses
 import difflib
 import json
+import os
 import re
 import sys
 import warnings
@@ -371,6 +372,8 @@ def parse_arguments(recipe: str | Path, *dataclass_types: type, argv: Sequence[s
     Raises:
         RecipeError: a missing or malformed file, an unknown key, a value of the wrong type, or options that exclude each other.
     """
+    if os.getcwd() not in sys.path:
+        sys.path.append(os.getcwd())  # dotted paths, like all others, are looked for where the recipe is launched
     recipe = Path(recipe).resolve()
     parser = _RecipeParser(dataclass_types, allow_abbrev=False, usage=f"{recipe.name} [--config FILE] [--key value ...]")
     parser.add_argument("--config", help=f"YAML file with the arguments (default: configs/tiny/{recipe.stem}.yaml)")
@@ -387,6 +390,7 @@ def parse_arguments(recipe: str | Path, *dataclass_types: type, argv: Sequence[s
         for key, value in values.items():
             if key not in fields:
                 raise RecipeError(f"{where}: unknown key '{key}'{nearest(key, fields)}")
+            value = _unpacked(value) if where == COMMAND_LINE else value
             values[key] = _checked(key, value, types[key], fields[key].metadata.get("choices"), where)
     merged = {**from_file, **given}
     where = f"{config} and {COMMAND_LINE}" if given else str(config)
@@ -504,6 +508,21 @@ class _StrictLoader(yaml.SafeLoader):
                 raise yaml.YAMLError(f"line {key_node.start_mark.line + 1}: the key '{key}' stands twice")
             seen.add(key)
         return super().construct_mapping(node, deep)
+
+
+def _unpacked(value: Any) -> Any:
+    """A list of the command line with what is written as JSON in it, alone or as a list, in place of the text."""
+    if not isinstance(value, list):
+        return value
+    entries = []
+    for entry in value:
+        text = entry.path if isinstance(entry, DatasetSource) else entry
+        try:
+            found = json.loads(text) if isinstance(text, str) and text.startswith(("{", "[")) else entry
+        except ValueError:
+            found = entry
+        entries += found if isinstance(found, list) else [found]
+    return entries
 
 
 def _checked(key: str, value: Any, hint: Any, choices: Sequence[Any] | None, where: str) -> Any:

@@ -116,12 +116,24 @@ def load_policy(
             f"start_from: {start_from} is an adapter: set `use_peft: true`, or merge it and name the result as model"
         )
     try:
-        trained_on = PeftConfig.from_pretrained(start_from).base_model_name_or_path
+        config = PeftConfig.from_pretrained(start_from)
+        refuse_reward_adapter(f"start_from: {start_from}", config.task_type)
+        trained_on = config.base_model_name_or_path
         check_base(f"start_from: {start_from}", trained_on, read_json(Path(start_from) / RECIPE), model)
         return PeftModel.from_pretrained(model, start_from, is_trainable=True)
     except (ValueError, RuntimeError, SafetensorError) as error:
         reason = str(error).splitlines()[-1].strip()
         raise RecipeError(f"start_from: {start_from} does not fit {model.name_or_path}: {reason}") from error
+
+
+def refuse_reward_adapter(where: str, task_type: str | None) -> None:
+    """Refuses a reward model in the place of a policy: its adapter would load, and speak.
+
+    Raises:
+        RecipeError: for the task type of a reward model.
+    """
+    if task_type == "SEQ_CLS":
+        raise RecipeError(f"{where} is a reward model (task_type SEQ_CLS), and no policy: name the adapter of recipes/sft.py")
 
 
 def check_vocabulary(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> None:

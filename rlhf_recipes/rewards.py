@@ -377,8 +377,9 @@ def _named(name: str) -> Iterator[None]:
     except RecipeError:
         raise
     except Exception as error:
-        last = traceback.extract_tb(error.__traceback__)[-1]
-        raise RecipeError(f"the reward {name} failed: {error!r} ({last.filename}, line {last.lineno})") from error
+        frames = [frame for frame in traceback.extract_tb(error.__traceback__) if frame.filename != __file__]
+        place = f" ({frames[-1].filename}, line {frames[-1].lineno})" if frames else ": does it take the data's columns?"
+        raise RecipeError(f"the reward {name} failed: {error!r}{place}") from error
 
 
 def _check_scores(scores: Any, prompts: list[Text], name: str) -> list[float | None]:
@@ -386,7 +387,7 @@ def _check_scores(scores: Any, prompts: list[Text], name: str) -> list[float | N
     if not isinstance(scores, list | tuple):
         raise RecipeError(f"the reward {name} returned a {type(scores).__name__}, not a list of {len(prompts)} numbers")
     if len(scores) != len(prompts):
-        raise RecipeError(f"the reward {name} returned {len(scores)} numbers for {len(prompts)} completions")
+        raise RecipeError(f"the reward {name} returned {len(scores)} numbers for {len(prompts)} completions: one for each")
     scores = [_plain(score) for score in scores]
     for row, score in enumerate(scores):
         if score is not None and not (isinstance(score, int | float) and abs(score) <= _LARGEST):

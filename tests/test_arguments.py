@@ -4,8 +4,9 @@ import subprocess
 import sys
 from dataclasses import dataclass, field
 
-from rlhf_recipes.arguments import DataArguments, parse_arguments, read_yaml, user_errors
+from rlhf_recipes.arguments import DataArguments, EvaluateArguments, parse_arguments, read_yaml, user_errors
 from rlhf_recipes.errors import RecipeError
+from rlhf_recipes.rewards import load_rewards
 
 import pytest
 from conftest import ROOT
@@ -194,3 +195,24 @@ def test_recipe_exits_with_status_2_and_one_line(tmp_path):
     assert run.returncode == 2
     assert run.stderr.endswith("error: the command line: unknown option '--lerning_rate'; did you mean 'learning_rate'?\n")
     assert "Traceback" not in run.stderr
+
+
+def test_mappings_in_lists_are_written_as_json_on_the_command_line(tmp_path):
+    config = tmp_path / "x.yaml"
+    config.write_text("policies: {base: null}\n")
+    types = (EvaluateArguments, DataArguments)
+    spec, data = '{"path": "a.b", "name": "one"}', '[{"path": "c.jsonl"}, {"path": "d.jsonl", "split": "test"}]'
+    argv = ["--config", str(config), "--rewards", spec, "e.f", "--eval_datasets", data]
+    evaluation, sources = parse_arguments(tmp_path / "evaluate.py", *types, argv=argv)
+    assert evaluation.rewards == [{"path": "a.b", "name": "one"}, "e.f"]
+    assert [(source.path, source.split) for source in sources.eval_datasets] == [("c.jsonl", "train"), ("d.jsonl", "test")]
+
+
+def test_dotted_paths_are_looked_for_where_a_recipe_is_launched(tmp_path, monkeypatch):
+    (tmp_path / "rewards_of_mine.py").write_text("def short(completions, **columns):\n    return [0.0 for _ in completions]\n")
+    (tmp_path / "x.yaml").write_text("policies: {base: null}\n")
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "path", list(sys.path))
+    parse_arguments(tmp_path / "evaluate.py", EvaluateArguments, argv=["--config", "x.yaml"])
+    (reward,), _ = load_rewards(["rewards_of_mine.short"])
+    assert reward(prompts=["a"], completions=["b"]) == [0.0]

@@ -7,11 +7,12 @@ from pathlib import Path
 from rlhf_recipes.arguments import DataArguments, DatasetSource
 from rlhf_recipes.data import check_lengths, load_data, rows
 from rlhf_recipes.errors import RecipeError
+from rlhf_recipes.models import resolve_path
 
 import pytest
 from datasets import Dataset, DatasetDict, disable_progress_bars
 from tokenizers import Tokenizer, models, pre_tokenizers
-from transformers import PreTrainedTokenizerFast
+from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
 REAL = Path(__file__).parents[2] / "shared" / "data"
 real_data = pytest.mark.skipif(not REAL.is_dir(), reason="the real data are not here")
@@ -539,6 +540,30 @@ def test_no_limit_checks_nothing(tokenizer):
         dataset,
         {"rows": 1, "truncated": 0, "unusable": 0, "dropped": 0},
     )
+
+
+@pytest.mark.parametrize(
+    ("taught", "mapping", "warned"), [(True, {}, True), (True, {"prompt": "instruction"}, False), (False, {}, False)]
+)
+def test_plain_prompts_for_a_policy_that_was_taught_conversations_are_warned_of(tmp_path, caplog, taught, mapping, warned):
+    """The remedy that the message names is one."""
+    stage = tmp_path / "sft"
+    demonstrations = load_data(
+        DataArguments(dataset_name="rlhf_recipes.tiny.splits.demonstrations", dataset_arguments={"rows": 2}),
+        "sft",
+        evaluate=False,
+        seed=0,
+    )
+    assert demonstrations.report["train"]["conversational"]
+    tokenizer = AutoTokenizer.from_pretrained(resolve_path("rlhf_recipes.tiny.base"))
+    tokenizer.save_pretrained(stage)
+    report = demonstrations.report if taught else {}
+    (stage / "recipe.json").write_text(json.dumps({"data": report}))
+    (tmp_path / "pairs.csv").write_text("prompt,chosen,rejected\nWhere?,Here.,There.\n")
+    arguments = DataArguments(dataset_name=str(tmp_path / "pairs.csv"), column_mapping=mapping or None)
+    data = load_data(arguments, "preference", evaluate=False, seed=0)
+    data.fitted(AutoTokenizer.from_pretrained(stage), 64, "truncate")
+    assert ("was taught conversations" in caplog.text) == warned
 
 
 def test_truncated_and_unusable_rows_are_told_apart(tokenizer, caplog):

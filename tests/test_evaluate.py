@@ -5,6 +5,7 @@ import json
 import math
 import os
 import re
+import shutil
 import subprocess
 import sys
 import threading
@@ -12,7 +13,7 @@ import types
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from importlib.machinery import ModuleSpec
 
-from rlhf_recipes.arguments import DataArguments, EvaluateArguments
+from rlhf_recipes.arguments import DataArguments, DatasetSource, EvaluateArguments
 from rlhf_recipes.errors import RecipeError
 from rlhf_recipes.evaluation.answers import Answer, log_probs, sample
 from rlhf_recipes.evaluation.comparison import Divergence
@@ -976,3 +977,20 @@ def test_a_reward_model_scores_and_chooses_and_its_own_evaluation_is_shown(tmp_p
     assert metrics["policies"]["best"]["rewards"]["model"]["difference"]["mean"] > 0
     assert metrics["policies"]["best"]["win_rate"]["judge"] == "model"
     assert "model: reward: accuracy" in (tmp_path / "report" / "index.html").read_text()
+
+
+def test_a_reward_model_is_no_policy(runs, tmp_path, launch):
+    shutil.copytree(runs / "sft", tmp_path / "reward")
+    config = json.loads((tmp_path / "reward" / "adapter_config.json").read_text())
+    (tmp_path / "reward" / "adapter_config.json").write_text(json.dumps(config | {"task_type": "SEQ_CLS"}))
+    path = settings(runs, tmp_path / "out", policies={"sft": str(runs / "sft"), "ppo": str(tmp_path / "reward")}, frontier=[])
+    status, error = launch("evaluate", "--config", path)
+    assert status == 2
+    assert "policies: ppo" in error
+    assert "is a reward model (task_type SEQ_CLS), and no policy" in error
+
+
+def test_a_mapping_of_columns_belongs_to_the_source_that_has_them():
+    data = DataArguments(eval_datasets=[DatasetSource(path="rlhf_recipes.tiny.splits.evaluation")], column_mapping={"a": "b"})
+    with pytest.raises(RecipeError, match="column_mapping: belongs to `dataset_name`: set it in each entry of `eval_datasets`"):
+        held_out_prompts(data, EvaluateArguments())

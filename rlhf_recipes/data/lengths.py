@@ -3,10 +3,12 @@
 import itertools
 import logging
 import math
+from pathlib import Path
 from typing import Any
 
 from rlhf_recipes.data.kinds import BATCH, SHOWN
 from rlhf_recipes.errors import RecipeError, first_line
+from rlhf_recipes.records import RECIPE, read_json
 
 from datasets import Dataset
 from jinja2 import TemplateError
@@ -40,6 +42,7 @@ def check_lengths(
         RecipeError: long rows under `"error"`, no rows left, conversations without a chat template, or ones that it refuses.
     """
     _check_template(dataset, tokenizer, where)
+    _warn_of_plain_prompts(dataset, tokenizer, where)
     if max_length is None:
         return dataset, {"rows": len(dataset), "truncated": 0, "unusable": 0, "dropped": 0}
     verdicts = _verdicts(dataset, tokenizer, max_length)
@@ -65,6 +68,19 @@ def check_lengths(
 def never_cut(long_rows: str) -> str:
     """What `long_rows` means where half a row is of no use: `"truncate"` is `"drop"`."""
     return "error" if long_rows == "error" else "drop"
+
+
+def _warn_of_plain_prompts(dataset: Dataset, tokenizer: PreTrainedTokenizerBase, where: str) -> None:
+    """Says so where prompts are texts, and the stage whose tokenizer this is was taught conversations."""
+    record = read_json(Path(tokenizer.name_or_path) / RECIPE)
+    taught = record.get("data", {}).get("train", {}).get("conversational")
+    if taught and "prompt" in dataset.column_names and isinstance(dataset[0]["prompt"], str):
+        logger.warning(
+            "%s: the prompts are plain texts, and %s was taught conversations: its chat template is not used, and the answers "
+            "may be nonsense. With `column_mapping: {prompt: instruction}` the prompts become conversations",
+            where,
+            tokenizer.name_or_path,
+        )
 
 
 def _check_template(dataset: Dataset, tokenizer: PreTrainedTokenizerBase, where: str) -> None:

@@ -16,6 +16,7 @@ from rlhf_recipes.errors import RecipeError, first_line
 
 from datasets import Dataset, Features, concatenate_datasets
 from transformers import PreTrainedTokenizerBase
+from trl import is_conversational
 
 logger = logging.getLogger(__name__)
 
@@ -63,7 +64,7 @@ def load_data(arguments: DataArguments, kind: Kind, *, evaluate: bool, seed: int
             no evaluation data where they are needed.
     """
     train, report = _load_split(_train_sources(arguments), kind, arguments.bad_rows, "train")
-    reports = {"train": report}
+    reports = {"train": report | {"conversational": is_conversational(train[0])}}
     held_out = None
     if arguments.test_split_size is not None:
         train, held_out = _hold_out(train, kind, arguments.test_split_size, seed)

@@ -58,6 +58,9 @@ def held_out_prompts(data: DataArguments, arguments: EvaluateArguments) -> Datas
             is no text.
     """
     if data.eval_datasets:
+        for key in ("column_mapping", "dataset_arguments"):
+            if getattr(data, key) and not data.dataset_name:
+                raise RecipeError(f"{key}: belongs to `dataset_name`: set it in each entry of `eval_datasets` that needs it")
         data = DataArguments(datasets=data.eval_datasets, bad_rows=data.bad_rows)
     elif data.dataset_name and has_splits(data.dataset_name):
         data = replace(data, dataset_train_split=data.dataset_test_split)

@@ -91,7 +91,7 @@ def learning_curves(log: Sequence[dict[str, Any]], metrics: Sequence[str], colum
         figure = Figure(figsize=(3.0 * columns, 2.2 * rows), layout="constrained")
         for place, (name, points) in enumerate(curves.items(), start=1):
             axes = figure.add_subplot(rows, columns, place)
-            axes.plot(*zip(*points, strict=True), color=BLUE, gid=name)
+            axes.plot(*zip(*points, strict=True), color=BLUE, gid=name, marker="o" if len(points) < 4 else None)
             axes.set_title(name, fontsize=10)
         return _svg(figure)
 

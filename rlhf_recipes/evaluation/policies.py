@@ -9,7 +9,7 @@ from typing import Any
 
 from rlhf_recipes.arguments import EvaluateArguments, SampleArguments, nearest
 from rlhf_recipes.errors import RecipeError
-from rlhf_recipes.models import check_base, check_vocabulary, load_model
+from rlhf_recipes.models import check_base, check_vocabulary, load_model, refuse_reward_adapter
 from rlhf_recipes.records import RECIPE, read_json
 from rlhf_recipes.roles import NO_ADAPTER, check_tokenizer, playing
 
@@ -143,7 +143,9 @@ class Bench:
             return
         adapter = f"policy_{next(self._numbers)}"  # PyTorch allows no dots in names, and `1.5` must not be `1_5`
         check_tokenizer(Path(folder), self.tokenizer)
-        trained_on = read_json(Path(folder) / "adapter_config.json").get("base_model_name_or_path")
+        config = read_json(Path(folder) / "adapter_config.json")
+        refuse_reward_adapter(f"{where}: {folder}", config.get("task_type"))
+        trained_on = config.get("base_model_name_or_path")
         record = read_json(Path(folder) / RECIPE) or read_json(Path(folder).parent / RECIPE)  # of a checkpoint, its run's
         check_base(f"{where}: {folder}", trained_on, record, self.model)
         try:
