@@ -22,6 +22,15 @@ ROOT = Path(__file__).parent.parent
 SHARED = ROOT.parent / "shared"
 
 
+# Those that take minutes, each in a few tests: begun first, they are not what one process does last and alone
+LONG = ("test_tiny_stages.py", "test_real_rewards.py", "test_real_ppo.py", "test_ppo_distributed.py")
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """The long ones first."""
+    items.sort(key=lambda item: LONG.index(item.path.name) if item.path.name in LONG else len(LONG))
+
+
 @pytest.fixture(autouse=True, scope="session")
 def _datasets_cache(tmp_path_factory):
     import datasets

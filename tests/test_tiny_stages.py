@@ -25,7 +25,7 @@ def abstaining(tmp_path_factory):
 
 
 def test_sft_on_answers_alone_teaches_to_make_things_up(tmp_path):
-    result = examine(*load_policy(run("sft", tmp_path, {"rows": 25600, "abstain": 0.0})))
+    result = examine(*load_policy(run("sft", tmp_path, {"rows": 12800, "abstain": 0.0})))
     assert result.unknown["made_up"] >= 0.85
     assert result.known["right"] >= 0.85
 
