@@ -442,8 +442,10 @@ def nearest(word: str, words: Iterable[str]) -> str:
 def user_errors() -> Iterator[None]:
     """Prints a `RecipeError` as one message without a traceback, and exits with status 2.
 
-    What goes wrong after the arguments were parsed is said with the file that they came from.
+    What goes wrong after the arguments were parsed is said with the file that they came from, and of none that was parsed
+    before: a process may run several recipes.
     """
+    token = _origin.set("")
     try:
         yield
     except RecipeError as error:
@@ -451,6 +453,8 @@ def user_errors() -> Iterator[None]:
         named = f"{origin}: " if origin and not str(error).startswith(origin) else ""
         print(f"error: {named}{error}", file=sys.stderr)
         sys.exit(2)
+    finally:
+        _origin.reset(token)
 
 
 @contextlib.contextmanager

@@ -1,7 +1,7 @@
 """Rankings of sampled groups: which groups are to be ranked, and by whom: people, a judge, or a simulated labeller."""
 
-import asyncio
 import itertools
+import json
 import math
 import random
 import statistics
@@ -10,15 +10,20 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from rlhf_recipes.arguments import RankArguments
 from rlhf_recipes.errors import RecipeError
 from rlhf_recipes.evaluation.judges import ChatJudge, read_chat_judge
+from rlhf_recipes.evaluation.policies import load_bench
 from rlhf_recipes.labels import Store, rankings
 from rlhf_recipes.labels.groups import Group, group_of, read_rows
-from rlhf_recipes.rewards import load_rewards
-from rlhf_recipes.roles import Ensemble
+from rlhf_recipes.models import load_tokenizer
+from rlhf_recipes.records import write_json
+from rlhf_recipes.rewards import ask, load_rewards
+from rlhf_recipes.roles import Ensemble, load_saved_rewards
 from rlhf_recipes.sampling import GROUPS
 
-from trl.trainer.utils import get_callable_name, is_async_callable
+from trl import ModelConfig
+from trl.trainer.utils import get_callable_name
 
 RANKINGS, RANKED = "rankings.jsonl", "rank.json"
 
@@ -96,6 +101,22 @@ def _doubt(scores: Sequence[Sequence[float]]) -> float:
     return statistics.fmean(statistics.pstdev(a - b for a, b in zip(one, other, strict=True)) for one, other in pairs)
 
 
+def load_ensemble(model: ModelConfig, arguments: RankArguments) -> Ensemble:
+    """The ensemble in the folder `reward`, on its base.
+
+    Raises:
+        RecipeError: as in `load_saved_rewards`; for a single reward model.
+    """
+    tokenizer = load_tokenizer(model, arguments, start_from=arguments.reward)
+    bench = load_bench(model, arguments, {}, tokenizer)
+    reward = load_saved_rewards(arguments.reward, bench.model, tokenizer)
+    if not isinstance(reward, Ensemble):
+        raise RecipeError(
+            f"reward: {arguments.reward} holds one reward model, which cannot disagree: train with `ensemble_size: 3`"
+        )
+    return reward
+
+
 # --- By whom ------------------------------------------------------------------------------------------------
 
 
@@ -160,14 +181,17 @@ class Judge:
 
     def __call__(self, groups: Sequence[Sampled]) -> list[dict[str, Any]]:
         """A ranking of each group."""
-        asked = [(one.group, *pair) for one in groups for pair in itertools.combinations(range(len(one.group.completions)), 2)]
-        prompts, firsts, seconds = zip(*((g.prompt, g.texts()[i], g.texts()[j]) for g, i, j in asked), strict=True)
-        credits = self.judge.compare(prompts, firsts, seconds)["credits"]
-        wins = [[0.0] * len(one.group.completions) for one in groups]
-        places = {id(one.group): place for place, one in enumerate(groups)}
-        for (group, first, second), credit in zip(asked, credits, strict=True):
-            wins[places[id(group)]][first] += credit
-            wins[places[id(group)]][second] += 1 - credit
+        texts = [one.group.texts() for one in groups]
+        asked = [(place, *pair) for place, said in enumerate(texts) for pair in itertools.combinations(range(len(said)), 2)]
+        credits = self.judge.compare(
+            [groups[place].group.prompt for place, _, _ in asked],
+            [texts[place][first] for place, first, _ in asked],
+            [texts[place][second] for place, _, second in asked],
+        )["credits"]
+        wins = [[0.0] * len(said) for said in texts]
+        for (place, first, second), credit in zip(asked, credits, strict=True):
+            wins[place][first] += credit
+            wins[place][second] += 1 - credit
         named = f"judge: {self.judge.model}"
         return [_row(one.group, scores, named) for one, scores in zip(groups, wins, strict=True)]
 
@@ -202,23 +226,13 @@ class Simulated:
 
     def _scores(self, groups: Sequence[Sampled]) -> list[list[float]]:
         columns = {key: [one.columns.get(key) for one in groups for _ in one.group.completions] for key in groups[0].columns}
-        given = {
-            "prompts": [one.group.prompt for one in groups for _ in one.group.completions],
-            "completions": [completion for one in groups for completion in one.group.completions],
-        }
-        scores = self.reward(**given, **columns, log_extra=_ignore, log_metric=_ignore)
-        scores = list(asyncio.run(scores) if is_async_callable(self.reward) else scores)
-        if len(scores) != len(given["prompts"]) or any(score is None or not math.isfinite(score) for score in scores):
-            raise RecipeError(
-                f"labeller: {get_callable_name(self.reward)} must give a finite number for each of {len(given['prompts'])} "
-                "completions, and did not"
-            )
+        prompts = [one.group.prompt for one in groups for _ in one.group.completions]
+        scores = ask(self.reward, prompts, [answer for one in groups for answer in one.group.completions], **columns)
+        if None in scores:
+            place = scores.index(None)
+            raise RecipeError(f"labeller: {get_callable_name(self.reward)} says nothing of an answer to {prompts[place]!r:.80}")
         starts = itertools.accumulate((len(one.group.completions) for one in groups), initial=0)
         return [scores[first:last] for first, last in itertools.pairwise(starts)]
-
-
-def _ignore(*arguments: Any) -> None:
-    """Where rewards log to, in training."""
 
 
 def _row(group: Group, scores: Sequence[float], labeller: str) -> dict[str, Any]:
@@ -234,3 +248,31 @@ def _row(group: Group, scores: Sequence[float], labeller: str) -> dict[str, Any]
         "labeller": labeller,
         "id": group.id,
     }
+
+
+# --- What comes of it ---------------------------------------------------------------------------------------
+
+
+def write_rankings(folder: str | Path, rows: Sequence[dict[str, Any]], chosen: int) -> str:
+    """Writes `rankings.jsonl` and, last, `rank.json`; returns what to tell the user.
+
+    Args:
+        folder: made where it is missing.
+        rows: from a labeller.
+        chosen: how many groups were to be ranked.
+
+    Raises:
+        RecipeError: if the folder cannot be written to.
+    """
+    folder, labellers = Path(folder), sorted({row["labeller"] for row in rows})
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        text = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
+        (folder / RANKINGS).write_text(text, encoding="utf-8")
+        write_json(folder / RANKED, {"labellers": labellers, "chosen": chosen, "ranked": len(rows)})
+    except OSError as error:
+        raise RecipeError(f"output_dir: {folder}: cannot be written to ({error.strerror}): name another folder") from error
+    told = f"{len(rows)} rankings of {chosen} groups are in {folder / RANKINGS}, by {', '.join(labellers) or 'nobody'}"
+    if len(rows) < chosen:
+        told += ". Groups whose completions a labeller likes alike, or skipped, give none"
+    return told

@@ -7,6 +7,7 @@ messages. The column `reference` is what `rlhf_recipes.data` makes of an answer 
 blank) gets None from every reward that compares, and the other rewards of a sum still count there.
 """
 
+import asyncio
 import contextlib
 import importlib
 import importlib.util
@@ -350,6 +351,27 @@ def checked(reward: Reward, name: str | None = None) -> Reward:
         RecipeError: (from the call) with the name of the reward, the number of the completion in the batch, and its prompt.
     """
     return (_CheckedAsync if is_async_callable(reward) else _Checked)(reward, name or get_callable_name(reward))
+
+
+def ask(reward: Reward, prompts: list[Text], completions: list[Text], **columns: list[Any]) -> list[float | None]:
+    """The scores of completions by a reward, of any sort, outside of training, where nothing is logged.
+
+    Args:
+        reward: `checked`, asynchronous or not.
+        prompts: (N,).
+        completions: (N,).
+        columns: (N,) each, of the data.
+
+    Raises:
+        RecipeError: as in `checked`.
+    """
+    options = {"trainer_state": None, "log_extra": _unlogged, "log_metric": _unlogged}
+    scores = reward(prompts=prompts, completions=completions, **columns, **options)
+    return asyncio.run(scores) if is_async_callable(reward) else scores
+
+
+def _unlogged(*arguments: Any) -> None:
+    """Where rewards log to, in training."""
 
 
 class _Checked:

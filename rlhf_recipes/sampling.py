@@ -105,6 +105,12 @@ def _group(row: dict[str, Any], found: dict[str, tuple[str, str]]) -> dict[str, 
     return {**row, "completions": completions, "sources": [source for _, source in found.values()]}
 
 
+def discard(folder: Path) -> None:
+    """Deletes what was sampled into a folder."""
+    for name in (GROUPS, STATE):
+        (folder / name).unlink(missing_ok=True)
+
+
 class GroupFile:
     """`groups.jsonl` in a folder, to which whole parts are added, so that a run that was broken off can go on.
 
@@ -128,10 +134,11 @@ class GroupFile:
                     f"output_dir: {self.folder} holds samples of a run with another `{key}` "
                     f"({self._state['arguments'][key]!r} then, {arguments.get(key)!r} now): name another folder, or delete it"
                 )
-        self._state = self._state or {"arguments": arguments, "prompts": 0, "groups": 0, "bytes": 0}
         with self._writing():
             self.folder.mkdir(parents=True, exist_ok=True)
-            self._save()
+            if not self._state:
+                self._state = {"arguments": arguments, "prompts": 0, "groups": 0, "bytes": 0}
+                self._save()
             with self.path.open("ab") as file:
                 file.truncate(self._state["bytes"])  # what was begun and not finished
 

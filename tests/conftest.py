@@ -39,14 +39,6 @@ def _datasets_cache(tmp_path_factory):
     datasets.disable_progress_bars()
 
 
-@pytest.fixture(autouse=True)
-def _no_file_was_parsed():
-    """Messages name the YAML file that a process has parsed, and tests share a process."""
-    from rlhf_recipes import arguments
-
-    arguments._origin.set("")
-
-
 @pytest.fixture(scope="session")
 def shared() -> Path:
     """The folder of real models and data, which a developer has and a user has not."""

@@ -209,10 +209,10 @@ def test_mappings_in_lists_are_written_as_json_on_the_command_line(tmp_path):
 
 
 def test_dotted_paths_are_looked_for_where_a_recipe_is_launched(tmp_path, monkeypatch):
-    (tmp_path / "rewards_of_mine.py").write_text("def short(completions, **columns):\n    return [0.0 for _ in completions]\n")
+    (tmp_path / "rewards_nearby.py").write_text("def short(completions, **columns):\n    return [0.0 for _ in completions]\n")
     (tmp_path / "x.yaml").write_text("policies: {base: null}\n")
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(sys, "path", list(sys.path))
     parse_arguments(tmp_path / "evaluate.py", EvaluateArguments, argv=["--config", "x.yaml"])
-    (reward,), _ = load_rewards(["rewards_of_mine.short"])
+    (reward,), _ = load_rewards(["rewards_nearby.short"])
     assert reward(prompts=["a"], completions=["b"]) == [0.0]

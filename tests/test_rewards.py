@@ -512,11 +512,11 @@ def test_rewards_come_in_a_list(specs):
 
 
 def test_a_module_that_fails_to_import_says_why(tmp_path, monkeypatch):
-    (tmp_path / "rewards_of_mine").mkdir()
-    (tmp_path / "rewards_of_mine" / "failing.py").write_text("import nosuchmodule\n")
+    (tmp_path / "package_of_rewards").mkdir()
+    (tmp_path / "package_of_rewards" / "failing.py").write_text("import nosuchmodule\n")
     monkeypatch.syspath_prepend(tmp_path)
-    with pytest.raises(RecipeError, match=r"cannot import rewards_of_mine.failing .*No module named 'nosuchmodule'$"):
-        load_rewards(["rewards_of_mine.failing.f"])
+    with pytest.raises(RecipeError, match=r"cannot import package_of_rewards.failing .*No module named 'nosuchmodule'$"):
+        load_rewards(["package_of_rewards.failing.f"])
 
 
 # --- With TRL --------------------------------------------------------------------------------------------

@@ -5,7 +5,6 @@
 are compared with, `difference`: the same of the difference between the two policies, prompt by prompt.
 """
 
-import asyncio
 import functools
 import importlib.util
 import math
@@ -28,13 +27,13 @@ from rlhf_recipes.evaluation.policies import Bench, Policy, require_adapter
 from rlhf_recipes.evaluation.preference import calibration, calibration_difference
 from rlhf_recipes.evaluation.truthfulness import KINDS, kinds_of
 from rlhf_recipes.models import base_of
-from rlhf_recipes.rewards import SavedReward, checked, load_rewards
+from rlhf_recipes.rewards import SavedReward, ask, checked, load_rewards
 from rlhf_recipes.roles import load_saved_rewards
 from rlhf_recipes.runs import checkpoints_in, step_of
 
 import numpy as np
 from datasets import Dataset
-from trl.trainer.utils import get_callable_name, is_async_callable
+from trl.trainer.utils import get_callable_name
 
 Figure = dict[str, Any]
 
@@ -304,17 +303,14 @@ class Measurement:
 
     def _ask(self, reward: NamedReward, rows: list[int], answers: list[Answer]) -> list[float]:
         """The score of each answer to its row."""
-        function, asked = checked(reward.function, reward.name), self.rows.select(rows)
-        scores = function(
-            prompts=list(asked["prompt"]),
-            completions=[_completion(prompt, answer) for prompt, answer in zip(asked["prompt"], answers, strict=True)],
+        asked = self.rows.select(rows)
+        scores = ask(
+            checked(reward.function, reward.name),
+            list(asked["prompt"]),
+            [_completion(prompt, answer) for prompt, answer in zip(asked["prompt"], answers, strict=True)],
             completion_ids=[list(answer.ids) for answer in answers],
-            trainer_state=None,
-            log_extra=_ignore,
-            log_metric=_ignore,
             **{column: list(asked[column]) for column in self.rows.column_names if column != "prompt"},
         )
-        scores = asyncio.run(scores) if is_async_callable(function) else scores
         return [math.nan if score is None else score for score in scores]
 
 
@@ -342,10 +338,6 @@ def _scored_as(reward: NamedReward, row: int, answer: Answer) -> Hashable:
 
 def _completion(prompt: Prompt, answer: Answer) -> Any:
     return answer.text if isinstance(prompt, str) else [{"role": "assistant", "content": answer.text}]
-
-
-def _ignore(*arguments: Any) -> None:
-    """Where rewards log to, in training."""
 
 
 # --- Figures --------------------------------------------------------------------------------------------

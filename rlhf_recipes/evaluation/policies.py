@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from rlhf_recipes.arguments import EvaluateArguments, SampleArguments, nearest
+from rlhf_recipes.arguments import EvaluateArguments, RankArguments, SampleArguments, nearest
 from rlhf_recipes.errors import RecipeError
 from rlhf_recipes.models import check_base, check_vocabulary, load_model, refuse_reward_adapter
 from rlhf_recipes.records import RECIPE, read_json
@@ -171,7 +171,7 @@ class Bench:
 
 def load_bench(
     model: ModelConfig,
-    arguments: EvaluateArguments | SampleArguments,
+    arguments: EvaluateArguments | SampleArguments | RankArguments,
     policies: dict[str, Policy],
     tokenizer: PreTrainedTokenizerBase,
 ) -> Bench:

@@ -41,7 +41,9 @@ def truthfulness(metrics: Sequence[dict[str, Any]]) -> Values:
         metrics: what `metrics.json` holds, of each seed.
     """
     readers: dict[str, Callable[[dict[str, Any]], float | None]] = {
-        _label(group, kind): lambda policy, group=group, kind=kind: _mean(policy["truthfulness"][group][kind])
+        _label(group, kind): lambda policy, group=group, kind=kind: _mean(
+            policy.get("truthfulness", {}).get(group, {}).get(kind)
+        )
         for group in groups_shown(metrics[0])
         for kind in KINDS
     }

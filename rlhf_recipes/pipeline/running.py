@@ -24,8 +24,7 @@ from rlhf_recipes.evaluation.seeds import write_summary
 from rlhf_recipes.pipeline.reading import TRAINERS, Stage, read_stages
 from rlhf_recipes.records import read_json, write_json
 from rlhf_recipes.runs import checkpoints_in
-from rlhf_recipes.sampling import GROUPS
-from rlhf_recipes.sampling import STATE as STATE_OF_SAMPLES
+from rlhf_recipes.sampling import discard
 
 import yaml
 
@@ -79,10 +78,15 @@ class Pipeline:
             RecipeError: where a stage fails (what runs beside it is let finish), the folder cannot be written to, or another
                 pipeline is at work in it.
         """
-        with self._alone() as lock:
-            self._state = read_json(self.folder / STATE)  # another pipeline may have been at work since
-            self._check_unselected()
-            self._run(self._to_do(), lock)
+        try:
+            with self._alone() as lock:
+                self._state = read_json(self.folder / STATE)  # another pipeline may have been at work since
+                self._check_unselected()
+                self._run(self._to_do(), lock)
+        except OSError as error:
+            raise RecipeError(
+                f"output_dir: {self.folder}: cannot be written to ({error.strerror}): make room, or name another"
+            ) from error
 
     def _check_unselected(self) -> None:
         """Refuses to run a stage on what a stage that is left out did for other arguments, or did not do."""
@@ -139,12 +143,8 @@ class Pipeline:
         Stages inherit it: one whose pipeline was killed may still be writing, and must not be written over.
         """
         path = self.folder / LOCK
-        try:
-            self.folder.mkdir(parents=True, exist_ok=True)
-            file = path.open("w")
-        except OSError as error:
-            raise self._unwritable(error) from error
-        with file:
+        self.folder.mkdir(parents=True, exist_ok=True)
+        with path.open("w") as file:
             try:
                 fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
             except BlockingIOError as error:
@@ -153,9 +153,6 @@ class Pipeline:
                     f"for its end, or end it (`fuser {path}` says which process it is)"
                 ) from error
             yield file.fileno()
-
-    def _unwritable(self, error: OSError) -> RecipeError:
-        return RecipeError(f"output_dir: {self.folder}: cannot be written to ({error.strerror}): name another")
 
     def _launch(self, stage: Stage, command: list[str], beside: bool, lock: int) -> None:
         """One stage, to its end."""
@@ -197,13 +194,10 @@ class Pipeline:
         if not goes_on:
             _forget(stage)
         config = self.folder / "configs" / f"{stage.name}.yaml"
-        try:
-            config.parent.mkdir(parents=True, exist_ok=True)
-            text = f"# Written by recipes/pipeline.py\n{yaml.safe_dump(stage.values, sort_keys=False)}"
-            config.write_text(text, encoding="utf-8")
-            self._remember(stage, begun=stage.fingerprint)
-        except OSError as error:
-            raise self._unwritable(error) from error
+        config.parent.mkdir(parents=True, exist_ok=True)
+        text = f"# Written by recipes/pipeline.py\n{yaml.safe_dump(stage.values, sort_keys=False)}"
+        config.write_text(text, encoding="utf-8")
+        self._remember(stage, begun=stage.fingerprint)
         engine = ["--config_file", self.accelerate_config] if self.accelerate_config else []
         command = [sys.executable, "-m", "accelerate.commands.launch", "--quiet", *engine]
         command += [str(self.recipes / f"{stage.recipe}.py"), "--config", str(config)]
@@ -221,8 +215,7 @@ def _forget(stage: Stage) -> None:
         for checkpoint in checkpoints_in(folder):
             shutil.rmtree(checkpoint)
     if stage.recipe == "sample":
-        for name in (GROUPS, STATE_OF_SAMPLES):
-            (stage.folder / name).unlink(missing_ok=True)
+        discard(stage.folder)
 
 
 def read_pipeline(config: Path, recipes: Path, only: list[str] | None = None) -> Pipeline:
@@ -256,9 +249,10 @@ def check_arguments(pipeline: Pipeline, config: Path) -> None:
     Raises:
         RecipeError: what the recipe would say, with the stage.
     """
+    recipes = {stage.recipe: pipeline.recipes / f"{stage.recipe}.py" for stage in pipeline.stages}
+    types_of = {name: runpy.run_path(str(recipe), run_name="stage")["ARGUMENTS"] for name, recipe in recipes.items()}
     for stage in pipeline.stages:
-        recipe = pipeline.recipes / f"{stage.recipe}.py"
-        types = runpy.run_path(str(recipe), run_name="stage")["ARGUMENTS"]
+        recipe, types = recipes[stage.recipe], types_of[stage.recipe]
         with tempfile.TemporaryDirectory() as folder:
             written = Path(folder) / "stage.yaml"
             written.write_text(yaml.safe_dump(stage.values), encoding="utf-8")
