@@ -125,7 +125,7 @@ def test_a_labeller_that_is_none_is_refused(entry, message):
 def test_a_reward_that_gives_no_number_is_refused(monkeypatch):
     monkeypatch.setattr("rlhf_recipes.rewards.normalised_match", lambda completions, **columns: [None] * len(completions))
     label = read_labeller({"path": "rlhf_recipes.rewards.normalised_match"}, 0)
-    with pytest.raises(RecipeError, match="labeller: .* says nothing of an answer to"):
+    with pytest.raises(RecipeError, match=r"labeller: .* says nothing of an answer to"):
         label([sampled()])
 
 
