@@ -143,7 +143,9 @@ def _stage(number: int, stage: dict[str, Any]) -> str:
     cost = f", {run['steps']} steps in {run['wall_time_s']:.0f} s" if run.get("steps") else ""
     lines = [f"{number}. **{stage['recipe']}** (`{stage['folder']}`){cost}"]
     lines += [f"   - {split}: {text}" for split, text in _data(stage)]
-    values = {name: _argument(stage, name) for name in _ARGUMENTS}
+    unread = ("lora_",) if _argument(stage, "start_from") else ()  # the adapter has its parent's
+    unread += () if stage["recipe"] == "dpo" else ("loss_type", "beta")
+    values = {name: _argument(stage, name) for name in _ARGUMENTS if not name.startswith(unread)}
     set_ones = [f"`{name}: {_brief(value)}`" for name, value in values.items() if value is not False and value not in _UNSET]
     if set_ones:
         lines.append(f"   - {', '.join(set_ones)}")

@@ -15,7 +15,7 @@ from typing import Any
 from rlhf_recipes.arguments import MergeArguments
 from rlhf_recipes.cards import lineage, write_card
 from rlhf_recipes.errors import RecipeError, first_line
-from rlhf_recipes.evaluation.policies import Bench, require_adapter
+from rlhf_recipes.evaluation.policies import Bench, Placement, require_adapter
 from rlhf_recipes.models import check_vocabulary, load_architecture, load_model, release_memory
 from rlhf_recipes.records import RECIPE, REWARD, read_json, write_json
 from rlhf_recipes.reward import quiet
@@ -112,7 +112,7 @@ def merge_policy(
     Raises:
         RecipeError: as `load_model` and `Bench.add`; if the adapter is of a kind that cannot be merged, or is not finite.
     """
-    base = load_model(model_args, arguments)
+    base = load_model(model_args, Placement(arguments.trust_remote_code))
     _check_whole(base, tokenizer)
     bench = Bench(base.eval(), tokenizer)
     bench.add(_BASE, None, "adapter")
@@ -135,8 +135,9 @@ def merge_reward(
     Raises:
         RecipeError: as `load_model` and `load_reward`; if the adapter is not finite.
     """
+    placement = Placement(arguments.trust_remote_code)
     with quiet():  # the head is the adapter's
-        base, missing = load_architecture(AutoModelForSequenceClassification, model_args, arguments, num_labels=1)
+        base, missing = load_architecture(AutoModelForSequenceClassification, model_args, placement, num_labels=1)
     if lost := missing - {f"{HEAD}.weight"}:
         raise RecipeError(f"model_name_or_path: {base.name_or_path}: its files lack {', '.join(sorted(lost)[:3])}")
     _check_whole(base, tokenizer)
@@ -210,7 +211,7 @@ def check(said: _Said, is_reward: bool, arguments: MergeArguments, tokenizer: Pr
         values = load_whole_reward(folder, "merged", tokenizer, dtype="auto").score(**_batch(tokenizer))[:, None]
     else:
         check_tokenizer(folder, tokenizer)
-        model = load_model(ModelConfig(str(folder), dtype="auto"), arguments)
+        model = load_model(ModelConfig(str(folder), dtype="auto"), Placement(arguments.trust_remote_code))
         values = _logits(model.eval(), tokenizer)
     tolerance = arguments.tolerance or TOLERANCES.get(said.dtype, max(TOLERANCES.values()))
     dtype = str(said.dtype).removeprefix("torch.")
