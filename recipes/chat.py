@@ -3,8 +3,8 @@
     python recipes/chat.py                                    # configs/tiny/chat.yaml: the tiny world, on a CPU
     python recipes/chat.py --config my.yaml --temperature 0.7
 
-`/policy ppo` changes who answers, `/both sft ppo` has two answer side by side, `/score` shows rewards and KL of the last answer,
-`/help` the rest. Lines may come through a pipe. Start it with `python`: a Ctrl-C would end `accelerate launch`.
+`/policy ppo` changes who answers, `/both sft ppo` has two answer side by side, `/score` shows rewards and KL of the last
+answer, `/help` the rest. Lines may come through a pipe. Start it with `python`: a Ctrl-C would end `accelerate launch`.
 """
 
 from rlhf_recipes.arguments import ChatArguments, parse_arguments, user_errors

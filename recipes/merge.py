@@ -1,4 +1,4 @@
-"""Merging: an adapter, of a policy or a reward model, becomes a model of its own, in safetensors, for any program that serves one.
+"""Merging: an adapter, of a policy or a reward model, becomes a model of its own, in safetensors.
 
     python recipes/merge.py                                   # configs/tiny/merge.yaml: the tiny world, on a CPU
     python recipes/merge.py --adapter runs/ppo --output_dir runs/merged --dtype bfloat16

@@ -113,7 +113,7 @@ def _card(record: dict[str, Any], stages: list[dict[str, Any]], location: str) -
 
 
 def kind_of(stages: list[dict[str, Any]]) -> str:
-    """"policy" or "reward model", by the last stage that trained."""
+    """ "policy" or "reward model", by the last stage that trained."""
     return _KINDS.get(stages[-1].get("recipe") if stages else None, "policy")
 
 
@@ -187,7 +187,7 @@ def _check(record: dict[str, Any], stages: list[dict[str, Any]]) -> list[str]:
         return []
     bits = next((bits for stage in stages for bits in (4, 8) if _argument(stage, f"load_in_{bits}bit")), None)
     text = (
-        f"The {check['what']} of the saved model were compared with those of the adapter on its base, both in {check['dtype']}: "
+        f"The {check['what']} of the saved model were compared with those of the adapter on its base, in {check['dtype']}; "
         f"they differ by {check['difference']:.1e} of their deviation (at most {check['tolerance']:.0e} was allowed)."
     )
     if bits:

@@ -75,7 +75,8 @@ class Chat:
         console: where it is shown; the terminal by default.
 
     Raises:
-        RecipeError: for a `kl_reference` that is not there, or a system prompt that the chat template does not take.
+        RecipeError: without policies; for a `kl_reference` that is not there, or a system prompt that the chat template
+            does not take.
     """
 
     def __init__(
@@ -87,6 +88,8 @@ class Chat:
         console: Console | None = None,
     ):
         self.bench, self.policies, self.rewards, self.arguments = bench, list(policies), rewards, arguments
+        if not self.policies:
+            raise RecipeError("policies: none of them is there: train one first, or add `base: null`")
         self.console = console or Console(highlight=False)
         self.reference = self._choose_reference()
         self.sides = [Side(self.policies[0])]
@@ -169,7 +172,8 @@ class Chat:
             raise RecipeError("/undo: there is nothing to take back")
         for side in self.sides:
             side.turns = side.turns[:-1]
-        self._say(f"taken back; {len(self.sides[0].turns)} messages are left", "dim")
+        left = len(self.sides[0].turns)
+        self._say(f"taken back; {left} {'message is' if left == 1 else 'messages are'} left", "dim")
 
     def _clear(self, _: str) -> None:
         self.sides = [Side(side.policy) for side in self.sides]
@@ -201,9 +205,7 @@ class Chat:
                 who = f"{side.policy}: " if len(self.sides) > 1 else ""
                 self._say(f"{who}{'stopped' if stopped() else 'cut off'} after {len(answer.ids)} tokens", "dim")
 
-    def _draw(
-        self, side: Side, message: str, limit: int, write: Callable[[str], None], stopped: Callable[[], bool]
-    ) -> Answer:
+    def _draw(self, side: Side, message: str, limit: int, write: Callable[[str], None], stopped: Callable[[], bool]) -> Answer:
         if stopped():
             return Answer("", (), False)
         arguments = self.arguments
@@ -308,8 +310,9 @@ class Chat:
 
     def _names(self) -> str:
         now = " and ".join(side.policy for side in self.sides)
-        others = ", ".join(name for name in self.policies if name not in [side.policy for side in self.sides])
-        return f"You talk to {now}" + (f"; there is also {others}" if others else "")
+        others = [name for name in self.policies if name not in [side.policy for side in self.sides]]
+        there = f"; there {'is' if len(others) == 1 else 'are'} also {', '.join(others)}" if others else ""
+        return f"You talk to {now}{there}"
 
     def _say(self, text: str, style: str) -> None:
         self.console.print(Text(text, style))

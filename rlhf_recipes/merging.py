@@ -10,7 +10,6 @@ import shutil
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import Any
 
 from rlhf_recipes.arguments import MergeArguments
 from rlhf_recipes.cards import lineage, write_card
@@ -104,9 +103,7 @@ def adapter_and_base(arguments: MergeArguments, model: ModelConfig) -> tuple[boo
     return config.get("task_type") == "SEQ_CLS", model
 
 
-def merge_policy(
-    arguments: MergeArguments, model_args: ModelConfig, tokenizer: PreTrainedTokenizerBase, folder: Path
-) -> _Said:
+def merge_policy(arguments: MergeArguments, model_args: ModelConfig, tokenizer: PreTrainedTokenizerBase, folder: Path) -> _Said:
     """Merges a policy and saves it into `folder`; returns what its adapter said before.
 
     Raises:
@@ -127,9 +124,7 @@ def merge_policy(
     return _Said(values, _relative(without, values), merged.dtype)
 
 
-def merge_reward(
-    arguments: MergeArguments, model_args: ModelConfig, tokenizer: PreTrainedTokenizerBase, folder: Path
-) -> _Said:
+def merge_reward(arguments: MergeArguments, model_args: ModelConfig, tokenizer: PreTrainedTokenizerBase, folder: Path) -> _Said:
     """The same of a reward model: its head, in fp32, and the scale of its scores go with it.
 
     Raises:
@@ -315,9 +310,7 @@ def push(arguments: MergeArguments) -> str:
         api.upload_folder(repo_id=url.repo_id, folder_path=folder, commit_message="Merged by rlhf-recipes")
     except Exception as error:  # of the Hub, the network or the disk: what is merged is not to go by it
         raise RecipeError(
-            f"push_to_hub: {repository}: {first_line(error)}; the merged model is in {folder}: log in with `hf auth login`, and "
+            f"push_to_hub: {repository}: {first_line(error)}; the merged model is in {folder}: log in by `hf auth login`, and "
             f"upload it with `hf upload {repository} {folder}`"
         ) from error
     return str(url)
-
-

@@ -151,7 +151,9 @@ def test_an_adapter_of_a_4_bit_base_goes_into_the_whole_one(merge, tmp_path):
     assert "trained on the base in 4 bits" in (output / "README.md").read_text()
 
 
-@pytest.mark.parametrize("options", [{"use_rslora": True}, {"use_dora": True}, {"modules_to_save": ["embed_tokens", "lm_head"]}])
+@pytest.mark.parametrize(
+    "options", [{"use_rslora": True}, {"use_dora": True}, {"modules_to_save": ["embed_tokens", "lm_head"]}]
+)
 def test_other_sorts_of_lora_are_merged(merge, tmp_path, options):
     status, error, output = merge(make(tmp_path / "adapter", **options))
     assert status == 0, error

@@ -97,9 +97,7 @@ class _Stop(StoppingCriteria):
 
 
 @contextlib.contextmanager
-def _asked(
-    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, temperature: float, **shaping: float
-) -> Iterator[None]:
+def _asked(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, temperature: float, **shaping: float) -> Iterator[None]:
     """The model in eval mode with a generation config of its own, since `generate` fills what is unset from the stored one."""
     # A PeftModel of a causal model hands its own to its base at every call, which keeps it; one of no task leaves the base's.
     holders = [model, model.get_base_model()] if isinstance(model, PeftModel) else [model]

@@ -201,4 +201,5 @@ class Placement:
 
     @property
     def device(self) -> Any:
+        """Where Accelerate puts this process."""
         return PartialState().device
