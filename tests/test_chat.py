@@ -352,9 +352,7 @@ def test_in_a_terminal():
     command = [sys.executable, ROOT / "recipes" / "chat.py", *POLICIES, "--max_new_tokens", "200", "--temperature", "4"]
     options = {"cwd": ROOT, "env": os.environ | {"PYTHONPATH": str(ROOT), "TERM": "xterm"}}
     own, theirs = pty.openpty()
-    process = subprocess.Popen(
-        command, stdin=theirs, stdout=theirs, stderr=theirs, start_new_session=True, **options
-    )
+    process = subprocess.Popen(command, stdin=theirs, stdout=theirs, stderr=theirs, start_new_session=True, **options)
     os.close(theirs)
     shown, read = b"", 0
 
