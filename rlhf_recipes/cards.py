@@ -18,7 +18,8 @@ _ARGUMENTS = ("start_from", "reward_funcs", "load_in_4bit", "load_in_8bit", "lor
 _ARGUMENTS += ("num_train_epochs", "max_steps", "per_device_train_batch_size", "gradient_accumulation_steps", "loss_type")
 _ARGUMENTS += ("beta", "kl_coef", "ptx_coef", "train_on", "max_length", "seed")
 _UNSET = (None, [], "", -1)  # 0 is a value, and False is not
-_OF_SPEED = ("runtime", "per_second", "num_tokens", "epoch", "clip_ratio", "step_time", "/min_", "/max_")
+_OF_TRAINING = ("runtime", "per_second", "num_tokens", "epoch", "clip_ratio", "step_time", "/min_", "/max_")
+_OF_TRAINING += ("learning_rate", "grad_norm", "total_flos", "step")
 
 _ON_THE_HUB = re.compile(r"[\w.-]+(/[\w.-]+)?")
 
@@ -138,7 +139,7 @@ def _argument(record: dict[str, Any], name: str) -> Any:
 
 def _stage(number: int, stage: dict[str, Any]) -> str:
     if "recipe" not in stage:
-        return f"{number}. `{stage['folder']}`, which has no recipe.json."
+        return f"{number}. `{stage['folder']}`, of which no recipe.json was found."
     run = stage.get("run") or {}
     cost = f", {run['steps']} steps in {run['wall_time_s']:.0f} s" if run.get("steps") else ""
     lines = [f"{number}. **{stage['recipe']}** (`{stage['folder']}`){cost}"]
@@ -173,7 +174,7 @@ def _metrics(stages: list[dict[str, Any]]) -> list[str]:
     """A table of what the last stage that trained measured at its end."""
     last = next((stage for stage in reversed(stages) if stage.get("metrics")), {})
     numbers = {name: value for name, value in (last.get("metrics") or {}).items() if isinstance(value, int | float)}
-    numbers = {name: value for name, value in numbers.items() if not any(word in name for word in _OF_SPEED)}
+    numbers = {name: value for name, value in numbers.items() if not any(word in name for word in _OF_TRAINING)}
     held_out = {name: value for name, value in numbers.items() if name.startswith("eval_")} or numbers
     if not held_out:
         return []

@@ -12,7 +12,7 @@ from rlhf_recipes.errors import RecipeError, first_line
 from rlhf_recipes.evaluation.answers import Answer, log_probs, prompt_ids, stream
 from rlhf_recipes.evaluation.measure import NamedReward
 from rlhf_recipes.evaluation.policies import Bench, Policy
-from rlhf_recipes.models import base_of
+from rlhf_recipes.models import base_of, release_memory
 from rlhf_recipes.rewards import ask, checked
 
 import torch
@@ -107,6 +107,9 @@ class Chat:
                 self._say(str(error), "red")
             except KeyboardInterrupt:
                 self._say("\nstopped", "dim")
+            except torch.OutOfMemoryError:
+                release_memory()
+                self._say("the GPU has no memory left for so long a conversation: /undo or /clear", "red")
 
     def hear(self, line: str) -> bool:
         """One line: a message, or a command; whether to go on.

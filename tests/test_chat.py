@@ -297,6 +297,19 @@ def chat_template():
     return PLAIN_CHAT_TEMPLATE
 
 
+def test_a_full_gpu_does_not_end_the_chat(talk, monkeypatch):
+    made, _ = talk()
+
+    def full(*_, **__):
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    monkeypatch.setattr(chat, "stream", full)
+    monkeypatch.setattr(chat, "read_lines", lambda _: [QUESTION, "/policy"])
+    made.run()
+    assert "no memory left" in made.console.file.getvalue()
+    assert made.sides[0].turns == []
+
+
 # --- Lines and signals -----------------------------------------------------------------------------------
 
 

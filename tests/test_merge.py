@@ -176,6 +176,15 @@ def test_a_trained_embedding_is_no_longer_that_of_the_head(merge, tmp_path):
     assert torch.allclose(logits(merged, tokenizer), logits(expected, tokenizer), atol=1e-4)
 
 
+def test_a_generation_config_that_could_not_be_saved_does_not_stop_it(merge, policy, tmp_path):
+    folder = shutil.copytree(policy, tmp_path / "adapter")
+    write_json(folder / "generation_config.json", {"do_sample": False, "temperature": 0.6, "eos_token_id": [2, 5]})
+    status, error, output = merge(folder)
+    assert status == 0, error
+    stored = json.loads((output / "generation_config.json").read_text())
+    assert (stored["temperature"], stored["eos_token_id"]) == (0.6, [2, 5])
+
+
 def test_shards_hold_the_same(merge, policy):
     status, error, output = merge(policy, "--max_shard_size", "1MB", "--dtype", "float16")
     assert status == 0, error
