@@ -13,6 +13,7 @@ from huggingface_hub import ModelCardData
 CARD = "README.md"
 """The model card's file, as on the Hub."""
 
+_PAPERS = {"reward": "2203.02155", "ppo": "2203.02155", "dpo": "2305.18290"}  # on arXiv: InstructGPT, and DPO
 _KINDS = {"reward": "reward model"}  # the rest are policies
 _ARGUMENTS = ("start_from", "reward_funcs", "load_in_4bit", "load_in_8bit", "lora_r", "lora_alpha", "learning_rate")
 _ARGUMENTS += ("num_train_epochs", "max_steps", "per_device_train_batch_size", "gradient_accumulation_steps", "loss_type")
@@ -114,7 +115,7 @@ def _card(record: dict[str, Any], stages: list[dict[str, Any]], location: str) -
 
 
 def kind_of(stages: list[dict[str, Any]]) -> str:
-    """ "policy" or "reward model", by the last stage that trained."""
+    """What the last stage made: a "policy" or a "reward model"."""
     return _KINDS.get(stages[-1].get("recipe") if stages else None, "policy")
 
 
@@ -142,10 +143,12 @@ def _stage(number: int, stage: dict[str, Any]) -> str:
         return f"{number}. `{stage['folder']}`, of which no recipe.json was found."
     run = stage.get("run") or {}
     cost = f", {run['steps']} steps in {run['wall_time_s']:.0f} s" if run.get("steps") else ""
-    lines = [f"{number}. **{stage['recipe']}** (`{stage['folder']}`){cost}"]
+    recipe = stage["recipe"]
+    paper = f" ([arXiv](https://arxiv.org/abs/{_PAPERS[recipe]}))" if recipe in _PAPERS else ""
+    lines = [f"{number}. **{recipe}**{paper}, `{stage['folder']}`{cost}"]
     lines += [f"   - {split}: {text}" for split, text in _data(stage)]
     unread = ("lora_",) if _argument(stage, "start_from") else ()  # the adapter has its parent's
-    unread += () if stage["recipe"] == "dpo" else ("loss_type", "beta")
+    unread += () if recipe == "dpo" else ("loss_type", "beta")
     values = {name: _argument(stage, name) for name in _ARGUMENTS if not name.startswith(unread)}
     set_ones = [f"`{name}: {_brief(value)}`" for name, value in values.items() if value is not False and value not in _UNSET]
     if set_ones:
@@ -167,7 +170,10 @@ def _data(stage: dict[str, Any]) -> Iterator[tuple[str, str]]:
     for split, report in (stage.get("data") or {}).items():
         if isinstance(report, dict) and report.get("sources"):
             sources = ", ".join(shown(source["source"]) for source in report["sources"])
-            yield {"train": "trained on", "eval": "evaluated on"}.get(split, split), f"{report['rows']} rows of {sources}"
+            yield (
+                {"train": "trained on", "eval": "evaluated on"}.get(split, split),
+                f"{report.get('rows', '?')} rows of {sources}",
+            )
 
 
 def _metrics(stages: list[dict[str, Any]]) -> list[str]:
