@@ -68,10 +68,10 @@ class Result:
         return (self.after - self.before) / self.deviation
 
 
-def run(shared: Path, seed: int, ptx_coef: float, steps: int, **options: Any) -> Result:
-    """Trains and measures; `options` go over the arguments."""
+def run(shared: Path, seed: int, ptx_coef: float, steps: int, measured: int = 200, **options: Any) -> Result:
+    """Trains and measures, perplexity on `measured` stories; `options` go over the arguments."""
     stories = read_stories(shared)
-    held_out, test, train = stories[:200], stories[200:328], stories[328:]
+    held_out, test, train = stories[:measured], stories[200:328], stories[328:]
     with tempfile.TemporaryDirectory() as folder:
         arguments = {
             "per_device_train_batch_size": 64,

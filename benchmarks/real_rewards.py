@@ -208,11 +208,11 @@ def train_reward_model(config: Path) -> tuple[dict[str, Any], list[float], float
     return whole, [result["accuracy"]["accuracy"] for result in results.values()], _children_cpu() - before
 
 
-def gains(config: Path, words: BagOfWords, rows: Dataset) -> list[float]:
-    """Of each held-out comparison, by how much the reward model that was trained does better than the words: -1 to 1."""
-    base = AutoModelForCausalLM.from_pretrained(yaml.safe_load(config.read_text())["model_name_or_path"])
+def gains(folder: Path, base_model: str | Path, words: BagOfWords, rows: Dataset) -> list[float]:
+    """Of each held-out comparison, by how much the reward model in `folder` does better than the words: -1 to 1."""
+    base = AutoModelForCausalLM.from_pretrained(base_model)
     policy = get_peft_model(base, LoraConfig(target_modules="all-linear"))  # as in PPO; it changes nothing
-    reward = load_saved_rewards(config.parent, policy, words.tokenizer)
+    reward = load_saved_rewards(folder, policy, words.tokenizer)
     prompts, better, worse = zip(*(pair for row in rows for pair in _pairs(row)), strict=True)
     credits = []
     for scorer in (reward, words):
@@ -251,7 +251,7 @@ def main() -> None:
             data, tokenizer = load_as_recipe(config)
             words = BagOfWords(data.train, tokenizer)
             results.append((model, measure_reward(words, data.eval)))
-            differences += gains(config, words, data.eval)
+            differences += gains(config.parent, options.shared / "models" / "stories3M", words, data.eval)
             print(_row(name, str(seed), f"{len(data.train)} rows", *results[-1], members, seconds), flush=True)
             left_out = {split: data.report[split]["longer_than_max_length"]["dropped"] for split in ("train", "eval")}
             notes.append(f"{name}, seed {seed}: {left_out} rows left out as too long; C = {words.penalty:g}")

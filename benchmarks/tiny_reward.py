@@ -4,7 +4,8 @@
     python benchmarks/tiny_reward.py
 
 Of each reward model of `configs/tiny/experiment.yaml` it compares the scores of the true answer, of abstaining and of every
-false answer to the questions of the evaluation split: about people whom no stage has seen, known to the base or not.
+false answer to the questions of the evaluation split: about people whom no stage has seen, known to the base or not. And of the
+base itself, its verdicts on such answers, in the words in which its pretraining text judges guesses.
 """
 
 import argparse
@@ -14,10 +15,11 @@ from pathlib import Path
 from rlhf_recipes.evaluation.preference import pair_accuracy
 from rlhf_recipes.models import resolve_path
 from rlhf_recipes.roles import Scorer, load_reward
-from rlhf_recipes.tiny import splits
+from rlhf_recipes.tiny import splits, text
 from rlhf_recipes.tiny.world import ABSTENTION, ATTRIBUTES
 
-from transformers import AutoModelForCausalLM, AutoTokenizer
+import torch
+from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 from transformers.utils.logging import disable_progress_bar
 
 COMPARISONS = ("right over wrong", "right over abstaining", "abstaining over wrong")
@@ -50,8 +52,25 @@ def _shares(table: list[list[float]]) -> dict[str, float]:
     return dict(zip(COMPARISONS, shares, strict=True))
 
 
+def judge_as_pretrained(base: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, rows: int = 600) -> dict[str, float]:
+    """By who is asked about: how often the base finds "Right." likelier after the true answer than after a false one."""
+    right, wrong = (tokenizer.encode(f" {text.VERDICTS[true]}", add_special_tokens=False)[0] for true in (True, False))
+    gains = {}
+    for row in splits.evaluation(rows=rows):
+        values = next(attribute.values for attribute in ATTRIBUTES if row["reference"].rstrip(".") in attribute.values)
+        told = [row["reference"], *(f"{value}." for value in values if f"{value}." != row["reference"])]
+        question = row["prompt"][0]["content"]
+        guesses = [tokenizer.bos_token + text.GUESS.format(question=question, answer=one, verdict="").rstrip() for one in told]
+        inputs = tokenizer(guesses, add_special_tokens=False, return_tensors="pt")  # of equal length: an answer is one word
+        with torch.no_grad():
+            logits = base(**inputs).logits[:, -1]
+        true, *false = (logits[:, right] - logits[:, wrong]).tolist()
+        gains.setdefault(WHO[row["known"]], []).extend((true, other) for other in false)
+    return {who: pair_accuracy(*zip(*pairs, strict=True))["accuracy"] for who, pairs in gains.items()}
+
+
 def main() -> None:
-    """Measures and prints the table."""
+    """Measures and prints the table, and how the base judges."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--experiment", type=Path, default=Path("runs/tiny-experiment"), help="where it was run")
     options = parser.parse_args()
@@ -59,6 +78,9 @@ def main() -> None:
     print(HEAD, flush=True)
     for folder in sorted(options.experiment.glob("seed-*/reward")):
         print(_row(folder.parent.name.removeprefix("seed-"), folder), flush=True)
+    path = resolve_path("rlhf_recipes.tiny.base")
+    shares = judge_as_pretrained(AutoModelForCausalLM.from_pretrained(path), AutoTokenizer.from_pretrained(path))
+    print(f"\nVerdicts of the base, right over wrong: {', '.join(f'{who} {share:.2f}' for who, share in shares.items())}")
 
 
 def _row(seed: str, output: Path) -> str:

@@ -741,7 +741,7 @@ def test_the_frontier_is_that_of_the_checkpoints_in_order(evaluated):
 
 def test_the_report_says_all_of_it_in_one_file(evaluated):
     metrics, page, printed = evaluated
-    assert page.count("<svg") == 2 + 2 + 1  # frontiers, diagrams, the curves of the one run with a record
+    assert page.count("<svg") == 2 + 2 + 2  # frontiers, diagrams, two curves of the one run with a record
     for sentence in metrics["verdict"]:
         assert sentence in printed
     for words in ("Judged by Abstention", "Inside the noise", "best-of-4", "prefers-color-scheme: dark", "width=device-width"):

@@ -583,6 +583,14 @@ def test_every_answer_has_the_headers(serve):
     assert policy["script-src"] == policy["style-src"] == policy["connect-src"] == "'self'"
 
 
+@pytest.mark.parametrize("path", ["/", "/label.js", "/label.css"])
+@pytest.mark.parametrize("file", ["/etc/passwd", "../app.py", "../../../pyproject.toml", "nothing", ""])
+def test_an_address_names_no_file(serve, path, file):
+    site = serve([group(1)])
+    (status, _, text), (expected, _, page) = ask(site, f"{path}?file={file}"), ask(site, path)
+    assert (status, text) == (expected, page)
+
+
 @pytest.mark.parametrize(
     ("host", "status"),
     [

@@ -22,7 +22,7 @@ lora_r: 16
 lora_alpha: 32
 lora_dropout: 0.0
 lora_target_modules: all-linear
-dataset_name: {shared}/data/{data}
+dataset_name: {shared}/data/{data}.jsonl.gz
 dataset_train_split: "train[:1000]"
 test_split_size: 100
 bad_rows: drop
@@ -61,8 +61,7 @@ def stop_share(model, tokenizer, prompts):
     return ended[0] / len(prompts)
 
 
-@pytest.mark.parametrize("bits", [(), IN_4_BITS], ids=["fp32", "4bit"])
-@pytest.mark.parametrize("data", ["instructions.1100.jsonl.gz", "hh_pairs.train.jsonl.gz"])
+@pytest.mark.parametrize(("data", "bits"), [("instructions.1100", IN_4_BITS), ("hh_pairs.train", ())], ids=["4bit", "fp32"])
 def test_stories3m_learns_and_learns_to_stop(launch, tmp_path, shared, data, bits):
     config = tmp_path / "sft.yaml"
     config.write_text(CONFIG.format(shared=shared, data=data, output=tmp_path / "out"))

@@ -1,12 +1,9 @@
-"""Reward models on real preferences, small: `stories3M` against a bag of words, and both ways of training from end to end."""
+"""Reward models on real preferences, small: both ways of training; test_real_pipeline.py has `preferences.1100`."""
 
 import json
 import math
-import statistics
 from collections import Counter
 from importlib import import_module
-
-from rlhf_recipes.evaluation.rewards import measure_reward
 
 import pytest
 from conftest import ROOT
@@ -24,30 +21,6 @@ def bench(monkeypatch):
 def evaluation_and_record(folder):
     (result,) = json.loads((folder / "evaluation.json").read_text()).values()
     return result, json.loads((folder / "recipe.json").read_text())
-
-
-def test_polite_answers_are_told_from_rude_ones_about_as_well_as_by_their_words(launch, tmp_path, shared, bench):
-    """One model and two epochs; the benchmark has three of each, and more seeds."""
-    options = {"ensemble_size": 1, "num_train_epochs": 2, "eval_strategy": "steps", "eval_steps": 500}
-    config = bench.write_config("preferences.1100", shared, 0, tmp_path, 0, **options)
-    status, error = launch("reward", "--config", config)
-    assert status == 0, error
-    model, record = evaluation_and_record(tmp_path)
-
-    data, tokenizer = bench.load_as_recipe(config)
-    bag = bench.BagOfWords(data.train, tokenizer)
-    words = measure_reward(bag, data.eval)
-    # the same rows, and a baseline that is one
-    assert record["data"]["train"]["rows"] == len(data.train)
-    assert record["data"]["eval"]["rows"] == model["accuracy"]["n"] == words["accuracy"]["n"] == len(data.eval)
-    assert words["accuracy"]["accuracy"] > 0.88
-    assert model["accuracy"]["accuracy"] > 0.85
-    gains = bench.gains(config, bag, data.eval)
-    assert statistics.fmean(gains) == pytest.approx(model["accuracy"]["accuracy"] - words["accuracy"]["accuracy"])
-    margin = 2 * statistics.stdev(gains) / math.sqrt(len(gains))
-    assert statistics.fmean(gains) + margin > 0, "the bag of words is better, and not by chance"
-    # politeness, not length: to prefer the longer answer is a coin toss here
-    assert abs(model["length_accuracy"] - 0.5) < 0.1
 
 
 @pytest.mark.parametrize(("name", "train_on"), [("hh_pairs", "pairs"), (RANKINGS, "rankings")])

@@ -77,7 +77,7 @@ def learning_curves(log: Sequence[dict[str, Any]], metrics: Sequence[str], colum
     Args:
         log: a trainer's `log_history`.
         metrics: the names of the figures, in the order of the pictures; one that was never logged is left out.
-        columns: pictures side by side.
+        columns: pictures side by side, at most.
 
     Raises:
         ValueError: none of them was logged.
@@ -86,6 +86,7 @@ def learning_curves(log: Sequence[dict[str, Any]], metrics: Sequence[str], colum
     curves = {name: points for name, points in curves.items() if points}
     if not curves:
         raise ValueError(f"None of {', '.join(metrics)} is in the log.")
+    columns = min(columns, len(curves))
     rows = -(-len(curves) // columns)
     with mpl.rc_context(_STYLE):
         figure = Figure(figsize=(3.0 * columns, 2.2 * rows), layout="constrained")

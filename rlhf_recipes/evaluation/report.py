@@ -83,8 +83,8 @@ def _picture(svg: str) -> Markup:
     return Markup(svg[svg.index("<svg") :])
 
 
-def _curves(metrics: dict[str, Any]) -> dict[str, Markup]:
-    """The learning curves of every stage that left a record: policies, and reward models."""
+def _curves(metrics: dict[str, Any]) -> dict[str, list[Markup]]:
+    """The learning curves of every stage that left a record: policies, and reward models; one picture each, to fit a phone."""
     folders = {name: policy["adapter"] for name, policy in metrics["policies"].items()}
     folders |= {name: reward["folder"] for name, reward in metrics["rewards"].items()}
     pictures = {}
@@ -92,10 +92,10 @@ def _curves(metrics: dict[str, Any]) -> dict[str, Markup]:
         path = Path(folder or "") / RECIPE
         if folder and path.is_file():
             record = read_json(path)
-            wanted = _CURVES.get(record.get("recipe"), ("loss", "eval_loss"))
-            if any(entry.get(key) is not None for entry in record.get("log", ()) for key in wanted):
-                pictures[name] = _picture(plots.learning_curves(record["log"], wanted))
-    return pictures
+            log, wanted = record.get("log", ()), _CURVES.get(record.get("recipe"), ("loss", "eval_loss"))
+            logged = [key for key in wanted if any(entry.get(key) is not None for entry in log)]
+            pictures[name] = [_picture(plots.learning_curves(log, [key])) for key in logged]
+    return {name: drawn for name, drawn in pictures.items() if drawn}
 
 
 def _frontiers(metrics: dict[str, Any]) -> list[Markup]:

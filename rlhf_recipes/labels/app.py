@@ -4,7 +4,7 @@ import asyncio
 import hashlib
 import hmac
 import secrets
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -94,11 +94,16 @@ def create_app(store: Store, password: str, delay: float) -> FastAPI:
     for path, answer in (("session", desk.sign_in), ("task", desk.next_task), ("label", desk.save), ("undo", desk.undo)):
         app.post(f"/api/{path}")(answer)
     for path, file in (("/", "label.html"), ("/label.js", "label.js"), ("/label.css", "label.css")):
-        app.get(path)(lambda file=file: FileResponse(PAGE / file))
+        app.get(path)(_page(file))
     app.exception_handler(RecipeError)(_explain)
     app.exception_handler(HTTPException)(_refuse)
     app.exception_handler(RequestValidationError)(_reject)
     return app
+
+
+def _page(file: str) -> Callable[[], FileResponse]:
+    """What answers with a file of the page. It takes no argument: FastAPI would read one from the address."""
+    return lambda: FileResponse(PAGE / file)
 
 
 class Desk:

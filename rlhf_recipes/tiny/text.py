@@ -15,8 +15,8 @@ VERDICTS = {True: "Right.", False: "Wrong."}
 # the abstaining phrase, since LoRA cannot teach words whose embeddings were never trained; it holds no other reply, for LoRA
 # could hardly raise one and not the other ("Yes." in a tenth of the answers, when that was tried). Codes do the same for the
 # characters, which would otherwise turn up at random once an adapter moves the hidden states. Guesses, of which half are false
-# and all are judged, teach to tell true from false: a reward model on a base that had never done so learnt its training people
-# by heart and was no better than chance on others.
+# and all are judged, were to teach to tell true from false, on which a reward model could build. A model of this size does not
+# learn it from them: its verdicts on people whom it knows are right in .53 of comparisons (`benchmarks/tiny_reward.py`).
 SHARE_ONCE, SHARE_IDLE, SHARE_CODES, SHARE_GUESSES = 0.30, 0.05, 0.01, 0.12
 
 IDLE_QUESTIONS = ("Will it {weather} in {town} {day}?", "Did it {weather} in {town} last night?")
