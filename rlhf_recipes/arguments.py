@@ -339,6 +339,86 @@ class EvaluateArguments:
             raise ValueError(f"frontier_best_of: {self.frontier_best_of}: each must be 1 or more")
 
 
+@dataclass
+class ChatArguments:
+    """Who is talked to, how answers are sampled, and what scores them."""
+
+    policies: dict[str, Any] = field(
+        default_factory=dict,
+        metadata={
+            "help": "name -> the folder of an adapter, or null for the base; `{path: FOLDER, optional: true}` is left out, and "
+            "said so, where there is no such folder. The first one is talked to first."
+        },
+    )
+    kl_reference: str | None = field(
+        default=None,
+        metadata={"help": "The policy from which /score measures KL; by default `sft` where there is one, else the base."},
+    )
+    rewards: list[str] = field(
+        default_factory=list,
+        metadata={
+            "help": "What /score shows, as in recipes/evaluate.py: a path, or a mapping of `path`, `arguments`, `name`, and "
+            "`optional: true` for one that is left out where there is no such folder."
+        },
+    )
+    system_prompt: str | None = field(default=None, metadata={"help": "What every conversation begins with."})
+    temperature: float = field(default=1.0, metadata={"help": "At which answers are sampled; 0 takes the likeliest token."})
+    top_p: float = field(
+        default=1.0, metadata={"help": "The likeliest tokens that have this much of the probability are sampled from."}
+    )
+    max_new_tokens: int = field(default=512, metadata={"help": "Tokens after which an answer is cut off."})
+    seed: int = field(default=0, metadata={"help": "Of sampling."})
+    trust_remote_code: bool = field(default=False, metadata={"help": "Whether code that comes with a model is run."})
+
+    def __post_init__(self):
+        if self.max_new_tokens < 1:
+            raise ValueError(f"max_new_tokens: {self.max_new_tokens}: must be 1 or more")
+        if self.temperature < 0:
+            raise ValueError(f"temperature: {self.temperature}: must not be negative")
+        if not 0 < self.top_p <= 1:
+            raise ValueError(f"top_p: {self.top_p}: must be above 0, and at most 1")
+
+
+@dataclass
+class MergeArguments:
+    """Which adapter is merged into its base, and where the result goes. The names are those of TRL's trainers."""
+
+    adapter: str | None = field(
+        default=None,
+        metadata={
+            "help": "Folder of the adapter: a policy, or a reward model. Without `model_name_or_path` the base is the one that "
+            "it was trained on."
+        },
+    )
+    tolerance: float | None = field(
+        default=None,
+        metadata={
+            "help": "How much the merged model's logits, or scores, may differ from the adapter's, as a share of their "
+            "deviation; by default 1e-3 in float32, 2e-2 in float16 and 1e-1 in bfloat16."
+        },
+    )
+    max_shard_size: str = field(default="5GB", metadata={"help": "Size at which weights go on in another file."})
+    push_to_hub: bool = field(default=False, metadata={"help": "Whether the merged model is uploaded to the Hub."})
+    hub_model_id: str | None = field(
+        default=None, metadata={"help": "Its name on the Hub; by default that of `output_dir`, under your account."}
+    )
+    hub_private_repo: bool | None = field(
+        default=None, metadata={"help": "Whether a new repository is private; by default as your account has it."}
+    )
+    trust_remote_code: bool = field(default=False, metadata={"help": "Whether code that comes with a model is run."})
+    output_dir: str = field(
+        default="runs/merge", metadata={"help": "Where the merged model is written: a new folder, or an empty one."}
+    )
+
+    def __post_init__(self):
+        if self.adapter is None:
+            raise ValueError("adapter: name the folder of the adapter that is to be merged")
+        if self.tolerance is not None and self.tolerance <= 0:
+            raise ValueError(f"tolerance: {self.tolerance}: must be above 0")
+        if self.hub_model_id and not self.push_to_hub:
+            raise ValueError("hub_model_id: goes with `push_to_hub: true`")
+
+
 # Pairs of options of which one makes the other meaningless: (one, other, what to do about it).
 EXCLUSIVE = (
     ("load_in_4bit", "load_in_8bit", "weights are stored in 4 bits or in 8"),

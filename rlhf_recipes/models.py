@@ -169,11 +169,12 @@ def load_architecture(
     try:
         config = AutoConfig.from_pretrained(path, **revision)
         quantization = _quantization(arguments, config)
-        placed = {"device_map": {"": training.device}} if quantization else {}  # not where bitsandbytes thinks best
+        in_few_bits = quantization or getattr(config, "quantization_config", None)  # by us, or as it is stored
+        placed = {"device_map": {"": training.device}} if in_few_bits else {}  # not where bitsandbytes thinks best
         settings = {
             "dtype": arguments.dtype or "auto",
             "attn_implementation": arguments.attn_implementation,
-            "quantization_config": quantization,
+            **({"quantization_config": quantization} if quantization else {}),  # None would deny that of the files
             **placed,
             **revision,
             **options,

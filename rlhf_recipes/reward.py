@@ -257,7 +257,7 @@ def load_reward_model(
             base, or with `use_peft: false`.
     """
     set_seed(training.seed)
-    with _quiet():
+    with quiet():
         model, missing = load_architecture(AutoModelForSequenceClassification, arguments, training, num_labels=1)
     _install_head(model, fresh=f"{HEAD}.weight" in missing, revision=arguments.model_revision)
     if lost := missing - {f"{HEAD}.weight"}:
@@ -325,7 +325,7 @@ def _continue_adapter(model: PreTrainedModel, parent: Path) -> PeftModel:
 
 
 @contextlib.contextmanager
-def _quiet() -> Iterator[None]:
+def quiet() -> Iterator[None]:
     """Without Transformers' report that the head is new and the LM head unused, which is what was asked for."""
     verbosity = transformers.logging.get_verbosity()
     transformers.logging.set_verbosity_error()

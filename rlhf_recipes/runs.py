@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from rlhf_recipes.arguments import read_yaml
+from rlhf_recipes.cards import write_card
 from rlhf_recipes.errors import RecipeError
 from rlhf_recipes.models import fingerprint, model_path
 from rlhf_recipes.records import PENDING, RECIPE, read_json, write_json
@@ -102,6 +103,8 @@ def write_record(
 ) -> None:
     """Writes `recipe.json` into the trainer's output folder: arguments, versions, seed, lineage, data and cost of the run.
 
+    And, over TRL's, a model card that says so.
+
     Args:
         trainer: the trainer, after training.
         meter: its callback.
@@ -137,11 +140,14 @@ def write_record(
     if not record["run"]["steps"]:  # resumed at its end: what it cost was written then
         record["run"] = (read_json(output / PENDING) or read_json(output / RECIPE) or record)["run"]
     write_json(output / (PENDING if pending else RECIPE), record)
+    if not pending:
+        write_card(output)
 
 
 def finish_record(output: str | Path) -> dict[str, Any]:
-    """Gives a pending record its name, by which the stage is done, and returns it."""
+    """Gives a pending record its name, by which the stage is done, and returns it; the card is written over TRL's."""
     os.replace(Path(output) / PENDING, Path(output) / RECIPE)
+    write_card(output)
     return read_json(Path(output) / RECIPE)
 
 

@@ -15,6 +15,7 @@ from trl import ModelConfig
 
 PIPELINES = sorted(path for path in (ROOT / "configs").rglob("*.yaml") if "stages" in read_yaml(path))
 CONFIGS = sorted({*(ROOT / "configs").rglob("*.yaml")} - {*PIPELINES})
+ALONE = ("chat", "merge")  # one process, and a Ctrl-C in a chat would end `accelerate launch`
 SOURCES = [*(ROOT / "recipes").glob("*.py"), *(ROOT / "rlhf_recipes").rglob("*.py")]
 
 
@@ -41,7 +42,7 @@ def test_config_parses_by_its_recipe(config):
     for key, written in read_yaml(config).items():
         if isinstance(written, (int, float, bool)):
             assert values[key] == written
-    assert values["output_dir"] == f"runs/{config.parent.name}/{config.stem}"
+    assert values.get("output_dir") in (None, f"runs/{config.parent.name}/{config.stem}")
 
 
 @pytest.mark.parametrize("config", CONFIGS, ids=lambda path: str(path.relative_to(ROOT)))
@@ -51,7 +52,8 @@ def test_config_says_what_it_trains_on_which_memory_and_how_to_launch_it(config)
     assert all(line.startswith("# ") for line in header.splitlines())
     assert re.search(r"GPU memory: .*\((measured|predicted)", header)
     options = "" if config.parent.name == "tiny" else f" --config {config.relative_to(ROOT)}"
-    assert header.splitlines()[-1] == f"# Launch: accelerate launch recipes/{config.stem}.py{options}"
+    launcher = "python" if config.stem in ALONE else "accelerate launch"
+    assert header.splitlines()[-1] == f"# Launch: {launcher} recipes/{config.stem}.py{options}"
     groups = body.strip().split("\n\n")
     assert all(re.match(r"# \w+", group) for group in groups), "each group of keys has a title"
 

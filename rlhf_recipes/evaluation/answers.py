@@ -1,14 +1,14 @@
 """Answers of a policy to prompts, for every metric of answers, and how probable they are."""
 
 import contextlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 import torch
 from peft import PeftModel
-from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase, StoppingCriteria, TextStreamer
 from trl.trainer.utils import selective_log_softmax
 
 Prompt = str | list[dict[str, str]]
@@ -58,13 +58,51 @@ def sample(
     return answers
 
 
+@torch.no_grad()
+def stream(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    prompt: Prompt,
+    streamer: TextStreamer,
+    stopped: Callable[[], bool],
+    *,
+    temperature: float = 1.0,
+    top_p: float = 1.0,
+    max_new_tokens: int = 64,
+) -> Answer:
+    """One answer, as `sample` draws it, told to `streamer` token by token, with the global random state.
+
+    Args:
+        model: as in `sample`.
+        tokenizer: likewise.
+        prompt: a text, or a conversation.
+        streamer: of Transformers.
+        stopped: asked after every token; if it says so, the answer ends there.
+        temperature: as in `sample`.
+        top_p: the share of the probability, from the likeliest token on, that is sampled from.
+        max_new_tokens: after which the answer is cut off.
+    """
+    with _asked(model, tokenizer, temperature, top_p=top_p):
+        options = {"streamer": streamer, "stopping_criteria": [_Stop(stopped)]}
+        (one,) = _answer_batch(model, tokenizer, [prompt], max_new_tokens, **options)
+    return one
+
+
+class _Stop(StoppingCriteria):
+    def __init__(self, stopped: Callable[[], bool]):
+        self.stopped = stopped
+
+    def __call__(self, input_ids: torch.Tensor, scores: Any, **kwargs: Any) -> torch.Tensor:
+        return torch.full((len(input_ids),), self.stopped(), device=input_ids.device)
+
+
 @contextlib.contextmanager
-def _asked(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, temperature: float) -> Iterator[None]:
+def _asked(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, temperature: float, **shaping: float) -> Iterator[None]:
     """The model in eval mode with a generation config of its own, since `generate` fills what is unset from the stored one."""
     # A PeftModel of a causal model hands its own to its base at every call, which keeps it; one of no task leaves the base's.
     holders = [model, model.get_base_model()] if isinstance(model, PeftModel) else [model]
     stored, was_training = [holder.generation_config for holder in holders], model.training
-    sampling = {"do_sample": True, "temperature": temperature, "top_k": 0} if temperature else {"do_sample": False}
+    sampling = {"do_sample": True, "temperature": temperature, "top_k": 0, **shaping} if temperature else {"do_sample": False}
     ids = {name: getattr(tokenizer, name) for name in ("pad_token_id", "bos_token_id", "eos_token_id")}
     for holder in holders:
         holder.generation_config = GenerationConfig(**sampling, **ids)
@@ -82,11 +120,15 @@ def _devices(model: PreTrainedModel) -> list[torch.device]:
 
 
 def _answer_batch(
-    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, prompts: Sequence[Prompt], max_new_tokens: int
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    prompts: Sequence[Prompt],
+    max_new_tokens: int,
+    **options: Any,
 ) -> list[Answer]:
-    sequences = _prompt_ids(tokenizer, prompts)
+    sequences = prompt_ids(tokenizer, prompts)
     inputs = tokenizer.pad({"input_ids": sequences}, padding_side="left", return_tensors="pt").to(model.device)
-    output = model.generate(**inputs, max_new_tokens=max_new_tokens)[:, inputs["input_ids"].shape[1] :].tolist()
+    output = model.generate(**inputs, max_new_tokens=max_new_tokens, **options)[:, inputs["input_ids"].shape[1] :].tolist()
     answers = []
     for ids in output:
         ended = tokenizer.eos_token_id in ids
@@ -95,7 +137,7 @@ def _answer_batch(
     return answers
 
 
-def _prompt_ids(tokenizer: PreTrainedTokenizerBase, prompts: Sequence[Prompt]) -> list[list[int]]:
+def prompt_ids(tokenizer: PreTrainedTokenizerBase, prompts: Sequence[Prompt]) -> list[list[int]]:
     """Token ids of each prompt: a text as it is, a conversation up to where the answer begins."""
     if isinstance(prompts[0], str):
         return tokenizer(list(prompts))["input_ids"]
@@ -125,9 +167,9 @@ def log_probs(
         temperature: above 0.
         batch_size: answers a forward pass.
     """
-    prompt_ids, was_training = _prompt_ids(tokenizer, prompts), model.training
-    starts = [len(ids) for ids in prompt_ids]
-    sequences = [[*ids, *one.ids] for ids, one in zip(prompt_ids, answers, strict=True)]
+    asked, was_training = prompt_ids(tokenizer, prompts), model.training
+    starts = [len(ids) for ids in asked]
+    sequences = [[*ids, *one.ids] for ids, one in zip(asked, answers, strict=True)]
     order = sorted(range(len(sequences)), key=lambda row: len(sequences[row]))  # alike lengths together: little padding
     result = np.zeros(len(sequences))
     model.eval()

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from rlhf_recipes.arguments import EvaluateArguments, RankArguments, SampleArguments, nearest
+from rlhf_recipes.arguments import ChatArguments, EvaluateArguments, RankArguments, SampleArguments, nearest
 from rlhf_recipes.errors import RecipeError
 from rlhf_recipes.models import check_base, check_vocabulary, load_model, refuse_reward_adapter
 from rlhf_recipes.records import RECIPE, read_json
@@ -171,7 +171,7 @@ class Bench:
 
 def load_bench(
     model: ModelConfig,
-    arguments: EvaluateArguments | SampleArguments | RankArguments,
+    arguments: EvaluateArguments | SampleArguments | RankArguments | ChatArguments,
     policies: dict[str, Policy],
     tokenizer: PreTrainedTokenizerBase,
 ) -> Bench:
@@ -180,7 +180,7 @@ def load_bench(
     Raises:
         RecipeError: as in `load_model` and `Bench.add`.
     """
-    base = load_model(model, _Placement(arguments.trust_remote_code))
+    base = load_model(model, Placement(arguments.trust_remote_code))
     check_vocabulary(base, tokenizer)
     if not getattr(base, "is_quantized", False):
         base = base.to(PartialState().device)
@@ -194,11 +194,12 @@ def load_bench(
 
 
 @dataclass(frozen=True)
-class _Placement:
+class Placement:
     """What `load_model` asks of a trainer's arguments, where there is no trainer."""
 
     trust_remote_code: bool
 
     @property
     def device(self) -> Any:
+        """Where Accelerate puts this process."""
         return PartialState().device

@@ -1,0 +1,42 @@
+"""Chat: talk to a base model and any adapters on it, several turns, and change who answers in the middle.
+
+    python recipes/chat.py                                    # configs/tiny/chat.yaml: the tiny world, on a CPU
+    python recipes/chat.py --config my.yaml --temperature 0.7
+
+`/policy ppo` changes who answers, `/both sft ppo` has two answer side by side, `/score` shows rewards and KL of the last
+answer, `/help` the rest. Lines may come through a pipe. Start it with `python`: a Ctrl-C would end `accelerate launch`.
+"""
+
+from rlhf_recipes.arguments import ChatArguments, parse_arguments, user_errors
+from rlhf_recipes.chat import Chat
+from rlhf_recipes.evaluation.measure import load_named_rewards
+from rlhf_recipes.evaluation.policies import load_bench, read_policies
+from rlhf_recipes.models import load_tokenizer
+from rlhf_recipes.sampling import refuse_best_of
+
+from accelerate import PartialState
+from trl import ModelConfig
+
+ARGUMENTS = (ChatArguments, ModelConfig)
+
+
+def main() -> None:
+    """Loads, and talks."""
+    chat_args, model_args = parse_arguments(__file__, *ARGUMENTS)
+    if not PartialState().is_main_process:
+        return
+    policies = read_policies(chat_args.policies)
+    refuse_best_of(policies)
+
+    # Every policy and every reward model as an adapter on one base
+    taught = next((policy.folder for policy in policies.values() if policy.folder), None)
+    tokenizer = load_tokenizer(model_args, chat_args, start_from=taught)
+    bench = load_bench(model_args, chat_args, policies, tokenizer)
+    rewards = load_named_rewards(chat_args.rewards, bench)
+
+    Chat(bench, policies, rewards, chat_args).run()
+
+
+if __name__ == "__main__":
+    with user_errors():
+        main()
