@@ -37,7 +37,7 @@ class Site:
         self.store = Store(path, overlap=1.0)
         self.store._run("PRAGMA synchronous = OFF")  # tests need not outlive a power cut, and are quicker so
         self.store.add(groups)
-        self.listener, _ = listen("127.0.0.1", 0, password)
+        self.listener = listen("127.0.0.1", 0, password)
         self.url = address_of(self.listener)
         self.port = self.listener.getsockname()[1]
         self.server = make_server(self.store, password, names=["labels.example"], delay=0.2)
@@ -369,10 +369,10 @@ LIGHT = """
 import sys
 from pathlib import Path
 from rlhf_recipes.labels import Store, read_groups
-from rlhf_recipes.labels.server import serve
+from rlhf_recipes.labels.server import listen, serve
 store = Store(sys.argv[4])
 store.add(read_groups(Path(sys.argv[2])))
-serve(store, "127.0.0.1", int(sys.argv[6]))
+serve(store, listen("127.0.0.1", int(sys.argv[6])))
 """
 
 
