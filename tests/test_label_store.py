@@ -28,6 +28,7 @@ from rlhf_recipes.labels import (
     rankings,
     read_groups,
 )
+from rlhf_recipes.labels import store as store_module
 from rlhf_recipes.labels.server import address_of, listen
 from rlhf_recipes.labels.shown import Shown
 from rlhf_recipes.labels.store import LEASE, AlreadyLabelledError, BadLabelError, KnownNameError
@@ -219,6 +220,23 @@ def test_undo_goes_back_label_by_label_and_touches_nobody_else(store):
     assert [(each.labeller, each.group) for each in store.labels()] == [("berta", "g2")]
     label(store, "anna", "g1", 2, 1, 3)
     assert store.labels()[-1].ranks == [2, 1, 3]
+
+
+def test_an_undo_that_names_its_label_takes_back_no_other(store):
+    store.add([group(1), group(2)])
+    label(store, "anna", "g1", 1, 2, 3)
+    label(store, "anna", "g2", 1, 2, 3)
+    newest = store.newest("anna")
+    assert [store.undo("anna", newest).group for _ in range(2)] == ["g2", "g2"]
+    assert store.undo("berta", newest) is None
+    assert [each.group for each in store.labels()] == ["g1"]
+
+
+def test_the_overlap_is_kept(tmp_path):
+    path = tmp_path / "labels.sqlite"
+    for given, kept in ((None, 0.1), (0.5, 0.5), (None, 0.5), (0.0, 0.0), (None, 0.0)):
+        with Store(path, given) as store:
+            assert store.overlap == kept
 
 
 def label_all(store, *names):
@@ -424,7 +442,7 @@ for group in store.groups():
 def test_what_was_acknowledged_outlives_kill_9(store):
     store.add([group(number) for number in range(3000)])
     acknowledged = []
-    for kills_after in (1, 7, 20, 33):
+    for kills, kills_after in enumerate((1, 7, 20, 33), start=1):
         command = [sys.executable, "-c", KILLED, store.path]
         with subprocess.Popen(
             command, stdout=subprocess.PIPE, text=True, env=os.environ | {"PYTHONPATH": str(ROOT)}
@@ -437,7 +455,7 @@ def test_what_was_acknowledged_outlives_kill_9(store):
             saved = [each.group for each in opened.labels()]
             assert opened._one("PRAGMA integrity_check")[0] == "ok"
         assert set(acknowledged) <= set(saved)
-        assert len(saved) <= len(acknowledged) + kills_after  # at most what was not yet acknowledged, each time one
+        assert len(saved) <= len(acknowledged) + kills  # each time one at most was saved and not yet acknowledged
         assert len(saved) == len(set(saved))
 
 
@@ -575,6 +593,43 @@ def test_a_file_that_cannot_be_imported_imports_nothing(labelled, tmp_path, chan
         assert (fresh.labels(), fresh.groups()) == ([], [])
 
 
+def test_what_no_export_wrote_is_not_replaced(labelled, tmp_path):
+    for name in ("pairs.jsonl", "labels.jsonl"):
+        folder = tmp_path / name.partition(".")[0]
+        folder.mkdir()
+        own = write(folder / name, {"prompt": "mine", "chosen": "a", "rejected": "b"})
+        before = own.read_text()
+        with pytest.raises(RecipeError, match=f"{name}: was not written by --export, which would replace it: give another"):
+            export_labels(labelled, folder)
+        assert ([path.name for path in folder.iterdir()], own.read_text()) == ([name], before)
+
+
+def test_an_export_holds_nobody_up_while_it_parses(labelled, tmp_path, monkeypatch):
+    """Of many groups parsing takes longer than others wait for the database."""
+    free, parse = [], store_module._label
+
+    def slow(row):
+        with sqlite3.connect(labelled.path, timeout=0.1, isolation_level=None) as other:
+            other.execute("BEGIN EXCLUSIVE")
+            other.execute("ROLLBACK")
+        free.append(row)
+        return parse(row)
+
+    monkeypatch.setattr(store_module, "_label", slow)
+    export_labels(labelled, tmp_path / "out")
+    assert len(free) == 5, "each label once"
+
+
+def test_undo_after_an_import_takes_back_what_came_last(store, tmp_path):
+    store.add([group(1), group(2)])
+    label(store, "anna", "g2", 1, 2, 3, at="2026-01-01T00:00:00.000+00:00")
+    label(store, "anna", "g1", 1, 2, 3, at="2026-01-02T00:00:00.000+00:00")
+    export_labels(store, tmp_path)
+    with Store(tmp_path / "fresh.sqlite") as fresh:
+        import_labels(fresh, tmp_path / "labels.jsonl")
+        assert fresh.undo("anna").group == "g1"
+
+
 def test_a_folder_that_cannot_be_written(labelled, tmp_path):
     (tmp_path / "file").write_text("")
     with pytest.raises(RecipeError, match=r"cannot be written \(.*\): .* the labels themselves are safe in the database"):
@@ -614,6 +669,14 @@ def test_without_two_who_judged_the_same_there_is_no_agreement(store):
     assert agreement(store).lines() == ["Agreement: no two labellers have ordered the same completions yet."]
 
 
+def test_agreement_where_all_have_a_tie_is_not_said_to_be_nothing(store):
+    store.add([group(1, ("a", "b")), group(2, ("a", "b"))])
+    for name, ranks in (("anna", (1, 1)), ("berta", (1, 2))):
+        label(store, name, "g1", *ranks)
+        label(store, name, "g2", 1, 1)
+    assert agreement(store).lines() == ["Agreement: 2 judgements, all with a tie; 50% are the same."]
+
+
 # The recipe
 
 
@@ -645,6 +708,8 @@ def test_the_recipe_exports_and_imports(files, launch, capsys):
         (["--data", "groups.jsonl", "--overlap", "10"], "overlap: 10.0: must be a share from 0 to 1"),
         (["--data", "groups.jsonl", "--host", "0.0.0.0"], "--host 0.0.0.0: others could reach the page there"),
         (["--data", "groups.jsonl", "--host", "no.such.invalid"], "no address to listen on"),
+        (["--data", "groups.jsonl", "--port", "99999"], "--port 99999: there is no such port: give one from 0 to 65535"),
+        (["--data", "groups.jsonl", "--port", "-1"], "--port -1: there is no such port"),
         (["--data", "groups.jsonl", "--password-env", "NONE_SUCH"], "the environment has no such variable"),
         (["--data", "groups.jsonl", "--password-env", "SHORT"], "The password has 5 letters: take 8 or more"),
     ],
@@ -655,6 +720,7 @@ def test_what_is_wrong_is_one_message(files, launch, monkeypatch, options, messa
     assert (status, told.count("\n")) == (2, 1)
     assert told.startswith("error: ")
     assert message in told
+    assert not list(Path().glob("*.sqlite")), "nothing is changed"
 
 
 def test_a_port_in_use_is_said_to_be(files, launch):
