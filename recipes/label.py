@@ -15,7 +15,7 @@ from pathlib import Path
 from rlhf_recipes.arguments import user_errors
 from rlhf_recipes.errors import RecipeError
 from rlhf_recipes.labels import Store, agreement, export_labels, import_labels, read_groups
-from rlhf_recipes.labels.server import serve
+from rlhf_recipes.labels.server import listen, serve
 
 
 def read_options() -> argparse.Namespace:
@@ -26,7 +26,9 @@ def read_options() -> argparse.Namespace:
     parser.add_argument("--export", type=Path, metavar="FOLDER", help="write rankings, pairs, demonstrations and labels there")
     parser.add_argument("--import", type=Path, metavar="FILE", dest="restore", help="a labels.jsonl that --export wrote")
     parser.add_argument("--agreement", action="store_true", help="print how often labellers agree")
-    parser.add_argument("--overlap", type=float, default=0.1, help="share of prompts that everyone is given (default 0.1)")
+    parser.add_argument(
+        "--overlap", type=float, help="share of prompts that everyone is given; kept in the store (at first 0.1)"
+    )
     parser.add_argument("--host", default="127.0.0.1", help="address to listen on; others than loopback need a password")
     parser.add_argument("--port", type=int, default=8000)
     parser.add_argument("--password-env", metavar="NAME", help="environment variable with the password of the page")
@@ -42,6 +44,8 @@ def main() -> None:
     password = read_password(options.password_env)
     groups = read_groups(options.data) if options.data else []
     path = options.store or options.data.with_suffix(".labels.sqlite")
+    serves = not (options.export or options.agreement or options.restore)
+    listener = listen(options.host, options.port, password) if serves else None
 
     with Store(path, options.overlap, create=bool(options.data or options.restore)) as store:
         if groups:
@@ -50,11 +54,11 @@ def main() -> None:
             print(f"{path}: {import_labels(store, options.restore)} labels are new", flush=True)
         if options.export:
             for name, rows in export_labels(store, options.export).items():
-                print(f"{options.export / name}: {rows} rows" if rows else f"{name}: nothing to write")
+                print(f"{options.export / name}: {'removed, as there are no rows now' if rows is None else f'{rows} rows'}")
         if options.export or options.agreement:
             print(*agreement(store).lines(), sep="\n")
-        elif not options.restore:
-            serve(store, options.host, options.port, password, options.name)
+        if listener:
+            serve(store, listener, password, options.name)
 
 
 def read_password(variable: str | None) -> str:

@@ -24,8 +24,8 @@ def main() -> None:
     labeller = read_labeller(rank_args.labeller, rank_args.seed)
     groups = read_sampled(rank_args.groups)
 
-    # Which
-    ensemble = load_ensemble(model_args, rank_args) if rank_args.choose == "disagreement" else None
+    # Which: by an ensemble, where there is one already
+    ensemble = load_ensemble(model_args, rank_args) if rank_args.reward else None
     chosen = choose(groups, rank_args.num_groups, rank_args.seed, ensemble)
 
     # By whom

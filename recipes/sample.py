@@ -29,14 +29,14 @@ def main() -> None:
         return
     policies = read_policies(sample_args.policies)
     refuse_best_of(policies)
-    arguments = asdict(sample_args) | asdict(data_args) | asdict(model_args)
-    file = GroupFile(arguments.pop("output_dir"), arguments)
 
     # Data
     rows = load_data(data_args, "prompt", evaluate=False, seed=sample_args.seed).train
     taught = next((policy.folder for policy in policies.values() if policy.folder), None)
     tokenizer = load_tokenizer(model_args, sample_args, start_from=taught)
     rows, _ = check_lengths(rows, tokenizer, sample_args.max_prompt_length, never_cut(data_args.long_rows), "train")
+    arguments = asdict(sample_args) | asdict(data_args) | asdict(model_args) | {"rows": len(rows)}
+    file = GroupFile(arguments.pop("output_dir"), arguments)
 
     # Every policy as an adapter on one base, asked in turns
     bench = load_bench(model_args, sample_args, policies, tokenizer)

@@ -238,7 +238,13 @@ class RankArguments:
         default="random",
         metadata={"help": "Which: at `random`, or by `disagreement` of the ensemble of reward models in `reward`."},
     )
-    reward: str | None = field(default=None, metadata={"help": "The folder of an ensemble, for `choose: disagreement`."})
+    reward: str | None = field(
+        default=None,
+        metadata={
+            "help": "The folder of an ensemble, for `choose: disagreement`; an empty text: there is none yet, as in a first "
+            "round, and they are drawn at random."
+        },
+    )
     seed: int = field(default=0, metadata={"help": "Of the choice and of the noise."})
     trust_remote_code: bool = field(default=False, metadata={"help": "Whether code that comes with a model is run."})
     output_dir: str = field(default="runs/rank", metadata={"help": "Where rankings.jsonl and rank.json are written."})

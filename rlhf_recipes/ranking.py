@@ -5,6 +5,7 @@ import json
 import math
 import random
 import statistics
+from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -156,21 +157,31 @@ class People:
     path: Path
 
     def __call__(self, groups: Sequence[Sampled]) -> list[dict[str, Any]]:
-        """What they have said of these groups.
+        """What they have said of these groups, which are the only ones that the page gives out from now on.
 
         Raises:
-            RecipeError: while one of them has no label yet.
+            RecipeError: while one of them is not ranked yet, and not skipped by everyone who labels them either.
         """
         with Store(self.path) as store:
-            store.add(one.group for one in groups)
+            store.add((one.group for one in groups), alone=True)
             wanted = {one.group.id for one in groups if one.group.comparable()}
-            lacking = wanted - {label.group for label in store.labels()}
+            labels = [label for label in store.labels() if label.group in wanted]
+            everyone = {label.labeller for label in labels}
+            lacking = wanted - {label.group for label in labels if label.ranks is not None}
+            skipped = Counter(label.group for label in labels)
+            lacking = {group for group in lacking if not everyone or skipped[group] < len(everyone)}
             if lacking:
                 raise RecipeError(
-                    f"labeller: {len(lacking)} of {len(wanted)} groups in {self.path} have no label yet: run `python "
-                    f"recipes/label.py --store {self.path}`, rank them, and then this again"
+                    f"labeller: {len(lacking)} of {len(wanted)} groups in {self.path} are not ranked yet"
+                    f"{_skipped(lacking, skipped)}: run `python recipes/label.py --store {self.path}`, rank them, and then "
+                    "this again"
                 )
             return [row for row in rankings(store) if row["id"] in wanted]
+
+
+def _skipped(lacking: set[str], skipped: Counter[str]) -> str:
+    number = sum(group in skipped for group in lacking)
+    return f" ({number} were skipped, and wait for another labeller)" if number else ""
 
 
 @dataclass(frozen=True)
@@ -201,7 +212,7 @@ class Simulated:
     """A labeller whose liking of a completion is a reward, with noise.
 
     Completions of one reward tie; of two others the better one is preferred with probability sigmoid(difference / noise), as
-    Bradley and Terry have it: Gumbel noise, drawn once for each reward within a group.
+    Bradley and Terry have it: Gumbel noise, drawn once for each reward within a group, from the seed and the id of the group.
 
     Parameters:
         reward: with TRL's signature.
@@ -215,17 +226,19 @@ class Simulated:
 
     def __call__(self, groups: Sequence[Sampled]) -> list[dict[str, Any]]:
         """A ranking of each group whose rewards are not all the same."""
-        rng = random.Random(f"labeller/{self.seed}")
         named = f"simulated: {get_callable_name(self.reward)}, noise {self.noise:g}"
         rows = []
         for one, scores in zip(groups, self._scores(groups), strict=True):
+            # By the group: neither other groups nor the round change what is said of this one, and no two share their noise
+            rng = random.Random(f"labeller/{self.seed}/{one.group.id}")
             liking = {score: score - self.noise * math.log(-math.log(rng.random())) for score in sorted(set(scores))}
             if len(liking) > 1:
                 rows.append(_row(one.group, [liking[score] for score in scores], named))
         return rows
 
     def _scores(self, groups: Sequence[Sampled]) -> list[list[float]]:
-        columns = {key: [one.columns.get(key) for one in groups for _ in one.group.completions] for key in groups[0].columns}
+        keys = dict.fromkeys(key for one in groups for key in one.columns)
+        columns = {key: [one.columns.get(key) for one in groups for _ in one.group.completions] for key in keys}
         prompts = [one.group.prompt for one in groups for _ in one.group.completions]
         scores = ask(self.reward, prompts, [answer for one in groups for answer in one.group.completions], **columns)
         if None in scores:

@@ -17,7 +17,7 @@ from typing import Any
 from rlhf_recipes.arguments import read_yaml
 from rlhf_recipes.cards import write_card
 from rlhf_recipes.errors import RecipeError
-from rlhf_recipes.models import fingerprint, model_path
+from rlhf_recipes.models import fingerprint, model_path, resolve_path
 from rlhf_recipes.records import PENDING, RECIPE, read_json, write_json
 
 import torch
@@ -183,6 +183,27 @@ def checkpoint_to_resume(training: TrainingArguments, *arguments: Any) -> str | 
     if newest is not None:
         _check_same_run(newest, _decisive((training, *arguments)))
     return str(newest) if newest else None
+
+
+def files_in(values: Any, leave_out: Iterable[Path | None] = ()) -> list[tuple[str, int, int]]:
+    """Path, size and time (ns) of every file that is named, or lies in a folder that is.
+
+    Args:
+        values: texts, in lists and mappings; those that are no paths are passed over.
+        leave_out: folders and files that are not looked at.
+    """
+    if isinstance(values, dict | list):
+        items = values.values() if isinstance(values, dict) else values
+        return [found for item in items for found in files_in(item, leave_out)]
+    if not isinstance(values, str) or len(values) > 1000:
+        return []
+    try:
+        named = Path(resolve_path(values)).expanduser()
+        files = [named] if named.is_file() else sorted(named.rglob("*")) if named.is_dir() else []
+        files = [path for path in files if path.is_file() and not {path, *path.parents} & set(leave_out)]
+        return [(str(path), path.stat().st_size, path.stat().st_mtime_ns) for path in files]
+    except (OSError, RuntimeError, ValueError):  # a text that is no path
+        return []
 
 
 def run_missing(configs: Sequence[str], recipes: Path, inputs: Sequence[str | Path | None]) -> None:

@@ -13,6 +13,7 @@ from rlhf_recipes.errors import RecipeError
 from rlhf_recipes.evaluation.answers import sample
 from rlhf_recipes.evaluation.policies import Bench, Policy
 from rlhf_recipes.records import read_json, write_json
+from rlhf_recipes.runs import files_in
 
 from datasets import Dataset
 
@@ -116,31 +117,44 @@ class GroupFile:
 
     Parameters:
         folder: made where it is missing.
-        arguments: of the run. Another run's file is not added to.
+        arguments: of the run, with the names of the files and folders that it reads. Another run's file is not added to.
 
     Raises:
-        RecipeError: if the folder cannot be written to, or holds what another run wrote.
+        RecipeError: if the folder cannot be written to, holds what another run wrote, or lacks what this one wrote.
     """
 
     def __init__(self, folder: str | Path, arguments: dict[str, Any]):
         self.folder, self.path = Path(folder), Path(folder) / GROUPS
+        files = {path: [size, time] for path, size, time in files_in(arguments, leave_out=[self.folder])}
         arguments = json.loads(json.dumps(arguments, default=str))
         self._state = read_json(self.folder / STATE)
-        if not self._state and self.path.exists():
+        if self._state:
+            self._check(arguments, files)
+        elif self.path.exists():
             raise RecipeError(f"output_dir: {self.path} was not written by this recipe: name another folder")
-        for key in self._state.get("arguments", {}):
-            if self._state["arguments"][key] != arguments.get(key):
-                raise RecipeError(
-                    f"output_dir: {self.folder} holds samples of a run with another `{key}` "
-                    f"({self._state['arguments'][key]!r} then, {arguments.get(key)!r} now): name another folder, or delete it"
-                )
         with self._writing():
             self.folder.mkdir(parents=True, exist_ok=True)
             if not self._state:
-                self._state = {"arguments": arguments, "prompts": 0, "groups": 0, "bytes": 0}
+                self._state = {"arguments": arguments, "files": files, "prompts": 0, "groups": 0, "bytes": 0}
                 self._save()
             with self.path.open("ab") as file:
                 file.truncate(self._state["bytes"])  # what was begun and not finished
+
+    def _check(self, arguments: dict[str, Any], files: dict[str, list[int]]) -> None:
+        """Refuses to go on with what other arguments or other files gave, or with a file that has lost something."""
+        known, remedy = self._state["arguments"], "name another folder, or delete it"
+        for key in known:
+            if known[key] != arguments.get(key):
+                raise RecipeError(
+                    f"output_dir: {self.folder} holds samples of a run with another `{key}` "
+                    f"({known[key]!r} then, {arguments.get(key)!r} now): {remedy}"
+                )
+        changed = [path for path in (self._state["files"] | files) if self._state["files"].get(path) != files.get(path)]
+        if changed:
+            raise RecipeError(f"output_dir: {self.folder} holds samples from before {changed[0]} changed: {remedy}")
+        size = self.path.stat().st_size if self.path.exists() else 0
+        if size < self._state["bytes"]:
+            raise RecipeError(f"output_dir: {self.path} has {size} of {self._state['bytes']} bytes that were written: {remedy}")
 
     @property
     def prompts(self) -> int:

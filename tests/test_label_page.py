@@ -37,7 +37,7 @@ class Site:
         self.store = Store(path, overlap=1.0)
         self.store._run("PRAGMA synchronous = OFF")  # tests need not outlive a power cut, and are quicker so
         self.store.add(groups)
-        self.listener, _ = listen("127.0.0.1", 0, password)
+        self.listener = listen("127.0.0.1", 0, password)
         self.url = address_of(self.listener)
         self.port = self.listener.getsockname()[1]
         self.server = make_server(self.store, password, names=["labels.example"], delay=0.2)
@@ -182,6 +182,55 @@ def test_of_two_one_key_and_enter(serve, visit):
     page.keyboard.press("Enter")
     done(page, 2)
     assert [label.ranks for label in site.store.labels()] == [[1, 2], [1, 1]]
+
+
+@pytest.mark.parametrize("keys", ["12", "012", "02"])
+def test_of_two_the_one_that_was_pressed_last_is_better(serve, visit, keys):
+    site = serve([group(1, ("a", "b"))])
+    page = visit(site.url, "anna")
+    better = shown(page)[1]
+    for key in keys:
+        page.keyboard.press(key)
+    expect(page.get_by_role("button", name="1st: take back, answer 2")).to_be_visible()
+    page.keyboard.press("Enter")
+    done(page, 1)
+    assert site.labels()["anna", "g1"].ranks == ([1, 2] if better == "a" else [2, 1])
+    page.keyboard.press("u")
+    done(page, 0)
+    page.keyboard.press("2")
+    assert set(places(page).values()) == {""}, "again takes it back"
+    page.get_by_role("button", name="Better, answer 2").click()
+    page.get_by_role("button", name="Better, answer 1").click()
+    page.keyboard.press("Enter")
+    done(page, 1)
+    assert site.labels()["anna", "g1"].ranks == ([2, 1] if better == "a" else [1, 2])
+
+
+def test_after_a_click_enter_saves(serve, visit):
+    site = serve([group(1), group(2)])
+    page = visit(site.url, "anna")
+    best = shown(page)[1]
+    page.get_by_role("button", name="Best, answer 2").click()
+    page.keyboard.press("0")
+    page.keyboard.press("Enter")
+    done(page, 1)
+    assert site.labels()["anna", "g1"].ranks == [1 if text == best else 2 for text in group(1).completions]
+
+
+def test_undo_of_a_skip_brings_the_ranks_back(serve, visit):
+    site = serve([group(1), group(2)])
+    page = visit(site.url, "anna")
+    for text in ("three", "one"):
+        press_answer(page, text)
+    page.keyboard.press("s")
+    done(page, 1)
+    page.keyboard.press("u")
+    done(page, 0)
+    assert {text: place for text, place in places(page).items() if place} == {"three": "1st", "one": "2nd"}
+    page.keyboard.press("0")
+    page.keyboard.press("Enter")
+    done(page, 1)
+    assert [label.ranks for label in site.store.labels()] == [[2, 3, 1, 3]]
 
 
 def test_a_demonstration_and_a_note_and_a_skip(serve, visit):
@@ -369,11 +418,21 @@ LIGHT = """
 import sys
 from pathlib import Path
 from rlhf_recipes.labels import Store, read_groups
-from rlhf_recipes.labels.server import serve
+from rlhf_recipes.labels.server import listen, serve
 store = Store(sys.argv[4])
 store.add(read_groups(Path(sys.argv[2])))
-serve(store, "127.0.0.1", int(sys.argv[6]))
 """
+SERVES = """
+serve(store, listen("127.0.0.1", int(sys.argv[6])))
+"""
+DIES = (
+    """
+import os, signal
+save = store.save
+store.save = lambda *given: (save(*given), os.kill(os.getpid(), signal.SIGKILL))
+"""
+    + SERVES
+)
 
 
 def start(program, data, store, port):
@@ -391,7 +450,7 @@ def test_a_killed_server_loses_nothing(tmp_path, visit):
     """The page says that a label is not saved and keeps it; what was saved before is there when the recipe runs again."""
     data, store = tmp_path / "groups.jsonl", tmp_path / "labels.sqlite"
     data.write_text("".join(json.dumps(group(number).row()) + "\n" for number in (1, 2)))
-    process, url = start(["-c", LIGHT], data, store, 0)  # as the recipe, without what that imports
+    process, url = start(["-c", LIGHT + SERVES], data, store, 0)  # as the recipe, without what that imports
     page = visit(url, "anna")
     page.keyboard.press("0")
     page.keyboard.press("Enter")
@@ -451,6 +510,103 @@ def test_a_lost_answer_does_not_make_two_labels_nor_lose_what_was_changed_since(
     assert [label.ranks for label in site.store.labels()] == [[2, 1, 2, 2]]
 
 
+def test_an_undo_whose_answer_was_lost_can_be_asked_again(serve, visit):
+    site = serve([group(1), group(2), group(3)])
+    page = visit(site.url, "anna")
+    for number in (1, 2):
+        page.keyboard.press("0")
+        page.keyboard.press("Enter")
+        done(page, number)
+    page.route("**/api/undo", lambda route: (route.fetch(), route.abort()), times=1)
+    page.keyboard.press("u")
+    expect(page.get_by_role("alert").nth(0)).to_contain_text("Whether the label was undone is not known. Undo again")
+    assert list(site.labels()) == [("anna", "g1")]
+    page.keyboard.press("u")
+    done(page, 1)
+    expect(page.locator("#prompt")).to_have_text("Question 2?")
+    assert list(site.labels()) == [("anna", "g1")]
+    page.keyboard.press("u")
+    done(page, 0)
+
+
+def test_where_the_next_task_does_not_come_no_key_changes_what_was_saved(serve, visit):
+    site = serve([group(1), group(2)])
+    page = visit(site.url, "anna")
+    page.route("**/api/task", lambda route: route.abort(), times=2)
+    press_answer(page, "one")
+    page.keyboard.press("0")
+    page.keyboard.press("Enter")
+    expect(page.get_by_role("alert").nth(0)).to_contain_text("Saved. The next prompt is not here yet")
+    expect(page.get_by_role("status").last).to_have_text("Saved.")
+    for key in ("c", "2", "0", "s", "Control+Enter"):
+        page.keyboard.press(key)
+    page.keyboard.press("Enter")
+    expect(page.locator("#work")).not_to_have_attribute("aria-busy", "true")
+    page.keyboard.press("Enter")
+    expect(page.locator("#prompt")).to_have_text("Question 2?")
+    assert [label.ranks for label in site.store.labels()] == [[1, 2, 2, 2]]
+
+
+BLOCKED = """for (const name of ["localStorage", "sessionStorage"])
+    Object.defineProperty(window, name, {get() { throw new DOMException("blocked", "SecurityError"); }});"""
+FULL = """Storage.prototype.setItem = () => { throw new DOMException("full", "QuotaExceededError"); };"""
+
+
+@pytest.mark.parametrize("storage", [BLOCKED, FULL], ids=["blocked", "full"])
+def test_a_browser_that_keeps_nothing_is_no_hindrance_and_said_to_be(serve, visit, browser, storage):
+    site = serve([group(1), group(2)])
+    context = browser.new_context()
+    context.add_init_script(storage)
+    page = visit(site.url, "anna", context=context)
+    expect(page.locator("#notice")).to_contain_text("This browser keeps nothing")
+    press_answer(page, "one")
+    page.keyboard.press("s")
+    done(page, 1)
+    page.keyboard.press("u")
+    done(page, 0)
+    assert places(page)["one"] == "1st"
+    page.keyboard.press("0")
+    page.keyboard.press("Enter")
+    done(page, 1)
+    assert site.labels()["anna", "g1"].ranks == [1, 2, 2, 2]
+    context.close()
+
+
+def test_what_was_not_foreseen_is_said(serve, browser):
+    site = serve([group(1)])
+    page = browser.new_page()
+    page.goto(site.url)
+    for failing in ("Promise.reject(new Error('odd'))", "setTimeout(() => { throw new Error('odd'); })"):
+        page.evaluate("document.getElementById('sign-in-error').textContent = ''")
+        page.evaluate(f"() => {{ {failing}; }}")
+        expect(page.get_by_role("alert").nth(0)).to_have_text(re.compile("The page failed .*odd.*. Reload it: what was saved"))
+    page.close()
+
+
+def test_a_server_killed_between_disk_and_answer_has_one_label(tmp_path, visit):
+    data, store = tmp_path / "groups.jsonl", tmp_path / "labels.sqlite"
+    data.write_text("".join(json.dumps(group(number).row()) + "\n" for number in (1, 2)))
+    process, url = start(["-c", LIGHT + DIES], data, store, 0)
+    page = visit(url, "anna")
+    press_answer(page, "three")
+    page.keyboard.press("0")
+    page.keyboard.press("Enter")
+    expect(page.get_by_role("alert").nth(0)).to_contain_text("NOT saved")
+    process.communicate(timeout=30)
+    with Store(store) as opened:
+        assert [label.ranks for label in opened.labels()] == [[2, 2, 1, 2]]  # the page cannot know
+    process, _ = start(["-c", LIGHT + SERVES], data, store, url.rpartition(":")[2])
+    page.keyboard.press("c")
+    press_answer(page, "two")
+    page.keyboard.press("0")
+    page.keyboard.press("Enter")
+    done(page, 1)
+    process.send_signal(signal.SIGINT)
+    process.communicate(timeout=30)
+    with Store(store) as opened:
+        assert [label.ranks for label in opened.labels()] == [[2, 1, 2, 2]]
+
+
 def test_a_label_that_the_disk_does_not_take_is_not_said_to_be_saved(serve, visit):
     site = serve([group(1), group(2)])
     page = visit(site.url, "anna")
@@ -460,6 +616,7 @@ def test_a_label_that_the_disk_does_not_take_is_not_said_to_be_saved(serve, visi
     site.store._one(f"PRAGMA max_page_count = {pages}")
     page.keyboard.press("Control+Enter")
     expect(page.get_by_role("alert").nth(0)).to_contain_text(re.compile("NOT saved; .* the disk is full"))
+    expect(page.get_by_role("alert").nth(0)).not_to_contain_text(site.store.path.name)  # which is nothing to labellers
     expect(page.locator("#demonstration")).to_have_value("x" * 20_000)
     assert not site.labels()
     site.store._one(f"PRAGMA max_page_count = {pages + 100}")
@@ -513,6 +670,22 @@ def test_on_a_phone_by_touch(serve, visit):
     page.get_by_role("button", name="Save").tap()
     done(page, 1)
     assert site.labels()["anna", "g1"].ranks == [1, 2, 2]
+
+
+@pytest.mark.parametrize("options", [{}, {"has_touch": True, "is_mobile": True}], ids=["zoomed", "touch"])
+def test_keys_are_on_only_where_they_can_be_turned_off(serve, visit, options):
+    """At 200 % zoom a window of 1280 pixels has 640."""
+    site = serve([group(1)])
+    page = visit(site.url, "anna", viewport={"width": 640, "height": 700}, **options)
+    switch = page.get_by_label("Keyboard shortcuts")
+    page.keyboard.press("1")
+    assert switch.is_visible() == ("1st" in places(page).values()) == (not options)
+
+
+def test_on_a_phone_on_its_side_the_footer_scrolls_away(serve, visit):
+    site = serve([group(1, ("long " * 300, "short"))])
+    page = visit(site.url, "anna", viewport={"width": 740, "height": 360}, has_touch=True, is_mobile=True)
+    assert page.locator("footer").bounding_box()["y"] > 360
 
 
 def luminance(colour):
@@ -622,6 +795,7 @@ def test_other_hosts_are_refused(serve, host, status):
         ({"origin": "http://localhost:{port}"}, 403),
         ({"origin": "https://evil.example"}, 403),
         ({"origin": "null"}, 403),
+        ({"origin": "http://["}, 403),
         ({"sec_fetch_site": "cross-site"}, 403),
         ({"content_type": "text/plain"}, 415),  # what a form of another site could send without asking
         ({"content_type": "application/json; charset=utf-8"}, 200),
@@ -648,6 +822,8 @@ def test_sizes_are_limited(serve):
         ({"ranks": [1, 2, 3, 0]}, 400),
         ({"ranks": ["1", 2, 3, 4]}, 422),
         ({"id": "g2"}, 400),
+        ({"id": "\ud800"}, 422),
+        ({"id": ""}, 422),
         ({"labeller": "berta"}, 422),
         ({"note": "\ud800"}, 422),
         ({"demonstration": "\U0001f600" * 20_000}, 200),

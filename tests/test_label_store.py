@@ -28,7 +28,8 @@ from rlhf_recipes.labels import (
     rankings,
     read_groups,
 )
-from rlhf_recipes.labels.server import listen
+from rlhf_recipes.labels import store as store_module
+from rlhf_recipes.labels.server import address_of, listen
 from rlhf_recipes.labels.shown import Shown
 from rlhf_recipes.labels.store import LEASE, AlreadyLabelledError, BadLabelError, KnownNameError
 
@@ -221,6 +222,23 @@ def test_undo_goes_back_label_by_label_and_touches_nobody_else(store):
     assert store.labels()[-1].ranks == [2, 1, 3]
 
 
+def test_an_undo_that_names_its_label_takes_back_no_other(store):
+    store.add([group(1), group(2)])
+    label(store, "anna", "g1", 1, 2, 3)
+    label(store, "anna", "g2", 1, 2, 3)
+    newest = store.newest("anna")
+    assert [store.undo("anna", newest).group for _ in range(2)] == ["g2", "g2"]
+    assert store.undo("berta", newest) is None
+    assert [each.group for each in store.labels()] == ["g1"]
+
+
+def test_the_overlap_is_kept(tmp_path):
+    path = tmp_path / "labels.sqlite"
+    for given, kept in ((None, 0.1), (0.5, 0.5), (None, 0.5), (0.0, 0.0), (None, 0.0)):
+        with Store(path, given) as store:
+            assert store.overlap == kept
+
+
 def label_all(store, *names):
     """Labellers take turns until nobody is given anything; returns who labelled what."""
     said = {name: [] for name in names}
@@ -324,8 +342,8 @@ def test_other_databases_are_refused_and_left_as_they_are(tmp_path):
 def test_a_database_of_another_version_is_refused(store):
     store.close()
     with sqlite3.connect(store.path) as connection:
-        connection.execute("PRAGMA user_version = 2")
-    with pytest.raises(RecipeError, match="a database of version 2, and this is rlhf-recipes for version 1: export it with"):
+        connection.execute("PRAGMA user_version = 1")
+    with pytest.raises(RecipeError, match="a database of version 1, and this is rlhf-recipes for version 2: export it with"):
         Store(store.path)
 
 
@@ -424,7 +442,7 @@ for group in store.groups():
 def test_what_was_acknowledged_outlives_kill_9(store):
     store.add([group(number) for number in range(3000)])
     acknowledged = []
-    for kills_after in (1, 7, 20, 33):
+    for kills, kills_after in enumerate((1, 7, 20, 33), start=1):
         command = [sys.executable, "-c", KILLED, store.path]
         with subprocess.Popen(
             command, stdout=subprocess.PIPE, text=True, env=os.environ | {"PYTHONPATH": str(ROOT)}
@@ -437,7 +455,7 @@ def test_what_was_acknowledged_outlives_kill_9(store):
             saved = [each.group for each in opened.labels()]
             assert opened._one("PRAGMA integrity_check")[0] == "ok"
         assert set(acknowledged) <= set(saved)
-        assert len(saved) <= len(acknowledged) + kills_after  # at most what was not yet acknowledged, each time one
+        assert len(saved) <= len(acknowledged) + kills  # each time one at most was saved and not yet acknowledged
         assert len(saved) == len(set(saved))
 
 
@@ -545,7 +563,7 @@ def test_an_export_that_has_lost_its_rows_leaves_no_old_file(labelled, tmp_path)
     export_labels(labelled, tmp_path)
     for name in ("Anna", "Berta"):
         labelled.undo(name)
-    assert export_labels(labelled, tmp_path)["demonstrations.jsonl"] == 0
+    assert export_labels(labelled, tmp_path)["demonstrations.jsonl"] is None
     assert not (tmp_path / "demonstrations.jsonl").exists()
     assert (tmp_path / "labels.jsonl").exists()
 
@@ -573,6 +591,43 @@ def test_a_file_that_cannot_be_imported_imports_nothing(labelled, tmp_path, chan
         assert str(caught.value).startswith(f"{path}: row 3: ")
         assert message in str(caught.value)
         assert (fresh.labels(), fresh.groups()) == ([], [])
+
+
+def test_what_no_export_wrote_is_not_replaced(labelled, tmp_path):
+    for name in ("pairs.jsonl", "labels.jsonl"):
+        folder = tmp_path / name.partition(".")[0]
+        folder.mkdir()
+        own = write(folder / name, {"prompt": "mine", "chosen": "a", "rejected": "b"})
+        before = own.read_text()
+        with pytest.raises(RecipeError, match=f"{name}: was not written by --export, which would replace it: give another"):
+            export_labels(labelled, folder)
+        assert ([path.name for path in folder.iterdir()], own.read_text()) == ([name], before)
+
+
+def test_an_export_holds_nobody_up_while_it_parses(labelled, tmp_path, monkeypatch):
+    """Of many groups parsing takes longer than others wait for the database."""
+    free, parse = [], store_module._label
+
+    def slow(row):
+        with sqlite3.connect(labelled.path, timeout=0.1, isolation_level=None) as other:
+            other.execute("BEGIN EXCLUSIVE")
+            other.execute("ROLLBACK")
+        free.append(row)
+        return parse(row)
+
+    monkeypatch.setattr(store_module, "_label", slow)
+    export_labels(labelled, tmp_path / "out")
+    assert len(free) == 5, "each label once"
+
+
+def test_undo_after_an_import_takes_back_what_came_last(store, tmp_path):
+    store.add([group(1), group(2)])
+    label(store, "anna", "g2", 1, 2, 3, at="2026-01-01T00:00:00.000+00:00")
+    label(store, "anna", "g1", 1, 2, 3, at="2026-01-02T00:00:00.000+00:00")
+    export_labels(store, tmp_path)
+    with Store(tmp_path / "fresh.sqlite") as fresh:
+        import_labels(fresh, tmp_path / "labels.jsonl")
+        assert fresh.undo("anna").group == "g1"
 
 
 def test_a_folder_that_cannot_be_written(labelled, tmp_path):
@@ -614,6 +669,14 @@ def test_without_two_who_judged_the_same_there_is_no_agreement(store):
     assert agreement(store).lines() == ["Agreement: no two labellers have ordered the same completions yet."]
 
 
+def test_agreement_where_all_have_a_tie_is_not_said_to_be_nothing(store):
+    store.add([group(1, ("a", "b")), group(2, ("a", "b"))])
+    for name, ranks in (("anna", (1, 1)), ("berta", (1, 2))):
+        label(store, name, "g1", *ranks)
+        label(store, name, "g2", 1, 1)
+    assert agreement(store).lines() == ["Agreement: 2 judgements, all with a tie; 50% are the same."]
+
+
 # The recipe
 
 
@@ -645,6 +708,8 @@ def test_the_recipe_exports_and_imports(files, launch, capsys):
         (["--data", "groups.jsonl", "--overlap", "10"], "overlap: 10.0: must be a share from 0 to 1"),
         (["--data", "groups.jsonl", "--host", "0.0.0.0"], "--host 0.0.0.0: others could reach the page there"),
         (["--data", "groups.jsonl", "--host", "no.such.invalid"], "no address to listen on"),
+        (["--data", "groups.jsonl", "--port", "99999"], "--port 99999: there is no such port: give one from 0 to 65535"),
+        (["--data", "groups.jsonl", "--port", "-1"], "--port -1: there is no such port"),
         (["--data", "groups.jsonl", "--password-env", "NONE_SUCH"], "the environment has no such variable"),
         (["--data", "groups.jsonl", "--password-env", "SHORT"], "The password has 5 letters: take 8 or more"),
     ],
@@ -655,6 +720,7 @@ def test_what_is_wrong_is_one_message(files, launch, monkeypatch, options, messa
     assert (status, told.count("\n")) == (2, 1)
     assert told.startswith("error: ")
     assert message in told
+    assert not list(Path().glob("*.sqlite")), "nothing is changed"
 
 
 def test_a_port_in_use_is_said_to_be(files, launch):
@@ -673,13 +739,17 @@ def test_without_the_extra_its_installation_is_named(files, launch, monkeypatch)
     assert "needs the extra `label` (there is no fastapi). In the clone: python -m pip install" in told
 
 
+def has_network():
+    """Whether this machine has a way to others; nothing is sent."""
+    with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as probe:
+        return probe.connect_ex(("192.0.2.1", 9)) == 0
+
+
 def test_other_addresses_need_a_password():
-    listener, is_loopback = listen("0.0.0.0", 0, "a long password")
-    listener.close()
-    assert not is_loopback
-    listener, is_loopback = listen("localhost", 0, "")
-    listener.close()
-    assert is_loopback
+    with listen("0.0.0.0", 0, "a long password") as listener:
+        assert "0.0.0.0" not in address_of(listener) or not has_network(), "a phone could not open that"
+    with listen("localhost", 0) as listener:
+        assert address_of(listener) == f"http://127.0.0.1:{listener.getsockname()[1]}"
 
 
 def test_the_page_and_the_schema_are_part_of_the_package():

@@ -3,6 +3,7 @@
 import contextlib
 import json
 import os
+import runpy
 import shutil
 import signal
 import subprocess
@@ -13,7 +14,9 @@ from pathlib import Path
 
 from rlhf_recipes.arguments import user_errors
 from rlhf_recipes.errors import RecipeError
+from rlhf_recipes.labels import Label, Store
 from rlhf_recipes.pipeline import check_arguments, read_pipeline
+from rlhf_recipes.ranking import read_sampled
 
 import pytest
 import torch
@@ -511,6 +514,14 @@ def test_a_later_round_is_done_anew_where_an_earlier_one_is(project, launched):
     assert [stage.name for stage in pipeline().stages if pipeline().status(stage) == "done"] == ["sft"]
 
 
+def test_what_is_not_there_yet_may_be_left_empty(project):
+    stages = in_rounds()
+    stages[1]["arguments"] = {"reward": "{ppo|}"}
+    write(stages=stages)
+    values = [stage.values["reward"] for stage in pipeline().stages if stage.entry == "reward"]
+    assert values == ["", "runs/round-1/ppo", "runs/round-2/ppo"]
+
+
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
@@ -535,6 +546,128 @@ def test_rounds_that_cannot_be_are_refused(project, changes, message):
     with pytest.raises(RecipeError) as caught:
         pipeline()
     assert message in str(caught.value)
+
+
+@pytest.fixture
+def in_process(monkeypatch):
+    """Stages are run in this process, which has loaded already what they load; the names of those that were."""
+    begun = []
+
+    def run(command, pass_fds, **_):
+        recipe = next(place for place, word in enumerate(command) if word.endswith(".py"))
+        begun.append(Path(command[recipe + 2]).stem)
+        monkeypatch.setattr(sys, "argv", command[recipe:])
+        try:
+            runpy.run_path(command[recipe], run_name="__main__")
+        except SystemExit as stop:
+            return subprocess.CompletedProcess(command, stop.code)
+        return subprocess.CompletedProcess(command, 0)
+
+    monkeypatch.setattr(subprocess, "run", run)
+    return begun
+
+
+SAMPLE = """
+import json, pathlib, sys, yaml
+values = yaml.safe_load(open(sys.argv[2]))
+folder = pathlib.Path(values["output_dir"])
+folder.mkdir(parents=True)
+rows = [{"prompt": f"Question {values['seed']}.{number}?", "completions": ["a", "b"]} for number in range(3)]
+(folder / "groups.jsonl").write_text("".join(json.dumps(row) + "\\n" for row in rows))
+(folder / "sample.json").write_text("{}")
+"""
+
+
+def label_all(path):
+    """Anna prefers the second answer of all that she is given; their prompts."""
+    prompts = []
+    with Store(path) as store:
+        while group := store.claim("anna"):
+            store.save(Label(group.id, "anna", [2, 1]))
+            prompts.append(group.prompt)
+    return prompts
+
+
+def rows(folder):
+    return [json.loads(line) for line in (folder / "rankings.jsonl").read_text().splitlines()]
+
+
+def test_people_label_round_after_round_in_one_store(project, tmp_path, in_process):
+    """Each round waits for its labels, and they change nothing of the rounds before."""
+    recipes = tmp_path / "recipes"
+    recipes.mkdir()
+    (recipes / "sample.py").write_text(SAMPLE)
+    shutil.copy(RECIPES / "rank.py", recipes)
+    Path("rank.yaml").write_text("labeller: {store: labels.sqlite}\n")
+    sample = {"name": "sample", "config": "dpo.yaml", "arguments": {"seed": "{round}"}}
+    rank = {"name": "rank", "config": "rank.yaml", "arguments": {"groups": "{sample}"}}
+    write(rounds=2, stages=[entry | {"each_round": True} for entry in (sample, rank)])
+
+    def run():
+        in_process.clear()
+        read_pipeline(Path("pipeline.yaml"), recipes).run()
+
+    for turn in (1, 2):
+        with pytest.raises(RecipeError, match=f"stages: rank-round-{turn} failed"):
+            run()
+        assert label_all("labels.sqlite") == [f"Question {turn}.{number}?" for number in range(3)]
+    run()
+    assert in_process == ["rank-round-2"]
+    for turn in (1, 2):
+        ranked = [(row["prompt"], row["ranks"]) for row in rows(Path(f"runs/round-{turn}/rank"))]
+        assert ranked == [(f"Question {turn}.{number}?", [2, 1]) for number in range(3)]
+    with Store("labels.sqlite") as store:
+        store.undo("anna")
+    run()
+    assert in_process == []
+
+
+def test_two_rounds_from_sampling_to_ppo(tmp_path, in_process):
+    """Real stages, small: the second round goes on from the first, on what the members of its reward ensemble doubt most."""
+    quick = {"eval_strategy": "no", "save_strategy": "no", "per_device_train_batch_size": 16}
+    once = quick | {"dataset_name": None, "dataset_arguments": {}, "num_train_epochs": 1}
+    stages = [
+        {"name": "sft", "arguments": quick | {"dataset_arguments": {"rows": 64}}},
+        {
+            "name": "sample",
+            "arguments": {
+                "policies": {"now": "{ppo|sft}"},
+                "temperature": 2.0,
+                "dataset_arguments": {"rows": 16, "seed": "{round}"},
+            },
+        },
+        {"name": "rank", "arguments": {"groups": "{sample}", "choose": "disagreement", "reward": "{reward|}", "num_groups": 4}},
+        {
+            "name": "reward",
+            "arguments": once | {"datasets": [{"path": "{rank*}/rankings.jsonl"}], "ensemble_size": 2},
+        },
+        {
+            "name": "ppo",
+            "arguments": quick
+            | {"start_from": "{ppo|sft}", "reward_funcs": ["{reward}"], "value_warmup_steps": 0}
+            | {"dataset_arguments": {"rows": 32, "seed": "{round}"}},
+        },
+    ]
+    for number, stage in enumerate(stages):
+        stage |= {"config": f"configs/tiny/{stage['name']}.yaml", "each_round": number > 0}
+    config = tmp_path / "rounds.yaml"
+    config.write_text(yaml.safe_dump({"output_dir": str(tmp_path / "runs"), "rounds": 2, "stages": stages}))
+    read_pipeline(config, RECIPES).run()
+
+    turns = [f"{name}-round-{turn}" for turn in (1, 2) for name in ("sample", "rank", "reward", "ppo")]
+    assert in_process == ["sft", *turns]
+    folders = [tmp_path / "runs" / f"round-{turn}" for turn in (1, 2)]
+    groups = [[one.group.id for one in read_sampled(folder / "sample")] for folder in folders]
+    ranked = [[row["id"] for row in rows(folder / "rank")] for folder in folders]
+    assert not set(groups[0]) & set(groups[1])
+    for sampled, chosen in zip(groups, ranked, strict=True):
+        assert 0 < len(chosen) <= 4 < len(sampled)
+        assert set(chosen) <= set(sampled)
+    policies = [load_file(folder / "ppo" / "adapter_model.safetensors") for folder in folders]
+    assert any(not torch.equal(policies[0][name], policies[1][name]) for name in policies[0])
+    in_process.clear()
+    read_pipeline(config, RECIPES).run()
+    assert in_process == []
 
 
 def test_what_was_sampled_with_other_arguments_is_sampled_anew(project, launched):

@@ -83,16 +83,65 @@ def test_people_are_waited_for(tmp_path):
     groups, path = [sampled(0), sampled(1)], tmp_path / "labels.sqlite"
     label = read_labeller({"store": str(path)}, 0)
     with pytest.raises(
-        RecipeError, match=r"labeller: 2 of 2 groups in .* have no label yet: run `python recipes/label.py --store"
+        RecipeError, match=r"labeller: 2 of 2 groups in .* are not ranked yet: run `python recipes/label.py --store"
     ):
         label(groups)
     with Store(path) as store:
         for ranks in ([1, 2, None, 3], None):
             group = store.claim("anna")
-            store.save(Label(group.id, "anna", ranks=ranks))
+            store.save(Label(group.id, "anna", ranks=ranks))  # the second is a skip by all there are
     (row,) = label(groups)
     assert (row["labeller"], row["id"], row["ranks"]) == ("anna", "g0", [1, 2, 3])
     assert len(row["completions"]) == 3
+
+
+def test_a_skipped_group_waits_for_another_labeller_and_in_the_end_for_nobody(tmp_path):
+    groups, path = [sampled(number) for number in range(4)], tmp_path / "labels.sqlite"
+    label = read_labeller({"store": str(path)}, 0)
+    with Store(path) as store:
+        store.add(one.group for one in groups)
+        store.save(Label("g0", "anna"))  # a skip
+        store.save(Label("g1", "anna", [None] * 4))  # unusable, which is a judgement
+        store.save(Label("g2", "anna", [1, 1, 1, 1]))
+        store.save(Label("g3", "berta", [1, 2, 3, 4]))
+        with pytest.raises(RecipeError, match=r"1 of 4 groups in .* are not ranked yet \(1 were skipped, and wait for another"):
+            label(groups)
+        store.save(Label("g0", "berta"))
+        assert [row["id"] for row in label(groups)] == ["g3"]
+
+
+def test_people_are_given_what_is_wanted_now_and_not_what_was_sampled_before(tmp_path):
+    path = tmp_path / "labels.sqlite"
+    label = read_labeller({"store": str(path)}, 0)
+    old, new = [sampled(0), sampled(1)], [sampled(1), sampled(2)]
+    with Store(path) as store:
+        for groups, given in ((old, "g0"), (new, "g1"), (old, "g1")):
+            with pytest.raises(RecipeError, match="2 of 2 groups"):
+                label(groups)
+            assert store.claim("anna").id == given
+            assert store.progress("anna") == (0, 2)
+        store.save(Label("g0", "anna", [1, 2, 3, 4]))
+        with pytest.raises(RecipeError, match="2 of 2 groups"):
+            label(new)
+        assert [label.group for label in store.labels()] == ["g0"], "labels stay"
+
+
+def test_noise_is_of_the_group(tmp_path):
+    """Neither the groups beside it nor the round change what is said of one; other groups have other noise."""
+    label = read_labeller({"path": "rlhf_recipes.rewards.Abstention", "noise": 5}, 0)
+    rows = {row["id"]: row["ranks"] for row in label([sampled(number) for number in range(20)])}
+    assert [row["ranks"] for row in label([sampled(7), sampled(3)])] == [rows["g7"], rows["g3"]]
+    assert len({str(ranks) for ranks in rows.values()}) > 3
+
+
+def test_a_column_that_some_groups_lack_is_passed_on(monkeypatch):
+    seen = {}
+    monkeypatch.setattr(
+        "rlhf_recipes.rewards.normalised_match", lambda completions, **columns: seen.update(columns) or [0.0] * len(completions)
+    )
+    other = Sampled(sampled(1).group, {"town": "Rome"})
+    read_labeller({"path": "rlhf_recipes.rewards.normalised_match"}, 0)([sampled(0), other])
+    assert (seen["reference"], seen["town"]) == (["Paris."] * 4 + [None] * 4, [None] * 4 + ["Rome"] * 4)
 
 
 def test_a_judge_ranks_by_wins(monkeypatch):
@@ -160,6 +209,14 @@ def test_the_recipe_writes_rankings_that_say_who_ranked(launch, tmp_path, file):
 
     loaded = load_data(DataArguments(dataset_name=str(out / "rankings.jsonl")), "ranking", evaluate=False, seed=0).train
     assert len(loaded) == 3
+
+
+def test_without_an_ensemble_yet_the_choice_is_at_random(launch, tmp_path, file):
+    options = ("--groups", file, "--num_groups", 3)
+    assert launch("rank", *options, "--output_dir", tmp_path / "random") == (0, "")
+    doubted = ("--choose", "disagreement", "--reward", "")  # as "{reward|}" has it in the first round
+    assert launch("rank", *options, *doubted, "--output_dir", tmp_path / "doubted") == (0, "")
+    assert (tmp_path / "doubted" / "rankings.jsonl").read_text() == (tmp_path / "random" / "rankings.jsonl").read_text()
 
 
 @pytest.mark.parametrize(

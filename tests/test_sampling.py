@@ -3,8 +3,11 @@
 import errno
 import json
 import os
+import sys
 from collections import Counter
+from unittest.mock import ANY
 
+from rlhf_recipes import sampling
 from rlhf_recipes.arguments import SampleArguments
 from rlhf_recipes.errors import RecipeError
 from rlhf_recipes.evaluation.policies import Policy, load_bench
@@ -120,6 +123,36 @@ def test_the_file_of_another_run_is_not_added_to(tmp_path):
     assert (tmp_path / "own" / "groups.jsonl").read_text() == "precious\n"
 
 
+def test_samples_of_other_files_or_rows_are_not_added_to(tmp_path):
+    data, adapter = tmp_path / "prompts.jsonl", tmp_path / "adapter"
+    adapter.mkdir()
+    arguments = {"dataset_name": str(data), "policies": {"sft": str(adapter)}, "rows": 2}
+    for path in (data, adapter / "adapter_model.safetensors"):
+        path.write_text("one")
+    folder = tmp_path / "out"
+    assert GroupFile(folder, arguments).prompts == GroupFile(folder, arguments).prompts == 0
+    with pytest.raises(RecipeError, match=r"a run with another `rows` \(2 then, 3 now\)"):
+        GroupFile(folder, arguments | {"rows": 3})
+    for path in (data, adapter / "adapter_model.safetensors"):
+        path.write_text("another")
+        with pytest.raises(RecipeError, match=f"holds samples from before .*{path.name} changed: name another folder"):
+            GroupFile(folder, arguments)
+        GroupFile(tmp_path / path.stem, arguments)
+        folder = tmp_path / path.stem
+
+
+@pytest.mark.parametrize("left", [None, b"", b'{"prompt": "a"'])
+def test_groups_that_are_lost_are_not_made_up(tmp_path, left):
+    file = GroupFile(tmp_path, {})
+    file.append([{"prompt": "a", "completions": ["x", "y"]}])
+    file.path.unlink()
+    if left is not None:
+        file.path.write_bytes(left)
+    with pytest.raises(RecipeError, match=rf"groups.jsonl has {len(left or b'')} of \d+ bytes that were written: name another"):
+        GroupFile(tmp_path, {})
+    assert (file.path.read_bytes() if left is not None else None) == left
+
+
 def test_a_full_disk_is_one_message_and_keeps_what_there_is(tmp_path, monkeypatch):
     file = GroupFile(tmp_path, {})
     part = [{"prompt": "a", "completions": ["x", "y"]}]
@@ -151,11 +184,23 @@ def test_what_a_user_got_wrong_is_one_message(launch, tmp_path, options, message
     assert message in error
 
 
-def test_the_recipe_writes_groups_and_goes_on_with_what_is_done(launch, tmp_path, capsys):
-    options = ("--policies", '{"base": null}', "--dataset_arguments", '{"rows": 6}', "--temperature", 3)
-    for _ in range(2):
-        status, error = launch("sample", *options, "--output_dir", tmp_path)
-        assert status == 0, error
-    groups = [json.loads(line) for line in (tmp_path / "groups.jsonl").read_text().splitlines()]
-    assert len(groups) == 6
+def test_the_recipe_writes_groups_and_goes_on_with_what_is_done(launch, tmp_path, monkeypatch):
+    drawn, draw = [], sampling._draw
+    monkeypatch.setattr(sampling, "_draw", lambda *given: drawn.append(given[-1]) or draw(*given))
+    options = ("--policies", '{"base": null}', "--dataset_arguments", '{"rows": 6}', "--temperature", 3, "--batch_size", 8)
+    whole, broken = tmp_path / "whole", tmp_path / "broken"
+    assert launch("sample", *options, "--output_dir", whole) == (0, ANY)
+    groups = [json.loads(line) for line in (whole / "groups.jsonl").read_text().splitlines()]
     assert all(len(group["completions"]) == 4 for group in groups)
+    assert (len(groups), drawn) == (6, [0, 2, 4])
+
+    append = GroupFile.append
+    monkeypatch.setattr(GroupFile, "append", lambda file, part: append(file, part) if not file.prompts else sys.exit(9))
+    assert launch("sample", *options, "--output_dir", broken)[0] == 9
+    monkeypatch.setattr(GroupFile, "append", append)
+    drawn.clear()
+    for expected in ([2, 4], []):  # of what is there nothing is drawn again
+        assert launch("sample", *options, "--output_dir", broken) == (0, ANY)
+        assert drawn == expected
+        drawn.clear()
+    assert (broken / "groups.jsonl").read_bytes() == (whole / "groups.jsonl").read_bytes()

@@ -37,6 +37,8 @@ class Agreement:
 
     def lines(self) -> list[str]:
         """The same, for people."""
+        if self.tied and not self.compared:
+            return [f"Agreement: {self.tied} judgements, all with a tie; {self.share_with_ties:.0%} are the same."]
         if self.share is None:
             return ["Agreement: no two labellers have ordered the same completions yet."]
         low, high = self.interval

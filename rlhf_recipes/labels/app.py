@@ -3,6 +3,7 @@
 import asyncio
 import hashlib
 import hmac
+import logging
 import secrets
 from collections.abc import Callable, Iterable
 from pathlib import Path
@@ -25,9 +26,12 @@ from rlhf_recipes.labels.store import (
 
 import uvicorn
 from fastapi import FastAPI, Header, HTTPException, Request
+from fastapi.concurrency import run_in_threadpool
 from fastapi.exceptions import RequestValidationError
 from fastapi.responses import FileResponse, JSONResponse
 from pydantic import BaseModel, ConfigDict, Field
+
+logger = logging.getLogger(__name__)
 
 PAGE = Path(__file__).parent / "page"
 _STATUS = {BadLabelError: 400, AlreadyLabelledError: 409, KnownNameError: 409}
@@ -52,11 +56,17 @@ class SignIn(_Strict):
 class Submission(_Strict):
     """A label as the page sends it: ranks are of the completions in the order shown; without them it is a skip."""
 
-    id: str
+    id: str = Field(min_length=1)  # with a limit, a text that UTF-8 cannot hold is refused too
     submission: str = Field(min_length=16, max_length=64)
     ranks: list[int | None] | None = Field(max_length=MOST_COMPLETIONS)
     demonstration: str = Field(max_length=LONGEST_DEMONSTRATION)
     note: str = Field(max_length=LONGEST_NOTE)
+
+
+class Undo(_Strict):
+    """Which label is to be undone: the one that the page was told is the newest."""
+
+    label: int | None = Field(default=None, ge=1, le=2**63 - 1)
 
 
 def make_server(
@@ -95,7 +105,7 @@ def create_app(store: Store, password: str, delay: float) -> FastAPI:
         app.post(f"/api/{path}")(answer)
     for path, file in (("/", "label.html"), ("/label.js", "label.js"), ("/label.css", "label.css")):
         app.get(path)(_page(file))
-    app.exception_handler(RecipeError)(_explain)
+    app.exception_handler(RecipeError)(desk.explain)
     app.exception_handler(HTTPException)(_refuse)
     app.exception_handler(RequestValidationError)(_reject)
     return app
@@ -124,7 +134,9 @@ class Desk:
         if self.password:
             await self._check_password(asked.password)
         token = secrets.token_urlsafe(32)
-        return {"name": self.store.sign_in(asked.name, self._session(token), asked.known), "token": token}
+        # In a thread: while the store waits for the disk, others are answered
+        name = await run_in_threadpool(self.store.sign_in, asked.name, self._session(token), asked.known)
+        return {"name": name, "token": token}
 
     def next_task(self, authorization: Authorization = "") -> dict[str, Any]:
         """The group to label now, or none."""
@@ -142,11 +154,11 @@ class Desk:
         self.store.save(Label(sent.id, name, ranks, sent.demonstration, sent.note), sent.submission)
         return {"saved": True}
 
-    def undo(self, authorization: Authorization = "") -> dict[str, Any]:
+    def undo(self, asked: Undo, authorization: Authorization = "") -> dict[str, Any]:
         """The group of the label that was undone, to be labelled again."""
         name = self._labeller(authorization)
-        label = self.store.undo(name)
-        if label is None:
+        label = asked.label and self.store.undo(name, asked.label)
+        if not label:
             raise BadLabelError("There is nothing to undo.")
         return self._task(self.store.group(label.group), name)
 
@@ -174,11 +186,14 @@ class Desk:
     def _task(self, group: Group | None, name: str) -> dict[str, Any]:
         mine, left = self.store.progress(name)
         content = group and self._shown(group, name).page(self.store.withdrawn(name, group.id))
-        return {"task": content, "mine": mine, "left": left}
+        return {"task": content, "mine": mine, "left": left, "newest": self.store.newest(name)}
 
-
-def _explain(_: Request, error: RecipeError) -> JSONResponse:
-    return _error(_STATUS.get(type(error), 503), str(error), _KINDS.get(type(error), ""))
+    def explain(self, _: Request, error: RecipeError) -> JSONResponse:
+        """What went wrong, without the path of the store, which is nothing to labellers."""
+        status = _STATUS.get(type(error), 503)
+        if status == 503:
+            logger.error("%s", error)
+        return _error(status, str(error).removeprefix(f"{self.store.path}: "), _KINDS.get(type(error), ""))
 
 
 def _refuse(_: Request, error: HTTPException) -> JSONResponse:

@@ -4,7 +4,7 @@ import contextlib
 import itertools
 import json
 import os
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +13,7 @@ from rlhf_recipes.labels.groups import Group, group_of, read_rows
 from rlhf_recipes.labels.store import Label, Store
 
 Rows = list[dict[str, Any]]
+Ranked = list[tuple[Group, Label]]
 _TEXTS = str | None
 _TYPES = {"labeller": str, "ranks": list | None, "demonstration": _TEXTS, "note": _TEXTS, "at": str}
 
@@ -23,8 +24,12 @@ def rankings(store: Store) -> Rows:
     Returns:
         Rows of `prompt`, `completions`, `ranks` (1 is the best), `labeller`, `id`, and `sources` where the group has them.
     """
+    return _rankings(ranked(store))
+
+
+def _rankings(ranked: Ranked) -> Rows:
     rows = []
-    for group, label in ranked(store):
+    for group, label in ranked:
         kept = [k for k, rank in enumerate(label.ranks) if rank is not None]
         if len({label.ranks[k] for k in kept}) < 2:
             continue
@@ -44,8 +49,12 @@ def pairs(store: Store) -> Rows:
     Returns:
         Rows of `prompt`, `chosen`, `rejected`, `labeller`, `id`.
     """
+    return _pairs(ranked(store))
+
+
+def _pairs(ranked: Ranked) -> Rows:
     rows = []
-    for group, label in ranked(store):
+    for group, label in ranked:
         ranks = sorted(different(group, label).items(), key=lambda item: item[1])
         for (better, low), (worse, high) in itertools.combinations(ranks, 2):
             if low < high:
@@ -60,16 +69,20 @@ def demonstrations(store: Store) -> Rows:
     Returns:
         Rows of `prompt`, `completion`, `labeller`, `id`.
     """
+    return _demonstrations(_labelled(*store.contents()))
+
+
+def _demonstrations(labelled: Ranked) -> Rows:
     return [
         {"prompt": group.prompt, "completion": group.answer(label.demonstration)} | _origin(label)
-        for group, label in _labelled(store)
+        for group, label in labelled
         if label.demonstration
     ]
 
 
-def ranked(store: Store) -> Iterator[tuple[Group, Label]]:
+def ranked(store: Store) -> Ranked:
     """Each label that is more than a skip, with its group."""
-    return ((group, label) for group, label in _labelled(store) if label.ranks is not None)
+    return _ranked(_labelled(*store.contents()))
 
 
 def different(group: Group, label: Label) -> dict[int, int]:
@@ -78,25 +91,27 @@ def different(group: Group, label: Label) -> dict[int, int]:
     return {place: label.ranks[place] for place in sorted(first.values()) if label.ranks[place] is not None}
 
 
-def export_labels(store: Store, folder: Path) -> dict[str, int]:
+def export_labels(store: Store, folder: Path) -> dict[str, int | None]:
     """Writes `rankings.jsonl`, `pairs.jsonl` and `demonstrations.jsonl`, and `labels.jsonl`, which `import_labels` reads.
 
-    Each replaces what was there; one of the first three that would have no rows is removed.
+    Each replaces what another export left there; one of the first three that would have no rows is removed.
 
     Returns:
-        The number of rows of each file.
+        The number of rows of each file; None of one that was removed.
 
     Raises:
-        RecipeError: if a file cannot be written.
+        RecipeError: if a file cannot be written, or there is one of its name that no export wrote.
     """
-    with store.snapshot():
-        files = {"rankings": rankings(store), "pairs": pairs(store), "demonstrations": demonstrations(store)}
-        files["labels"] = _everything(store)
+    groups, labels = store.contents()
+    labelled = _labelled(groups, labels)
+    ranked = _ranked(labelled)
+    # `labels` first: by it the next export knows the others for its own, were this one broken off
+    files = {"labels": _everything(groups, labels), "rankings": _rankings(ranked), "pairs": _pairs(ranked)}
+    files["demonstrations"] = _demonstrations(labelled)
+    _refuse_other_files(folder, files)
     with _written_to(folder):
         folder.mkdir(parents=True, exist_ok=True)
-        for name, rows in files.items():
-            _write_rows(folder / f"{name}.jsonl", rows)
-    return {f"{name}.jsonl": len(rows) for name, rows in files.items()}
+        return {f"{name}.jsonl": _write_rows(folder / f"{name}.jsonl", rows) for name, rows in files.items()}
 
 
 def import_labels(store: Store, path: Path) -> int:
@@ -118,15 +133,18 @@ def import_labels(store: Store, path: Path) -> int:
     return store.restore(rows)
 
 
-def _labelled(store: Store) -> Iterator[tuple[Group, Label]]:
-    with store.snapshot():
-        labels, groups = store.labels(), {group.id: group for group in store.groups()}
-    return ((groups[label.group], label) for label in labels)
+def _labelled(groups: list[Group], labels: list[Label]) -> Ranked:
+    by_id = {group.id: group for group in groups}
+    return [(by_id[label.group], label) for label in labels]
 
 
-def _everything(store: Store) -> Rows:
-    rows = {group.id: group.row() | {"labels": []} for group in store.groups()}
-    for label in store.labels():
+def _ranked(labelled: Ranked) -> Ranked:
+    return [(group, label) for group, label in labelled if label.ranks is not None]
+
+
+def _everything(groups: list[Group], labels: list[Label]) -> Rows:
+    rows = {group.id: group.row() | {"labels": []} for group in groups}
+    for label in labels:
         rows[label.group]["labels"].append({name: getattr(label, name) for name in _TYPES})
     return list(rows.values())
 
@@ -154,17 +172,34 @@ def _read_label(label: Any, group: str, where: str) -> Label:
     return Label(group, **label)
 
 
-def _write_rows(path: Path, rows: Rows) -> None:
-    """Writes a file so that `path` holds either all of it or what it held before."""
+def _refuse_other_files(folder: Path, names: Iterable[str]) -> None:
+    """An export's files have its `labels.jsonl` beside them."""
+    there = [path for name in names if (path := folder / f"{name}.jsonl").exists()]
+    if there and not _is_export(folder / "labels.jsonl"):
+        raise RecipeError(f"{there[0]}: was not written by --export, which would replace it: give another folder as --export")
+
+
+def _is_export(path: Path) -> bool:
+    try:
+        _, row = next(read_rows(path), (0, {"labels": []}))  # that of an empty store has no rows
+    except RecipeError:
+        return False
+    return isinstance(row, dict) and isinstance(row.get("labels"), list)
+
+
+def _write_rows(path: Path, rows: Rows) -> int | None:
+    """Writes a file so that `path` holds either all of it or what it held before; how many rows, None for a file removed."""
     if not rows and path.stem != "labels":
+        existed = path.exists()
         path.unlink(missing_ok=True)
-        return
+        return None if existed else 0
     partial = path.with_name(f".{path.name}.partial")
     with partial.open("w", encoding="utf-8") as file:
         file.writelines(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
         file.flush()
         os.fsync(file.fileno())
     os.replace(partial, path)
+    return len(rows)
 
 
 @contextlib.contextmanager

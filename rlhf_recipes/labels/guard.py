@@ -63,7 +63,7 @@ class Guard:
         if not self._is_ours(host):
             return 421, f"This page is not reached under the name {host!r}: whoever started it can add it by --name."
         origin = headers.get("origin")
-        if (origin is not None and urlsplit(origin).netloc != host) or headers.get("sec-fetch-site") == "cross-site":
+        if (origin is not None and _netloc(origin) != host) or headers.get("sec-fetch-site") == "cross-site":
             return 403, "Requests from other sites are refused."
         if method not in ("GET", "HEAD"):
             length = headers.get("content-length", "")
@@ -89,6 +89,13 @@ class Guard:
         except ValueError:
             return False
         return self.addresses or address.is_loopback
+
+
+def _netloc(origin: str) -> str | None:
+    try:
+        return urlsplit(origin).netloc
+    except ValueError:
+        return None
 
 
 def _headers(scope: Message) -> dict[str, str]:

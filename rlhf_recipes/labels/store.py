@@ -16,7 +16,7 @@ from typing import Any, Self
 from rlhf_recipes.errors import RecipeError, first_line
 from rlhf_recipes.labels.groups import Group
 
-VERSION = 1
+VERSION = 2
 LONGEST_DEMONSTRATION, LONGEST_NOTE, LONGEST_NAME = 20_000, 2_000, 60  # characters
 LEASE = 3600.0
 """Seconds for which a prompt that one labeller has on the screen is given to no other."""
@@ -24,10 +24,10 @@ LEASE = 3600.0
 _APPLICATION = 0x524C4846  # what `file` and others know the format by
 _SCHEMA = Path(__file__).with_name("schema.sql")
 # Multiples of the golden ratio lie evenly in [0, 1): of any consecutive prompts the right share is below `overlap`.
-_SHARED = "(g.number * 0.6180339887498949 - CAST(g.number * 0.6180339887498949 AS INTEGER) < :overlap)"
+_SHARED = "(g.number * 0.6180339887498949 - CAST(g.number * 0.6180339887498949 AS INTEGER) < (SELECT overlap FROM settings))"
 _OPEN = f"""
     NOT EXISTS (SELECT 1 FROM labels l WHERE l.group_number = g.number AND l.labeller = :labeller AND l.withdrawn IS NULL)
-    AND ({_SHARED} OR (
+    AND g.wanted AND ({_SHARED} OR (
         NOT EXISTS (SELECT 1 FROM labels l WHERE l.group_number = g.number AND l.withdrawn IS NULL AND l.ranks IS NOT NULL)
         AND NOT EXISTS (
             SELECT 1 FROM claims c WHERE c.group_number = g.number AND c.labeller != :labeller AND c.until > :now)))
@@ -36,6 +36,8 @@ _LABEL = """
     SELECT l.number, g.id, p.name, l.ranks, l.demonstration, l.note, l.at, l.submission
     FROM labels l JOIN groups g ON g.number = l.group_number JOIN labellers p ON p.number = l.labeller
 """
+_LABELS = f"{_LABEL} WHERE l.withdrawn IS NULL ORDER BY l.number"
+_GROUPS = "SELECT content FROM groups ORDER BY number"
 _REMEDIES = {
     "SQLITE_FULL": "the disk is full, and this was not saved: free some space and send it again",
     "SQLITE_READONLY": "the database is read-only: let this user write to the file and its folder, or give another --store",
@@ -89,7 +91,8 @@ class Store:
 
     Args:
         path: the file; made where there is none.
-        overlap: share in [0, 1] of the groups that every labeller is given; of the others each is given to one.
+        overlap: share in [0, 1] of the groups that every labeller is given; of the others each is given to one. The file
+            keeps it: None is what it has, or 0.1 in a new one.
         create: whether to make it where there is none.
         clock: seconds since some moment.
 
@@ -98,11 +101,11 @@ class Store:
     """
 
     def __init__(
-        self, path: Path | str, overlap: float = 0.1, create: bool = True, clock: Callable[[], float] = time.time
+        self, path: Path | str, overlap: float | None = None, create: bool = True, clock: Callable[[], float] = time.time
     ) -> None:
-        if not 0 <= overlap <= 1:
+        if overlap is not None and not 0 <= overlap <= 1:
             raise RecipeError(f"overlap: {overlap}: must be a share from 0 to 1")
-        self.path, self.overlap, self._clock = Path(path), overlap, clock
+        self.path, self._clock = Path(path), clock
         self._lock = threading.RLock()
         if not create and not self.path.exists():
             raise RecipeError(f"{self.path}: there is no such database of labels (looked in {self.path.absolute().parent})")
@@ -110,6 +113,8 @@ class Store:
             self._connection = sqlite3.connect(self.path, timeout=5, isolation_level=None, check_same_thread=False)
         try:
             self._prepare()
+            if overlap is not None and overlap != self.overlap:
+                self._run("UPDATE settings SET overlap = ?", overlap)
         except BaseException:
             self.close()
             raise
@@ -129,11 +134,20 @@ class Store:
         """Random text of this database, from which the orders in which labellers see completions are drawn."""
         return self._one("SELECT seed FROM settings")[0]
 
-    def add(self, groups: Iterable[Group]) -> int:
+    @property
+    def overlap(self) -> float:
+        """Share of the groups that every labeller is given."""
+        return self._one("SELECT overlap FROM settings")[0]
+
+    def add(self, groups: Iterable[Group], alone: bool = False) -> int:
         """Adds groups to be labelled, all or none of them.
 
         Groups that are here already stay as they are; those without two different answers that are not empty have nothing to
         compare, and are not added.
+
+        Args:
+            groups: to be given to labellers from now on.
+            alone: whether all others are given to nobody any more, until they are added again. Their labels stay.
 
         Returns:
             How many are new.
@@ -143,14 +157,17 @@ class Store:
         """
         with self._transaction():
             before = self._one("SELECT count(*) FROM groups")[0]
+            if alone:
+                self._run("UPDATE groups SET wanted = 0")
             for group in groups:
                 if group.comparable():
                     self._add(group)
+                    self._run("UPDATE groups SET wanted = 1 WHERE id = ?", group.id)
             return self._one("SELECT count(*) FROM groups")[0] - before
 
     def groups(self) -> list[Group]:
         """All groups, in the order in which they came."""
-        return [Group(**json.loads(content)) for (content,) in self._all("SELECT content FROM groups ORDER BY number")]
+        return [Group(**json.loads(content)) for (content,) in self._all(_GROUPS)]
 
     def group(self, identity: str) -> Group:
         """The group of this id.
@@ -165,7 +182,18 @@ class Store:
 
     def labels(self) -> list[Label]:
         """Every label that was not undone, in the order in which they came."""
-        return [_label(row) for row in self._all(f"{_LABEL} WHERE l.withdrawn IS NULL ORDER BY l.number")]
+        return [_label(row) for row in self._all(_LABELS)]
+
+    def contents(self) -> tuple[list[Group], list[Label]]:
+        """`groups` and `labels` of one moment, whatever others write."""
+        with self._lock:
+            self._run("BEGIN")
+            try:
+                groups, labels = self._all(_GROUPS), self._all(_LABELS)
+            finally:
+                self._run("ROLLBACK")
+        # Parsed when others may write again: of many groups this takes longer than they wait
+        return [Group(**json.loads(content)) for (content,) in groups], [_label(row) for row in labels]
 
     def sign_in(self, name: str, session: str, known: bool = False) -> str:
         """Lets a session label under a name.
@@ -238,15 +266,28 @@ class Store:
             label = _checked(label, self.group(label.group))
             self._save(label, submission or secrets.token_hex(16))
 
-    def undo(self, name: str) -> Label | None:
-        """Withdraws the newest label of a labeller, who is given its group again.
+    def newest(self, name: str) -> int | None:
+        """The number of the newest label of a labeller that was not undone."""
+        return self._one(
+            "SELECT max(l.number) FROM labels l JOIN labellers p ON p.number = l.labeller "
+            "WHERE p.folded = ? AND l.withdrawn IS NULL",
+            _clean_name(name).casefold(),
+        )[0]
+
+    def undo(self, name: str, number: int | None = None) -> Label | None:
+        """Withdraws a label of a labeller, who is given its group again.
+
+        Args:
+            name: of the labeller.
+            number: of the label, as `newest` has said it; None: the newest. One that was undone already stays so: what is
+                asked again, because the answer was lost, does not undo the label before.
 
         Returns:
             The label; None where there is none.
         """
         with self._transaction():
             labeller = self._labeller(name)
-            found = self._one(f"{_LABEL} WHERE l.labeller = ? AND l.withdrawn IS NULL ORDER BY l.number DESC LIMIT 1", labeller)
+            found = self._one(f"{_LABEL} WHERE l.number = ? AND l.labeller = ?", number or self.newest(name), labeller)
             if not found:
                 return None
             self._withdraw(found[0])
@@ -276,27 +317,15 @@ class Store:
         """
         with self._transaction():
             before = self._one("SELECT count(*) FROM labels")[0]
+            restored = []
             for where, group, labels in rows:
-                try:
+                with _located(where):
                     self._add(group)
-                    for label in labels:
-                        self._restore(_checked(label, group))
-                except RecipeError as error:
-                    raise RecipeError(f"{where}: {error}. Nothing was imported") from error
+                    restored += [(where, _checked(label, group)) for label in labels]
+            for where, label in sorted(restored, key=lambda one: one[1].at):  # undo goes back in the order in which they came
+                with _located(where):
+                    self._restore(label)
             return self._one("SELECT count(*) FROM labels")[0] - before
-
-    @contextlib.contextmanager
-    def snapshot(self) -> Iterator[None]:
-        """What is read within is of one moment, whatever others write."""
-        with self._lock:
-            if self._connection.in_transaction:  # within another snapshot
-                yield
-                return
-            self._run("BEGIN")
-            try:
-                yield
-            finally:
-                self._run("ROLLBACK")
 
     def _prepare(self) -> None:
         self._run("PRAGMA synchronous = EXTRA")
@@ -322,7 +351,7 @@ class Store:
     def _create(self) -> None:
         for statement in _SCHEMA.read_text(encoding="utf-8").split(";"):
             self._run(statement)
-        self._run("INSERT INTO settings VALUES (?)", secrets.token_hex(16))
+        self._run("INSERT INTO settings (seed) VALUES (?)", secrets.token_hex(16))
         self._run(f"PRAGMA application_id = {_APPLICATION}")
         self._run(f"PRAGMA user_version = {VERSION}")
 
@@ -348,7 +377,7 @@ class Store:
         return self._run("INSERT INTO labellers (name, folded) VALUES (?, ?)", name, name.casefold()).lastrowid
 
     def _values(self, labeller: int) -> dict[str, Any]:
-        return {"labeller": labeller, "overlap": self.overlap, "now": self._clock()}
+        return {"labeller": labeller, "now": self._clock()}
 
     def _claim(self, labeller: int, group_number: int) -> None:
         self._run("INSERT OR REPLACE INTO claims VALUES (?, ?, ?)", labeller, group_number, self._clock() + LEASE)
@@ -388,7 +417,7 @@ class Store:
             )
 
     def _withdraw(self, number: int) -> None:
-        self._run("UPDATE labels SET withdrawn = ? WHERE number = ?", _now(), number)
+        self._run("UPDATE labels SET withdrawn = ? WHERE number = ? AND withdrawn IS NULL", _now(), number)
 
     def _run(self, statement: str, *values: Any, **named: Any) -> sqlite3.Cursor:
         with self._lock, self._explained():
@@ -428,6 +457,14 @@ class Store:
             raise RecipeError(
                 f"{self.path}: {remedy or f'SQLite failed, and this was not saved: {first_line(error)}'}"
             ) from error
+
+
+@contextlib.contextmanager
+def _located(where: str) -> Iterator[None]:
+    try:
+        yield
+    except RecipeError as error:
+        raise RecipeError(f"{where}: {error}. Nothing was imported") from error
 
 
 def _label(row: tuple) -> Label:

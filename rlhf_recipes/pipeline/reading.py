@@ -11,9 +11,9 @@ from typing import Any
 from rlhf_recipes.arguments import nearest, read_yaml
 from rlhf_recipes.errors import RecipeError
 from rlhf_recipes.evaluation.report import METRICS
-from rlhf_recipes.models import resolve_path
 from rlhf_recipes.ranking import RANKED
 from rlhf_recipes.records import RECIPE
+from rlhf_recipes.runs import files_in
 from rlhf_recipes.sampling import STATE
 
 TRAINERS = ("sft", "reward", "ppo", "dpo")
@@ -176,7 +176,8 @@ class _Reader:
         values = {**read_yaml(_found(config, self.recipes)), **own, **arguments}
         values.pop("needs", None)  # the order of the stages says so
         named = {key: value for key, value in values.items() if key != "output_dir"} | {"accelerate_config": self.engine}
-        files = _files_in(named, Path(values["output_dir"]))
+        # Not the labels: the rounds of one store would all be done anew with every label that is added
+        files = files_in(named, leave_out=(Path(values["output_dir"]), _store_of(values)))
         filling = _Filling(self.stages, {"seed": self.seed, "round": turn})
         values = {key: filling.fill(value, f"{where}: {key}") for key, value in values.items()}
         identity = {
@@ -213,9 +214,9 @@ class _Reader:
 class _Filling:
     """Puts what they stand for in place of texts that begin with `{...}`.
 
-    `{name}` is the folder of the newest stage of that name, `{name|other}` that of `other` where there is none of `name` yet,
-    `{name@2}` that of round 2; a list's item with `{name*}` becomes one for each stage of the name; `{seed}` and `{round}`
-    alone are numbers.
+    `{name}` is the folder of the newest stage of that name, `{name|other}` that of `other` where there is none of `name` yet
+    (`{name|}`: an empty text), `{name@2}` that of round 2; a list's item with `{name*}` becomes one for each stage of the name;
+    `{seed}` and `{round}` alone are numbers.
     """
 
     stages: dict[str, list[Stage]]
@@ -233,6 +234,8 @@ class _Filling:
             return value
         if found[2] == "" and self.numbers.get(found[1]) is not None:
             return self.numbers[found[1]]
+        if found[1].endswith("|") and not self.stages.get(found[1][:-1]):
+            return ""
         stage = self._stage(found[1], where)
         self.inputs.append(stage)
         return f"{stage.folder}{found[2]}"
@@ -265,20 +268,11 @@ def _replaced(value: Any, old: str, new: str) -> Any:
     return value.replace(old, new) if isinstance(value, str) else value
 
 
-def _files_in(values: Any, output: Path) -> list[tuple[str, int, int]]:
-    """Path, size and time of every file that is named, or lies in a folder that is, but for what the stage itself writes."""
-    if isinstance(values, dict | list):
-        items = values.values() if isinstance(values, dict) else values
-        return [found for item in items for found in _files_in(item, output)]
-    if not isinstance(values, str) or len(values) > 1000:
-        return []
-    try:
-        named = Path(resolve_path(values)).expanduser()
-        files = [named] if named.is_file() else sorted(named.rglob("*")) if named.is_dir() else []
-        stats = [(str(path), path.stat()) for path in files if path.is_file() and output not in path.parents]
-    except (OSError, RuntimeError, ValueError):  # a text that is no path
-        return []
-    return [(path, stat.st_size, stat.st_mtime_ns) for path, stat in stats]
+def _store_of(values: dict[str, Any]) -> Path | None:
+    """The database of labels that `labeller: {store: FILE}` names."""
+    labeller = values.get("labeller")
+    store = labeller.get("store") if isinstance(labeller, dict) else None
+    return Path(store).expanduser() if isinstance(store, str) else None
 
 
 def _sorted(value: Any) -> Any:

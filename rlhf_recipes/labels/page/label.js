@@ -4,14 +4,53 @@ const $ = (id) => document.getElementById(id);
 const ORDINALS = new Intl.PluralRules("en", {type: "ordinal"});
 const ordinal = (n) => n + {one: "st", two: "nd", few: "rd", other: "th"}[ORDINALS.select(n)];
 
+// What goes wrong and was not foreseen is said, and not only in a console that nobody looks at
+
+function tell(problem) {
+  const text = `The page failed (${problem}). Reload it: what was saved is safe.`;
+  for (const id of ["error", "sign-in-error"]) $(id).textContent = text;
+}
+
+addEventListener("error", (event) => tell(event.message));
+addEventListener("unhandledrejection", (event) => tell(event.reason));
+
+// What the browser keeps; where it keeps nothing (blocked, full), this page's memory, and that is said
+
+function keeping(name) {
+  const memory = new Map();
+  const fails = () => { $("notice").hidden = false; return null; };
+  return {
+    get(key) {
+      if (memory.has(key)) return memory.get(key);
+      try { return JSON.parse(window[name].getItem(key)); } catch { return null; }
+    },
+    set(key, value) {
+      memory.set(key, value);
+      try {
+        window[name].setItem(key, JSON.stringify(value));
+        memory.delete(key);
+      } catch { fails(); }
+    },
+    remove(key) {
+      memory.delete(key);
+      try { window[name].removeItem(key); } catch { fails(); }
+    },
+  };
+}
+
+const browser = keeping("localStorage");
+const tab = keeping("sessionStorage");
+
 // Who labels is remembered for this tab alone: two people may use two tabs of one browser.
-let session = JSON.parse(sessionStorage.getItem("session"));
+let session = tab.get("session");
 let task = null;
+let newest = null; // the label that undo takes back: asked again, because the answer was lost, it takes back no other
 let order = []; // lists of answers, best first; those in one list tie
 let unusable = new Set();
 let submission = "";
 let marking = false; // x was pressed: the next number is an unusable answer
 let busy = false;
+const TOUCH = matchMedia("(hover: none) and (pointer: coarse)");
 
 function element(tag, content = "", attributes = {}) {
   const made = document.createElement(tag);
@@ -46,7 +85,7 @@ async function ask(path, body = {}) {
   return content;
 }
 
-async function attempt(what, consequence) {
+async function attempt(what, consequence, unanswered = consequence) {
   if (busy) return;
   busy = true;
   $("work").setAttribute("aria-busy", "true");
@@ -58,9 +97,9 @@ async function attempt(what, consequence) {
     if (!(error instanceof Refusal)) throw error;
     if (error.kind === "sign in") return askName(`${consequence} ${error.message}`);
     $("status").textContent = "";
-    $("error").textContent = `${consequence} ${error.message}`;
+    $("error").textContent = `${error.kind === "away" ? unanswered : consequence} ${error.message}`;
     if (error.kind === "labelled") {
-      localStorage.removeItem(draftKey());
+      leave();
       next("You have labelled this prompt in another window already; that label stays.");
     }
   } finally {
@@ -100,7 +139,7 @@ async function signIn(known) {
     }
     return;
   }
-  sessionStorage.setItem("session", JSON.stringify(session));
+  tab.set("session", session);
   $("sign-in").hidden = true;
   next("");
 }
@@ -112,7 +151,14 @@ const draftKey = () => `draft ${task.key}`;
 function keepDraft() {
   if (!task) return;
   const draft = {order, unusable: [...unusable], submission, demonstration: $("demonstration").value, note: $("note").value};
-  localStorage.setItem(draftKey(), JSON.stringify(draft));
+  browser.set(draftKey(), draft);
+}
+
+// The task is done with: no key may act on it while the next one is fetched
+function leave() {
+  browser.remove(draftKey());
+  task = null;
+  submission = "";
 }
 
 function fromLabel(label) {
@@ -127,7 +173,7 @@ function fromLabel(label) {
 }
 
 function openDraft() {
-  const draft = JSON.parse(localStorage.getItem(draftKey())) ?? (task.before && fromLabel(task.before)) ?? {};
+  const draft = browser.get(draftKey()) ?? (task.before && fromLabel(task.before)) ?? {};
   order = draft.order ?? [];
   unusable = new Set(draft.unusable ?? []);
   for (const [answer, text] of task.completions.entries()) if (!text) unusable.add(answer);
@@ -145,6 +191,8 @@ function newSubmission() {
 
 const isBad = (answer) => unusable.has(answer);
 const isRanked = (answer) => order.some((tied) => tied.includes(answer));
+const isPair = () => task.completions.length === 2;
+const isBetter = (answer) => order[0]?.length === 1 && order[0][0] === answer;
 const unranked = () => task.completions.map((_, answer) => answer).filter((answer) => !isBad(answer) && !isRanked(answer));
 
 function ranking() {
@@ -159,7 +207,12 @@ function rankOf(answer) {
 function place(answer, tie) {
   if (!task.completions[answer]) return say(`Answer ${answer + 1} is empty: it can only be unusable.`);
   const wasRanked = isRanked(answer);
+  const wasBetter = isBetter(answer);
   unusable.delete(answer);
+  if (isPair() && !tie) { // whichever is pressed last is the better one
+    order = wasBetter ? [] : [[answer]];
+    return changed(`Answer ${answer + 1} ${wasBetter ? "has no rank now" : "is the better one"}.`);
+  }
   order = order.map((tied) => tied.filter((other) => other !== answer)).filter((tied) => tied.length);
   if (tie && order.length) order.at(-1).push(answer);
   else if (!wasRanked) order.push([answer]);
@@ -216,10 +269,9 @@ function drawTask() {
     turn.append(element("span", content));
     return turn;
   }));
-  const isPair = task.completions.length === 2;
-  $("answers-title").textContent = isPair ? "Which answer is better?" : "Rank the answers";
-  $("keys-of-two").hidden = !isPair;
-  $("keys-of-more").hidden = isPair;
+  $("answers-title").textContent = isPair() ? "Which answer is better?" : "Rank the answers";
+  $("keys-of-two").hidden = !isPair();
+  $("keys-of-more").hidden = isPair();
   $("answers").dataset.number = task.completions.length;
   $("answers").replaceChildren(...task.completions.map(drawAnswer));
   drawRanks();
@@ -258,7 +310,9 @@ function drawRanks() {
     shown.textContent = placeText(answer) + (implied ? " (what is left)" : "");
     shown.classList.toggle("implied", implied);
     const [rank, tie, bad] = item.querySelectorAll("button");
-    rank.textContent = ranked ? `${ordinal(rankOf(answer))}: take back` : next === 1 ? (task.completions.length === 2 ? "Better" : "Best") : `Make it ${ordinal(next)}`;
+    const takesBack = isPair() ? isBetter(answer) : ranked;
+    const best = isPair() ? "Better" : next === 1 ? "Best" : `Make it ${ordinal(next)}`;
+    rank.textContent = takesBack ? `${ordinal(rankOf(answer))}: take back` : best;
     tie.textContent = `Tie with ${ordinal(order.length)}`;
     tie.hidden = !order.length || ranked;
     bad.textContent = "Unusable";
@@ -270,6 +324,7 @@ function drawRanks() {
 
 function show(reply, message) {
   task = reply.task;
+  newest = reply.newest;
   marking = false;
   $("work").hidden = false;
   $("who").textContent = session.name;
@@ -297,8 +352,10 @@ const next = async (message) => {
   } catch (error) {
     if (!(error instanceof Refusal)) throw error;
     if (error.kind === "sign in") return askName(error.message);
+    task = null; // what was typed is kept with its prompt
     $("work").hidden = false;
-    $("error").textContent = `${message} The next prompt is not here yet: ${error.message} Reload the page to try again.`;
+    $("status").textContent = message;
+    $("error").textContent = `${message} The next prompt is not here yet: ${error.message} Press Enter, or reload the page, to try again.`;
     for (const id of ["task", "save", "skip", "clear"]) $(id).hidden = true;
   }
 };
@@ -309,8 +366,11 @@ function send(ranks, message) {
   keepDraft();
   return attempt(async () => {
     $("status").textContent = "Saving…";
+    const draft = {order, unusable: [...unusable], demonstration, note};
+    const key = draftKey();
     await ask("label", {id: task.id, submission, ranks, demonstration, note});
-    localStorage.removeItem(draftKey());
+    leave();
+    if (!ranks) browser.set(key, draft); // a slip on "s": undo brings the ranks back, which the server was not told
     await next(message);
   }, "This label is NOT saved; what you entered is kept here. Save again to send it.");
 }
@@ -329,15 +389,17 @@ function save() {
 const skip = () => send(null, "Skipped.");
 
 const undo = () => attempt(async () => {
-  const reply = await ask("undo");
-  if (reply.task) localStorage.removeItem(`draft ${reply.task.key}`);
+  const reply = await ask("undo", {label: newest});
+  if (reply.task.before?.ranks) browser.remove(`draft ${reply.task.key}`);
   show(reply, "Undone: change it and save it again.");
-}, "Nothing was undone.");
+}, "Nothing was undone.", "Whether the label was undone is not known. Undo again: that takes back no other one.");
+
+const fetchNext = () => attempt(() => next(""), "");
 
 // Keys
 
 const KEYS = {
-  enter: save, s: skip, u: undo, c: clear, 0: tieRest,
+  enter: () => (task ? save() : fetchNext()), s: skip, u: undo, c: clear, 0: tieRest,
   d: () => $("demonstration").focus(),
   n: () => $("note").focus(),
   x: () => { say("Which answer is unusable? Press its number."); marking = true; },
@@ -351,9 +413,9 @@ function pressed(event) {
     event.preventDefault();
     return save();
   }
-  if (typing || event.ctrlKey || event.metaKey || !$("shortcuts").checked || busy) return;
+  if (typing || event.ctrlKey || event.metaKey || !$("shortcuts").checked || TOUCH.matches || busy) return;
   if (event.key === "Enter" && event.target.matches("button, input")) return; // it presses that
-  if (!task && event.key !== "u") return;
+  if (!task && !["u", "Enter"].includes(event.key)) return;
   const digit = /^(?:Digit|Numpad)([0-9])$/.exec(event.code)?.[1]; // by place: with Shift, a digit is another character
   // on a keyboard of another script, letters by place too
   const letter = /^[^\x00-\x7f]$/.test(event.key) ? event.code.replace("Key", "") : event.key;
@@ -372,16 +434,18 @@ function choose(answer, unusableOne, tie) {
 }
 
 document.addEventListener("keydown", pressed);
+// After a click of a pointer, Enter saves: with the focus on the button it would take the choice back
+document.addEventListener("click", (event) => event.detail && event.target.closest("button, [type=checkbox]")?.blur());
 $("sign-in-form").addEventListener("submit", (event) => { event.preventDefault(); signIn(false); });
 $("known").addEventListener("click", () => signIn(true));
 $("sign-out").addEventListener("click", () => {
-  sessionStorage.removeItem("session");
+  tab.remove("session");
   session = null;
   askName();
 });
 for (const [id, act] of Object.entries({save, skip, clear, undo})) $(id).addEventListener("click", act);
 for (const id of ["demonstration", "note"]) $(id).addEventListener("input", keepDraft);
-$("shortcuts").checked = localStorage.getItem("shortcuts") !== "off";
-$("shortcuts").addEventListener("change", () => localStorage.setItem("shortcuts", $("shortcuts").checked ? "on" : "off"));
+$("shortcuts").checked = browser.get("shortcuts") !== false;
+$("shortcuts").addEventListener("change", () => browser.set("shortcuts", $("shortcuts").checked));
 if (session) next("");
 else askName();
