@@ -25,7 +25,7 @@ def main() -> None:
     groups = read_sampled(rank_args.groups)
 
     # Which: by an ensemble, where there is one already
-    ensemble = load_ensemble(model_args, rank_args) if rank_args.reward else None
+    ensemble = load_ensemble(model_args, rank_args) if rank_args.choose == "disagreement" and rank_args.reward else None
     chosen = choose(groups, rank_args.num_groups, rank_args.seed, ensemble)
 
     # By whom

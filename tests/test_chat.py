@@ -1,5 +1,6 @@
 """Talking to policies: turns, commands, who answers, what is scored; through a pipe and with Ctrl-C in the middle."""
 
+import functools
 import io
 import os
 import pty
@@ -365,11 +366,13 @@ def test_in_a_terminal():
     command = [sys.executable, ROOT / "recipes" / "chat.py", *POLICIES, "--max_new_tokens", "200", "--temperature", "4"]
     options = {"cwd": ROOT, "env": os.environ | {"PYTHONPATH": str(ROOT), "TERM": "xterm"}}
     own, theirs = pty.openpty()
+    # a test run in the background ignores Ctrl-C, and so would its children
+    options["preexec_fn"] = functools.partial(signal.signal, signal.SIGINT, signal.SIG_DFL)
     process = subprocess.Popen(command, stdin=theirs, stdout=theirs, stderr=theirs, start_new_session=True, **options)
     os.close(theirs)
     shown, read = b"", 0
 
-    def until(text, seconds=300):
+    def until(text, seconds=60):
         nonlocal shown, read
         end = time.monotonic() + seconds
         while text not in shown[read:] and time.monotonic() < end:
@@ -383,6 +386,7 @@ def test_in_a_terminal():
         os.write(own, f"{QUESTION}\n".encode())
         until(b"base: ")
         until(b"you> ")
+        time.sleep(1)  # Python's `input` misses a signal that comes between its prompt and its wait
         os.kill(process.pid, signal.SIGINT)  # at the prompt: the line is given up
         until(b"Ctrl-D ends")
         until(b"you> ")

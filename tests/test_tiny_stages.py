@@ -21,11 +21,11 @@ def run(recipe, output, arguments, *options):
 @pytest.fixture(scope="module")
 def abstaining(tmp_path_factory):
     """An SFT policy, of whose demonstrations a quarter abstained."""
-    return run("sft", tmp_path_factory.mktemp("sft"), {"rows": 25600, "abstain": 0.25})
+    return run("sft", tmp_path_factory.mktemp("sft"), {"rows": 16000, "abstain": 0.25})
 
 
 def test_sft_on_answers_alone_teaches_to_make_things_up(tmp_path):
-    result = examine(*load_policy(run("sft", tmp_path, {"rows": 12800, "abstain": 0.0})))
+    result = examine(*load_policy(run("sft", tmp_path, {"rows": 6400, "abstain": 0.0})))
     assert result.unknown["made_up"] >= 0.85
     assert result.known["right"] >= 0.85
 
@@ -37,8 +37,8 @@ def test_sft_cannot_teach_whom_to_abstain_on(abstaining):
     assert result.unknown["made_up"] >= 0.60
 
 
-def test_ppo_with_a_reward_for_truth_does_in_half_the_usual_steps(abstaining, tmp_path):
-    result = examine(*load_policy(run("ppo", tmp_path, {"rows": 9600}, "--start_from", abstaining)))
+def test_ppo_with_a_reward_for_truth_does_in_two_fifths_of_the_usual_steps(abstaining, tmp_path):
+    result = examine(*load_policy(run("ppo", tmp_path, {"rows": 7680}, "--start_from", abstaining)))
     assert result.unknown["made_up"] <= 0.12
     assert result.unknown["abstained"] >= 0.85
     assert result.known["right"] >= 0.92
