@@ -173,7 +173,7 @@ class _Reader:
         name, recipe, config, arguments = self._checked(entry, where, turn)
         place = (self.output if turn is None else self.output / f"round-{turn}") / name
         own = {"output_dir": str(place)} if self.seed is None else {"output_dir": str(place), "seed": self.seed}
-        values = {**read_yaml(_found(config, self.recipes)), **own, **arguments}
+        values = {**read_yaml(found(config, self.recipes)), **own, **arguments}
         values.pop("needs", None)  # the order of the stages says so
         named = {key: value for key, value in values.items() if key != "output_dir"} | {"accelerate_config": self.engine}
         files = _files_in(named, Path(values["output_dir"]))
@@ -288,7 +288,8 @@ def _sorted(value: Any) -> Any:
     return [_sorted(item) for item in value] if isinstance(value, list | tuple) else value
 
 
-def _found(path: str, recipes: Path) -> Path:
+def found(path: str, recipes: Path) -> Path:
+    """A file that is named from the current folder, or from that of a checkout."""
     own = recipes.parent / path  # of a checkout that the command is not run in
     return own if own.exists() and not Path(path).exists() else Path(path)
 
