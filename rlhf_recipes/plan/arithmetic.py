@@ -5,11 +5,12 @@ connection. `tokens` counts those of a micro-batch, padding too. Where a formula
 backward pass, its docstring names the library's code.
 """
 
-import math
 from dataclasses import dataclass
 
 BLOCK, NESTED_BLOCK = 64, 256  # weights with a scale of their own, and scales with one, in bitsandbytes
 TILE_TOKENS, TILE_WORDS = 4096, 32768  # of TRL's fused LM head: `trl/kernels/chunked_logprob.py`, `trl/trainer/utils.py`
+
+_MLP = frozenset({"gate", "up", "down"})
 
 OPTIMIZER_BYTES = {
     "adamw_torch": 8.0,
@@ -268,8 +269,10 @@ def saved_bytes(shape: Shape, numbers: Numbers, training: Training, rows: int, l
 
 
 def layer_bytes(shape: Shape, numbers: Numbers, training: Training, rows: int, length: int) -> float:
-    """Bytes that one layer keeps, if it is not checkpointed."""
+    """Bytes that one layer keeps for its backward pass; with checkpointing, while that is at work, besides its input."""
     each = saved_by_attention(shape, numbers, training, length) + saved_by_mlp(shape, numbers, training)
+    if training.checkpointing and numbers.weights == 4:  # the first norm's input in fp32 is what checkpointing keeps
+        each -= 4 * shape.hidden
     return rows * length * each + mask_bytes(rows, length, numbers, training)
 
 
@@ -289,7 +292,7 @@ def backward_bytes(shape: Shape, numbers: Numbers, training: Training, rows: int
     """
     a, tokens = numbers.compute, rows * length
     mlp = 2 * a * shape.intermediate + (numbers.weights + a) * shape.hidden
-    if training.adapted and numbers.bits is None and (numbers.weights, a) != (4, 4):
+    if training.adapted & _MLP and numbers.bits is None and (numbers.weights, a) != (4, 4):
         mlp += 4 * shape.intermediate
     layer = layer_bytes(shape, numbers, training, rows, length)
     freed = tokens * saved_by_mlp(shape, numbers, training)
@@ -318,10 +321,9 @@ def forward_bytes(
     """
     a = numbers.compute if autocast in (None, True) else numbers.weights
     lora = 4 if autocast is False else a
-    mlp = a * shape.intermediate * (2 if training.adapted else 3)
-    if training.adapted:
-        mlp += 2 * lora * shape.intermediate
-    each = (numbers.weights + a + (4 if lora != a else 0)) * shape.hidden + mlp
+    adapted = bool(training.adapted & _MLP)
+    mlp = shape.intermediate * (2 * a + 2 * lora if adapted else 3 * a)
+    each = (numbers.weights + a + (4 if adapted and lora != a else 0)) * shape.hidden + mlp
     return rows * length * each + mask_bytes(rows, length, numbers, training)
 
 
@@ -332,7 +334,7 @@ def fused_head_bytes(shape: Shape, numbers: Numbers, scored: int, gradients: boo
     """Bytes of TRL's fused LM head at its peak: one tile of logits, and the hidden states that are scored.
 
     A tile has at most 4,096 tokens by 32,768 words, and is reserved at that width whatever the vocabulary. Without Triton its
-    statistics are computed on copies in fp32: about 4 of a tile forward, 8 backward.
+    statistics are computed on copies in fp32: 4 of a tile forward, 7 backward.
 
     Args:
         shape: of the model.
@@ -343,7 +345,7 @@ def fused_head_bytes(shape: Shape, numbers: Numbers, scored: int, gradients: boo
     words = min(TILE_WORDS, shape.vocabulary)
     tile = min(scored, TILE_TOKENS) * TILE_WORDS * numbers.compute
     if not numbers.triton:
-        tile += min(scored, TILE_TOKENS) * words * (33 if gradients else 17)
+        tile += min(scored, TILE_TOKENS) * words * 4 * (7 if gradients else 4)
     if numbers.weights != numbers.compute:  # its weight is cast piece by piece
         tile += words * shape.hidden * numbers.compute
     return tile + scored * shape.hidden * (numbers.weights + (4 if gradients else 0))
@@ -372,8 +374,3 @@ def dequantised_bytes(shape: Shape, numbers: Numbers) -> float:
     if numbers.bits is None:
         return 0.0
     return shape.largest * (numbers.compute + (2 * 4 / BLOCK if numbers.nested and numbers.bits == 4 else 0))
-
-
-def ceil_div(value: int, by: int) -> int:
-    """The quotient, rounded up."""
-    return math.ceil(value / by)

@@ -3,6 +3,7 @@
 import copy
 import functools
 from dataclasses import dataclass
+from typing import Any
 
 from rlhf_recipes.errors import RecipeError, first_line
 from rlhf_recipes.models import resolve_path
@@ -32,6 +33,19 @@ class Adapter:
     parts: frozenset[str]
     rank: int
     dropout: bool
+
+
+@dataclass(frozen=True)
+class _Held:
+    """Passes a value through a cache that goes by another key: it is equal to any."""
+
+    value: Any
+
+    def __eq__(self, other: object) -> bool:
+        return True
+
+    def __hash__(self) -> int:
+        return 0
 
 
 def load_config(name: str, revision: str = "main", trust_remote_code: bool = False) -> PretrainedConfig:
@@ -64,9 +78,18 @@ def adapter_of(config: PretrainedConfig, lora: LoraConfig) -> Adapter:
     Raises:
         RecipeError: for layers to adapt that the model has not.
     """
-    model, lora = _on_meta(config), copy.copy(lora)
+    targets = lora.target_modules
+    targets = tuple(sorted(targets)) if isinstance(targets, set | list) else targets
+    key = (config.to_json_string(use_diff=False), lora.r, lora.lora_dropout, targets, tuple(lora.modules_to_save or ()))
+    return _adapted(key, _Held(config), _Held(lora))
+
+
+@functools.lru_cache(maxsize=32)
+def _adapted(key: tuple, config: _Held, held: _Held) -> Adapter:
+    config, lora = config.value, copy.deepcopy(held.value)
+    lora.inference_mode = False  # as saved adapters have it, nothing would be trained
     try:
-        adapted = get_peft_model(model, lora, autocast_adapter_dtype=False, low_cpu_mem_usage=True)
+        adapted = get_peft_model(_on_meta(config), lora, autocast_adapter_dtype=False, low_cpu_mem_usage=True)
     except ValueError as error:
         raise RecipeError(f"lora_target_modules: {config.name_or_path}: {first_line(error)}") from error
     trained = sum(weight.numel() for weight in adapted.parameters() if weight.requires_grad)
@@ -75,23 +98,10 @@ def adapter_of(config: PretrainedConfig, lora: LoraConfig) -> Adapter:
     return Adapter(trained, parts, lora.r, bool(lora.lora_dropout))
 
 
-@dataclass(frozen=True)
-class _Held:
-    """Passes a configuration through a cache, which goes by its text."""
-
-    config: PretrainedConfig
-
-    def __eq__(self, other: object) -> bool:
-        return True
-
-    def __hash__(self) -> int:
-        return 0
-
-
 @functools.lru_cache(maxsize=32)
 def _measured(text: str, held: _Held) -> Shape:
-    config = held.config.get_text_config()
-    model = _on_meta(held.config)
+    config = held.value.get_text_config()
+    model = _on_meta(held.value)
     head, embedding = model.get_output_embeddings(), model.get_input_embeddings()
     sides = [
         (module.in_features, module.out_features, name.rpartition(".")[2])
@@ -100,7 +110,7 @@ def _measured(text: str, held: _Held) -> Shape:
     ]
     if strange := sorted({name for *_, name in sides} ^ PARTS.keys()):
         raise RecipeError(
-            f"model_name_or_path: {held.config.name_or_path}: the plan knows layers as those of Llama, Qwen2, Qwen3 and "
+            f"model_name_or_path: {held.value.name_or_path}: the plan knows layers as those of Llama, Qwen2, Qwen3 and "
             f"Mistral, and not `{strange[0]}` of {config.model_type}: measure a short run instead (`recipe.json` has its peak)"
         )
     tied = head.weight is embedding.weight

@@ -30,7 +30,6 @@ CACHE, ACTIVATIONS, LOGITS, DEQUANTISED, BATCH = "KV cache", "activations", "log
 COMPONENTS = (QUANTISED, WHOLE, ADAPTERS, MODELS, GRADIENTS, OPTIMIZER, CACHE, ACTIVATIONS, LOGITS, DEQUANTISED, BATCH)
 """In the order of the table."""
 
-_LABELLED = 32  # completions that reward models of an evaluation score at once, in `load_saved_rewards`
 _ROLLOUT_COLUMNS = 80  # bytes a token of a batch of completions: ids and masks of 8, five columns of fp32, and their copies
 
 
@@ -135,6 +134,7 @@ class _Run:
         self.numbers = _numbers(arguments, self.config)
         self.peft = bool(arguments.get("use_peft")) or arguments.recipe in ("evaluate", "sample")
         self.adapter = self._lora() if arguments.get("use_peft") else None
+        self.asked: frozenset[str] = frozenset()  # parts of a layer that adapters are on, where none is trained
 
     # --- What is there ---
 
@@ -213,9 +213,9 @@ class _Run:
         shape, numbers, training = self.shape, self.numbers, self.training()
         kept = sizes.saved_bytes(shape, numbers, training, rows, length) + self.casts(trained)
         kept += rows * length * length * (1 if training.padded else 0)  # the mask, of bools
-        ends = rows * length * shape.hidden * (4 + 2 * numbers.weights)  # the embedding, and the norm behind the last layer
+        end = rows * length * shape.hidden * 4.0  # what the norm behind the last layer keeps
         layer = {
-            ACTIVATIONS: kept + ends + sizes.backward_bytes(shape, numbers, training, rows, length),
+            ACTIVATIONS: kept + sizes.backward_bytes(shape, numbers, training, rows, length),
             DEQUANTISED: sizes.dequantised_bytes(shape, numbers),
         }
         if not head:
@@ -223,13 +223,13 @@ class _Run:
         logits = sizes.fused_head_bytes(shape, numbers, scored, gradients=True)
         if self.adapter is None:  # the LM head is trained too
             logits += shape.embedding * 4.0
-        return {"update, LM head": {ACTIVATIONS: kept + ends, LOGITS: logits}, "update, layers": layer}
+        return {"update, LM head": {ACTIVATIONS: kept + end, LOGITS: logits}, "update, layers": layer}
 
     def forward(self, rows: int, length: int, scored: int = 0, autocast: bool | None = None) -> dict[str, float]:
         """A pass that keeps nothing."""
         shape, numbers, training = self.shape, self.numbers, self.training()
-        if self.peft and not training.adapted:
-            training = Training(adapted=frozenset(sizes_of_all()), rank=1)
+        if self.adapter is None and self.peft:
+            training = Training(adapted=self.asked, rank=1)
         layer = sizes.forward_bytes(shape, numbers, training, rows, length, autocast)
         ends = rows * length * shape.hidden * (numbers.weights + 4.0)
         logits = sizes.fused_head_bytes(shape, numbers, scored, gradients=False) if scored else 0.0
@@ -258,11 +258,6 @@ class _Run:
             self.note("vLLM takes `vllm_gpu_memory_utilization` of the card besides, which is not in the plan")
         roles = {"base": self.shape.parameters(), **parameters}
         return Plan(values.stage, values.recipe, resident, phases, roles, tuple(self.notes))
-
-
-def sizes_of_all() -> tuple[str, ...]:
-    """All parts of a layer, which an adapter may be on."""
-    return ("q", "k", "v", "o", "gate", "up", "down")
 
 
 # --- Of the arguments ------------------------------------------------------------------------------------
@@ -474,7 +469,9 @@ def _plan_evaluate(run: _Run) -> Plan:
     values = run.arguments
     prompt, completion = _length(values, "max_prompt_length"), _length(values, "max_completion_length")
     policies = [_folder_of(entry) for entry in values.policies.values()]
-    own = [run.adapter_in(folder).parameters for folder in dict.fromkeys(filter(None, policies))]
+    adapters = [run.adapter_in(folder) for folder in dict.fromkeys(filter(None, policies))]
+    run.asked = frozenset().union(*(adapter.parts for adapter in adapters))
+    own = [adapter.parameters for adapter in adapters]
     rewards, models = rewards_of(run, paths_of(values.get("rewards") or []))
     resident = {**run.weights(), ADAPTERS: 4.0 * (sum(own) + sum(rewards)), MODELS: models * float(run.width)}
     rows = values.batch_size
@@ -490,7 +487,7 @@ def _plan_evaluate(run: _Run) -> Plan:
             tokens = rows * values.ptx_max_length
             phases["pretraining text"] = {LOGITS: tokens * run.shape.vocabulary * (2.0 * run.width + 8)}
     if rewards or models:
-        phases["rewards"] = run.forward(_LABELLED, prompt + completion, autocast=False)
+        phases["rewards"] = run.forward(rows, prompt + completion, autocast=False)
     return run.plan(resident, phases, {"policies": sum(own), "reward models": sum(rewards) + models})
 
 
