@@ -1,6 +1,6 @@
 """What `recipes/plan.py` predicts beside what a run takes, for models with random weights.
 
-    python benchmarks/plan_vs_measured.py                # on a GPU models of 1B, 8B and 14B in 4 bits, else small ones on the CPU
+    python benchmarks/plan_vs_measured.py                # on a GPU 1B, 8B and 14B in 4 bits, else small models
     python benchmarks/plan_vs_measured.py --sizes 8B --stages ppo
 
 Runs the stages themselves, each in a process of its own: one or two steps of SFT, reward model, PPO and DPO on rows that are
@@ -216,9 +216,7 @@ def allocated_now() -> int:
     return sum(storages.values())
 
 
-def compare(
-    config: PretrainedConfig, variant: dict[str, Any], stages: list[str], gpu: bool
-) -> Iterator[tuple[str, Plan, int]]:
+def compare(config: PretrainedConfig, variant: dict[str, Any], stages: list[str], gpu: bool) -> Iterator[tuple[str, Plan, int]]:
     """Each stage with its plan and its measured peak, bytes."""
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)

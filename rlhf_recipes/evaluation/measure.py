@@ -108,9 +108,7 @@ class NamedReward:
     folder: str | None = None
 
 
-def load_named_rewards(
-    specs: Sequence[str | dict[str, Any]], bench: Bench, batch_size: int = 32
-) -> dict[str, NamedReward]:
+def load_named_rewards(specs: Sequence[str | dict[str, Any]], bench: Bench, batch_size: int = 32) -> dict[str, NamedReward]:
     """The rewards that the YAML key `rewards` lists, by name, reward models as adapters on the bench's base.
 
     Args:
@@ -145,9 +143,7 @@ def _check_own(own: dict[str, Any], where: str) -> None:
             raise RecipeError(f"{where}: {key}: expected {_EXPECTED[key]}, found {own[key]!r}")
 
 
-def _load_reward(
-    spec: dict[str, Any], bench: Bench, where: str, batch_size: int
-) -> tuple[Callable[..., Any], str | None]:
+def _load_reward(spec: dict[str, Any], bench: Bench, where: str, batch_size: int) -> tuple[Callable[..., Any], str | None]:
     try:
         (reward,), _ = load_rewards([spec])
     except RecipeError as error:  # which knows the key by another name

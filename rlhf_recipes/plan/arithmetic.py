@@ -207,7 +207,7 @@ def saved_by_attention(shape: Shape, numbers: Numbers, training: Training, lengt
 
 
 def saved_by_mlp(shape: Shape, numbers: Numbers, training: Training) -> float:
-    """Bytes a token that the gated MLP of one layer keeps: its norm's input in fp32, gate, act(gate) and up, and what LoRA reads.
+    """Bytes a token that the gated MLP of one layer keeps: its norm's input in fp32, gate, act(gate), up, and what LoRA reads.
 
     Args:
         shape: of the model.

@@ -11,14 +11,14 @@ from rlhf_recipes.plan.stages import GIB, OVERHEAD, SPARE, Arguments, Plan, plan
 LARGEST = 8
 """Rows of a micro-batch beyond which a card computes hardly faster."""
 OPTIMIZERS = ("adamw_torch_fused", "paged_adamw_8bit")
-_KEPT_BATCH = {"per_device_train_batch_size", "gradient_accumulation_steps"}
+_OF_BATCHES = ("per_device_train_batch_size", "gradient_accumulation_steps", "steps_per_generation", "generation_batch_size")
 
 
 def pick(arguments: Arguments, card: float, fixed: Collection[str] = ()) -> tuple[dict[str, Any], Plan]:
-    """What the dial sets in a stage for a card, and the plan with it.
+    """What the dial sets in a stage for a card, and the plan with it: the first of `choices` that fits.
 
-    The first of `choices` that fits. What an optimizer step learns from stays as it is: rows of a micro-batch times
-    accumulation, and of PPO the completions of an iteration.
+    What an optimizer step learns from stays as it is: rows of a micro-batch times accumulation, and of PPO the completions of
+    an iteration.
 
     Args:
         arguments: of the stage.
@@ -59,23 +59,19 @@ def choices(arguments: Arguments, fixed: Collection[str] = ()) -> Iterator[dict[
     sampling: batches of half the size, and half of that.
     """
     if "batch_size" in arguments.values:
-        size = arguments.batch_size
-        sizes = [size] if "batch_size" in fixed else [size >> halved for halved in range(size.bit_length())]
-        yield from ({} if "batch_size" in fixed else {"batch_size": rows} for rows in sizes)
+        sizes = [arguments.batch_size >> halved for halved in range(arguments.batch_size.bit_length())]
+        yield from ({"batch_size": rows} for rows in sizes) if "batch_size" not in fixed else ({},)
         return
-    ways = itertools.product((False, True), _micro_batches(arguments, fixed), OPTIMIZERS, _critics(arguments))
+    kept = bool(set(_OF_BATCHES) & set(fixed))
+    ways = itertools.product((False, True), _micro_batches(arguments, kept), OPTIMIZERS, _critics(arguments))
     for checkpointing, rows, optimizer, critic in ways:
-        if not checkpointing and rows == 1:
+        if not checkpointing and rows == 1 and not kept:  # a larger one with checkpointing is faster
             continue
-        choice = {
-            "per_device_train_batch_size": rows,
-            "gradient_accumulation_steps": _global_rows(arguments) // rows,
-            "gradient_checkpointing": checkpointing,
-            "optim": optimizer,
-            "per_device_eval_batch_size": rows,
-        }
+        choice = {"gradient_checkpointing": checkpointing, "optim": optimizer, "per_device_eval_batch_size": rows}
+        if not kept:
+            choice |= {"per_device_train_batch_size": rows, "gradient_accumulation_steps": _global_rows(arguments) // rows}
         if arguments.recipe == "ppo":
-            choice |= {"critic": critic, **_rollout(arguments, rows)}
+            choice |= {"critic": critic, **_rollout(arguments, rows, kept)}
         yield {key: value for key, value in choice.items() if key not in fixed}
 
 
@@ -83,8 +79,9 @@ def _global_rows(arguments: Arguments) -> int:
     return arguments.per_device_train_batch_size * arguments.gradient_accumulation_steps
 
 
-def _micro_batches(arguments: Arguments, fixed: Collection[str]) -> list[int]:
-    if _KEPT_BATCH & set(fixed):
+def _micro_batches(arguments: Arguments, kept: bool) -> list[int]:
+    """Rows, from most to least, by which the rows of an optimizer step can be divided."""
+    if kept:
         return [arguments.per_device_train_batch_size]
     whole = _global_rows(arguments)
     return [rows for rows in range(min(LARGEST, whole), 0, -1) if whole % rows == 0]
@@ -96,14 +93,11 @@ def _critics(arguments: Arguments) -> list[str | None]:
     return ["adapter", "shared"]
 
 
-def _rollout(arguments: Arguments, rows: int) -> dict[str, Any]:
-    """Of PPO: as many completions an iteration as before; evaluation samples as many at once, and reads them in micro-batches."""
+def _rollout(arguments: Arguments, rows: int, kept: bool) -> dict[str, Any]:
+    """Of PPO: as many completions an iteration as before. Evaluation samples as many at once, and reads as training does."""
     whole = sampled_rows(arguments)
-    return {
-        "steps_per_generation": whole // rows,
-        "per_device_eval_batch_size": whole,
-        "local_rollout_forward_batch_size": rows,
-    }
+    own = {} if kept else {"steps_per_generation": whole // rows, "generation_batch_size": None}
+    return {**own, "per_device_eval_batch_size": whole, "local_rollout_forward_batch_size": rows}
 
 
 # --- If nothing fits -------------------------------------------------------------------------------------
@@ -116,14 +110,14 @@ def advice(arguments: Arguments, card: float) -> list[str]:
         plan = plan_stage(with_values(arguments, choice))
         if plan.fits(card):
             changed = {key: value for key, value in choice.items() if _plain(arguments.get(key)) != value}
-            return [f"set {_written(changed)}"]
+            return [f"set {written(changed)}"]
         if best is None or plan.allocated < best[1].allocated:
             best = choice, plan
     smallest, changes = with_values(arguments, best[0]), {}
     for change in _structural(smallest):
         smallest, changes = with_values(smallest, change), changes | change
         if plan_stage(smallest).fits(card):
-            return [f"set {_written(best[0] | changes)}"]
+            return [f"set {written(best[0] | changes)}"]
     return [f"a smaller base, or a card of {needed(best[1]):.1f} GiB"]
 
 
@@ -148,6 +142,7 @@ def _plain(value: Any) -> Any:
     return getattr(value, "value", value)  # of an enum
 
 
-def _written(values: dict[str, Any]) -> str:
-    texts = {key: str(value).lower() if isinstance(value, bool) else value for key, value in values.items() if value is not None}
-    return ", ".join(f"`{key}: {text}`" for key, text in texts.items())
+def written(values: dict[str, Any]) -> str:
+    """Keys and values as in a YAML file, but for what is unset."""
+    texts = {key: str(value).lower() if isinstance(value, bool) else value for key, value in values.items()}
+    return ", ".join(f"`{key}: {text}`" for key, text in texts.items() if text is not None)

@@ -137,4 +137,5 @@ def _on_meta(config: PretrainedConfig) -> PreTrainedModel:
         with torch.device("meta"):
             return AutoModelForCausalLM.from_config(config)
     except (ValueError, AttributeError) as error:
-        raise RecipeError(f"model_name_or_path: {config.name_or_path}: no causal language model ({first_line(error)})") from error
+        where = f"model_name_or_path: {config.name_or_path}"
+        raise RecipeError(f"{where}: no causal language model ({first_line(error)})") from error

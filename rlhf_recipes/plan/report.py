@@ -17,8 +17,8 @@ def report(plans: Sequence[Plan]) -> Iterator[str]:
         yield from (f"{plan.stage}: {note}" for note in plan.notes)
     yield ""
     yield (
-        f"Tensors on one GPU; {_gib(OVERHEAD)} GiB for CUDA and its libraries and {SPARE:.0%} of the card for what the allocator "
-        "cannot use come on top in `fits`."
+        f"All of these are tensors on one GPU. In `fits`, {_gib(OVERHEAD)} GiB for CUDA and its libraries come on top, and "
+        f"{SPARE:.0%} of the card for what the allocator cannot use."
     )
 
 

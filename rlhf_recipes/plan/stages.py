@@ -7,7 +7,7 @@ from typing import Any
 
 from rlhf_recipes.errors import RecipeError
 from rlhf_recipes.plan import arithmetic as sizes
-from rlhf_recipes.plan.arithmetic import Numbers, Shape, Training
+from rlhf_recipes.plan.arithmetic import Numbers, Training
 from rlhf_recipes.plan.models import Adapter, adapter_of, load_config, shape_of
 from rlhf_recipes.records import REWARD, read_json
 from rlhf_recipes.rewards import paths_of
@@ -120,7 +120,8 @@ def plan_stage(arguments: Arguments) -> Plan:
     """
     planner = _PLANNERS.get(arguments.recipe)
     if planner is None:
-        raise RecipeError(f"{arguments.stage}: there is no plan for recipes/{arguments.recipe}.py, only for {', '.join(_PLANNERS)}")
+        known = ", ".join(_PLANNERS)
+        raise RecipeError(f"{arguments.stage}: there is no plan for recipes/{arguments.recipe}.py, only for {known}")
     return planner(_Run(arguments))
 
 
@@ -437,7 +438,7 @@ def _ppo_roles(run: _Run) -> tuple[dict[str, float], dict[str, int], int]:
 
 
 def rewards_of(run: _Run, paths: list[str | None]) -> tuple[list[int], int]:
-    """Weights of each reward adapter that the paths name, and of the whole models among them, which have a base of their own."""
+    """Weights of each reward adapter that the paths name, and of the whole models among them."""
     adapters: list[int] = []
     models = 0
     for path in filter(None, paths):
@@ -450,7 +451,8 @@ def rewards_of(run: _Run, paths: list[str | None]) -> tuple[list[int], int]:
         elif before is None and (folder / "config.json").is_file():
             models += shape_of(load_config(path)).parameters(head=False)
         else:
-            members = before.ensemble_size if before else len((read_json(folder / REWARD).get("ensemble") or {}).get("members", [0]))
+            stored = read_json(folder / REWARD).get("ensemble") or {}
+            members = before.ensemble_size if before else len(stored.get("members", [path]))
             found = run.adapter_in(path if before or members == 1 else f"{path}/member-0")
             adapters += [found.parameters + run.shape.hidden] * members
     return adapters, models
