@@ -86,6 +86,7 @@ class Numbers:
         bits: 4, 8 or None: how the matrices of the base are stored.
         nested: whether the scales of 4-bit weights are quantised too.
         triton: whether there is Triton, as on a GPU: without it TRL's fused LM head works on copies of a tile in fp32.
+        mixed: whether there is autocast, by which LoRA, which is kept in fp32, computes in `compute` too.
     """
 
     weights: int = 2
@@ -93,11 +94,7 @@ class Numbers:
     bits: int | None = None
     nested: bool = False
     triton: bool = True
-
-    @property
-    def autocast(self) -> bool:
-        """Whether LoRA, which is kept in fp32, computes in another type. In fp32 throughout it makes no difference."""
-        return self.compute == 2
+    mixed: bool = True
 
 
 @dataclass(frozen=True)
@@ -238,7 +235,7 @@ def _inputs(
         kept_anyway: whether something else keeps it already, which costs nothing again.
     """
     count = len(parts) if training.whole else len(training.adapted & set(parts))
-    each = numbers.compute if training.whole or numbers.autocast else 4
+    each = numbers.compute if training.whole or numbers.mixed else 4
     if training.dropout and training.adapted:  # what it leaves, and its mask: bits as bytes, on a CPU numbers
         return count * width * (each + (1 if numbers.triton else each))
     cast = stored != each or (not training.whole and numbers.bits is None and stored != 4)

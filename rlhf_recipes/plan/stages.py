@@ -151,8 +151,9 @@ class _Run:
         lora = lora_in(folder, self.arguments.earlier)
         if lora is not None:
             return adapter_of(self.config, lora)
-        self.note(f"{folder} is not there yet: taken for an adapter as this stage's own")
-        return adapter_of(self.config, own_lora(self.arguments))
+        lora = own_lora(self.arguments)
+        self.note(f"{folder} is not there yet: taken for LoRA of rank {lora.r} on {lora.target_modules or 'some layers'}")
+        return adapter_of(self.config, lora)
 
     def note(self, text: str) -> None:
         """Says what the plan takes for granted."""
@@ -201,7 +202,7 @@ class _Run:
     def casts(self, trained: int) -> float:
         """Bytes of the copies that autocast makes of fp32 weights: of what is trained, and of a base in fp32."""
         numbers = self.numbers
-        copies = trained * 2.0 if numbers.compute < 4 and (self.adapter is not None or numbers.weights == 4) else 0.0
+        copies = trained * 2.0 if numbers.mixed and (self.adapter is not None or numbers.weights == 4) else 0.0
         if numbers.compute < numbers.weights and self.adapter is not None and numbers.bits is None:
             layers = 1 if self.arguments.get("gradient_checkpointing") else self.shape.layers
             copies += 2.0 * self.shape.matrices / self.shape.layers * layers
@@ -277,17 +278,19 @@ def _numbers(arguments: Arguments, config: PretrainedConfig) -> Numbers:
     weights = 4 if named == "float32" else 2
     mixed = arguments.get("bf16") or arguments.get("fp16")
     bits = 4 if arguments.get("load_in_4bit") else 8 if arguments.get("load_in_8bit") else None
-    return Numbers(weights, 2 if mixed else weights, bits, bool(arguments.get("use_bnb_nested_quant")), arguments.triton)
+    nested = bool(arguments.get("use_bnb_nested_quant"))
+    return Numbers(weights, 2 if mixed else weights, bits, nested, arguments.triton, bool(mixed))
 
 
 def own_lora(arguments: Arguments) -> LoraConfig:
     """The LoRA that the arguments of a stage describe."""
     values = arguments.values
+    trains = arguments.recipe not in ("evaluate", "sample")  # which know nothing of what their policies are
     return LoraConfig(
         r=values.get("lora_r", 16),
         lora_alpha=values.get("lora_alpha", 32),
         lora_dropout=values.get("lora_dropout", 0.05),
-        target_modules=values.get("lora_target_modules"),
+        target_modules=values.get("lora_target_modules") or (None if trains else "all-linear"),
         modules_to_save=values.get("lora_modules_to_save"),
         task_type="CAUSAL_LM",
     )
