@@ -32,6 +32,7 @@ from transformers import AutoModelForCausalLM, LlamaConfig, PretrainedConfig, Pr
 
 ROOT = Path(__file__).parent.parent
 STAGES = ("sft", "reward", "dpo", "ppo")
+NEEDED = {"dpo": {"sft"}, "ppo": {"sft", "reward"}}  # the stages that a stage reads
 TEMPLATE = (
     "{% for message in messages %}{{ message['content'] + ' ' }}"
     "{% if message['role'] == 'assistant' %}{{ eos_token }}{% endif %}{% endfor %}"
@@ -221,7 +222,8 @@ def compare(config: PretrainedConfig, variant: dict[str, Any], stages: list[str]
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         write_inputs(folder, config, gpu)
-        for stage in STAGES[: max(map(STAGES.index, stages)) + 1]:  # later ones read earlier ones
+        run = {*stages}.union(*(NEEDED.get(stage, ()) for stage in stages))
+        for stage in filter(run.__contains__, STAGES):
             path = folder / f"{stage}.yaml"
             path.write_text(yaml.safe_dump(arguments(stage, folder, variant, gpu)))
             (plan,) = plan_file(path, ROOT / "recipes", triton=gpu)

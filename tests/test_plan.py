@@ -2,9 +2,7 @@
 
 import importlib.util
 import json
-import sys
 
-from rlhf_recipes import runs
 from rlhf_recipes.errors import RecipeError
 from rlhf_recipes.pipeline import read_pipeline
 from rlhf_recipes.pipeline.planning import arguments_in, plan_file
@@ -212,27 +210,15 @@ def test_the_recipe_says_what_to_change(hub, launch, capsys):
 # --- The plan beside what is measured --------------------------------------------------------------------
 
 
-@pytest.fixture
-def benchmark(monkeypatch):
-    """`benchmarks/plan_vs_measured.py`, in this process."""
+@pytest.mark.parametrize("stage, variant", [("sft", "fp32, LoRA, checkpointing"), ("reward", "bf16, LoRA")])
+def test_the_plan_is_within_a_tenth_of_the_peak_of_a_small_model(stage, variant):
     spec = importlib.util.spec_from_file_location("plan_vs_measured", ROOT / "benchmarks" / "plan_vs_measured.py")
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    monkeypatch.setattr(runs, "train", runs.train)  # which it replaces
-    monkeypatch.setattr(sys, "argv", sys.argv)
-    return module
-
-
-@pytest.mark.parametrize("variant", ["fp32, LoRA, checkpointing", "bf16, LoRA"])
-def test_the_plan_is_within_a_tenth_of_the_peak_of_a_small_model(benchmark, tmp_path, variant):
+    benchmark = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(benchmark)
     sizes = {"hidden_size": 256, "intermediate_size": 704, "num_hidden_layers": 4, "num_attention_heads": 4}
     config = LlamaConfig(vocab_size=2048, num_key_value_heads=2, **sizes)
-    benchmark.write_inputs(tmp_path, config, gpu=False)
-    for stage in ("sft", "reward"):
-        path = tmp_path / f"{stage}.yaml"
-        path.write_text(yaml.safe_dump(benchmark.arguments(stage, tmp_path, benchmark.variants(gpu=False)[variant], gpu=False)))
-        (plan,) = plan_file(path, RECIPES, triton=False)
-        assert plan.allocated == pytest.approx(benchmark.measure(stage, str(path)), rel=0.1)
+    ((_, plan, measured),) = benchmark.compare(config, benchmark.variants(gpu=False)[variant], [stage], gpu=False)
+    assert plan.allocated == pytest.approx(measured, rel=0.1)
 
 
 # --- The dial --------------------------------------------------------------------------------------------
@@ -266,8 +252,8 @@ def test_fixed_keys_are_left_alone(hub):
 
 def test_what_fits_nowhere_is_refused_with_a_remedy(hub):
     stage = arguments_in(ROOT / "configs" / "qwen3-8b" / "dpo.yaml", RECIPES)[-1]
-    with pytest.raises(RecipeError, match=r"gpu_memory: 8: dpo needs \d+\.\d GiB at the least .*`max_length: 512`"):
-        pick(stage, 8)
+    with pytest.raises(RecipeError, match=r"gpu_memory: 8.5: dpo needs \d+\.\d GiB at the least .*`max_length: 512`"):
+        pick(stage, 8.5)
     with pytest.raises(RecipeError, match="a smaller base, or a card of"):
         pick(stage, 4)
 
