@@ -210,7 +210,7 @@ def test_the_recipe_says_what_to_change(hub, launch, capsys):
 # --- The plan beside what is measured --------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("stage, variant", [("sft", "fp32, LoRA, checkpointing"), ("reward", "bf16, LoRA")])
+@pytest.mark.parametrize(("stage", "variant"), [("sft", "fp32, LoRA, checkpointing"), ("reward", "bf16, LoRA")])
 def test_the_plan_is_within_a_tenth_of_the_peak_of_a_small_model(stage, variant):
     spec = importlib.util.spec_from_file_location("plan_vs_measured", ROOT / "benchmarks" / "plan_vs_measured.py")
     benchmark = importlib.util.module_from_spec(spec)
