@@ -132,7 +132,12 @@ def _structural(arguments: Arguments) -> Iterator[dict[str, Any]]:
         for halved in (2, 4, 8):
             if (rows := sampled_rows(arguments) // halved) >= arguments.per_device_train_batch_size:
                 steps = rows // arguments.per_device_train_batch_size
-                yield {"steps_per_generation": steps, "generation_batch_size": None, "gradient_accumulation_steps": steps}
+                yield {
+                    "steps_per_generation": steps,
+                    "generation_batch_size": None,
+                    "gradient_accumulation_steps": steps,
+                    "per_device_eval_batch_size": rows,
+                }
     for key in ("max_length", "max_completion_length", "max_prompt_length"):
         if values.get(key) and values[key] >= 256:
             yield {key: values[key] // 2}
