@@ -48,7 +48,7 @@ def main() -> None:
 
     # Roles: every policy and every reward model as an adapter on one base
     bench = load_bench(model_args, evaluate_args, policies, tokenizer)
-    rewards = load_named_rewards(evaluate_args.rewards, bench)
+    rewards = load_named_rewards(evaluate_args.rewards, bench, evaluate_args.batch_size)
     judge = choose_judge(evaluate_args, rewards)
     measurement = Measurement(bench, rows, rewards, evaluate_args)
     check_choosers(policies, measurement)

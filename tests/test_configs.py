@@ -7,7 +7,9 @@ import runpy
 from rlhf_recipes import arguments, models
 from rlhf_recipes.arguments import parse_arguments, read_yaml
 from rlhf_recipes.pipeline import read_pipeline
+from rlhf_recipes.plan import stages
 
+import published
 import pytest
 import yaml
 from conftest import ROOT
@@ -25,8 +27,10 @@ def test_there_is_a_tiny_config_for_each_recipe_that_has_arguments():
 
 
 @pytest.mark.parametrize("config", PIPELINES, ids=lambda path: str(path.relative_to(ROOT)))
-def test_every_stage_of_a_pipeline_parses_by_its_recipe(config, tmp_path):
-    for stage in read_pipeline(config, ROOT / "recipes").stages:
+def test_every_stage_of_a_pipeline_parses_by_its_recipe_and_fits_the_card(config, tmp_path, monkeypatch):
+    monkeypatch.setattr(stages, "load_config", published.load_config)
+    for stage in read_pipeline(config, ROOT / "recipes").stages:  # refused where a stage does not fit
+        assert ("gpu_memory" in read_yaml(config)) == (stage.predicted is not None)
         recipe = ROOT / "recipes" / f"{stage.recipe}.py"
         types = runpy.run_path(str(recipe), run_name="not main")["ARGUMENTS"]
         (tmp_path / "stage.yaml").write_text(yaml.safe_dump(stage.values))
@@ -56,6 +60,26 @@ def test_config_says_what_it_trains_on_which_memory_and_how_to_launch_it(config)
     assert header.splitlines()[-1] == f"# Launch: {launcher} recipes/{config.stem}.py{options}"
     groups = body.strip().split("\n\n")
     assert all(re.match(r"# \w+", group) for group in groups), "each group of keys has a title"
+
+
+FAMILIES = sorted(path.parent for path in PIPELINES if path.parent.name != "tiny" and path.stem == "pipeline")
+
+
+@pytest.mark.parametrize("folder", FAMILIES, ids=lambda path: path.name)
+def test_families_differ_where_the_models_do(folder):
+    model, own = FAMILIES[0], folder
+    assert {path.name for path in own.iterdir()} == {path.name for path in model.iterdir()}
+    for path in own.iterdir():
+        assert without_the_model(path) == without_the_model(model / path.name), path
+
+
+def without_the_model(path) -> str:
+    """A file without the names of its model and folder, its card, the end of a turn, and the layers that are adapted."""
+    text = path.read_text().replace(path.parent.name, "FOLDER")
+    text = re.sub(r"(Qwen|meta-llama)/[\w.-]+", "MODEL", text)
+    text = re.sub(r"a card of \d+ GB|gpu_memory: \d+", "CARD", text)
+    text = re.sub(r"eos_token: .*\n", "", text)
+    return re.sub(r"lora_target_modules: .*\n", "", text)
 
 
 def readers(name: str, *exclude: str) -> list[str]:

@@ -108,8 +108,13 @@ class NamedReward:
     folder: str | None = None
 
 
-def load_named_rewards(specs: Sequence[str | dict[str, Any]], bench: Bench) -> dict[str, NamedReward]:
+def load_named_rewards(specs: Sequence[str | dict[str, Any]], bench: Bench, batch_size: int = 32) -> dict[str, NamedReward]:
     """The rewards that the YAML key `rewards` lists, by name, reward models as adapters on the bench's base.
+
+    Args:
+        specs: as the key has them.
+        bench: with the base.
+        batch_size: answers that a reward model reads at once.
 
     Raises:
         RecipeError: as in `load_rewards` and `load_saved_rewards`; if two have one name.
@@ -124,7 +129,7 @@ def load_named_rewards(specs: Sequence[str | dict[str, Any]], bench: Bench) -> d
         if own.get("optional") and not Path(path).is_dir():
             print(f"{where}: left out, since there is no {path}")
             continue
-        function, folder = _load_reward(spec, bench, where)
+        function, folder = _load_reward(spec, bench, where, batch_size)
         name = own.get("name") or get_callable_name(function)
         if name in rewards:
             raise RecipeError(f"{where}: the name '{name}' is taken: set another `name`")
@@ -138,14 +143,15 @@ def _check_own(own: dict[str, Any], where: str) -> None:
             raise RecipeError(f"{where}: {key}: expected {_EXPECTED[key]}, found {own[key]!r}")
 
 
-def _load_reward(spec: dict[str, Any], bench: Bench, where: str) -> tuple[Callable[..., Any], str | None]:
+def _load_reward(spec: dict[str, Any], bench: Bench, where: str, batch_size: int) -> tuple[Callable[..., Any], str | None]:
     try:
         (reward,), _ = load_rewards([spec])
     except RecipeError as error:  # which knows the key by another name
         raise RecipeError(str(error).replace("reward_funcs, entry 1", where)) from error
     if not isinstance(reward, SavedReward):
         return reward, None
-    scorer = load_saved_rewards(reward.folder, bench.model, bench.tokenizer, reward.combine, reward.uncertainty_coef)
+    combination = (reward.combine, reward.uncertainty_coef, batch_size)
+    scorer = load_saved_rewards(reward.folder, bench.model, bench.tokenizer, *combination)
     return scorer, reward.folder
 
 

@@ -11,6 +11,9 @@ from typing import Any
 from rlhf_recipes.arguments import nearest, read_yaml
 from rlhf_recipes.errors import RecipeError
 from rlhf_recipes.evaluation.report import METRICS
+from rlhf_recipes.plan import Arguments, pick
+from rlhf_recipes.plan.arguments import resolve
+from rlhf_recipes.plan.stages import GIB, can_be_planned
 from rlhf_recipes.ranking import RANKED
 from rlhf_recipes.records import RECIPE
 from rlhf_recipes.runs import files_in
@@ -19,7 +22,7 @@ from rlhf_recipes.sampling import STATE
 TRAINERS = ("sft", "reward", "ppo", "dpo")
 # Every recipe that a stage may be, and the file that it writes last
 RECIPES = dict.fromkeys(TRAINERS, RECIPE) | {"evaluate": METRICS, "sample": STATE, "rank": RANKED}
-_KEYS = {"output_dir", "stages", "seeds", "rounds", "jobs", "accelerate_config"}
+_KEYS = {"output_dir", "stages", "seeds", "rounds", "jobs", "accelerate_config", "gpu_memory"}
 _STAGE_KEYS = {"name", "recipe", "config", "arguments", "each_round"}
 _PLACE = re.compile(r"\{([^{}]*)\}(.*)", re.DOTALL)
 
@@ -36,6 +39,8 @@ class Stage:
         fingerprint: changes with its arguments, with the files that they name, and with the fingerprints of its inputs.
         entry: its name in the file, which the stages of all seeds and rounds have in common.
         unseeded: its name without the seed.
+        picked: those of the arguments that `gpu_memory` chose.
+        predicted: GiB at the peak with them, or None.
     """
 
     name: str
@@ -45,6 +50,8 @@ class Stage:
     fingerprint: str
     entry: str
     unseeded: str
+    picked: dict[str, Any] = field(default_factory=dict)
+    predicted: float | None = None
 
     @property
     def folder(self) -> Path:
@@ -87,7 +94,8 @@ def read_stages(config: Path, recipes: Path) -> PipelineFile:
 
     With `seeds: [0, 1, 2]` all of it is done once for each seed, in a folder `seed-0`, ... of its own: `seed` of every stage
     is set, and `"{seed}"` stands for it in the arguments. With `rounds: 3` the stages with `each_round: true` are done three
-    times, in `round-1`, ...; docs/pipeline.md says how they name one another.
+    times, in `round-1`, ...; docs/pipeline.md says how they name one another. With `gpu_memory: 12` what makes a stage fit a
+    card of 12 GB is chosen, over its file and under its `arguments`.
 
     Args:
         config: the file; the files that it names are looked for from the current folder, and from that of `recipes/`.
@@ -107,11 +115,14 @@ def read_stages(config: Path, recipes: Path) -> PipelineFile:
     jobs = _whole(values, "jobs", "how many stages may run side by side", config)
     if engine is not None and not (isinstance(engine, str) and Path(engine).is_file()):
         raise RecipeError(f"{config}: accelerate_config: {engine!r} is no file: write one with `accelerate config`")
+    card = values.get("gpu_memory")
+    if card is not None and (isinstance(card, bool) or not isinstance(card, int | float) or card <= 0):
+        raise RecipeError(f"{config}: gpu_memory: {card!r} is not the memory of a card in GB, such as 12")
     entries = _entries(values, config)
     stages = []
     for seed in seeds:
         place = output if seed is None else output / f"seed-{seed}"
-        stages += _Reader(f"{config}: stages", place, recipes, seed, engine).read(entries)
+        stages += _Reader(f"{config}: stages", place, recipes, seed, engine, card).read(entries)
     _refuse_shared_folders(stages, f"{config}: stages")
     return PipelineFile(output, stages, engine, jobs)
 
@@ -158,7 +169,9 @@ class _Reader:
     recipes: Path
     seed: int | None
     engine: str | None
+    card: float | None = None
     stages: dict[str, list[Stage]] = field(default_factory=dict)  # entry -> its stages so far, one of each round
+    planned: dict[str, Arguments] = field(default_factory=dict)  # folder -> the arguments of the stage that writes it
 
     def read(self, entries: list[tuple[int | None, int, dict[str, Any]]]) -> list[Stage]:
         """The stages."""
@@ -173,13 +186,15 @@ class _Reader:
         name, recipe, config, arguments = self._checked(entry, where, turn)
         place = (self.output if turn is None else self.output / f"round-{turn}") / name
         own = {"output_dir": str(place)} if self.seed is None else {"output_dir": str(place), "seed": self.seed}
-        values = {**read_yaml(_found(config, self.recipes)), **own, **arguments}
+        values = {**read_yaml(found(config, self.recipes)), **own, **arguments}
         values.pop("needs", None)  # the order of the stages says so
         named = {key: value for key, value in values.items() if key != "output_dir"} | {"accelerate_config": self.engine}
         # Not the labels: the rounds of one store would all be done anew with every label that is added
         files = files_in(named, leave_out=(Path(values["output_dir"]), _store_of(values)))
         filling = _Filling(self.stages, {"seed": self.seed, "round": turn})
         values = {key: filling.fill(value, f"{where}: {key}") for key, value in values.items()}
+        picked, predicted = self._pick(name, recipe, values, arguments, where)
+        values |= picked
         identity = {
             "recipe": recipe,
             "values": values,
@@ -190,7 +205,21 @@ class _Reader:
         reads = tuple(dict.fromkeys(stage.name for stage in filling.inputs))
         unseeded = name if turn is None else f"{name}-round-{turn}"
         full = unseeded if self.seed is None else f"{unseeded}-{self.seed}"
-        return Stage(full, recipe, values, reads, digest, name, unseeded)
+        return Stage(full, recipe, values, reads, digest, name, unseeded, picked, predicted)
+
+    def _pick(
+        self, name: str, recipe: str, values: dict[str, Any], arguments: dict[str, Any], where: str
+    ) -> tuple[dict[str, Any], float | None]:
+        """What `gpu_memory` chooses for a stage, and the GiB that it then has at its peak."""
+        if self.card is None or not can_be_planned(recipe):
+            return {}, None
+        try:
+            stage = resolve(name, recipe, values, self.recipes, dict(self.planned))
+            picked, plan = pick(stage, self.card, fixed=arguments)
+            self.planned[values["output_dir"]] = resolve(name, recipe, values | picked, self.recipes, dict(self.planned))
+        except RecipeError as error:
+            raise RecipeError(f"{where}: {error}") from error
+        return picked, plan.allocated / GIB
 
     def _checked(self, entry: dict[str, Any], where: str, turn: int | None) -> tuple[str, str, str, dict[str, Any]]:
         """Name, recipe, config and arguments."""
@@ -282,7 +311,8 @@ def _sorted(value: Any) -> Any:
     return [_sorted(item) for item in value] if isinstance(value, list | tuple) else value
 
 
-def _found(path: str, recipes: Path) -> Path:
+def found(path: str, recipes: Path) -> Path:
+    """A file that is named from the current folder, or from that of a checkout."""
     own = recipes.parent / path  # of a checkout that the command is not run in
     return own if own.exists() and not Path(path).exists() else Path(path)
 

@@ -22,6 +22,7 @@ from rlhf_recipes.errors import RecipeError
 from rlhf_recipes.evaluation.report import METRICS
 from rlhf_recipes.evaluation.seeds import write_summary
 from rlhf_recipes.pipeline.reading import TRAINERS, Stage, read_stages
+from rlhf_recipes.plan.dial import written
 from rlhf_recipes.records import read_json, write_json
 from rlhf_recipes.runs import checkpoints_in
 from rlhf_recipes.sampling import discard
@@ -64,10 +65,12 @@ class Pipeline:
         return "begun" if known.get("begun") == stage.fingerprint else "to do"
 
     def plan(self) -> Iterator[str]:
-        """A line for each stage: what it is, where it goes, what it reads, how far it is."""
+        """A line for each stage: what it is, where it goes, what it reads, how far it is; and what `gpu_memory` chose."""
         for number, stage in enumerate(self.stages, start=1):
             reads = f", reads {', '.join(stage.inputs)}" if stage.inputs else ""
             yield f"{number}. {stage.name}: recipes/{stage.recipe}.py -> {stage.folder}{reads}: {self.status(stage)}"
+            if stage.picked:
+                yield f"   gpu_memory sets {written(stage.picked)}; {stage.predicted:.1f} GiB at the peak (predicted)"
 
     def run(self) -> None:
         """Runs what is not done, in order; what is done is said to be.

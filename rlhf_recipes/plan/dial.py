@@ -1,0 +1,153 @@
+"""From a card's memory to the arguments of a stage: the fastest that fit."""
+
+import itertools
+from collections.abc import Collection, Iterator
+from dataclasses import replace
+from typing import Any
+
+from rlhf_recipes.errors import RecipeError
+from rlhf_recipes.plan.stages import GIB, OVERHEAD, SPARE, Arguments, Plan, plan_stage, sampled_rows
+
+LARGEST = 8
+"""Rows of a micro-batch beyond which a card computes hardly faster."""
+OPTIMIZERS = ("adamw_torch_fused", "paged_adamw_8bit")
+_OF_BATCHES = ("per_device_train_batch_size", "gradient_accumulation_steps", "steps_per_generation", "generation_batch_size")
+
+
+def pick(arguments: Arguments, card: float, fixed: Collection[str] = ()) -> tuple[dict[str, Any], Plan]:
+    """What the dial sets in a stage for a card, and the plan with it: the first of `choices` that fits.
+
+    What an optimizer step learns from stays as it is: rows of a micro-batch times accumulation, and of PPO the completions of
+    an iteration.
+
+    Args:
+        arguments: of the stage.
+        card: GiB.
+        fixed: keys that are not to be touched.
+
+    Raises:
+        RecipeError: if nothing fits, with the least that is needed, and for what.
+    """
+    least: Plan | None = None
+    for choice in choices(arguments, fixed):
+        plan = plan_stage(with_values(arguments, choice))
+        if plan.fits(card):
+            return choice, plan
+        if least is None or plan.allocated < least.allocated:
+            least = plan
+    raise RecipeError(
+        f"gpu_memory: {card:g}: {arguments.stage} needs {needed(least):.1f} GiB at the least (at its peak, {least.worst}): "
+        f"{'; '.join(advice(arguments, card))}"
+    )
+
+
+def needed(plan: Plan) -> float:
+    """GiB of the smallest card that a plan would fit."""
+    return (plan.allocated + OVERHEAD) / (1 - SPARE) / GIB
+
+
+def with_values(arguments: Arguments, values: dict[str, Any]) -> Arguments:
+    """The arguments of a stage with others over them."""
+    return replace(arguments, values={**arguments.values, **values})
+
+
+def choices(arguments: Arguments, fixed: Collection[str] = ()) -> Iterator[dict[str, Any]]:
+    """What the dial may set, the fastest first, without the keys that are fixed.
+
+    Of a training: without checkpointing, in micro-batches of 8 rows down to 2; then with it, down to 1; each with AdamW in full
+    precision before the paged one in 8 bits, and of PPO with the critic as an adapter before a head on the policy. Of
+    sampling: batches of half the size, and half of that.
+    """
+    if "batch_size" in arguments.values:
+        sizes = [arguments.batch_size >> halved for halved in range(arguments.batch_size.bit_length())]
+        yield from ({"batch_size": rows} for rows in sizes) if "batch_size" not in fixed else ({},)
+        return
+    kept = bool(set(_OF_BATCHES) & set(fixed))
+    ways = itertools.product((False, True), _micro_batches(arguments, kept), OPTIMIZERS, _critics(arguments))
+    for checkpointing, rows, optimizer, critic in ways:
+        if not checkpointing and rows == 1 and not kept:  # a larger one with checkpointing is faster
+            continue
+        choice = {"gradient_checkpointing": checkpointing, "optim": optimizer, "per_device_eval_batch_size": rows}
+        if not kept:
+            choice |= {"per_device_train_batch_size": rows, "gradient_accumulation_steps": _global_rows(arguments) // rows}
+        if arguments.recipe == "ppo":
+            choice |= {"critic": critic, **_rollout(arguments, rows, kept)}
+        yield {key: value for key, value in choice.items() if key not in fixed}
+
+
+def _global_rows(arguments: Arguments) -> int:
+    return arguments.per_device_train_batch_size * arguments.gradient_accumulation_steps
+
+
+def _micro_batches(arguments: Arguments, kept: bool) -> list[int]:
+    """Rows, from most to least, by which the rows of an optimizer step can be divided."""
+    if kept:
+        return [arguments.per_device_train_batch_size]
+    whole = _global_rows(arguments)
+    return [rows for rows in range(min(LARGEST, whole), 0, -1) if whole % rows == 0]
+
+
+def _critics(arguments: Arguments) -> list[str | None]:
+    if arguments.recipe != "ppo" or not arguments.use_peft:
+        return [arguments.get("critic")]
+    return ["adapter", "shared"]
+
+
+def _rollout(arguments: Arguments, rows: int, kept: bool) -> dict[str, Any]:
+    """Of PPO: as many completions an iteration as before. Evaluation samples as many at once, and reads as training does."""
+    whole = sampled_rows(arguments)
+    own = {} if kept else {"steps_per_generation": whole // rows, "generation_batch_size": None}
+    return {**own, "per_device_eval_batch_size": whole, "local_rollout_forward_batch_size": rows}
+
+
+# --- If nothing fits -------------------------------------------------------------------------------------
+
+
+def advice(arguments: Arguments, card: float) -> list[str]:
+    """What to change in a stage so that it fits a card: what the dial would set, else first of all what costs most."""
+    best = None
+    for choice in choices(arguments):
+        plan = plan_stage(with_values(arguments, choice))
+        if plan.fits(card):
+            changed = {key: value for key, value in choice.items() if _plain(arguments.get(key)) != value}
+            return [f"set {written(changed)}"]
+        if best is None or plan.allocated < best[1].allocated:
+            best = choice, plan
+    smallest, changes = with_values(arguments, best[0]), {}
+    for change in _structural(smallest):
+        smallest, changes = with_values(smallest, change), changes | change
+        if plan_stage(smallest).fits(card):
+            return [f"set {written(best[0] | changes)}"]
+    return [f"a smaller base, or a card of {needed(best[1]):.1f} GiB"]
+
+
+def _structural(arguments: Arguments) -> Iterator[dict[str, Any]]:
+    """Changes that do change what is learnt, or how well, the mildest first."""
+    values = arguments.values
+    if not values.get("load_in_4bit") and (values.get("use_peft") or "batch_size" in values):
+        yield {"load_in_4bit": True, "use_bnb_nested_quant": True}
+    elif values.get("load_in_4bit") and not values.get("use_bnb_nested_quant"):
+        yield {"use_bnb_nested_quant": True}
+    if arguments.recipe == "ppo" and sampled_rows(arguments) > 1:
+        for halved in (2, 4, 8):
+            if (rows := sampled_rows(arguments) // halved) >= arguments.per_device_train_batch_size:
+                steps = rows // arguments.per_device_train_batch_size
+                yield {
+                    "steps_per_generation": steps,
+                    "generation_batch_size": None,
+                    "gradient_accumulation_steps": steps,
+                    "per_device_eval_batch_size": rows,
+                }
+    for key in ("max_length", "max_completion_length", "max_prompt_length"):
+        if values.get(key) and values[key] >= 256:
+            yield {key: values[key] // 2}
+
+
+def _plain(value: Any) -> Any:
+    return getattr(value, "value", value)  # of an enum
+
+
+def written(values: dict[str, Any]) -> str:
+    """Keys and values as in a YAML file, but for what is unset."""
+    texts = {key: str(value).lower() if isinstance(value, bool) else value for key, value in values.items()}
+    return ", ".join(f"`{key}: {text}`" for key, text in texts.items() if text is not None)
