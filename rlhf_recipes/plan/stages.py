@@ -17,8 +17,8 @@ from transformers import PretrainedConfig
 
 GIB = 2**30
 OVERHEAD = 0.75 * GIB
-"""What is taken besides tensors: the CUDA context with its kernels, and the workspaces of cuBLAS and bitsandbytes. A constant that
-is assumed, and was not measured."""
+"""What is taken besides tensors: the CUDA context with its kernels, and the workspaces of cuBLAS and bitsandbytes. Assumed, not
+measured."""
 SPARE = 0.05
 """The share of a card that is left for what the allocator cannot use, and for a screen."""
 CARDS = (6, 8, 10, 12, 16, 24, 32, 48, 80)
