@@ -2,6 +2,8 @@
 
 import importlib.util
 import json
+import runpy
+import sys
 
 from rlhf_recipes.errors import RecipeError
 from rlhf_recipes.pipeline import read_pipeline
@@ -202,15 +204,17 @@ def test_a_length_without_a_bound_is_refused(tmp_path):
         plan_file(path, RECIPES)
 
 
-def test_the_recipe_says_what_to_change(hub, launch, capsys):
-    status, _ = launch("plan", "--config", ROOT / "configs" / "qwen3-8b" / "sft.yaml", "--gpu_memory", 6)
-    assert status == 0
+def test_the_recipe_says_what_to_change(hub, monkeypatch, capsys):
+    config = ROOT / "configs" / "qwen3-8b" / "sft.yaml"
+    monkeypatch.setattr(sys, "argv", ["plan.py", "--config", str(config), "--gpu_memory", "6"])
+    runpy.run_path(str(RECIPES / "plan.py"), run_name="__main__")
+    assert "sft on 6 GB: it does not fit: " in capsys.readouterr().out
 
 
 # --- The plan beside what is measured --------------------------------------------------------------------
 
 
-@pytest.mark.parametrize(("stage", "variant"), [("sft", "fp32, LoRA, checkpointing"), ("reward", "bf16, LoRA")])
+@pytest.mark.parametrize(("stage", "variant"), [("sft", "fp32, LoRA, checkpointing"), ("reward", "fp32, LoRA")])
 def test_the_plan_is_within_a_tenth_of_the_peak_of_a_small_model(stage, variant):
     spec = importlib.util.spec_from_file_location("plan_vs_measured", ROOT / "benchmarks" / "plan_vs_measured.py")
     benchmark = importlib.util.module_from_spec(spec)

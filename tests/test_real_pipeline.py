@@ -33,11 +33,11 @@ def folder(tmp_path_factory, shared, benches):
             "datasets": [{"path": instructions, "split": "train[:400]"}, {"path": hh, "split": "train[:100]"}],
             "num_train_epochs": 1,
         },
-        "reward": {"num_train_epochs": 2, "dataset_train_split": "train[:400]"},
+        "reward": {"num_train_epochs": 2, "dataset_train_split": "train[:320]"},
         "judge": {"num_train_epochs": 2, "dataset_train_split": "train[475:715]"},
         "ppo": {
             "per_device_train_batch_size": 48,
-            "max_steps": 30,
+            "max_steps": 24,
             "max_completion_length": 24,
             "warmup_steps": 2,
             "value_warmup_steps": 2,
