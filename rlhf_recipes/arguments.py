@@ -8,9 +8,10 @@ import json
 import os
 import re
 import sys
+import tempfile
 import warnings
-from collections.abc import Iterable, Iterator, Sequence
-from contextvars import ContextVar
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextvars import ContextVar, copy_context
 from dataclasses import dataclass, field
 from enum import Enum
 from pathlib import Path
@@ -516,6 +517,27 @@ def read_yaml(path: Path) -> dict[str, Any]:
     if not isinstance(values, dict) or not all(isinstance(key, str) for key in values):
         raise RecipeError(f"{path}: must hold one `key: value` on each line, and holds a {type(values).__name__}")
     return values
+
+
+def parse_values(recipe: str | Path, *types: type, values: Mapping[str, Any]) -> tuple[Any, ...]:
+    """As `parse_arguments` with a YAML file of these values; messages name no file, neither now nor later.
+
+    Args:
+        recipe: the recipe's file.
+        types: its dataclasses.
+        values: what its YAML file would hold.
+
+    Raises:
+        RecipeError: what the recipe would say.
+    """
+    with tempfile.TemporaryDirectory() as folder:
+        written = Path(folder) / "stage.yaml"
+        written.write_text(yaml.safe_dump(dict(values)), encoding="utf-8")
+        try:
+            # In a context of its own: what goes wrong later does not come from this file
+            return copy_context().run(parse_arguments, recipe, *types, argv=["--config", str(written)])
+        except RecipeError as error:
+            raise RecipeError(str(error).removeprefix(f"{written}: ")) from error
 
 
 def nearest(word: str, words: Iterable[str]) -> str:

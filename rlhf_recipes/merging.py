@@ -312,7 +312,7 @@ def push(arguments: MergeArguments) -> str:
         api = HfApi()
         url = api.create_repo(repository, private=arguments.hub_private_repo, exist_ok=True)
         api.upload_folder(repo_id=url.repo_id, folder_path=folder, commit_message="Merged by rlhf-recipes")
-    except Exception as error:  # of the Hub, the network or the disk: what is merged is not to go by it
+    except Exception as error:  # the client's own, the network's and the disk's have no class in common; none is lost here
         raise RecipeError(
             f"push_to_hub: {repository}: {first_line(error)}; the merged model is in {folder}: log in by `hf auth login`, and "
             f"upload it with `hf upload {repository} {folder}`"

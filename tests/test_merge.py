@@ -44,7 +44,7 @@ def make(folder, base=BASE, model=None, size=0.1, task="CAUSAL_LM", **options):
     adapted.save_pretrained(folder)
     AutoTokenizer.from_pretrained(BASE).save_pretrained(folder)
     record = {"recipe": "sft", "base_model": {"name": str(base), "fingerprint": fingerprint(adapted)}, "parents": []}
-    data = {"train": {"rows": 7, "sources": [{"source": "/home/someone/secret/mine.csv", "rows": 7}]}}
+    data = {"train": {"rows": 7, "sources": [{"source": "/data/secret/mine.csv", "rows": 7}]}}
     arguments = {"ModelConfig": {"use_peft": True, "lora_r": 4}}
     write_json(folder / "recipe.json", record | {"data": data, "metrics": {"eval_loss": 0.25}, "arguments": arguments})
     return folder

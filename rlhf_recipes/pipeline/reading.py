@@ -13,6 +13,7 @@ from rlhf_recipes.errors import RecipeError
 from rlhf_recipes.evaluation.report import METRICS
 from rlhf_recipes.plan import Arguments, pick
 from rlhf_recipes.plan.arguments import resolve
+from rlhf_recipes.plan.dial import with_values
 from rlhf_recipes.plan.stages import GIB, can_be_planned
 from rlhf_recipes.ranking import RANKED
 from rlhf_recipes.records import RECIPE
@@ -216,7 +217,7 @@ class _Reader:
         try:
             stage = resolve(name, recipe, values, self.recipes, dict(self.planned))
             picked, plan = pick(stage, self.card, fixed=arguments)
-            self.planned[values["output_dir"]] = resolve(name, recipe, values | picked, self.recipes, dict(self.planned))
+            self.planned[values["output_dir"]] = with_values(stage, picked)
         except RecipeError as error:
             raise RecipeError(f"{where}: {error}") from error
         return picked, plan.allocated / GIB

@@ -1,13 +1,11 @@
 """Stages in order: whether each of them was done already, and the command that does it."""
 
-import contextvars
 import fcntl
 import os
 import runpy
 import shutil
 import subprocess
 import sys
-import tempfile
 import time
 from collections import deque
 from collections.abc import Iterable, Iterator
@@ -17,7 +15,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from rlhf_recipes.arguments import nearest, parse_arguments
+from rlhf_recipes.arguments import nearest, parse_values
 from rlhf_recipes.errors import RecipeError
 from rlhf_recipes.evaluation.report import METRICS
 from rlhf_recipes.evaluation.seeds import write_summary
@@ -255,13 +253,7 @@ def check_arguments(pipeline: Pipeline, config: Path) -> None:
     recipes = {stage.recipe: pipeline.recipes / f"{stage.recipe}.py" for stage in pipeline.stages}
     types_of = {name: runpy.run_path(str(recipe), run_name="stage")["ARGUMENTS"] for name, recipe in recipes.items()}
     for stage in pipeline.stages:
-        recipe, types = recipes[stage.recipe], types_of[stage.recipe]
-        with tempfile.TemporaryDirectory() as folder:
-            written = Path(folder) / "stage.yaml"
-            written.write_text(yaml.safe_dump(stage.values), encoding="utf-8")
-            try:
-                # In a context of its own: what goes wrong later does not come from this file
-                contextvars.copy_context().run(parse_arguments, recipe, *types, argv=["--config", str(written)])
-            except RecipeError as error:
-                message = str(error).removeprefix(f"{written}: ")
-                raise RecipeError(f"{config}: stages: {stage.name} (its YAML file with its `arguments`): {message}") from error
+        try:
+            parse_values(recipes[stage.recipe], *types_of[stage.recipe], values=stage.values)
+        except RecipeError as error:
+            raise RecipeError(f"{config}: stages: {stage.name} (its YAML file with its `arguments`): {error}") from error
