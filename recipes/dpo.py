@@ -15,6 +15,7 @@ from rlhf_recipes.dpo import DPOConfig, DPOTrainer
 from rlhf_recipes.models import load_policy, load_tokenizer, without_what_is_done
 from rlhf_recipes.runs import RunMeter, checkpoint_to_resume, evaluate_at_end, run_missing, save_policy, train, write_record
 
+from accelerate import PartialState
 from trl import ModelConfig, get_peft_config
 
 ARGUMENTS = (PolicyArguments, DataArguments, DPOConfig, ModelConfig)
@@ -30,7 +31,7 @@ def main() -> None:
     data = load_data(data_args, "preference", evaluate=training_args.eval_strategy != "no", seed=training_args.seed)
     tokenizer = load_tokenizer(model_args, training_args, policy_args, start_from=policy_args.start_from)
     data = data.fitted(tokenizer, training_args.max_length, data_args.long_rows)
-    print(f"{len(data.train)} pairs to train on, {len(data.eval or ())} to evaluate on")
+    PartialState().print(f"{len(data.train)} pairs to train on, {len(data.eval or ())} to evaluate on")
 
     # Roles: the policy from the SFT adapter; the trainer adds its copy as reference
     model = load_policy(model_args, training_args, policy_args.start_from, tokenizer)

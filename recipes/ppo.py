@@ -16,6 +16,7 @@ from rlhf_recipes.ppo import PPOConfig, PPOTrainer
 from rlhf_recipes.rewards import SavedReward, load_rewards, paths_of
 from rlhf_recipes.runs import RunMeter, checkpoint_to_resume, evaluate_at_end, run_missing, save_policy, train, write_record
 
+from accelerate import PartialState
 from trl import ModelConfig, get_peft_config
 
 ARGUMENTS = (PPOArguments, DataArguments, PPOConfig, ModelConfig)
@@ -33,8 +34,8 @@ def main() -> None:
     data = data.fitted(tokenizer, ppo_args.max_prompt_length, never_cut(data_args.long_rows))
     texts = load_texts(ppo_args.ptx_dataset, data_args.bad_rows) if training_args.ptx_coef else None
     if ppo_args.ptx_dataset and texts is None:
-        print("ptx_dataset is not read, since `ptx_coef` is 0")
-    print(f"{len(data.train)} prompts to train on, {len(data.eval or ())} to evaluate on")
+        PartialState().print("ptx_dataset is not read, since `ptx_coef` is 0")
+    PartialState().print(f"{len(data.train)} prompts to train on, {len(data.eval or ())} to evaluate on")
 
     # Roles: policy and reference from the SFT adapter; reward models and critic join them in the trainer
     rewards, weights = load_rewards(ppo_args.reward_funcs)

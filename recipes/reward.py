@@ -23,6 +23,7 @@ from rlhf_recipes.reward_stage import (
 )
 from rlhf_recipes.runs import RunMeter, evaluate_at_end, train, write_record
 
+from accelerate import PartialState
 from trl import ModelConfig, RewardConfig
 
 ARGUMENTS = (RewardArguments, DataArguments, RewardConfig, ModelConfig)
@@ -36,7 +37,7 @@ def main() -> None:
     data, tokenizer = load_comparisons(reward_args, data_args, training_args, model_args)
     limits = {"tokenizer": tokenizer, "max_length": training_args.max_length}
     demonstrations, counts = demonstrations_of(data_args, reward_args.demonstrations, training_args.seed, data.eval, **limits)
-    print(f"{len(data.train)} rows to train on, {len(data.eval or ())} to evaluate on")
+    PartialState().print(f"{len(data.train)} rows to train on, {len(data.eval or ())} to evaluate on")
 
     # Training: one adapter after the other, each with a seed and perhaps rows of its own
     size, shards = reward_args.ensemble_size, reward_args.ensemble_shards
@@ -66,12 +67,12 @@ def main() -> None:
         parents = [reward_args.start_from] if reward_args.start_from else []
         groups = (model_args, member, reward_args, data_args)
         write_record(trainer, meter, *groups, data=report, recipe="reward", parents=parents, pending=True)
-        trainer.end()
+    trainer.end()  # once: it ends what the processes share
     if not trainer.is_world_process_zero():
         return
 
     # The members as they will be used: adapters on one base. A scale for PPO, and what held-out comparisons say of them
-    rewards = load_members(trainer, members, tokenizer)
+    rewards = load_members(trainer, members, tokenizer, model_args)
     combination = (reward_args.ensemble_combine, reward_args.uncertainty_coef)
     results = measure_and_scale(rewards, demonstrations, data.eval, *combination)
     write_evaluation(training_args.output_dir, results)

@@ -12,6 +12,7 @@ from rlhf_recipes.data import load_data
 from rlhf_recipes.models import keep_adapter_in_fp32, load_model, load_tokenizer, without_what_is_done
 from rlhf_recipes.runs import RunMeter, checkpoint_to_resume, evaluate_at_end, save_policy, train, write_record
 
+from accelerate import PartialState
 from trl import ModelConfig, SFTConfig, SFTTrainer, get_peft_config
 
 ARGUMENTS = (DataArguments, SFTConfig, ModelConfig)
@@ -27,7 +28,7 @@ def main() -> None:
     tokenizer = load_tokenizer(model_args, training_args)
     cuts = not training_args.packing or training_args.packing_strategy == "bfd"  # the other ways to pack split long rows
     data = data.fitted(tokenizer, training_args.max_length if cuts else None, data_args.long_rows)
-    print(f"{len(data.train)} rows to train on, {len(data.eval or ())} to evaluate on")
+    PartialState().print(f"{len(data.train)} rows to train on, {len(data.eval or ())} to evaluate on")
 
     # Model: the base, and by `use_peft` a fresh adapter on it
     model = load_model(model_args, training_args)

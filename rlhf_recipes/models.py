@@ -16,11 +16,13 @@ from rlhf_recipes.errors import RecipeError, first_line
 from rlhf_recipes.records import RECIPE, read_json
 
 import torch
+from accelerate.utils import parse_flag_from_env
 from jinja2 import TemplateError
 from peft import PeftConfig, PeftModel
 from peft.tuners.tuners_utils import BaseTunerLayer
 from peft.utils import AuxiliaryTrainingWrapper
 from safetensors import SafetensorError
+from torch.distributed.fsdp import FSDPModule, register_fsdp_forward_method
 from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
@@ -31,6 +33,7 @@ from transformers import (
     PreTrainedTokenizerBase,
     Trainer,
 )
+from transformers.integrations import is_deepspeed_zero3_enabled
 from trl import ModelConfig, get_quantization_config
 from trl.trainer.base_config import _BaseConfig as TrainingConfig
 
@@ -142,7 +145,7 @@ def check_vocabulary(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase)
     Raises:
         RecipeError: with the size of either vocabulary.
     """
-    rows = model.get_input_embeddings().weight.shape[0]
+    rows = model.get_input_embeddings().num_embeddings  # not those of its weight, of which ZeRO-3 may leave none
     if len(tokenizer) > rows:
         raise RecipeError(
             f"the vocabulary of the tokenizer in {tokenizer.name_or_path} has {len(tokenizer)} words, and {model.name_or_path} "
@@ -170,6 +173,8 @@ def load_architecture(
         config = AutoConfig.from_pretrained(path, **revision)
         quantization = _quantization(arguments, config)
         in_few_bits = quantization or getattr(config, "quantization_config", None)  # by us, or as it is stored
+        if in_few_bits and is_deepspeed_zero3_enabled():
+            raise RecipeError("load_in_4bit: DeepSpeed ZeRO-3 cannot share out such weights: use configs/accelerate/fsdp.yaml")
         placed = {"device_map": {"": training.device}} if in_few_bits else {}  # not where bitsandbytes thinks best
         settings = {
             "dtype": arguments.dtype or "auto",
@@ -220,6 +225,20 @@ def trunk_of(model: torch.nn.Module) -> torch.nn.Module:
     return base_of(model).base_model
 
 
+def pass_of_trunk(model: torch.nn.Module, **inputs: Any) -> Any:
+    """What the trunk makes of the inputs (Transformers' outputs, with `last_hidden_state`).
+
+    FSDP gathers the weights that belong to no layer (embeddings, last norm) when its root is called: a trunk that is called
+    past it would compute with a share of them.
+    """
+    if not isinstance(model, FSDPModule):
+        return trunk_of(model)(**inputs)
+    if not hasattr(model, "_pass_of_trunk"):
+        model._pass_of_trunk = lambda **inputs: trunk_of(model)(**inputs)
+        register_fsdp_forward_method(model, "_pass_of_trunk")
+    return model._pass_of_trunk(**inputs)
+
+
 def base_name(model: torch.nn.Module) -> str:
     """The Hub name or folder of a model's base."""
     return base_of(model).name_or_path or type(base_of(model)).__name__
@@ -257,7 +276,8 @@ def _by_sort(trunk: torch.nn.Module) -> tuple[dict[str, torch.Tensor], dict[str,
 def _digest(weights: dict[str, torch.Tensor]) -> str | None:
     digest = hashlib.sha256()
     for name, weight in sorted(weights.items()):
-        if weight.dtype not in (torch.float32, torch.bfloat16) or weight.is_meta or not weight.numel():
+        packed = getattr(weight, "quant_state", None) is not None  # 4 bits, whatever type they are stored as
+        if packed or weight.dtype not in (torch.float32, torch.bfloat16) or weight.is_meta or not weight.numel():
             return None
         bits = weight.detach().to(torch.bfloat16).reshape(-1, weight.shape[-1]).view(torch.int16)
         digest.update(name.encode())
@@ -357,7 +377,8 @@ def keep_adapter_in_fp32(trainer: Trainer) -> None:
     """
     model = trainer.model
     quantised = getattr(model, "is_loaded_in_4bit", False) or getattr(model, "is_loaded_in_8bit", False)
-    if not quantised or trainer.is_fsdp_enabled or trainer.is_deepspeed_enabled:
+    fsdp = trainer.accelerator.state.fsdp_plugin if trainer.is_fsdp_enabled else None
+    if not quantised or trainer.is_deepspeed_enabled or (fsdp and fsdp.fsdp_version == 1):
         return
     for weight in model.parameters():
         if weight.requires_grad:
@@ -421,6 +442,9 @@ def _quantization(arguments: ModelConfig, config: PretrainedConfig) -> BitsAndBy
     """As TRL has it, which computes in the type named by `dtype`; of the types, "auto" is that of the stored weights."""
     if arguments.dtype in (None, "auto"):
         arguments = replace(arguments, dtype=str(config.dtype or torch.float32).removeprefix("torch."))
+    if arguments.bnb_4bit_quant_storage is None and parse_flag_from_env("ACCELERATE_USE_FSDP"):
+        # FSDP gives each process its share of floats only: bytes it would leave whole in all of them. The 4 bits are the same
+        arguments = replace(arguments, bnb_4bit_quant_storage="bfloat16")
     return get_quantization_config(arguments)
 
 

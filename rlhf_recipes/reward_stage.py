@@ -14,7 +14,7 @@ from rlhf_recipes.arguments import DataArguments, RewardArguments
 from rlhf_recipes.data import Data, load_data, never_cut
 from rlhf_recipes.errors import RecipeError
 from rlhf_recipes.evaluation.rewards import EVALUATION
-from rlhf_recipes.models import load_tokenizer
+from rlhf_recipes.models import load_model, load_tokenizer
 from rlhf_recipes.records import PENDING, RECIPE, REWARD, write_json
 from rlhf_recipes.roles import Reward, load_reward, load_whole_reward, write_ensemble_record
 from rlhf_recipes.runs import checkpoint_to_resume, finish_record, refuse_unfinished, remove_results
@@ -50,12 +50,15 @@ def ensemble_members(training: RewardConfig, size: int, rows: int, shards: bool)
         shards: whether each member trains on a part of them.
 
     Raises:
-        RecipeError: for more shards than rows, or a checkpoint that is named: it would be that of one member.
+        RecipeError: for more shards than rows, or a checkpoint that is named: it would be that of one member;
+            under DeepSpeed.
     """
     if shards and size > rows:
         raise RecipeError(f"ensemble_shards: {rows} rows cannot be shared out among {size} members")
     if size == 1:
         return [training]
+    if training.deepspeed_plugin is not None:
+        raise RecipeError("ensemble_size: DeepSpeed trains one model a launch: use DDP or FSDP (configs/accelerate/)")
     if str(training.resume_from_checkpoint) not in ("None", "True", "true", "False", "false"):
         raise RecipeError("resume_from_checkpoint: an ensemble goes on from the newest checkpoint of each member: set `true`")
     members = []
@@ -119,13 +122,16 @@ def _member_folders(output: Path) -> list[Path]:
     return sorted(path for path in names if any(found for mark in marks for found in path.glob(mark)))
 
 
-def load_members(trainer: RewardTrainer, members: Sequence[RewardConfig], tokenizer: PreTrainedTokenizerBase) -> list[Reward]:
+def load_members(
+    trainer: RewardTrainer, members: Sequence[RewardConfig], tokenizer: PreTrainedTokenizerBase, arguments: ModelConfig
+) -> list[Reward]:
     """The saved members as they will be used: adapters on one base, that of the last member's trainer, or whole models.
 
     Args:
         trainer: of the last member; its adapter is taken off.
         members: from `ensemble_members`; they are scored by `per_device_eval_batch_size`.
         tokenizer: of the run.
+        arguments: of the base, which is loaded again where FSDP or DeepSpeed left this process parts of it.
 
     Raises:
         RecipeError: as `load_reward` and `load_whole_reward`.
@@ -134,7 +140,8 @@ def load_members(trainer: RewardTrainer, members: Sequence[RewardConfig], tokeni
     names = [folder.name for folder in folders] if len(members) > 1 else ["reward"]
     size = trainer.args.per_device_eval_batch_size
     if isinstance(trainer.model, PeftModel):
-        base = trainer.model.unload()
+        sharded = trainer.is_fsdp_enabled or trainer.is_deepspeed_enabled
+        base = load_model(arguments, trainer.args) if sharded else trainer.model.unload()
         return [load_reward(base, folder, name, tokenizer, size) for name, folder in zip(names, folders, strict=True)]
     place = {"device_map": {"": trainer.args.device}}
     return [load_whole_reward(folder, name, tokenizer, size, **place) for name, folder in zip(names, folders, strict=True)]

@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from rlhf_recipes.errors import RecipeError
-from rlhf_recipes.models import base_name, base_of, check_base, keep_gradients_exact, trunk_of
+from rlhf_recipes.models import base_name, base_of, check_base, keep_gradients_exact, pass_of_trunk, trunk_of
 from rlhf_recipes.records import REWARD, read_json, write_json
 
 import torch
@@ -181,11 +181,11 @@ class Reward(Scorer):
         Raises:
             ValueError: if a sequence has no token.
         """
-        trunk = trunk_of(self.model)
         ids, mask = _right_padded(input_ids, attention_mask)
-        device = trunk.get_input_embeddings().weight.device
+        device = trunk_of(self.model).get_input_embeddings().weight.device
+        inputs = {"input_ids": ids.to(device), "attention_mask": mask.to(device), "use_cache": False}
         with playing(self.model, self.adapter):
-            hidden = trunk(input_ids=ids.to(device), attention_mask=mask.to(device), use_cache=False).last_hidden_state
+            hidden = pass_of_trunk(self.model, **inputs).last_hidden_state
         last = hidden[torch.arange(len(hidden), device=hidden.device), mask.sum(1).to(hidden.device) - 1]
         scores = self.head(last.to(self.head.weight.device))[:, 0]
         return self.normalisation(scores) if normalise and self.normalisation else scores

@@ -47,12 +47,20 @@ _OF_THE_LAUNCHER = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "MAS
 class RunMeter(TrainerCallback):
     """Measures the wall time of training (evaluations and checkpoints included) and the memory at its peak.
 
-    Beside every checkpoint it leaves the arguments that the result depends on, for `checkpoint_to_resume` to compare.
+    Beside every checkpoint it leaves the arguments that the result depends on, for `checkpoint_to_resume` to compare. And it
+    takes the fingerprint of the base that adapters stand on: FSDP and ZeRO leave no process whole weights to take it of.
     """
 
     def __init__(self, *arguments: Any):
         self.arguments = _decisive(arguments)
         self.first_step, self.wall_time = None, 0.0
+        self.base: dict[str, Any] | None = None
+
+    def on_init_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, model: torch.nn.Module, **kwargs: Any
+    ) -> None:
+        """Looks at the base; a model that is trained whole will be another."""
+        self.base = fingerprint(model) if is_peft_model(model) else None
 
     def on_train_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         """Starts the clock."""
@@ -119,8 +127,7 @@ def write_record(
     if not trainer.is_world_process_zero():
         return
     base = model_path(model)
-    # What adapters stand on; a model that was trained whole is another by now.
-    identity = {"fingerprint": fingerprint(trainer.model)} if is_peft_model(trainer.model) else {}
+    identity = {"fingerprint": meter.base} if meter.base else {}
     record = {
         "recipe": recipe,
         "base_model": {"name": base, "revision": model.model_revision, **identity},

@@ -37,7 +37,7 @@ def some(prompts, completion_ids, **columns):
 
 # Options for one process; two have half of `per_device_train_batch_size` each.
 CASES = {
-    "shared": {"critic": "shared", "ptx_coef": 0.5, "ptx_batch_size": 2},
+    "shared": {"critic": "shared", "ptx_coef": 0.5, "ptx_batch_size": 2, "reward": True, "value_warmup_steps": 1},
     "adapter": {"critic": "adapter", "reward": True},
     "fresh": {"critic": "adapter", "fresh": True, "gradient_accumulation_steps": 2, "value_warmup_steps": 1},
     "checkpointing": {"critic": "adapter", "gradient_checkpointing": True, "ptx_coef": 0.5, "ptx_batch_size": 2},
@@ -142,6 +142,11 @@ def read(folder):
 def test_two_processes_give_the_update_of_one(folder, tmp_path, case):
     for name in ("base", "reward"):
         (tmp_path / name).symlink_to(folder / name)
+    assert_the_update_of_one(folder, tmp_path, case)
+
+
+def assert_the_update_of_one(folder, tmp_path, case):
+    """Runs the case in this process, and compares: policy, critic and log."""
     one = run(tmp_path / case, case, 1)
     start = make(tmp_path / case, case, 1)
     name = "model.safetensors" if CASES[case].get("whole") else "adapter_model.safetensors"

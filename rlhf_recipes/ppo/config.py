@@ -3,6 +3,8 @@
 import logging
 from dataclasses import dataclass, field
 
+from accelerate.utils import parse_flag_from_env
+from transformers.integrations import is_deepspeed_zero3_enabled
 from trl import GRPOConfig
 
 logger = logging.getLogger(__name__)
@@ -140,8 +142,16 @@ class PPOConfig(GRPOConfig):
             raise ValueError("use_score_norm: needs `use_score_scaling: true`")
         if self.kl_target is not None and not self.kl_coef:
             raise ValueError("kl_target: needs a `kl_coef` above 0 to start from")
-        if self.ptx_coef and self.deepspeed is not None:
+        self._refuse_what_engines_cannot()
+
+    def _refuse_what_engines_cannot(self) -> None:
+        """Engines by which weights, or steps, are not this process's own: `configs/accelerate/`, docs/distributed.md."""
+        if self.ptx_coef and self.deepspeed_plugin is not None:
             raise ValueError("ptx_coef: under DeepSpeed each backward pass is a step of its own: use DDP or FSDP")
+        if is_deepspeed_zero3_enabled():
+            raise ValueError("PPO does not run under DeepSpeed ZeRO-3: use configs/accelerate/fsdp.yaml with `critic: shared`")
+        if self.critic == "adapter" and parse_flag_from_env("ACCELERATE_USE_FSDP"):
+            raise ValueError("critic: adapter: FSDP shares out one optimizer's weights, and these are another's: set `shared`")
 
     def _refuse_what_is_not_ppo(self) -> None:
         if self.beta:

@@ -6,7 +6,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from rlhf_recipes.errors import RecipeError
-from rlhf_recipes.models import base_of, trunk_of
+from rlhf_recipes.models import base_of, pass_of_trunk, trunk_of
 from rlhf_recipes.roles import Reward, ScalarHead, copy_adapter, playing
 
 from peft import PeftModel
@@ -57,7 +57,8 @@ class Critic:
             count: number of the tokens at the end whose states are valued.
         """
         if self.model is not None:
-            outputs = trunk_of(self.model)(
+            outputs = pass_of_trunk(
+                self.model,
                 input_ids=input_ids,
                 attention_mask=attention_mask,
                 position_ids=positions(attention_mask),

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any, ClassVar
 
 from rlhf_recipes.errors import RecipeError
-from rlhf_recipes.models import keep_adapter_in_fp32, keep_gradients_exact, trunk_of, types_kept
+from rlhf_recipes.models import keep_adapter_in_fp32, keep_gradients_exact, pass_of_trunk, trunk_of, types_kept
 from rlhf_recipes.ppo.config import PPOConfig
 from rlhf_recipes.ppo.critic import make_critic, positions, states_before
 from rlhf_recipes.ppo.health import Health
@@ -521,8 +521,8 @@ class PPOTrainer(GRPOTrainer):
             return super()._compute_loss(model, inputs)
         self._inputs = inputs
         if self._stopped or self._warming_up:
-            # Nothing for the policy to learn, and its optimizer finds no gradient
-            return torch.zeros((), device=self.accelerator.device, requires_grad=True)
+            # Nothing for the policy to learn, and no gradient for its optimizer. DeepSpeed wants a loss that was computed
+            return torch.zeros((), device=self.accelerator.device, requires_grad=True).clone()
         if self._ptx is not None:
             with self.accelerator.no_sync(model):  # the backward pass of the policy's loss sends off both
                 self._ptx_step(model)
@@ -567,8 +567,9 @@ class PPOTrainer(GRPOTrainer):
             if not self.critic.reads_policy:
                 return widened(self.critic(None, ids, attention, kept), count)
             with torch.no_grad():  # the policy does not learn yet
-                trunk = trunk_of(self.accelerator.unwrap_model(self.model))
-                outputs = trunk(input_ids=ids, attention_mask=attention, position_ids=positions(attention), use_cache=False)
+                model = self.accelerator.unwrap_model(self.model)
+                inputs = {"input_ids": ids, "attention_mask": attention, "position_ids": positions(attention)}
+                outputs = pass_of_trunk(model, **inputs, use_cache=False)
             return widened(self.critic(states_before(outputs.last_hidden_state, kept), ids, attention, kept), count)
 
     def _tokens_of_a_step(self, inputs: dict[str, Any]) -> Tensor:

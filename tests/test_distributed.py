@@ -1,0 +1,172 @@
+"""Two processes give what one gives at the same global batch: every stage, shared out by DDP, and by FSDP.
+
+DeepSpeed is not installed with the tests: docs/distributed.md says what was seen by hand.
+"""
+
+import json
+
+import rlhf_recipes.models
+import rlhf_recipes.ppo.config
+from rlhf_recipes.errors import RecipeError
+from rlhf_recipes.ppo import PPOConfig
+from rlhf_recipes.reward_stage import ensemble_members
+
+import pytest
+import torch
+from processes import in_two_processes, run_stages
+from safetensors.torch import load_file
+from small_ppo import moved, save_base, save_reward
+from test_ppo_distributed import AGAIN, assert_the_update_of_one
+from trl import RewardConfig
+
+SGD = ("--optim", "sgd", "--learning_rate", 0.1)  # Adam makes full steps of gradients that are nothing but rounding
+SHORT = (*SGD, "--max_steps", 4, "--logging_steps", 1, "--warmup_steps", 0, "--eval_strategy", "no", "--save_strategy", "no")
+TEST = '[{"path": "rlhf_recipes.tiny.splits.rankings", "split": "test", "arguments": {"rows": 20, "k": 4}}]'
+SFT = ("--dataset_arguments", '{"rows": 128}')
+RANKINGS = ("--dataset_arguments", '{"rows": 64, "k": 4}')
+IN_4_BITS = ("--load_in_4bit", "true", "--use_bnb_nested_quant", "true")
+SAVING = ("--save_strategy", "steps", "--save_steps", 2, "--save_total_limit", 2)
+METRICS = ("loss", "grad_norm", "num_tokens", "rewards/margins", "accuracy", "margin", "max_reward", "eval_loss")
+
+
+def short(recipe, folder, batch, processes, *options):
+    """A short run of a recipe, at the same global batch however many processes there are."""
+    size = ("--per_device_train_batch_size", batch // processes, "--output_dir", folder)
+    return [str(part) for part in (recipe, *SHORT, *size, *options)]
+
+
+def stages(folder, processes):
+    """SFT, DPO from it, PPO against both rewards, and an ensemble, which ends last: its first member must not end it all."""
+    policy = ("--start_from", folder / "sft", "--needs", "[]")
+    evaluation = ("--eval_strategy", "steps", "--eval_steps", 4, "--eval_datasets", TEST, "--per_device_eval_batch_size", 10)
+    return [
+        short("sft", folder / "sft", 16, processes, *SFT),
+        short("dpo", folder / "dpo", 8, processes, *RANKINGS, *policy, *evaluation),
+        short("ppo", folder / "ppo", 16, processes, *policy, "--max_steps", 1),
+        short("reward", folder / "reward", 8, processes, *RANKINGS, *evaluation, "--ensemble_size", 2),
+    ]
+
+
+def sharded_stages(folder, processes):
+    """The same in 4 bits, with checkpoints from which they go on."""
+    sft, policy = (*SFT, *IN_4_BITS), ("--start_from", folder / "sft", "--needs", "[]", *IN_4_BITS)
+    adam = (*sft, "--optim", "adamw_torch", "--learning_rate", 1e-3)  # SGD has no state to load, which PyTorch does not expect
+    again = ("--resume_from_checkpoint", folder / "unbroken" / "checkpoint-2")
+    return [
+        short("sft", folder / "sft", 16, processes, *sft),
+        short("sft", folder / "unbroken", 16, processes, *adam, *SAVING),
+        short("sft", folder / "resumed", 16, processes, *adam, *again),
+        short("dpo", folder / "dpo", 8, processes, *RANKINGS, *policy),
+        short("reward", folder / "reward", 8, processes, *RANKINGS, "--eval_datasets", TEST, *IN_4_BITS),
+    ]
+
+
+def both(tmp_path_factory, engine, of):
+    """The folders of one process and of two."""
+    one, two = tmp_path_factory.mktemp(f"one_{engine}"), tmp_path_factory.mktemp(engine)
+    run_stages(of(one, 1))
+    in_two_processes(engine, of(two, 2), two)
+    return one, two
+
+
+@pytest.fixture(scope="module")
+def shared_out(tmp_path_factory):
+    return both(tmp_path_factory, "ddp", stages)
+
+
+@pytest.fixture(scope="module")
+def sharded(tmp_path_factory):
+    return both(tmp_path_factory, "fsdp", sharded_stages)
+
+
+@pytest.fixture(scope="module")
+def sharded_ppo(tmp_path_factory):
+    """Of the updates of two processes, of a run of theirs and of the same, broken off."""
+    folder = tmp_path_factory.mktemp("sharded_ppo")
+    save_reward(folder / "reward", save_base(folder / "base"))
+    runs = [["ppo_maths", str(folder / case), case, {}] for case in ("shared", "whole")]
+    runs += [["ppo_maths", str(folder / "unbroken"), "shared", AGAIN]]
+    runs += [
+        ["ppo_maths", str(folder / "broken"), "shared", AGAIN | {"checkpoint": str(folder / "unbroken" / "checkpoint-11")}]
+    ]
+    in_two_processes("fsdp", runs, folder)
+    return folder
+
+
+def assert_same_adapters(one, two, *stages):
+    for stage in stages:
+        mine, theirs = (load_file(folder / stage / "adapter_model.safetensors") for folder in (one, two))
+        assert mine.keys() == theirs.keys()
+        assert max(weight.abs().max() for name, weight in mine.items() if "lora_B" in name) > 1e-3, "nothing was learnt"
+        for name, weight in mine.items():
+            torch.testing.assert_close(theirs[name], weight, atol=1e-6, rtol=0)
+
+
+def assert_same_log(one, two, *stages):
+    for stage in stages:
+        mine, theirs = (json.loads((folder / stage / "recipe.json").read_text())["log"] for folder in (one, two))
+        assert len(mine) == len(theirs)
+        for here, there in zip(mine, theirs, strict=True):
+            assert here.keys() == there.keys()
+            assert {key: there[key] for key in METRICS if key in there} == pytest.approx(
+                {key: here[key] for key in METRICS if key in here}, abs=1e-4
+            )
+
+
+def test_ddp_gives_what_one_process_gives(shared_out):
+    stages = ("sft", "dpo", "reward/member-0", "reward/member-1")
+    assert_same_adapters(*shared_out, *stages)
+    assert_same_log(*shared_out, *stages)
+    for stage in ("sft", "dpo", "ppo", "reward"):  # the second process writes nothing else, or over it
+        mine, theirs = (sorted(path.name for path in (folder / stage).iterdir()) for folder in shared_out)
+        assert mine == theirs
+    mine, theirs = (json.loads((folder / "reward" / "evaluation.json").read_text()) for folder in shared_out)
+    assert theirs["ensemble"]["accuracy"]["accuracy"] == mine["ensemble"]["accuracy"]["accuracy"]
+
+
+def test_fsdp_gives_what_one_process_gives(sharded):
+    """With 4 bits, adapters in fp32, and a checkpoint from which it goes on."""
+    assert_same_adapters(*sharded, "sft", "dpo", "reward")
+    assert_same_log(*sharded, "sft", "dpo", "reward")
+    assert_same_adapters(sharded[1] / "unbroken", sharded[1] / "resumed", "")
+    fingerprints = [json.loads((folder / "sft" / "recipe.json").read_text())["base_model"] for folder in sharded]
+    assert fingerprints[0] == fingerprints[1]
+
+
+@pytest.mark.parametrize("case", ["shared", "whole"])
+def test_fsdp_gives_the_update_of_one(sharded_ppo, tmp_path, case):
+    for name in ("base", "reward"):
+        (tmp_path / name).symlink_to(sharded_ppo / name)
+    assert_the_update_of_one(sharded_ppo, tmp_path, case)
+
+
+def test_a_sharded_run_of_ppo_resumed_is_the_unbroken_one(sharded_ppo):
+    for file in ("adapter_model.safetensors", "critic.safetensors"):
+        assert not moved(load_file(sharded_ppo / "unbroken" / file), load_file(sharded_ppo / "broken" / file)), file
+
+
+# --- What an engine cannot do ------------------------------------------------------------------------------
+
+
+def test_ppo_refuses_what_an_engine_cannot_do(tmp_path, monkeypatch):
+    monkeypatch.setenv("ACCELERATE_USE_FSDP", "true")
+    with pytest.raises(ValueError, match=r"critic: adapter: FSDP .* set `shared`"):
+        PPOConfig(str(tmp_path), critic="adapter", bf16=False)
+    monkeypatch.setattr(rlhf_recipes.ppo.config, "is_deepspeed_zero3_enabled", lambda: True)
+    with pytest.raises(ValueError, match=r"ZeRO-3: use configs/accelerate/fsdp.yaml with `critic: shared`"):
+        PPOConfig(str(tmp_path), critic="shared", bf16=False)
+
+
+def test_deepspeed_trains_no_ensemble(tmp_path):
+    training = RewardConfig(str(tmp_path), bf16=False)
+    training.deepspeed_plugin = object()
+    assert ensemble_members(training, 1, 10, shards=False) == [training]
+    with pytest.raises(RecipeError, match="ensemble_size: DeepSpeed trains one model a launch: use DDP or FSDP"):
+        ensemble_members(training, 2, 10, shards=False)
+
+
+def test_few_bits_are_not_shared_out_by_zero_3(tmp_path, launch, monkeypatch):
+    monkeypatch.setattr(rlhf_recipes.models, "is_deepspeed_zero3_enabled", lambda: True)
+    status, message = launch("sft", *SFT, *IN_4_BITS, "--output_dir", tmp_path)
+    assert status == 2
+    assert "load_in_4bit: DeepSpeed ZeRO-3 cannot share out such weights: use configs/accelerate/fsdp.yaml" in message
