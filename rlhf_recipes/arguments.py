@@ -16,9 +16,10 @@ from dataclasses import dataclass, field
 from enum import Enum
 from pathlib import Path
 from types import UnionType
-from typing import Any, NoReturn, Union, get_args, get_origin, get_type_hints
+from typing import Any, NamedTuple, NoReturn, Union, get_args, get_origin, get_type_hints
 
-from rlhf_recipes.errors import RecipeError
+from rlhf_recipes.errors import RecipeError, lack_of_memory
+from rlhf_recipes.tracking import settle_trackers
 
 import torch
 import yaml
@@ -28,7 +29,24 @@ from trl import TrlParser
 from trl.scripts.utils import DatasetConfig
 
 COMMAND_LINE = "the command line"
+
+
+class Launched(NamedTuple):
+    """The recipe that this process runs.
+
+    Parameters:
+        recipe: its file.
+        config: its YAML file.
+        values: the fields of all its dataclasses.
+    """
+
+    recipe: Path
+    config: Path
+    values: dict[str, Any]
+
+
 _origin: ContextVar[str] = ContextVar("origin", default="")  # of the arguments that this process runs with
+_launched: ContextVar[Launched | None] = ContextVar("launched", default=None)
 _STRICT = ConfigDict(strict=True, arbitrary_types_allowed=True, allow_inf_nan=False)
 _NUMBER = re.compile(r"[+-]?(\d+\.?\d*|\.\d+)([eE][+-]?\d+)?")
 
@@ -445,13 +463,16 @@ _WIDER_TYPES = {
 }
 
 
-def parse_arguments(recipe: str | Path, *dataclass_types: type, argv: Sequence[str] | None = None) -> tuple[Any, ...]:
+def parse_arguments(
+    recipe: str | Path, *dataclass_types: type, argv: Sequence[str] | None = None, here: bool = True
+) -> tuple[Any, ...]:
     """The dataclasses of a recipe, filled from its YAML file and, over it, from the command line.
 
     Args:
         recipe: the recipe's `__file__`; without `--config`, `configs/tiny/<its name>.yaml` beside `recipes/` is read.
         dataclass_types: what to fill. A key may belong to any of them.
         argv: the command line without the program's name; `sys.argv` by default.
+        here: whether the recipe is to run on this machine, and is refused what the machine lacks.
 
     Returns:
         One instance for each of `dataclass_types`.
@@ -486,13 +507,18 @@ def parse_arguments(recipe: str | Path, *dataclass_types: type, argv: Sequence[s
     _refuse_unusable(merged, where)
     if "bf16" in fields:
         _suit_the_machine(merged, where)
+        if here:
+            _refuse_bf16_without_support(merged, where)
+            settle_trackers(merged, where)
     try:
         with warnings.catch_warnings():
             # TRL sets it itself, under the name that TRL and everybody's YAML files have
             warnings.filterwarnings("ignore", message="`gradient_checkpointing` is deprecated", category=FutureWarning)
-            return parser.parse_dict(merged)
+            groups = parser.parse_dict(merged)
     except (ValueError, TypeError, ImportError) as error:  # the dataclasses' own checks
         raise RecipeError(f"{where}: {_one_line(error)}") from error
+    _launched.set(Launched(recipe, config, {key: value for group in groups for key, value in vars(group).items()}))
+    return groups
 
 
 def read_yaml(path: Path) -> dict[str, Any]:
@@ -519,13 +545,14 @@ def read_yaml(path: Path) -> dict[str, Any]:
     return values
 
 
-def parse_values(recipe: str | Path, *types: type, values: Mapping[str, Any]) -> tuple[Any, ...]:
+def parse_values(recipe: str | Path, *types: type, values: Mapping[str, Any], here: bool = True) -> tuple[Any, ...]:
     """As `parse_arguments` with a YAML file of these values; messages name no file, neither now nor later.
 
     Args:
         recipe: the recipe's file.
         types: its dataclasses.
         values: what its YAML file would hold.
+        here: as in `parse_arguments`.
 
     Raises:
         RecipeError: what the recipe would say.
@@ -535,7 +562,7 @@ def parse_values(recipe: str | Path, *types: type, values: Mapping[str, Any]) ->
         written.write_text(yaml.safe_dump(dict(values)), encoding="utf-8")
         try:
             # In a context of its own: what goes wrong later does not come from this file
-            return copy_context().run(parse_arguments, recipe, *types, argv=["--config", str(written)])
+            return copy_context().run(parse_arguments, recipe, *types, argv=["--config", str(written)], here=here)
         except RecipeError as error:
             raise RecipeError(str(error).removeprefix(f"{written}: ")) from error
 
@@ -551,18 +578,32 @@ def user_errors() -> Iterator[None]:
     """Prints a `RecipeError` as one message without a traceback, and exits with status 2.
 
     What goes wrong after the arguments were parsed is said with the file that they came from, and of none that was parsed
-    before: a process may run several recipes.
+    before: a process may run several recipes. A lack of memory, whatever it is raised as, is said with what to change.
     """
-    token = _origin.set("")
+    tokens = (_origin, _origin.set("")), (_launched, _launched.set(None))
     try:
         yield
-    except RecipeError as error:
-        origin = _origin.get()
-        named = f"{origin}: " if origin and not str(error).startswith(origin) else ""
-        print(f"error: {named}{error}", file=sys.stderr)
+    except (RecipeError, RuntimeError, MemoryError) as error:
+        exhausted = lack_of_memory(error)
+        if exhausted is None and not isinstance(error, RecipeError):
+            raise
+        _print_error(error if exhausted is None else _with_advice(error, exhausted))
         sys.exit(2)
     finally:
-        _origin.reset(token)
+        for variable, token in tokens:
+            variable.reset(token)
+
+
+def _print_error(message: object) -> None:
+    origin = _origin.get()
+    named = f"{origin}: " if origin and not str(message).startswith(origin) else ""
+    print(f"error: {named}{message}", file=sys.stderr)
+
+
+def _with_advice(error: BaseException, exhausted: BaseException) -> str:
+    from rlhf_recipes.plan.exhausted import explain  # the plan stands on the arguments
+
+    return explain(exhausted, _launched.get(), getattr(error, "__notes__", []))
 
 
 @contextlib.contextmanager
@@ -573,7 +614,8 @@ def explained(stage: str) -> Iterator[None]:
     except (ValueError, TemplateError, ImportError) as error:
         raise RecipeError(f"{stage}: {_one_line(error)}") from error
     except RuntimeError as error:
-        if "assistant_only_loss" not in str(error):  # TRL's way to refuse a row
+        # TRL's way to refuse a row, and that of Transformers to refuse a tracker
+        if "assistant_only_loss" not in str(error) and "to be installed" not in str(error):
             raise
         raise RecipeError(f"{stage}: {_one_line(error)}") from error
 
@@ -710,6 +752,19 @@ def _suit_the_machine(values: dict[str, Any], where: str) -> None:
             raise RecipeError(f"{where}: {key}: this machine has no GPU: set `{key}: false`")
     values.setdefault("bf16", False)
     values.setdefault("dataloader_pin_memory", False)
+
+
+def _refuse_bf16_without_support(values: dict[str, Any], where: str) -> None:
+    """A GPU without it would emulate it, slowly, and Transformers does not say so. Where nobody asks for it, it is off."""
+    if values.get("use_cpu") or not torch.cuda.is_available() or torch.cuda.is_bf16_supported(including_emulation=False):
+        return
+    for key in ("bf16", "dtype"):
+        if values.get(key) in (True, "bfloat16"):
+            raise RecipeError(
+                f"{where}: {key}: {str(values[key]).lower()}: this GPU ({torch.cuda.get_device_name()}) has no bf16: set "
+                "`bf16: false`, and with LoRA `dtype: float16` and `fp16: true`; without LoRA, and for PPO, `dtype: float32`"
+            )
+    values.setdefault("bf16", False)
 
 
 def _type_name(hint: Any) -> str:

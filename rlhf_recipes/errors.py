@@ -1,5 +1,13 @@
 """The one kind of error that is the user's to mend."""
 
+_NO_MEMORY = (
+    "out of memory",
+    "can't allocate memory",
+    "not enough memory",
+    "CUBLAS_STATUS_ALLOC_FAILED",
+    "No executable batch size",
+)
+
 
 class RecipeError(Exception):
     """Something in a YAML file, on the command line, or in the data is wrong.
@@ -12,3 +20,24 @@ class RecipeError(Exception):
 def first_line(error: BaseException) -> str:
     """The first line of somebody else's error, to go into a message of ours; its type where it says nothing."""
     return (str(error).strip() or type(error).__name__).splitlines()[0]
+
+
+def causes(error: BaseException) -> list[BaseException]:
+    """An error, what it was raised from or while handling, and so on to the first."""
+    chain: list[BaseException] = []
+    while error is not None and error not in chain:
+        chain.append(error)
+        error = error.__cause__ or error.__context__
+    return chain
+
+
+def lack_of_memory(error: BaseException) -> BaseException | None:
+    """The error in the chain by which a GPU or the machine said that it has no memory left; None where none did."""
+    return next((cause for cause in causes(error) if _says_no_memory(cause)), None)
+
+
+def _says_no_memory(error: BaseException) -> bool:
+    # torch.OutOfMemoryError is a RuntimeError; those of cuBLAS and of the CPU's allocator are nothing more
+    return isinstance(error, MemoryError) or (
+        isinstance(error, RuntimeError) and any(sign in str(error) for sign in _NO_MEMORY)
+    )

@@ -13,6 +13,8 @@ from pathlib import Path
 from typing import Any
 
 from rlhf_recipes.errors import RecipeError, first_line
+from rlhf_recipes.hub import why_not_loaded
+from rlhf_recipes.machine import check_bitsandbytes
 from rlhf_recipes.records import RECIPE, read_json
 
 import torch
@@ -175,6 +177,7 @@ def load_architecture(
         in_few_bits = quantization or getattr(config, "quantization_config", None)  # by us, or as it is stored
         if in_few_bits and is_deepspeed_zero3_enabled():
             raise RecipeError("load_in_4bit: DeepSpeed ZeRO-3 cannot share out such weights: use configs/accelerate/fsdp.yaml")
+        check_bitsandbytes(bool(in_few_bits), training)
         placed = {"device_map": {"": training.device}} if in_few_bits else {}  # not where bitsandbytes thinks best
         settings = {
             "dtype": arguments.dtype or "auto",
@@ -188,7 +191,7 @@ def load_architecture(
         # safetensors only: never a pickle
         model, loading = architecture.from_pretrained(path, **settings, use_safetensors=True, output_loading_info=True)
     except (OSError, ValueError, ImportError, KeyError, TypeError, SafetensorError) as error:
-        raise RecipeError(f"model_name_or_path: {path}: {first_line(error)}{_how_to_get(path)}") from error
+        raise RecipeError(f"model_name_or_path: {path}: {why_not_loaded(path, error)}") from error
     _check_4bit_sides(model, path)
     keep_gradients_exact(model)
     return model, set(loading["missing_keys"])
@@ -304,7 +307,8 @@ def check_base(where: str | Path, trained_on: str | None, record: dict[str, Any]
     known, here, name = (record.get("base_model") or {}).get("fingerprint") or {}, fingerprint(model), base_name(model)
     if differences := _differences(known, here):
         raise RecipeError(
-            f"{where} was trained on {trained_on}, and the base in memory, {name}, is another: {', '.join(differences)}"
+            f"{where} was trained on {trained_on}, and the base in memory, {name}, is another: {', '.join(differences)}; name "
+            "the one that it was trained on, or train it on this one"
         )
     compared = [part for part in ("weights", "matrices") if known.get(part) and here[part]]
     if len(compared) == 2 or same_name(trained_on, name):
@@ -410,10 +414,10 @@ def load_tokenizer(arguments: ModelConfig, *groups: Any, start_from: str | Path 
             trust_remote_code=options.get("trust_remote_code", False),
         )
     except (OSError, ValueError, ImportError, KeyError, AttributeError) as error:
-        raise RecipeError(
-            f"model_name_or_path: {path}: no usable tokenizer there ({first_line(error)}); the folder needs tokenizer.json "
-            f"and tokenizer_config.json{_how_to_get(path)}"
-        ) from error
+        reason = why_not_loaded(path, error)
+        if Path(path).is_dir():
+            reason = f"no usable tokenizer there ({reason}); the folder needs tokenizer.json and tokenizer_config.json"
+        raise RecipeError(f"model_name_or_path: {path}: {reason}") from error
     _set_eos(tokenizer, options.get("eos_token"))
     _set_pad(tokenizer)
     _set_chat_template(tokenizer, options.get("chat_template_path"))
@@ -497,7 +501,8 @@ def _set_chat_template(tokenizer: PreTrainedTokenizerBase, path: str | None) -> 
     try:
         source = AutoTokenizer.from_pretrained(path)
     except (OSError, ValueError) as error:
-        raise RecipeError(f"chat_template_path: {path}: neither a .jinja file nor a tokenizer: {first_line(error)}") from error
+        reason = why_not_loaded(path, error)
+        raise RecipeError(f"chat_template_path: {path}: neither a .jinja file nor a tokenizer: {reason}") from error
     if source.chat_template is None:
         raise RecipeError(f"chat_template_path: the tokenizer {path} has no chat template")
     vocabulary = tokenizer.get_vocab()
@@ -528,7 +533,3 @@ def _check_turn_ends(tokenizer: PreTrainedTokenizerBase) -> None:
             f"the chat template of {tokenizer.name_or_path} ends an answer by {end!r}, and its EOS is '{tokenizer.eos_token}': "
             f"the model would never learn to stop; {remedy}"
         )
-
-
-def _how_to_get(path: str) -> str:
-    return "" if Path(path).is_dir() else ". Without a network, download the model elsewhere and name its folder here"

@@ -13,6 +13,9 @@ RECIPE = "recipe.json"
 PENDING = "recipe.unfinished.json"
 """The same, of a stage that has trained and not measured yet: by `recipe.json` others take a stage for done."""
 
+LOG = "log.jsonl"
+"""Of a training: a line of JSON for everything that was logged."""
+
 REWARD = "reward.json"
 """Of a reward model: its base and the scale of its scores; of an ensemble: its members and how they are combined."""
 

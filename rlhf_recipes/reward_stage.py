@@ -65,6 +65,7 @@ def ensemble_members(training: RewardConfig, size: int, rows: int, shards: bool)
     for number in range(size):
         member = copy.copy(training)
         member.seed, member.output_dir = training.seed + number, str(Path(training.output_dir) / f"member-{number}")
+        member.run_name = f"{training.run_name}-member-{number}" if training.run_name else None
         members.append(member)
     return members
 

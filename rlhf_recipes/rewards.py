@@ -23,6 +23,7 @@ from typing import Any, Literal
 from rlhf_recipes.arguments import nearest
 from rlhf_recipes.errors import RecipeError
 from rlhf_recipes.evaluation.truthfulness import judge, normalise
+from rlhf_recipes.hub import why_not_loaded
 from rlhf_recipes.models import model_path
 
 import torch
@@ -227,7 +228,7 @@ class Similarity:
         except RecipeError as error:
             raise RecipeError(f"Similarity: {error}") from error
         except (OSError, ValueError, ImportError, KeyError) as error:
-            raise self._error(str(error).strip().split("\n")[0]) from error
+            raise self._error(why_not_loaded(self.model_name_or_path, error)) from error
         # Transformers makes up what a folder lacks: weights at random, and a tokenizer without words
         missing = sorted(weight for weight in report["missing_keys"] if self.kind == "cross-encoder" or "pooler" not in weight)
         if missing:

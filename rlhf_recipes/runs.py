@@ -1,7 +1,9 @@
 """What a run leaves beside its result: `recipe.json`; and where an interrupted run goes on."""
 
+import contextlib
 import importlib.metadata
 import json
+import math
 import os
 import platform
 import resource
@@ -9,16 +11,17 @@ import shutil
 import subprocess
 import sys
 import time
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 from rlhf_recipes.arguments import read_yaml
 from rlhf_recipes.cards import write_card
-from rlhf_recipes.errors import RecipeError
+from rlhf_recipes.errors import RecipeError, lack_of_memory
 from rlhf_recipes.models import fingerprint, model_path, resolve_path
-from rlhf_recipes.records import PENDING, RECIPE, read_json, write_json
+from rlhf_recipes.records import LOG, PENDING, RECIPE, read_json, write_json
+from rlhf_recipes.tracking import begin_tracking, complaint_of_tracker
 
 import torch
 from accelerate import PartialState
@@ -47,8 +50,9 @@ _OF_THE_LAUNCHER = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "MAS
 class RunMeter(TrainerCallback):
     """Measures the wall time of training (evaluations and checkpoints included) and the memory at its peak.
 
-    Beside every checkpoint it leaves the arguments that the result depends on, for `checkpoint_to_resume` to compare. And it
-    takes the fingerprint of the base that adapters stand on: FSDP and ZeRO leave no process whole weights to take it of.
+    Beside every checkpoint it leaves the arguments that the result depends on, for `checkpoint_to_resume` to compare; and in
+    `log.jsonl` a line for everything that is logged, as it is logged. It takes the fingerprint of the base that adapters stand
+    on at the start: FSDP and ZeRO leave no process whole weights to take it of.
     """
 
     def __init__(self, *arguments: Any):
@@ -63,10 +67,20 @@ class RunMeter(TrainerCallback):
         self.base = fingerprint(model) if is_peft_model(model) else None
 
     def on_train_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
-        """Starts the clock."""
+        """Starts the clock, and the log: of a resumed run, with what was logged before its checkpoint."""
         self.first_step, self.start = state.global_step, time.perf_counter()
+        if state.is_world_process_zero:
+            path = Path(args.output_dir) / LOG
+            path.parent.mkdir(parents=True, exist_ok=True)
+            path.write_text("".join(map(_log_line, state.log_history)), encoding="utf-8")
         if torch.cuda.is_available():
             torch.cuda.reset_peak_memory_stats()
+
+    def on_log(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        """Adds a line to the log."""
+        if state.is_world_process_zero and state.log_history:
+            with (Path(args.output_dir) / LOG).open("a", encoding="utf-8") as file:
+                file.write(_log_line(state.log_history[-1]))
 
     def on_train_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         """Stops the clock."""
@@ -88,6 +102,12 @@ class RunMeter(TrainerCallback):
             "tokens_per_s": round(tokens / self.wall_time, 1) if tokens and steps else None,
             "peak_memory": peak_memory(),
         }
+
+
+def _log_line(entry: dict[str, Any]) -> str:
+    """One line of JSON, which knows no NaN and no infinity."""
+    finite = {key: None if isinstance(value, float) and not math.isfinite(value) else value for key, value in entry.items()}
+    return json.dumps(finite, default=str) + "\n"
 
 
 def peak_memory() -> dict[str, Any]:
@@ -264,7 +284,29 @@ def train(trainer: Trainer, checkpoint: str | None) -> None:
             trainer._load_from_checkpoint(checkpoint)
             trainer.state = state
             return
-    trainer.train(resume_from_checkpoint=checkpoint)
+    begin_tracking(trainer.args)
+    with _said_when(trainer):
+        trainer.train(resume_from_checkpoint=checkpoint)
+
+
+@contextlib.contextmanager
+def _said_when(trainer: Trainer) -> Iterator[None]:
+    """Adds to a lack of memory at which step it came, and what is kept; says in one message what a tracker complains of."""
+    try:
+        yield
+    except Exception as error:
+        print(file=sys.stderr)  # below the bar of progress
+        if lack_of_memory(error):
+            state = trainer.state
+            error.add_note(f"after {state.global_step} of {state.max_steps} steps")
+            kept = max(filter(_is_whole, checkpoints_in(Path(trainer.args.output_dir))), key=step_of, default=None)
+            if kept is not None:
+                member = kept.parent.name.startswith("member-")  # of an ensemble, which goes on from no named one
+                goes_on = "" if member else f": `resume_from_checkpoint: {kept}` goes on from it, with the same `optim`"
+                error.add_note(f"{kept} is kept{goes_on}")
+        elif complaint := complaint_of_tracker(error):
+            raise complaint from error
+        raise
 
 
 def save_policy(trainer: Trainer) -> None:
@@ -286,7 +328,7 @@ def remove_results(output: Path, *others: str) -> None:
     """Removes what an earlier run left in a folder: its model, whole or not, checkpoints, records and `others` (patterns)."""
     for checkpoint in checkpoints_in(output):
         shutil.rmtree(checkpoint)
-    _remove(output, *_WHOLE, *_ADAPTER, RECIPE, PENDING, *others)
+    _remove(output, *_WHOLE, *_ADAPTER, RECIPE, PENDING, LOG, *others)
 
 
 def _remove(output: Path, *patterns: str) -> None:
@@ -299,7 +341,8 @@ def evaluate_at_end(trainer: Trainer) -> None:
     last = trainer.state.global_step
     done = any("eval_runtime" in entry and entry["step"] == last for entry in trainer.state.log_history)
     if trainer.eval_dataset is not None and not done:
-        trainer.evaluate()
+        with _said_when(trainer):
+            trainer.evaluate()
 
 
 def _check_writable(output: Path) -> None:

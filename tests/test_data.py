@@ -155,7 +155,8 @@ def test_a_hub_name_without_network(monkeypatch):
     monkeypatch.setattr("datasets.config.HF_HUB_OFFLINE", True)
     message = failure("nobody/nothing", "sft")
     assert "nobody/nothing is not a local file" in message
-    assert "offline" in message
+    assert "the Hub could not be reached (HF_HUB_OFFLINE is set)" in message
+    assert "`hf download --repo-type dataset nobody/nothing --local-dir FOLDER`" in message
 
 
 # --- Functions -------------------------------------------------------------------------------------------

@@ -188,7 +188,7 @@ def test_missing_folder_is_named(path):
 
 
 def test_unreachable_hub_name_says_what_to_do():
-    with pytest.raises(RecipeError, match=r"somebody/some-model: .*download the model elsewhere"):
+    with pytest.raises(RecipeError, match=r"somebody/some-model: .*hf download somebody/some-model --local-dir FOLDER"):
         load_model(ModelConfig(model_name_or_path="somebody/some-model"), sft_config())
 
 

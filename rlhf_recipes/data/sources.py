@@ -13,6 +13,7 @@ from pathlib import Path
 from rlhf_recipes.arguments import DatasetSource, nearest
 from rlhf_recipes.data.kinds import SHOWN
 from rlhf_recipes.errors import RecipeError, first_line
+from rlhf_recipes.hub import why_not_loaded
 
 import pyarrow.parquet
 from datasets import Dataset, DatasetDict, load_dataset, load_dataset_builder, load_from_disk
@@ -210,7 +211,7 @@ def _why_not_found(source: DatasetSource, error: Exception) -> str:
         return f"{source.path}: no data could be read from it: {first_line(error.__cause__ or error)}"
     return (
         f"{source.path} is not a local file or directory (looked in {Path.cwd()}), and as a Hub dataset it could not be "
-        f"loaded: {first_line(error)}. If this machine is offline, save the data as a local .jsonl file and set its path."
+        f"loaded: {why_not_loaded(source.path, error, 'dataset')}"
     )
 
 

@@ -23,7 +23,8 @@ from rlhf_recipes.sampling import STATE
 TRAINERS = ("sft", "reward", "ppo", "dpo")
 # Every recipe that a stage may be, and the file that it writes last
 RECIPES = dict.fromkeys(TRAINERS, RECIPE) | {"evaluate": METRICS, "sample": STATE, "rank": RANKED}
-_KEYS = {"output_dir", "stages", "seeds", "rounds", "jobs", "accelerate_config", "gpu_memory"}
+_OF_TRACKERS = ("report_to", "project")  # of the pipeline for all stages that train; they decide nothing of a result
+_KEYS = {"output_dir", "stages", "seeds", "rounds", "jobs", "accelerate_config", "gpu_memory", *_OF_TRACKERS}
 _STAGE_KEYS = {"name", "recipe", "config", "arguments", "each_round"}
 _PLACE = re.compile(r"\{([^{}]*)\}(.*)", re.DOTALL)
 
@@ -96,7 +97,7 @@ def read_stages(config: Path, recipes: Path) -> PipelineFile:
     With `seeds: [0, 1, 2]` all of it is done once for each seed, in a folder `seed-0`, ... of its own: `seed` of every stage
     is set, and `"{seed}"` stands for it in the arguments. With `rounds: 3` the stages with `each_round: true` are done three
     times, in `round-1`, ...; docs/pipeline.md says how they name one another. With `gpu_memory: 12` what makes a stage fit a
-    card of 12 GB is chosen, over its file and under its `arguments`.
+    card of 12 GB is chosen, over its file and under its `arguments`. `report_to` and `project` go to every stage that trains.
 
     Args:
         config: the file; the files that it names are looked for from the current folder, and from that of `recipes/`.
@@ -120,10 +121,11 @@ def read_stages(config: Path, recipes: Path) -> PipelineFile:
     if card is not None and (isinstance(card, bool) or not isinstance(card, int | float) or card <= 0):
         raise RecipeError(f"{config}: gpu_memory: {card!r} is not the memory of a card in GB, such as 12")
     entries = _entries(values, config)
+    tracked = {key: values[key] for key in _OF_TRACKERS if key in values}
     stages = []
     for seed in seeds:
         place = output if seed is None else output / f"seed-{seed}"
-        stages += _Reader(f"{config}: stages", place, recipes, seed, engine, card).read(entries)
+        stages += _Reader(f"{config}: stages", place, recipes, seed, engine, card, tracked).read(entries)
     _refuse_shared_folders(stages, f"{config}: stages")
     return PipelineFile(output, stages, engine, jobs)
 
@@ -171,6 +173,7 @@ class _Reader:
     seed: int | None
     engine: str | None
     card: float | None = None
+    tracked: dict[str, Any] = field(default_factory=dict)
     stages: dict[str, list[Stage]] = field(default_factory=dict)  # entry -> its stages so far, one of each round
     planned: dict[str, Arguments] = field(default_factory=dict)  # folder -> the arguments of the stage that writes it
 
@@ -187,6 +190,7 @@ class _Reader:
         name, recipe, config, arguments = self._checked(entry, where, turn)
         place = (self.output if turn is None else self.output / f"round-{turn}") / name
         own = {"output_dir": str(place)} if self.seed is None else {"output_dir": str(place), "seed": self.seed}
+        own |= self.tracked if recipe in TRAINERS else {}
         values = {**read_yaml(found(config, self.recipes)), **own, **arguments}
         values.pop("needs", None)  # the order of the stages says so
         named = {key: value for key, value in values.items() if key != "output_dir"} | {"accelerate_config": self.engine}
@@ -198,7 +202,7 @@ class _Reader:
         values |= picked
         identity = {
             "recipe": recipe,
-            "values": values,
+            "values": {key: value for key, value in values.items() if key not in _OF_TRACKERS},
             "files": files,
             "inputs": [stage.fingerprint for stage in filling.inputs],
         }

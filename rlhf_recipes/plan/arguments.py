@@ -30,7 +30,8 @@ def resolve(
     types = runpy.run_path(str(recipes / f"{recipe}.py"), run_name="stage")["ARGUMENTS"]
     # Asking for them is refused where there is no GPU; what they are by default depends on the machine too
     mixed = {key: values[key] for key in _MIXED if key in values and not values.get("use_cpu")}
-    groups = parse_values(recipes / recipe, *types, values={key: value for key, value in values.items() if key not in mixed})
+    others = {key: value for key, value in values.items() if key not in mixed}
+    groups = parse_values(recipes / recipe, *types, values=others, here=False)
     parsed = {key: value for group in groups for key, value in vars(group).items()}
     if not values.get("use_cpu") and triton:
         parsed |= {"bf16": not mixed.get("fp16"), **mixed}

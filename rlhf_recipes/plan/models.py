@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from rlhf_recipes.errors import RecipeError, first_line
+from rlhf_recipes.hub import why_not_loaded
 from rlhf_recipes.models import resolve_path
 from rlhf_recipes.plan.arithmetic import Shape
 
@@ -58,8 +59,8 @@ def load_config(name: str, revision: str = "main", trust_remote_code: bool = Fal
         return AutoConfig.from_pretrained(resolve_path(name), revision=revision, trust_remote_code=trust_remote_code)
     except (OSError, ValueError, KeyError) as error:
         raise RecipeError(
-            f"model_name_or_path: {name}: its config.json cannot be read ({first_line(error)}); without a network, name a "
-            "folder that holds it: the plan needs no weights"
+            f"model_name_or_path: {name}: its config.json cannot be read (the plan needs no more than that): "
+            f"{why_not_loaded(name, error)}"
         ) from error
 
 
