@@ -7,6 +7,7 @@ import hashlib
 import importlib.util
 import logging
 import os
+import re
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -14,6 +15,7 @@ from typing import Any
 
 from rlhf_recipes.errors import RecipeError, first_line
 from rlhf_recipes.records import RECIPE, read_json
+from rlhf_recipes.speed import prepare
 
 import torch
 from jinja2 import TemplateError
@@ -165,6 +167,7 @@ def load_architecture(
         RecipeError: as in `load_model`.
     """
     path = model_path(arguments)
+    prepare(arguments, training)
     revision = {"revision": arguments.model_revision, "trust_remote_code": getattr(training, "trust_remote_code", False)}
     try:
         config = AutoConfig.from_pretrained(path, **revision)
@@ -183,6 +186,11 @@ def load_architecture(
         # safetensors only: never a pickle
         model, loading = architecture.from_pretrained(path, **settings, use_safetensors=True, output_loading_info=True)
     except (OSError, ValueError, ImportError, KeyError, TypeError, SafetensorError) as error:
+        if arguments.attn_implementation and re.search("attn_implementation|flash.?attention", str(error), re.IGNORECASE):
+            raise RecipeError(
+                f"attn_implementation: {arguments.attn_implementation}: {first_line(error)} Leave the key out for PyTorch's "
+                "own attention"
+            ) from error
         raise RecipeError(f"model_name_or_path: {path}: {first_line(error)}{_how_to_get(path)}") from error
     _check_4bit_sides(model, path)
     keep_gradients_exact(model)
