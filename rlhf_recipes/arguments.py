@@ -572,8 +572,9 @@ def explained(stage: str) -> Iterator[None]:
         yield
     except (ValueError, TemplateError, ImportError) as error:
         raise RecipeError(f"{stage}: {_one_line(error)}") from error
-    except RuntimeError as error:
-        if "assistant_only_loss" not in str(error):  # TRL's way to refuse a row
+    except (RuntimeError, OSError) as error:
+        # TRL's ways to refuse a row, and to say that vLLM is not there
+        if not any(words in str(error) for words in ("assistant_only_loss", "The vLLM server")):
             raise
         raise RecipeError(f"{stage}: {_one_line(error)}") from error
 

@@ -6,6 +6,7 @@ from typing import Any
 
 from rlhf_recipes.errors import RecipeError
 
+import torch
 from transformers.utils import is_liger_kernel_available
 from trl import ModelConfig
 from trl.import_utils import is_vllm_available
@@ -24,10 +25,18 @@ def prepare(arguments: ModelConfig, training: Any) -> None:
     Raises:
         RecipeError: if the package that a key needs is not there, or vLLM could not take the policy's weights.
     """
-    if (arguments.attn_implementation or "").count("/") and importlib.util.find_spec("kernels") is None:
+    of_the_hub = {f"attn_implementation: {arguments.attn_implementation}": "/" in (arguments.attn_implementation or "")}
+    of_the_hub["model_init_kwargs: use_kernels"] = (getattr(training, "model_init_kwargs", None) or {}).get("use_kernels")
+    for key, asked in of_the_hub.items():
+        if asked and importlib.util.find_spec("kernels") is None:
+            raise RecipeError(
+                f"{key}: asks for kernels of the Hub, and `kernels` is not installed: `pip install 'rlhf-recipes[kernels]'`, "
+                "or leave the key out"
+            )
+    on_cpu = getattr(training, "use_cpu", False) or not torch.accelerator.is_available()
+    if arguments.attn_implementation == "flex_attention" and hasattr(training, "learning_rate") and on_cpu:
         raise RecipeError(
-            f"attn_implementation: {arguments.attn_implementation} is a kernel of the Hub, and `kernels` is not installed: "
-            "`pip install 'rlhf-recipes[kernels]'`, or leave the key out for PyTorch's own attention"
+            "attn_implementation: flex_attention has no backward pass on a CPU: leave the key out for PyTorch's own attention"
         )
     if getattr(training, "use_liger_kernel", False) and not is_liger_kernel_available():
         raise RecipeError(
