@@ -15,7 +15,7 @@ from typing import Any
 
 from rlhf_recipes.errors import RecipeError, first_line
 from rlhf_recipes.records import RECIPE, read_json
-from rlhf_recipes.speed import prepare
+from rlhf_recipes.speed import compile_layers, prepare, without_compilation
 
 import torch
 from jinja2 import TemplateError
@@ -194,6 +194,7 @@ def load_architecture(
         raise RecipeError(f"model_name_or_path: {path}: {first_line(error)}{_how_to_get(path)}") from error
     _check_4bit_sides(model, path)
     keep_gradients_exact(model)
+    compile_layers(model, training)
     return model, set(loading["missing_keys"])
 
 
@@ -420,7 +421,7 @@ def without_what_is_done(training: TrainingConfig) -> TrainingConfig:
 
     The trainer would warn of the one, and clone the template once more by the other. The original goes into `recipe.json`.
     """
-    rest = copy.copy(training)
+    rest = copy.copy(without_compilation(training))
     rest.model_init_kwargs = rest.chat_template_path = None
     return rest
 

@@ -1,18 +1,21 @@
 """What a YAML file asks for to be faster: refused before a model is loaded where it cannot be had, else set right."""
 
+import contextlib
+import copy
 import importlib.util
 import os
+from collections.abc import Iterator
 from typing import Any
 
 from rlhf_recipes.errors import RecipeError
 
 import torch
+from accelerate.utils.other import is_repeated_blocks
+from peft import PeftModel
+from torch import nn
 from transformers.utils import is_liger_kernel_available
 from trl import ModelConfig
 from trl.import_utils import is_vllm_available
-
-REGIONAL = "ACCELERATE_DYNAMO_USE_REGIONAL_COMPILATION"
-"""Accelerate's, by which it compiles each layer of a decoder by itself; Transformers' arguments have no such key."""
 
 
 def prepare(arguments: ModelConfig, training: Any) -> None:
@@ -23,7 +26,7 @@ def prepare(arguments: ModelConfig, training: Any) -> None:
         training: those of the trainer.
 
     Raises:
-        RecipeError: if the package that a key needs is not there, or vLLM could not take the policy's weights.
+        RecipeError: if the package that a key needs is not there, or it could do nothing.
     """
     of_the_hub = {f"attn_implementation: {arguments.attn_implementation}": "/" in (arguments.attn_implementation or "")}
     of_the_hub["model_init_kwargs: use_kernels"] = (getattr(training, "model_init_kwargs", None) or {}).get("use_kernels")
@@ -43,7 +46,7 @@ def prepare(arguments: ModelConfig, training: Any) -> None:
             "use_liger_kernel: Liger is not installed: `pip install 'rlhf-recipes[liger]'`, or set `use_liger_kernel: false`"
         )
     check_vllm(training, bool(arguments.load_in_4bit or arguments.load_in_8bit))
-    compile_by_layers(training)
+    _is_compiled(training)
 
 
 def check_vllm(training: Any, quantised: bool) -> None:
@@ -71,14 +74,58 @@ def check_vllm(training: Any, quantised: bool) -> None:
         )
 
 
-def compile_by_layers(training: Any) -> None:
-    """Has `torch_compile` compile each layer by itself, and leave alone what is around them.
+def _is_compiled(training: Any) -> bool:
+    """Whether layers are to be compiled."""
+    asked = getattr(training, "torch_compile", False)
+    if asked and training.gradient_checkpointing:
+        raise RecipeError(
+            "torch_compile: layers that are computed again in the backward pass run uncompiled: set `gradient_checkpointing: "
+            "false`, or `torch_compile: false`"
+        )
+    return asked
 
-    The whole at once is what Transformers' Trainer compiles. TRL's LM head in tiles cannot be traced without Triton, and hooks
-    on the trunk, by which PPO reads its states, would have it compiled again at every step.
+
+def compile_layers(model: nn.Module, training: Any) -> bool:
+    """Compiles, where `torch_compile` asks for it, each layer of a decoder by itself and in place; returns whether it did.
+
+    Transformers' Trainer would compile the whole: TRL's LM head in tiles cannot be traced without Triton, and hooks on the
+    trunk, by which PPO reads its states, would have it compiled again at every step. Accelerate's own way by layers makes a
+    second model of the same weights, and only one of the two is told when an evaluation begins.
+
+    Args:
+        model: without adapters, or with them.
+        training: the arguments of the trainer, which must not be asked to compile once more: `without_compilation`.
+
+    Raises:
+        RecipeError: beside gradient checkpointing, within which PyTorch compiles nothing.
     """
-    if getattr(training, "torch_compile", False):
-        os.environ.setdefault(REGIONAL, "true")
+    if not _is_compiled(training):
+        return False
+    trunk = model.get_base_model().base_model if isinstance(model, PeftModel) else model.base_model
+    for blocks in filter(is_repeated_blocks, trunk.children()):
+        for block in blocks:
+            block.compile(backend=training.torch_compile_backend, mode=training.torch_compile_mode)
+    return True
+
+
+def without_compilation(training: Any) -> Any:
+    """The arguments for a trainer whose model is compiled already; a copy."""
+    if not training.torch_compile:
+        return training
+    rest = copy.copy(training)
+    rest.torch_compile, rest.torch_compile_backend, rest.torch_compile_mode = False, None, None
+    os.environ["ACCELERATE_DYNAMO_BACKEND"] = "no"  # which the arguments set, and Accelerate would read
+    return rest
+
+
+@contextlib.contextmanager
+def not_compiled(model: nn.Module) -> Iterator[None]:
+    """Within, compiled layers run as they were: each role, and each length in sampling, would have them compiled anew."""
+    if not any(module._compiled_call_impl is not None for module in model.modules()):
+        yield
+        return
+    with torch.compiler.set_stance("force_eager"):
+        yield
 
 
 def keep_forward(training: Any) -> None:

@@ -6,7 +6,7 @@ import types
 from rlhf_recipes import PPOConfig
 from rlhf_recipes.arguments import explained
 from rlhf_recipes.errors import RecipeError
-from rlhf_recipes.models import load_model
+from rlhf_recipes.models import load_model, without_what_is_done
 from rlhf_recipes.ppo import vllm
 from rlhf_recipes.reward import RankingTrainer
 from rlhf_recipes.roles import copy_adapter
@@ -260,18 +260,37 @@ def test_continuous_batching_leaves_types_and_evaluation_as_they_were(tmp_path, 
 # --- Compilation and kernels ------------------------------------------------------------------------------
 
 
-def test_a_compiled_policy_learns_the_same(tmp_path, monkeypatch):
+def test_a_compiled_policy_learns_the_same_and_is_evaluated_the_same(base, tmp_path, monkeypatch):
     monkeypatch.setenv("ACCELERATE_DYNAMO_BACKEND", "no")  # which the arguments of a compiled run set for good
-    monkeypatch.setenv("ACCELERATE_DYNAMO_USE_REGIONAL_COMPILATION", "false")
-    monkeypatch.delenv("ACCELERATE_DYNAMO_USE_REGIONAL_COMPILATION")
-    losses = []
+    figures = []
     for options in ({}, {"torch_compile": True, "torch_compile_backend": "eager"}):
         model = with_adapter(make_model(num_hidden_layers=1))
-        trainer = make_trainer(tmp_path, model, kind=Remembering, critic="adapter", max_steps=2, **options)
+        init = {"eval_dataset": prompts(4)}
+        options |= {"critic": "adapter", "eval_strategy": "steps", "eval_steps": 1}
+        trainer = make_trainer(tmp_path, model, kind=Remembering, init=init, max_steps=2, **options)
         trainer.train()
-        losses.append([*trainer.losses, *logged(trainer, "value/loss")])
+        figures.append([*trainer.losses, *logged(trainer, "value/loss"), *logged(trainer, "eval_score")])
     assert torch._dynamo.utils.counters["stats"]["unique_graphs"]
-    assert losses[1] == pytest.approx(losses[0], abs=1e-6)
+    assert len(figures[0]) == 6
+    assert figures[1] == pytest.approx(figures[0], abs=1e-6)
+
+
+def test_a_recipe_compiles_layers_before_its_trainer_and_not_under_checkpointing(base, tmp_path, monkeypatch):
+    monkeypatch.setenv("ACCELERATE_DYNAMO_BACKEND", "no")
+
+    def load(checkpointing):
+        options = {"bf16": False, "use_cpu": True, "torch_compile": True, "torch_compile_backend": "eager"}
+        args = SFTConfig(str(tmp_path), gradient_checkpointing=checkpointing, **options)
+        return load_model(ModelConfig(model_name_or_path=str(base)), args), without_what_is_done(args)
+
+    model, rest = load(False)
+    assert {name for name, module in model.named_modules() if module._compiled_call_impl} == {
+        "model.layers.0",
+        "model.layers.1",
+    }
+    assert not rest.torch_compile
+    with pytest.raises(RecipeError, match=r"torch_compile: layers that are computed again .* `gradient_checkpointing: false`"):
+        load(True)
 
 
 @pytest.fixture

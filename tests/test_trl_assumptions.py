@@ -22,7 +22,7 @@ from rlhf_recipes.ppo.config import LOSSES, PPOConfig, _One
 from rlhf_recipes.ppo.trainer import PPOTrainer
 from rlhf_recipes.reward import RankingCollator, RankingTrainer
 from rlhf_recipes.rewards import FROM_TRL
-from rlhf_recipes.speed import REGIONAL
+from rlhf_recipes.speed import without_compilation
 
 import pytest
 import torch
@@ -923,10 +923,16 @@ def test_continuous_batching_still_casts_the_model_and_leaves_it_training():
     assert "unwrapped_model.train()" in source
 
 
-def test_the_arguments_have_no_key_for_compilation_by_layers():
-    """Else `rlhf_recipes.speed` could set that and no variable of the environment."""
-    assert REGIONAL.removeprefix("ACCELERATE_DYNAMO_") in inspect.getsource(TorchDynamoPlugin)
-    assert not any("regional" in name for name in inspect.signature(TrainingArguments).parameters)
+def test_a_run_is_not_compiled_where_neither_arguments_nor_environment_ask_for_it(tmp_path, monkeypatch):
+    """By which `rlhf_recipes.speed` compiles layers in the trainer's place."""
+    monkeypatch.setenv("ACCELERATE_DYNAMO_BACKEND", "no")
+    asked = TrainingArguments(str(tmp_path), use_cpu=True, torch_compile=True, torch_compile_backend="eager")
+    assert os.environ["ACCELERATE_DYNAMO_BACKEND"] == "eager"
+    assert TorchDynamoPlugin(backend=None).backend == "EAGER"
+    rest = without_compilation(asked)
+    assert (rest.torch_compile, rest.torch_compile_backend, rest.torch_compile_mode) == (False, None, None)
+    assert TorchDynamoPlugin(backend=None).backend == "NO"
+    assert asked.torch_compile
 
 
 def test_generating_with_an_adapter_goes_through_the_base_as_a_module():

@@ -53,7 +53,7 @@ from rlhf_recipes.roles import (
     playing,
     saved_alone,
 )
-from rlhf_recipes.speed import check_vllm, compile_by_layers
+from rlhf_recipes.speed import check_vllm, compile_layers, not_compiled, without_compilation
 
 import torch
 from accelerate.utils import gather_object
@@ -149,7 +149,8 @@ class PPOTrainer(GRPOTrainer):
         revision = (args.model_init_kwargs or {}).get("revision", "main")
         model, args = _loaded(model, args, quantization_config, peft_config)
         check_vllm(args, bool(getattr(model, "is_quantized", False)))
-        compile_by_layers(args)
+        if compile_layers(model, args):
+            args = without_compilation(args)
         tokenizer = processing_class or AutoTokenizer.from_pretrained(
             name, revision=revision, trust_remote_code=args.trust_remote_code
         )
@@ -359,6 +360,10 @@ class PPOTrainer(GRPOTrainer):
 
     def _generate_and_score_completions(self, inputs: list[dict[str, Any]]) -> dict[str, Any]:
         """TRL's batch, with advantages and returns of each token in place of advantages of each completion."""
+        with not_compiled(self.model):
+            return self._rolled_out(inputs)
+
+    def _rolled_out(self, inputs: list[dict[str, Any]]) -> dict[str, Any]:
         self._record, self._forward.values = None, None
         batch = super()._generate_and_score_completions(inputs)
         record, self._record = self._record, None
