@@ -3,7 +3,6 @@
 import contextlib
 import copy
 import importlib.util
-import os
 from collections.abc import Iterator
 from typing import Any
 
@@ -114,7 +113,6 @@ def without_compilation(training: Any) -> Any:
         return training
     rest = copy.copy(training)
     rest.torch_compile, rest.torch_compile_backend, rest.torch_compile_mode = False, None, None
-    os.environ["ACCELERATE_DYNAMO_BACKEND"] = "no"  # which the arguments set, and Accelerate would read
     return rest
 
 

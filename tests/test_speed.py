@@ -260,8 +260,7 @@ def test_continuous_batching_leaves_types_and_evaluation_as_they_were(tmp_path, 
 # --- Compilation and kernels ------------------------------------------------------------------------------
 
 
-def test_a_compiled_policy_learns_the_same_and_is_evaluated_the_same(base, tmp_path, monkeypatch):
-    monkeypatch.setenv("ACCELERATE_DYNAMO_BACKEND", "no")  # which the arguments of a compiled run set for good
+def test_a_compiled_policy_learns_the_same_and_is_evaluated_the_same(tmp_path):
     figures = []
     for options in ({}, {"torch_compile": True, "torch_compile_backend": "eager"}):
         model = with_adapter(make_model(num_hidden_layers=1))
@@ -275,9 +274,7 @@ def test_a_compiled_policy_learns_the_same_and_is_evaluated_the_same(base, tmp_p
     assert figures[1] == pytest.approx(figures[0], abs=1e-6)
 
 
-def test_a_recipe_compiles_layers_before_its_trainer_and_not_under_checkpointing(base, tmp_path, monkeypatch):
-    monkeypatch.setenv("ACCELERATE_DYNAMO_BACKEND", "no")
-
+def test_a_recipe_compiles_layers_before_its_trainer_and_not_under_checkpointing(base, tmp_path):
     def load(checkpointing):
         options = {"bf16": False, "use_cpu": True, "torch_compile": True, "torch_compile_backend": "eager"}
         args = SFTConfig(str(tmp_path), gradient_checkpointing=checkpointing, **options)
