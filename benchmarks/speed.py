@@ -3,6 +3,7 @@
     python benchmarks/speed.py                             # on a GPU 1B and 8B in 4 bits, else 28M
     python benchmarks/speed.py --sizes 8B --stages ppo --options "use_vllm: true, vllm_mode: colocate"
     python benchmarks/speed.py --roles                     # PPO's passes without gradients: a role a pass, or mixed
+    python benchmarks/speed.py --merging                   # what is left of a base after adapters were merged and unmerged
 
 The stages themselves, each run in a process of its own, one key of its YAML file changed. Of 12 steps the first 4 are not
 counted, on a CPU of 3 the first, in which compilation is not done. Tokens are those of prompts and answers, each counted once a
@@ -30,10 +31,12 @@ import bitsandbytes
 import torch
 import yaml
 from peft import LoraConfig, PeftModel, get_peft_model
+from peft.tuners.lora import LoraLayer
+from peft.utils.integrations import dequantize_module_weight
 from plan_vs_measured import CPU_SIZES, GPU_SIZES, NEEDED, ROOT, STAGES, arguments, variants, write_inputs
 from ppo_vs_trl import peak_memory
 from torch import Tensor
-from transformers import AutoModelForCausalLM, BitsAndBytesConfig, TrainerCallback
+from transformers import AutoModelForCausalLM, BitsAndBytesConfig, LlamaConfig, TrainerCallback
 
 STEPS, UNCOUNTED = (12, 4) if torch.cuda.is_available() else (3, 1)
 PLAIN = "as it is"
@@ -223,6 +226,39 @@ def roles(size: str, gpu: bool, rounds: int) -> Iterator[str]:
         yield f"| {size} | {name} | {counts[name]} | {min(times[name]):.2f} | {gaps[name]:.1e} |"
 
 
+# --- Weights for vLLM ------------------------------------------------------------------------------------
+
+
+@torch.no_grad()
+def merging(quantised: bool, times: tuple[int, ...]) -> Iterator[str]:
+    """How far a base is moved by merging an adapter of 5% of its norm and unmerging it again, as shares of its norm."""
+    config = LlamaConfig(vocab_size=512, hidden_size=256, intermediate_size=512, num_hidden_layers=2, num_attention_heads=4)
+    torch.manual_seed(0)
+    with tempfile.TemporaryDirectory() as folder:
+        AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16).save_pretrained(folder)
+        bits = BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_compute_dtype=torch.bfloat16)
+        options = {"quantization_config": bits} if quantised else {}
+        base = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.bfloat16, **options)
+    model = get_peft_model(base, LoraConfig(r=16, target_modules="all-linear", init_lora_weights=False))
+    layers = [module for module in model.modules() if isinstance(module, LoraLayer)]
+    for layer in layers:
+        share = layer.get_delta_weight("default").norm() / dequantize_module_weight(layer.get_base_layer()).norm()
+        layer.lora_B["default"].weight.mul_(0.05 / share)
+
+    def weights() -> Tensor:
+        return torch.cat([dequantize_module_weight(layer.get_base_layer()).float().flatten() for layer in layers])
+
+    before = weights()
+    adapter = torch.cat([layer.get_delta_weight("default").float().flatten() for layer in layers])
+    for count in range(1, max(times) + 1):
+        model.merge_adapter()
+        if count == 1:
+            yield f"what is merged is off by {(weights() - before - adapter).norm() / adapter.norm():.0%} of the adapter"
+        model.unmerge_adapter()
+        if count in times:
+            yield f"after {count}: the base is off by {(weights() - before).norm() / before.norm():.2%}"
+
+
 # --- The tables ------------------------------------------------------------------------------------------
 
 
@@ -236,13 +272,16 @@ def main() -> None:
     parser.add_argument("--options", nargs="+", choices=OPTIONS, default=list(OPTIONS), metavar="OPTION")
     parser.add_argument("--limit", type=int, default=900, help="seconds of a run, after which it is given up")
     parser.add_argument("--roles", action="store_true", help="PPO's passes without gradients")
+    parser.add_argument("--merging", action="store_true", help="what merging adapters leaves of their base")
     parser.add_argument("--rounds", type=int, default=3, help="with --roles; the fastest counts")
     parser.add_argument("--measure", nargs=2, metavar=("RECIPE", "CONFIG"), help="for the process of one run")
     options = parser.parse_args()
     if options.measure:
         print(json.dumps(measure(*options.measure)))
         return
-    if options.roles:
+    if options.merging:
+        lines = (f"{kind}: {line}" for kind in ("bf16", "4 bits") for line in merging(kind == "4 bits", (1, 10, 100)))
+    elif options.roles:
         print("| size | passes | matrices dequantised | s | largest difference, of the deviation |\n|---|---|---|---|---|")
         lines = (line for size in options.sizes for line in roles(size, gpu, options.rounds))
     else:
