@@ -613,9 +613,10 @@ def explained(stage: str) -> Iterator[None]:
         yield
     except (ValueError, TemplateError, ImportError) as error:
         raise RecipeError(f"{stage}: {_one_line(error)}") from error
-    except RuntimeError as error:
-        # TRL's way to refuse a row, and that of Transformers to refuse a tracker
-        if "assistant_only_loss" not in str(error) and "to be installed" not in str(error):
+    except (RuntimeError, OSError) as error:
+        # TRL's ways to refuse a row and to say that vLLM is not there, and that of Transformers to refuse a tracker
+        known = ("assistant_only_loss", "The vLLM server", "to be installed")
+        if not any(words in str(error) for words in known):
             raise
         raise RecipeError(f"{stage}: {_one_line(error)}") from error
 

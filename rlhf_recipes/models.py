@@ -7,6 +7,7 @@ import hashlib
 import importlib.util
 import logging
 import os
+import re
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -16,6 +17,7 @@ from rlhf_recipes.errors import RecipeError, first_line
 from rlhf_recipes.hub import why_not_loaded
 from rlhf_recipes.machine import check_bitsandbytes
 from rlhf_recipes.records import RECIPE, read_json
+from rlhf_recipes.speed import compile_layers, prepare, without_compilation
 
 import torch
 from accelerate.utils import parse_flag_from_env
@@ -170,6 +172,7 @@ def load_architecture(
         RecipeError: as in `load_model`.
     """
     path = model_path(arguments)
+    prepare(arguments, training)
     revision = {"revision": arguments.model_revision, "trust_remote_code": getattr(training, "trust_remote_code", False)}
     try:
         config = AutoConfig.from_pretrained(path, **revision)
@@ -191,9 +194,15 @@ def load_architecture(
         # safetensors only: never a pickle
         model, loading = architecture.from_pretrained(path, **settings, use_safetensors=True, output_loading_info=True)
     except (OSError, ValueError, ImportError, KeyError, TypeError, SafetensorError) as error:
+        if arguments.attn_implementation and re.search("attn_implementation|flash.?attention", str(error), re.IGNORECASE):
+            raise RecipeError(
+                f"attn_implementation: {arguments.attn_implementation}: {first_line(error)} Leave the key out for PyTorch's "
+                "own attention"
+            ) from error
         raise RecipeError(f"model_name_or_path: {path}: {why_not_loaded(path, error)}") from error
     _check_4bit_sides(model, path)
     keep_gradients_exact(model)
+    compile_layers(model, training)
     return model, set(loading["missing_keys"])
 
 
@@ -437,7 +446,7 @@ def without_what_is_done(training: TrainingConfig) -> TrainingConfig:
 
     The trainer would warn of the one, and clone the template once more by the other. The original goes into `recipe.json`.
     """
-    rest = copy.copy(training)
+    rest = copy.copy(without_compilation(training))
     rest.model_init_kwargs = rest.chat_template_path = None
     return rest
 

@@ -28,6 +28,7 @@ from rlhf_recipes.roles import (
     stored_head,
     write_reward_record,
 )
+from rlhf_recipes.speed import keep_forward
 
 import torch
 import transformers
@@ -111,6 +112,7 @@ class RankingTrainer(RewardTrainer):
     def __init__(self, model: PreTrainedModel | PeftModel | str, *args: Any, **kwargs: Any):
         with contextlib.nullcontext() if isinstance(model, str) else types_kept(model):
             super().__init__(model, *args, **kwargs)
+        keep_forward(self.args)
         keep_adapter_in_fp32(self)
         if type(self.data_collator) is DataCollatorForPreference:
             self.data_collator = RankingCollator(self.data_collator.pad_token_id, self.data_collator.pad_to_multiple_of)

@@ -10,6 +10,7 @@ from rlhf_recipes.pipeline import read_pipeline
 from rlhf_recipes.pipeline.planning import arguments_in, plan_file
 from rlhf_recipes.plan import arithmetic, pick, plan_stage, report, stages
 from rlhf_recipes.plan.arithmetic import Numbers, Shape, Training
+from rlhf_recipes.plan.dial import with_values
 from rlhf_recipes.plan.models import adapter_of, shape_of
 from rlhf_recipes.plan.stages import GIB, OVERHEAD, SPARE
 
@@ -246,6 +247,28 @@ def test_a_larger_card_is_used(hub):
     assert not large["gradient_checkpointing"]
     assert large["per_device_train_batch_size"] == 8
     assert large["critic"] == "adapter"
+
+
+def test_rollouts_in_parts_need_less_to_read_prompts_and_to_sample(hub):
+    stage = arguments_in(ROOT / "configs" / "qwen3-8b" / "ppo.yaml", RECIPES)[-1]
+    whole, parts = (plan_stage(with_values(stage, {"rollout_batch_size": size})) for size in (None, 4))
+    for phase in ("prompts read", "sampling"):
+        for part in ("KV cache", "activations", "logits"):
+            if part in whole.phases[phase]:
+                assert parts.phases[phase][part] == pytest.approx(whole.phases[phase][part] / 4)
+    assert not {"prompts read", "sampling"} & plan_stage(with_values(stage, {"use_vllm": True})).phases.keys()
+
+
+def test_the_dial_samples_in_parts_where_nothing_else_fits_and_reads_in_larger_passes_where_that_fits(hub):
+    stage = arguments_in(ROOT / "configs" / "qwen3-8b" / "ppo.yaml", RECIPES)[-1]
+    choice, plan = pick(stage, 8)
+    assert choice["rollout_batch_size"] < 16
+    assert plan.fits(8)
+    assert choice["local_rollout_forward_batch_size"] > choice["per_device_train_batch_size"]
+    assert "rollout_batch_size" not in pick(stage, 48)[0]
+    assert "local_rollout_forward_batch_size" not in pick(stage, 9, fixed={"local_rollout_forward_batch_size"})[0]
+    with pytest.raises(RecipeError, match="at the least"):
+        pick(stage, 8, fixed={"rollout_batch_size"})
 
 
 def test_fixed_keys_are_left_alone(hub):

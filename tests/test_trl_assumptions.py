@@ -16,16 +16,18 @@ import os
 import re
 import tomllib
 from collections import defaultdict, deque
+from types import SimpleNamespace
 
 from rlhf_recipes.ppo.config import LOSSES, PPOConfig, _One
 from rlhf_recipes.ppo.trainer import PPOTrainer
 from rlhf_recipes.reward import RankingCollator, RankingTrainer
 from rlhf_recipes.rewards import FROM_TRL
+from rlhf_recipes.speed import without_compilation
 
 import pytest
 import torch
 from accelerate import Accelerator
-from accelerate.utils import gather_object, is_peft_model
+from accelerate.utils import TorchDynamoPlugin, gather_object, is_peft_model
 from conftest import ROOT
 from datasets import Dataset
 from peft import PeftModel, get_peft_model
@@ -48,6 +50,7 @@ from small_ppo import (
 from torch import nn
 from transformers import AutoModelForSequenceClassification, Trainer, TrainingArguments
 from trl import GRPOConfig, GRPOTrainer, RewardConfig, RewardTrainer, TrlParser
+from trl.generation.vllm_generation import VLLMGeneration
 from trl.models.utils import disable_gradient_checkpointing
 from trl.trainer.base_config import _BaseConfig
 from trl.trainer.utils import (
@@ -898,6 +901,35 @@ def test_names_of_saved_weights_begin_as_they_did(tmp_path):
     assert all(name.startswith("base_model.model.") and ".default." not in name for name in names)
     config = json.loads((tmp_path / "adapter_config.json").read_text())
     assert {"peft_type", "task_type", "modules_to_save", "base_model_name_or_path"} <= config.keys()
+
+
+def test_weights_for_vllm_come_from_one_method_that_an_instance_may_replace():
+    """By which `rlhf_recipes.ppo.vllm` sends the policy without merging it into the base; merging is what TRL does there."""
+    generation = object.__new__(VLLMGeneration)
+    received = []
+    runner = SimpleNamespace(model=SimpleNamespace(load_weights=received.extend))
+    executor = SimpleNamespace(driver_worker=SimpleNamespace(model_runner=runner))
+    generation.mode, generation.enable_sleep_mode, generation.accelerator = "colocate", False, None
+    generation.llm = SimpleNamespace(llm_engine=SimpleNamespace(model_executor=executor), reset_prefix_cache=lambda: None)
+    generation._iter_named_params = lambda: iter([("a", 1), ("b", 2)])
+    generation.sync_weights()
+    assert received == [("a", 1), ("b", 2)]
+    assert "merge_adapter" in inspect.getsource(VLLMGeneration._iter_named_params)
+
+
+def test_continuous_batching_still_casts_the_model_and_leaves_it_training():
+    source = inspect.getsource(GRPOTrainer._generate_single_turn)
+    assert "unwrapped_model.to(torch.bfloat16)" in source
+    assert "unwrapped_model.train()" in source
+
+
+def test_a_run_is_compiled_by_three_arguments_that_leave_no_trace_elsewhere(tmp_path):
+    """By which `rlhf_recipes.speed` compiles layers in the trainer's place."""
+    asked = TrainingArguments(str(tmp_path), use_cpu=True, torch_compile=True, torch_compile_backend="eager")
+    rest = without_compilation(asked)
+    assert (rest.torch_compile, rest.torch_compile_backend, rest.torch_compile_mode) == (False, None, None)
+    assert TorchDynamoPlugin(backend=rest.torch_compile_backend).backend == "NO"
+    assert asked.torch_compile
 
 
 def test_generating_with_an_adapter_goes_through_the_base_as_a_module():

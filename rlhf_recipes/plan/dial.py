@@ -6,7 +6,7 @@ from dataclasses import replace
 from typing import Any
 
 from rlhf_recipes.errors import RecipeError
-from rlhf_recipes.plan.stages import GIB, OVERHEAD, SPARE, Arguments, Plan, plan_stage, sampled_rows
+from rlhf_recipes.plan.stages import GIB, OVERHEAD, SPARE, Arguments, Plan, plan_stage, sampled_at_once, sampled_rows
 
 LARGEST = 8
 """Rows of a micro-batch beyond which a card computes hardly faster."""
@@ -32,7 +32,7 @@ def pick(arguments: Arguments, card: float, fixed: Collection[str] = ()) -> tupl
     for choice in choices(arguments, fixed):
         plan = plan_stage(with_values(arguments, choice))
         if plan.fits(card):
-            return choice, plan
+            return _with_larger_passes(arguments, choice, plan, card, fixed)
         if least is None or plan.allocated < least.allocated:
             least = plan
     raise RecipeError(
@@ -55,23 +55,23 @@ def choices(arguments: Arguments, fixed: Collection[str] = ()) -> Iterator[dict[
     """What the dial may set, the fastest first, without the keys that are fixed.
 
     Of a training: without checkpointing, in micro-batches of 8 rows down to 2; then with it, down to 1; each with AdamW in full
-    precision before the paged one in 8 bits, and of PPO with the critic as an adapter before a head on the policy. Of
-    sampling: batches of half the size, and half of that.
+    precision before the paged one in 8 bits, and of PPO with the critic as an adapter before a head on the policy. If nothing
+    fits, PPO's completions are sampled in halves, and halves of those. Of sampling: batches of half the size, and half of that.
     """
     if "batch_size" in arguments.values:
         sizes = [arguments.batch_size >> halved for halved in range(arguments.batch_size.bit_length())]
         yield from ({"batch_size": rows} for rows in sizes) if "batch_size" not in fixed else ({},)
         return
     kept = bool(set(_OF_BATCHES) & set(fixed))
-    ways = itertools.product((False, True), _micro_batches(arguments, kept), OPTIMIZERS, _critics(arguments))
-    for checkpointing, rows, optimizer, critic in ways:
+    trained = ((False, True), _micro_batches(arguments, kept), OPTIMIZERS, _critics(arguments))
+    for sampled, checkpointing, rows, optimizer, critic in itertools.product(_rollout_sizes(arguments, fixed), *trained):
         if not checkpointing and rows == 1 and not kept:  # a larger one with checkpointing is faster
             continue
         choice = {"gradient_checkpointing": checkpointing, "optim": optimizer, "per_device_eval_batch_size": rows}
         if not kept:
             choice |= {"per_device_train_batch_size": rows, "gradient_accumulation_steps": _global_rows(arguments) // rows}
         if arguments.recipe == "ppo":
-            choice |= {"critic": critic, **_rollout(arguments, rows, kept)}
+            choice |= {"critic": critic, **_rollout(arguments, rows, kept), **sampled}
         yield {key: value for key, value in choice.items() if key not in fixed}
 
 
@@ -91,6 +91,32 @@ def _critics(arguments: Arguments) -> list[str | None]:
     if arguments.recipe != "ppo" or not arguments.use_peft:
         return [arguments.get("critic")]
     return ["adapter", "shared"]
+
+
+def _rollout_sizes(arguments: Arguments, fixed: Collection[str]) -> list[dict[str, int]]:
+    """What sets how many completions PPO samples at once: nothing first, then ever fewer."""
+    by_others = arguments.get("use_vllm") or arguments.get("use_transformers_continuous_batching")
+    if arguments.recipe != "ppo" or by_others or "rollout_batch_size" in fixed:
+        return [{}]
+    whole = sampled_at_once(arguments, sampled_rows(arguments))
+    return [{}, *({"rollout_batch_size": whole >> halved} for halved in range(1, whole.bit_length()))]
+
+
+def _with_larger_passes(
+    arguments: Arguments, choice: dict[str, Any], plan: Plan, card: float, fixed: Collection[str]
+) -> tuple[dict[str, Any], Plan]:
+    """The choice with PPO's passes without gradients, which need less than an update, as large as fits.
+
+    In 4 bits every pass dequantises each layer once, whatever it reads.
+    """
+    key, largest = "local_rollout_forward_batch_size", min(LARGEST, sampled_rows(arguments) if "critic" in choice else 0)
+    while key in choice and key not in fixed and 2 * choice[key] <= largest:
+        larger = {**choice, key: 2 * choice[key]}
+        needed_then = plan_stage(with_values(arguments, larger))
+        if not needed_then.fits(card):
+            break
+        choice, plan = larger, needed_then
+    return choice, plan
 
 
 def _rollout(arguments: Arguments, rows: int, kept: bool) -> dict[str, Any]:
@@ -128,16 +154,6 @@ def _structural(arguments: Arguments) -> Iterator[dict[str, Any]]:
         yield {"load_in_4bit": True, "use_bnb_nested_quant": True}
     elif values.get("load_in_4bit") and not values.get("use_bnb_nested_quant"):
         yield {"use_bnb_nested_quant": True}
-    if arguments.recipe == "ppo" and sampled_rows(arguments) > 1:
-        for halved in (2, 4, 8):
-            if (rows := sampled_rows(arguments) // halved) >= arguments.per_device_train_batch_size:
-                steps = rows // arguments.per_device_train_batch_size
-                yield {
-                    "steps_per_generation": steps,
-                    "generation_batch_size": None,
-                    "gradient_accumulation_steps": steps,
-                    "per_device_eval_batch_size": rows,
-                }
     for key in ("max_length", "max_completion_length", "max_prompt_length"):
         if values.get(key) and values[key] >= 256:
             yield {key: values[key] // 2}

@@ -241,7 +241,7 @@ class _Run:
         return {ACTIVATIONS: layer, DEQUANTISED: sizes.dequantised_bytes(shape, numbers)}
 
     def rollout(self, rows: int, prompt: int, completion: int, recorded: bool = False) -> dict[str, dict[str, float]]:
-        """Sampling: the prompts all at once, then token by token, without autocast where there are adapters."""
+        """Sampling: these prompts all at once, then token by token, without autocast where there are adapters."""
         shape, numbers = self.shape, self.numbers
         autocast = False if self.peft else None
         cache = sizes.kv_cache_bytes(shape, rows, prompt + completion, numbers.weights)
@@ -253,11 +253,20 @@ class _Run:
             "sampling": {CACHE: float(cache), LOGITS: logits, DEQUANTISED: sizes.dequantised_bytes(shape, numbers)},
         }
 
-    def plan(self, resident: dict[str, float], phases: dict[str, dict[str, float]], parameters: dict[str, int]) -> Plan:
-        """The whole."""
+    def sampled(self, rows: int, prompt: int, completion: int, recorded: bool) -> dict[str, dict[str, float]]:
+        """PPO's rollout: in parts, if it is asked for; by others in memory of theirs."""
         values = self.arguments
         if values.get("use_vllm"):
             self.note("vLLM takes `vllm_gpu_memory_utilization` of the card besides, which is not in the plan")
+            return {}
+        if values.get("use_transformers_continuous_batching"):
+            self.note("continuous batching takes a share of the memory that is free (`max_memory_percent`), not in the plan")
+            return {}
+        return self.rollout(sampled_at_once(values, rows), prompt, completion, recorded)
+
+    def plan(self, resident: dict[str, float], phases: dict[str, dict[str, float]], parameters: dict[str, int]) -> Plan:
+        """The whole."""
+        values = self.arguments
         roles = {"base": self.shape.parameters(), **parameters}
         return Plan(values.stage, values.recipe, resident, phases, roles, tuple(self.notes))
 
@@ -384,7 +393,7 @@ def _plan_ppo(run: _Run) -> Plan:
     batch = {BATCH: float(whole * length * _ROLLOUT_COLUMNS)}
     exact = run.width == 4 and run.numbers.compute == 4 and run.numbers.bits is None
     recorded = exact if values.get("sampler_logps") is None else bool(values.sampler_logps)
-    phases = run.rollout(whole, prompt, completion, recorded)
+    phases = run.sampled(whole, prompt, completion, recorded)
     scored = values.get("local_rollout_forward_batch_size") or rows
     phases["log-probabilities"] = {**run.forward(scored, length, scored * completion), **batch}
     if roles.get("reward models"):
@@ -404,7 +413,7 @@ def _plan_ppo(run: _Run) -> Plan:
         phases |= {f"{name.replace('update', 'pretraining text')}": {**phase, **batch} for name, phase in extra.items()}
     if _evaluates(values):
         evaluated = values.per_device_eval_batch_size
-        for name, phase in run.rollout(evaluated, prompt, completion, recorded).items():
+        for name, phase in run.sampled(evaluated, prompt, completion, recorded).items():
             phases[f"evaluation, {name}"] = phase
         size = values.get("local_rollout_forward_batch_size") or evaluated
         phases["evaluation, passes"] = run.forward(size, length, size * completion)
@@ -461,8 +470,13 @@ def rewards_of(run: _Run, paths: list[str | None]) -> tuple[list[int], int]:
     return adapters, models
 
 
+def sampled_at_once(arguments: Arguments, rows: int) -> int:
+    """Of so many completions those that PPO samples at once."""
+    return min(arguments.get("rollout_batch_size") or rows, rows)
+
+
 def sampled_rows(arguments: Arguments) -> int:
-    """Completions that PPO samples at once, on one GPU: those of an iteration."""
+    """Completions that PPO samples in an iteration, on one GPU."""
     if arguments.get("generation_batch_size"):
         return arguments.generation_batch_size
     return arguments.per_device_train_batch_size * (

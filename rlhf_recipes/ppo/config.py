@@ -108,6 +108,13 @@ class PPOConfig(GRPOConfig):
             "default where that is exact: in fp32. Transformers' `generate` only."
         },
     )
+    rollout_batch_size: int | None = field(
+        default=None,
+        metadata={
+            "help": "Completions that Transformers' `generate` samples at once; by default all of an iteration. Fewer take "
+            "less memory, and longer."
+        },
+    )
     local_rollout_forward_batch_size: int | None = field(
         default=None,
         metadata={"help": "Completions a pass without gradients; by default `per_device_train_batch_size`."},
@@ -125,7 +132,8 @@ class PPOConfig(GRPOConfig):
         for name in ("kl_target", "kl_horizon", "score_clip", "cliprange_value", "target_kl", "value_learning_rate"):
             if (value := getattr(self, name)) is not None and value <= 0:
                 raise ValueError(f"{name}: {value}: must be above 0, or null for none")
-        for name in ("ptx_batch_size", "ptx_max_length", "local_rollout_forward_batch_size", "num_iterations"):
+        sizes = ("ptx_batch_size", "ptx_max_length", "rollout_batch_size", "local_rollout_forward_batch_size", "num_iterations")
+        for name in sizes:
             if (value := getattr(self, name)) is not None and value < 1:
                 raise ValueError(f"{name}: {value}: must be 1 or more")
         if self.ptx_max_length < 2:
@@ -142,6 +150,10 @@ class PPOConfig(GRPOConfig):
             raise ValueError("use_score_norm: needs `use_score_scaling: true`")
         if self.kl_target is not None and not self.kl_coef:
             raise ValueError("kl_target: needs a `kl_coef` above 0 to start from")
+        if self.rollout_batch_size and (self.use_vllm or self.use_transformers_continuous_batching):
+            raise ValueError("rollout_batch_size: vLLM and continuous batching decide themselves how much they sample at once")
+        if "disable_compile" in (self.generation_kwargs or {}):
+            raise ValueError("generation_kwargs: disable_compile: TRL has it on: leave it out")
         self._refuse_what_engines_cannot()
 
     def _refuse_what_engines_cannot(self) -> None:
@@ -169,7 +181,5 @@ class PPOConfig(GRPOConfig):
             raise ValueError("scale_rewards: is for groups of completions: set `use_score_scaling` and `whiten_advantages`")
         if self.sync_ref_model:
             raise ValueError("sync_ref_model: the reference of PPO stays what it is")
-        if self.use_liger_kernel:
-            raise ValueError("use_liger_kernel: it replaces the forward pass that log-probabilities are computed in")
         if self.fp16:
             raise ValueError("fp16: log-ratios of 1e-3 are lost in it, and gradients underflow: set `bf16: true`, or neither")

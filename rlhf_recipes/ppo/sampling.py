@@ -125,6 +125,24 @@ class SamplerRecord:
         return widened(logps, completion_ids.size(1)), None if values is None else widened(values, completion_ids.size(1))
 
 
+class SamplerRecords:
+    """The records of batches that were sampled one after the other, as one.
+
+    Parameters:
+        records: of each batch.
+        size: completions of each but the last.
+    """
+
+    def __init__(self, records: list[SamplerRecord], size: int):
+        self.records, self.size = records, size
+
+    def of(self, completion_ids: Tensor) -> tuple[Tensor, Tensor | None]:
+        """As `SamplerRecord.of`, of the completions of all batches."""
+        parts = zip(self.records, completion_ids.split(self.size), strict=True)
+        logps, values = zip(*(record.of(ids) for record, ids in parts), strict=True)
+        return torch.cat(logps), None if values[0] is None else torch.cat(values)
+
+
 def widened(values: Tensor, count: int) -> Tensor:
     """(B, kept) padded with 0 on the right to (B, count)."""
     return nn.functional.pad(values, (0, count - values.size(1)))

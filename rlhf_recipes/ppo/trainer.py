@@ -34,10 +34,12 @@ from rlhf_recipes.ppo.sampling import (
     EpochRepeatSampler,
     PretrainingText,
     SamplerRecord,
+    SamplerRecords,
     at_least_one_batch,
     check_rollouts,
     widened,
 )
+from rlhf_recipes.ppo.vllm import send_policy_alone
 from rlhf_recipes.records import write_json
 from rlhf_recipes.rewards import SavedReward, checked
 from rlhf_recipes.roles import (
@@ -51,6 +53,7 @@ from rlhf_recipes.roles import (
     playing,
     saved_alone,
 )
+from rlhf_recipes.speed import check_vllm, compile_layers, not_compiled, without_compilation
 
 import torch
 from accelerate.utils import gather_object
@@ -145,6 +148,9 @@ class PPOTrainer(GRPOTrainer):
         set_seed(args.seed)  # before an adapter is drawn
         revision = (args.model_init_kwargs or {}).get("revision", "main")
         model, args = _loaded(model, args, quantization_config, peft_config)
+        check_vllm(args, bool(getattr(model, "is_quantized", False)))
+        if compile_layers(model, args):
+            args = without_compilation(args)
         tokenizer = processing_class or AutoTokenizer.from_pretrained(
             name, revision=revision, trust_remote_code=args.trust_remote_code
         )
@@ -172,6 +178,7 @@ class PPOTrainer(GRPOTrainer):
                 **options,
             )
         keep_adapter_in_fp32(self)
+        send_policy_alone(self)
         self._place_roles(reference)
         self._forward, self._record, self._has_learnt = _Forward(), None, False
         self._reset_iteration()
@@ -293,15 +300,32 @@ class PPOTrainer(GRPOTrainer):
 
     # --- Rollout -----------------------------------------------------------------------------------------
 
-    def _generate_single_turn(self, *arguments: Any, **options: Any) -> Any:
-        """TRL's, with what the sampler computes on its way kept where that is exact."""
+    def _generate_single_turn(
+        self, prompt_ids: list[list[int]], images: Any, multimodal_fields: Any, num_generations: int, **options: Any
+    ) -> tuple[list[list[int]], Any]:
+        """TRL's, in parts of `rollout_batch_size`, with what the sampler computes on its way kept where that is exact."""
+        rest = (images, multimodal_fields, num_generations)
+        if self.use_vllm:
+            return super()._generate_single_turn(prompt_ids, *rest, **options)
+        if self.use_transformers_continuous_batching:
+            # TRL casts all weights to bf16 for it, for good, and leaves the model in training mode
+            with types_kept(self.model), playing(self.model, None, train=True):
+                return super()._generate_single_turn(prompt_ids, *rest, **options)
+        size = self.args.rollout_batch_size or len(prompt_ids)
+        completions, records = [], []
+        for start in range(0, len(prompt_ids), size):
+            with self._watched() as record:
+                completions += super()._generate_single_turn(prompt_ids[start : start + size], *rest, **options)[0]
+            records.append(record)
+        self._record = SamplerRecords(records, size) if self._keeps_record else None
+        return completions, None
+
+    def _watched(self) -> contextlib.AbstractContextManager[SamplerRecord | None]:
+        """A record of what the sampler computes within, or of nothing."""
         if not self._keeps_record:
-            return super()._generate_single_turn(*arguments, **options)
+            return contextlib.nullcontext()
         model = self.accelerator.unwrap_model(self.model)
-        with SamplerRecord(model, self.temperature, self.critic if self.critic.reads_policy else None) as record:
-            completions = super()._generate_single_turn(*arguments, **options)
-        self._record = record
-        return completions
+        return SamplerRecord(model, self.temperature, self.critic if self.critic.reads_policy else None)
 
     @property
     def _keeps_record(self) -> bool:
@@ -336,6 +360,10 @@ class PPOTrainer(GRPOTrainer):
 
     def _generate_and_score_completions(self, inputs: list[dict[str, Any]]) -> dict[str, Any]:
         """TRL's batch, with advantages and returns of each token in place of advantages of each completion."""
+        with not_compiled(self.model):
+            return self._rolled_out(inputs)
+
+    def _rolled_out(self, inputs: list[dict[str, Any]]) -> dict[str, Any]:
         self._record, self._forward.values = None, None
         batch = super()._generate_and_score_completions(inputs)
         record, self._record = self._record, None
@@ -359,7 +387,7 @@ class PPOTrainer(GRPOTrainer):
         self._log_advantages(advantages, mask)
         return {**batch, "advantages": advantages, "returns": returns}
 
-    def _add_logps_and_values(self, batch: dict[str, Any], record: SamplerRecord | None) -> None:
+    def _add_logps_and_values(self, batch: dict[str, Any], record: SamplerRecords | None) -> None:
         """Log-probabilities and values under the sampling policy; sampler or TRL may have computed them already."""
         ids, mask, count, size = self._as_passed(batch)
         values = self._forward.values
