@@ -2,6 +2,7 @@
 
     python recipes/pipeline.py --config configs/tiny/experiment.yaml --stages reward
     python benchmarks/tiny_reward.py
+    python benchmarks/tiny_reward.py --experiment runs/tiny-rounds --reward reward-once
 
 Of each reward model of `configs/tiny/experiment.yaml` it compares the scores of the true answer, of abstaining and of every
 false answer to the questions of the evaluation split: about people whom no stage has seen, known to the base or not. And of the
@@ -73,11 +74,12 @@ def main() -> None:
     """Measures and prints the table, and how the base judges."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--experiment", type=Path, default=Path("runs/tiny-experiment"), help="where it was run")
+    parser.add_argument("--reward", default="reward", help="folder of the reward model in that of a seed")
     options = parser.parse_args()
     disable_progress_bar()
     print(HEAD, flush=True)
-    for folder in sorted(options.experiment.glob("seed-*/reward")):
-        print(_row(folder.parent.name.removeprefix("seed-"), folder), flush=True)
+    for folder in sorted(options.experiment.glob("seed-*")):
+        print(_row(folder.name.removeprefix("seed-"), folder / options.reward), flush=True)
     path = resolve_path("rlhf_recipes.tiny.base")
     shares = judge_as_pretrained(AutoModelForCausalLM.from_pretrained(path), AutoTokenizer.from_pretrained(path))
     print(f"\nVerdicts of the base, right over wrong: {', '.join(f'{who} {share:.2f}' for who, share in shares.items())}")

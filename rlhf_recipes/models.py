@@ -261,11 +261,13 @@ def fingerprint(model: torch.nn.Module) -> dict[str, Any]:
 
     `weights` covers what quantisation leaves alone, the embeddings and all vectors (norms and biases); `matrices` the rest,
     which is all that merging LoRA changes. Each is the same for a base in fp32 and bf16, as a language model and as a
-    classifier, with adapters or without, and None where it cannot be had: both in fp16 and where weights are spread over
-    devices, `matrices` in 4 and 8 bits too. The LM head is in neither, since a classifier has none.
+    classifier, with adapters or without, and None where it cannot be had: both in fp16, where weights are spread over
+    devices, and under ZeRO-3, `matrices` in 4 and 8 bits too. The LM head is in neither, since a classifier has none.
     """
     config = base_of(model).config.get_text_config()
     dimensions = {name: getattr(config, name) for name in _DIMENSIONS if getattr(config, name, None) is not None}
+    if is_deepspeed_zero3_enabled():
+        return {"dimensions": dimensions, "weights": None, "matrices": None}
     weights, matrices = _by_sort(trunk_of(model))
     return {"dimensions": dimensions, "weights": _digest(weights), "matrices": _digest(matrices)}
 

@@ -21,6 +21,7 @@ from rlhf_recipes.runs import checkpoint_to_resume, finish_record, refuse_unfini
 
 from peft import PeftModel
 from transformers import PreTrainedTokenizerBase
+from transformers.integrations.deepspeed import unset_hf_deepspeed_config
 from trl import ModelConfig, RewardConfig, RewardTrainer
 
 
@@ -141,8 +142,11 @@ def load_members(
     names = [folder.name for folder in folders] if len(members) > 1 else ["reward"]
     size = trainer.args.per_device_eval_batch_size
     if isinstance(trainer.model, PeftModel):
-        sharded = trainer.is_fsdp_enabled or trainer.is_deepspeed_enabled
-        base = load_model(arguments, trainer.args) if sharded else trainer.model.unload()
+        if trainer.is_fsdp_enabled or trainer.is_deepspeed_enabled:
+            unset_hf_deepspeed_config()  # from now on there is one process, which loads all
+            base = load_model(arguments, trainer.args)
+        else:
+            base = trainer.model.unload()
         return [load_reward(base, folder, name, tokenizer, size) for name, folder in zip(names, folders, strict=True)]
     place = {"device_map": {"": trainer.args.device}}
     return [load_whole_reward(folder, name, tokenizer, size, **place) for name, folder in zip(names, folders, strict=True)]

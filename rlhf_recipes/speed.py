@@ -32,7 +32,7 @@ def prepare(arguments: ModelConfig, training: Any) -> None:
     for key, asked in of_the_hub.items():
         if asked and importlib.util.find_spec("kernels") is None:
             raise RecipeError(
-                f"{key}: asks for kernels of the Hub, and `kernels` is not installed: `pip install 'rlhf-recipes[kernels]'`, "
+                f"{key}: asks for kernels of the Hub, and `kernels` is not installed: `pip install --editable '.[kernels]'`, "
                 "or leave the key out"
             )
     on_cpu = getattr(training, "use_cpu", False) or not torch.accelerator.is_available()
@@ -42,7 +42,7 @@ def prepare(arguments: ModelConfig, training: Any) -> None:
         )
     if getattr(training, "use_liger_kernel", False) and not is_liger_kernel_available():
         raise RecipeError(
-            "use_liger_kernel: Liger is not installed: `pip install 'rlhf-recipes[liger]'`, or set `use_liger_kernel: false`"
+            "use_liger_kernel: Liger is not installed: `pip install --editable '.[liger]'`, or set `use_liger_kernel: false`"
         )
     check_vllm(training, bool(arguments.load_in_4bit or arguments.load_in_8bit))
     _is_compiled(training)
@@ -62,7 +62,7 @@ def check_vllm(training: Any, quantised: bool) -> None:
         return
     if not is_vllm_available():
         raise RecipeError(
-            "use_vllm: vLLM is not installed: `pip install 'rlhf-recipes[vllm]'` on a machine with a GPU, or set "
+            "use_vllm: vLLM is not installed: `pip install --editable '.[vllm]'` on a machine with a GPU, or set "
             "`use_vllm: false`"
         )
     if quantised and training.vllm_mode == "colocate":

@@ -12,11 +12,13 @@ from rlhf_recipes.plan import stages
 import published
 import pytest
 import yaml
+from accelerate.commands.launch import _validate_launch_command, launch_command_parser
 from conftest import ROOT
 from trl import ModelConfig
 
 PIPELINES = sorted(path for path in (ROOT / "configs").rglob("*.yaml") if "stages" in read_yaml(path))
-CONFIGS = sorted({*(ROOT / "configs").rglob("*.yaml")} - {*PIPELINES})
+ENGINES = sorted((ROOT / "configs" / "accelerate").glob("*.yaml"))
+CONFIGS = sorted({*(ROOT / "configs").rglob("*.yaml")} - {*PIPELINES, *ENGINES})
 ALONE = ("chat", "merge")  # one process, and a Ctrl-C in a chat would end `accelerate launch`
 SOURCES = [*(ROOT / "recipes").glob("*.py"), *(ROOT / "rlhf_recipes").rglob("*.py")]
 
@@ -35,6 +37,18 @@ def test_every_stage_of_a_pipeline_parses_by_its_recipe_and_fits_the_card(config
         types = runpy.run_path(str(recipe), run_name="not main")["ARGUMENTS"]
         (tmp_path / "stage.yaml").write_text(yaml.safe_dump(stage.values))
         parse_arguments(recipe, *types, argv=["--config", str(tmp_path / "stage.yaml")])
+
+
+@pytest.mark.parametrize("config", ENGINES, ids=lambda path: path.stem)
+def test_accelerate_reads_its_configs(config):
+    parser = launch_command_parser()
+    arguments, *_ = _validate_launch_command(parser.parse_args(["--config_file", str(config), "script.py"]))
+    expected = {"zero2": "use_deepspeed", "zero3": "use_deepspeed", "fsdp": "use_fsdp", "ddp": "multi_gpu"}
+    for engine in {*expected.values()}:
+        assert getattr(arguments, engine) == (expected.get(config.stem) == engine)
+    assert (ROOT / "docs" / "distributed.md").read_text().count(f"`{config.name}`")
+    launch = config.read_text().splitlines()[1]
+    assert launch.startswith(f"# Launch: accelerate launch --config_file configs/accelerate/{config.name} ")
 
 
 @pytest.mark.parametrize("config", CONFIGS, ids=lambda path: str(path.relative_to(ROOT)))

@@ -152,9 +152,15 @@ def test_ppo_refuses_what_an_engine_cannot_do(tmp_path, monkeypatch):
     monkeypatch.setenv("ACCELERATE_USE_FSDP", "true")
     with pytest.raises(ValueError, match=r"critic: adapter: FSDP .* set `shared`"):
         PPOConfig(str(tmp_path), critic="adapter", bf16=False)
-    monkeypatch.setattr(rlhf_recipes.ppo.config, "is_deepspeed_zero3_enabled", lambda: True)
-    with pytest.raises(ValueError, match=r"ZeRO-3: use configs/accelerate/fsdp.yaml with `critic: shared`"):
-        PPOConfig(str(tmp_path), critic="shared", bf16=False)
+    monkeypatch.setenv("ACCELERATE_USE_FSDP", "false")
+    with monkeypatch.context() as within:
+        within.setattr(rlhf_recipes.ppo.config, "is_deepspeed_zero3_enabled", lambda: True)
+        with pytest.raises(ValueError, match=r"ZeRO-3: use configs/accelerate/fsdp.yaml with `critic: shared`"):
+            PPOConfig(str(tmp_path), critic="shared", bf16=False)
+    config = PPOConfig(str(tmp_path), bf16=False)
+    config.deepspeed_plugin, config.value_warmup_steps = object(), 5
+    with pytest.raises(ValueError, match="value_warmup_steps: DeepSpeed wants one backward pass a micro-batch"):
+        config._refuse_what_engines_cannot()
 
 
 def test_deepspeed_trains_no_ensemble(tmp_path):

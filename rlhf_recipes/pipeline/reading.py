@@ -116,7 +116,10 @@ def read_stages(config: Path, recipes: Path) -> PipelineFile:
         raise RecipeError(f"{config}: seeds: must be a list of whole numbers, none of them twice")
     jobs = _whole(values, "jobs", "how many stages may run side by side", config)
     if engine is not None and not (isinstance(engine, str) and Path(engine).is_file()):
-        raise RecipeError(f"{config}: accelerate_config: {engine!r} is no file: write one with `accelerate config`")
+        raise RecipeError(
+            f"{config}: accelerate_config: {engine!r} is no file: name one of configs/accelerate/, or write one with "
+            "`accelerate config`"
+        )
     card = values.get("gpu_memory")
     if card is not None and (isinstance(card, bool) or not isinstance(card, int | float) or card <= 0):
         raise RecipeError(f"{config}: gpu_memory: {card!r} is not the memory of a card in GB, such as 12")

@@ -158,8 +158,11 @@ class PPOConfig(GRPOConfig):
 
     def _refuse_what_engines_cannot(self) -> None:
         """Engines by which weights, or steps, are not this process's own: `configs/accelerate/`, docs/distributed.md."""
-        if self.ptx_coef and self.deepspeed_plugin is not None:
-            raise ValueError("ptx_coef: under DeepSpeed each backward pass is a step of its own: use DDP or FSDP")
+        for name in ("ptx_coef", "value_warmup_steps", "target_kl"):
+            if getattr(self, name) and self.deepspeed_plugin is not None:
+                raise ValueError(
+                    f"{name}: DeepSpeed wants one backward pass a micro-batch, no more and no less: use DDP or FSDP"
+                )
         if is_deepspeed_zero3_enabled():
             raise ValueError("PPO does not run under DeepSpeed ZeRO-3: use configs/accelerate/fsdp.yaml with `critic: shared`")
         if self.critic == "adapter" and parse_flag_from_env("ACCELERATE_USE_FSDP"):
