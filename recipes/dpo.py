@@ -13,7 +13,16 @@ from rlhf_recipes.arguments import DataArguments, PolicyArguments, explained, pa
 from rlhf_recipes.data import load_data
 from rlhf_recipes.dpo import DPOConfig, DPOTrainer
 from rlhf_recipes.models import load_policy, load_tokenizer, without_what_is_done
-from rlhf_recipes.runs import RunMeter, checkpoint_to_resume, evaluate_at_end, run_missing, save_policy, train, write_record
+from rlhf_recipes.runs import (
+    RunMeter,
+    checkpoint_to_resume,
+    end,
+    evaluate_at_end,
+    run_missing,
+    save_policy,
+    train,
+    write_record,
+)
 
 from accelerate import PartialState
 from trl import ModelConfig, get_peft_config
@@ -54,7 +63,7 @@ def main() -> None:
     groups = (model_args, training_args, policy_args, data_args)
     write_record(trainer, meter, *groups, data=data.report, recipe="dpo", parents=parents)
     trainer.accelerator.print(f"The policy is in {training_args.output_dir}")
-    trainer.end()
+    end(trainer)
 
 
 if __name__ == "__main__":

@@ -14,7 +14,16 @@ from rlhf_recipes.data import load_data, load_texts, never_cut
 from rlhf_recipes.models import load_policy, load_tokenizer, without_what_is_done
 from rlhf_recipes.ppo import PPOConfig, PPOTrainer
 from rlhf_recipes.rewards import SavedReward, load_rewards, paths_of
-from rlhf_recipes.runs import RunMeter, checkpoint_to_resume, evaluate_at_end, run_missing, save_policy, train, write_record
+from rlhf_recipes.runs import (
+    RunMeter,
+    checkpoint_to_resume,
+    end,
+    evaluate_at_end,
+    run_missing,
+    save_policy,
+    train,
+    write_record,
+)
 
 from accelerate import PartialState
 from trl import ModelConfig, get_peft_config
@@ -64,7 +73,7 @@ def main() -> None:
     write_record(trainer, meter, *groups, data=data.report, recipe="ppo", parents=[*filter(None, parents)])
     trainer.print_samples()
     trainer.accelerator.print(f"The policy is in {training_args.output_dir}")
-    trainer.end()
+    end(trainer)
 
 
 if __name__ == "__main__":

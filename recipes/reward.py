@@ -21,7 +21,7 @@ from rlhf_recipes.reward_stage import (
     load_members,
     remove_earlier_results,
 )
-from rlhf_recipes.runs import RunMeter, evaluate_at_end, train, write_record
+from rlhf_recipes.runs import RunMeter, end, evaluate_at_end, train, write_record
 
 from accelerate import PartialState
 from trl import ModelConfig, RewardConfig
@@ -67,7 +67,7 @@ def main() -> None:
         parents = [reward_args.start_from] if reward_args.start_from else []
         groups = (model_args, member, reward_args, data_args)
         write_record(trainer, meter, *groups, data=report, recipe="reward", parents=parents, pending=True)
-    trainer.end()  # once: it ends what the processes share
+        end(trainer, last=number == len(members) - 1)
     if not trainer.is_world_process_zero():
         return
 

@@ -309,6 +309,19 @@ def _said_when(trainer: Trainer) -> Iterator[None]:
         raise
 
 
+def end(trainer: Trainer, last: bool = True) -> None:
+    """Waits for the other processes, and ends what they share if no other training follows in this process.
+
+    A trainer that is let go right after its last exchange may hang on CPUs: whoever frees Gloo's group of processes holds the
+    interpreter's lock and waits for Gloo's thread, which waits for that lock to free the last exchange. So it gets a moment.
+    """
+    if trainer.accelerator.num_processes > 1:
+        trainer.accelerator.wait_for_everyone()
+        time.sleep(0.5)
+    if last:
+        trainer.end()
+
+
 def save_policy(trainer: Trainer) -> None:
     """Saves the model, or its adapter, with the generation config, which says by which token an answer ends.
 

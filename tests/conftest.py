@@ -47,15 +47,21 @@ def shared() -> Path:
     return SHARED
 
 
+def run_recipe(recipe: str, *options: object) -> None:
+    """Runs a recipe in this process: a process of its own takes eight seconds to start."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(sys, "argv", [f"{recipe}.py", *map(str, options)])
+        runpy.run_path(str(ROOT / "recipes" / f"{recipe}.py"), run_name="__main__")
+
+
 @pytest.fixture
-def launch(monkeypatch, capsys):
+def launch(capsys):
     """Runs a recipe in this process: `launch("sft", "--seed", 1)`; returns its exit status and what it printed on stderr."""
 
     def run(recipe: str, *options: object) -> tuple[int, str]:
-        monkeypatch.setattr(sys, "argv", [f"{recipe}.py", *map(str, options)])
         capsys.readouterr()
         try:
-            runpy.run_path(str(ROOT / "recipes" / f"{recipe}.py"), run_name="__main__")
+            run_recipe(recipe, *options)
         except SystemExit as stop:
             return stop.code, capsys.readouterr().err
         return 0, capsys.readouterr().err

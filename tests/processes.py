@@ -6,7 +6,6 @@ since starting takes longest.
 
 import json
 import os
-import runpy
 import subprocess
 import sys
 from pathlib import Path
@@ -15,9 +14,8 @@ import torch
 from accelerate import Accelerator, PartialState
 from accelerate.commands.launch import _validate_launch_command, launch_command_parser
 from accelerate.utils import DistributedType, prepare_multi_gpu_env
+from conftest import ROOT, run_recipe
 from test_ppo_distributed import run as run_ppo
-
-ROOT = Path(__file__).parent.parent
 
 
 def in_two_processes(engine, stages, folder):
@@ -42,8 +40,7 @@ def run_stages(stages):
                 folder, case, others = options
                 run_ppo(Path(folder), case, 2, use_cpu=False, **others)
                 continue
-            sys.argv = [f"{recipe}.py", *options]
-            runpy.run_path(str(ROOT / "recipes" / f"{recipe}.py"), run_name="__main__")
+            run_recipe(recipe, *options)
     finally:
         Accelerator.end_training = end
 

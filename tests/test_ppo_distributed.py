@@ -5,6 +5,8 @@ import subprocess
 import sys
 from pathlib import Path
 
+from rlhf_recipes.runs import end
+
 import pytest
 import torch
 from datasets import Dataset
@@ -89,8 +91,8 @@ def run(folder, case, processes, checkpoint=None, **others):
     if trainer.accelerator.is_main_process:
         log = {"log": trainer.state.log_history, "kl_coef": trainer.kl.coefficient, "kl": logged(trainer, "kl")}
         (folder / "log.json").write_text(json.dumps(log))
-    trainer.accelerator.wait_for_everyone()
     assert trainer.accelerator.num_processes == processes
+    end(trainer, last=False)
     return trainer
 
 

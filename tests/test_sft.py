@@ -94,28 +94,18 @@ def test_resumed_run_equals_the_unbroken_one(launch, tmp_path, options):
     assert json.loads((broken / "recipe.json").read_text())["run"]["steps"] == 3
 
 
-def test_killed_run_goes_on_to_the_same_end(tmp_path):
-    command = [
-        sys.executable,
-        ROOT / "recipes" / "sft.py",
-        *SMALL,
-        "--max_steps",
-        8,
-        "--save_steps",
-        2,
-        "--eval_strategy",
-        "no",
-    ]
-    command += ["--save_total_limit", 9, "--resume_from_checkpoint", "true", "--output_dir"]
-    run = {"check": True, "stdout": subprocess.DEVNULL, "stderr": subprocess.DEVNULL}
-    subprocess.run([*map(str, command), str(tmp_path / "whole")], **run)
-    killed = subprocess.Popen([*map(str, command), str(tmp_path / "killed")], stdout=run["stdout"], stderr=run["stderr"])
+def test_killed_run_goes_on_to_the_same_end(launch, tmp_path):
+    options = (*SMALL, "--max_steps", 8, "--save_steps", 2, "--eval_strategy", "no", "--save_total_limit", 9)
+    options += ("--resume_from_checkpoint", "true", "--output_dir")
+    assert launch("sft", *options, tmp_path / "whole")[0] == 0
+    command = [sys.executable, ROOT / "recipes" / "sft.py", *options, tmp_path / "killed"]
+    killed = subprocess.Popen([*map(str, command)], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
     while not (tmp_path / "killed" / "checkpoint-4").exists() and killed.poll() is None:
         time.sleep(0.01)
     killed.send_signal(signal.SIGKILL)
     assert killed.wait() == -signal.SIGKILL
     assert not (tmp_path / "killed" / "recipe.json").exists()
-    subprocess.run([*map(str, command), str(tmp_path / "killed")], **run)
+    assert launch("sft", *options, tmp_path / "killed")[0] == 0
     assert same(adapter(tmp_path / "whole"), adapter(tmp_path / "killed"))
     assert history(tmp_path / "whole", 8) == history(tmp_path / "killed", 8)
 

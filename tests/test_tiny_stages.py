@@ -1,20 +1,17 @@
 """The figures of docs/tiny.md at a smaller size: what SFT does to a model that knows whom it knows, and what PPO repairs."""
 
 import json
-import subprocess
-import sys
 
 from rlhf_recipes.tiny.examine import examine, load_policy
 
 import pytest
-from conftest import ROOT
+from conftest import run_recipe
 
 
 def run(recipe, output, arguments, *options):
-    """A recipe with its tiny config, in a process of its own; its folder."""
-    command = [sys.executable, ROOT / "recipes" / f"{recipe}.py", "--output_dir", output, "--eval_strategy", "no"]
-    command += ["--save_strategy", "no", "--dataset_arguments", json.dumps(arguments), *options]
-    subprocess.run(command, check=True, capture_output=True)
+    """A recipe with its tiny config; its folder."""
+    unwatched = ("--eval_strategy", "no", "--save_strategy", "no")
+    run_recipe(recipe, "--output_dir", output, *unwatched, "--dataset_arguments", json.dumps(arguments), *options)
     return output
 
 
