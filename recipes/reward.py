@@ -8,6 +8,8 @@ or from pairs. Saves a LoRA adapter with its scalar head (several for an ensembl
 average with deviation 1, and what held-out comparisons say of it: `evaluation.json` and pictures.
 """
 
+from pathlib import Path
+
 from rlhf_recipes.arguments import DataArguments, RewardArguments, explained, parse_arguments, user_errors
 from rlhf_recipes.data import demonstrations_of
 from rlhf_recipes.evaluation.rewards import measure_and_scale, summary, write_evaluation
@@ -21,7 +23,7 @@ from rlhf_recipes.reward_stage import (
     load_members,
     remove_earlier_results,
 )
-from rlhf_recipes.runs import RunMeter, end, evaluate_at_end, train, write_record
+from rlhf_recipes.runs import RunMeter, end, evaluate_at_end, run_missing, train, write_record
 
 from accelerate import PartialState
 from trl import ModelConfig, RewardConfig
@@ -32,6 +34,7 @@ ARGUMENTS = (RewardArguments, DataArguments, RewardConfig, ModelConfig)
 def main() -> None:
     """Trains every member of the ensemble, then puts them on one base, measures and scales them."""
     reward_args, data_args, training_args, model_args = parse_arguments(__file__, *ARGUMENTS)
+    run_missing(reward_args.needs, Path(__file__).parent, inputs=[reward_args.start_from])
 
     # Data: comparisons, and the demonstrations on which scores are scaled
     data, tokenizer = load_comparisons(reward_args, data_args, training_args, model_args)

@@ -116,6 +116,11 @@ class DataArguments:
     )
 
 
+_NEEDS = {
+    "help": "YAML files of earlier stages; each is run first if this stage reads its `output_dir` and there is no result there."
+}
+
+
 @dataclass
 class RewardArguments:
     """How a reward model is trained and measured, beyond TRL's `RewardConfig`."""
@@ -124,6 +129,7 @@ class RewardArguments:
         default=None,
         metadata={"help": "Folder of the SFT adapter whose weights the reward adapter begins with; without it, a fresh one."},
     )
+    needs: list[str] = field(default_factory=list, metadata=_NEEDS)
     train_on: str = field(
         default="rankings",
         metadata={
@@ -179,13 +185,7 @@ class PolicyArguments:
         default=None,
         metadata={"help": "A .jinja file or a tokenizer with a chat template; by default that of `start_from`, or the base's."},
     )
-    needs: list[str] = field(
-        default_factory=list,
-        metadata={
-            "help": "YAML files of earlier stages; each is run first if this stage reads its `output_dir` and there is no "
-            "result there."
-        },
-    )
+    needs: list[str] = field(default_factory=list, metadata=_NEEDS)
 
 
 @dataclass

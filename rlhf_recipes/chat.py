@@ -100,6 +100,7 @@ class Chat:
         """Answers until the input ends, or /quit."""
         self.console.print(f"{self._names()}. /help says what can be said besides.", markup=False)
         for line in read_lines(self.console):
+            full = False
             try:
                 if not self.hear(line):
                     return
@@ -108,6 +109,8 @@ class Chat:
             except KeyboardInterrupt:
                 self._say("\nstopped", "dim")
             except torch.OutOfMemoryError:
+                full = True
+            if full:  # not within `except`, where the error still holds what fills it
                 release_memory()
                 self._say("the GPU has no memory left for so long a conversation: /undo or /clear", "red")
 
@@ -134,10 +137,10 @@ class Chat:
             raise RecipeError(
                 f"no command {command}{nearest(command, _COMMANDS) or '; /help lists them'} (a message may begin by //)"
             )
-        if command == "/quit":
-            return False
         if rest and not _COMMANDS[command][0]:
             raise RecipeError(f"{command} takes nothing behind it")
+        if command == "/quit":
+            return False
         getattr(self, f"_{command[1:]}")(rest)
         return True
 
@@ -355,7 +358,7 @@ def read_lines(console: Console) -> Iterator[str]:
             console.print(Text("\n/quit or Ctrl-D ends", "dim"))
             continue
         if not typed:
-            console.print(Text(line))
+            console.print(Text(line.translate(_CONTROLS)))
         yield line
 
 

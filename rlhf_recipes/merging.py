@@ -10,9 +10,10 @@ import shutil
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
+from typing import Any
 
 from rlhf_recipes.arguments import MergeArguments
-from rlhf_recipes.cards import lineage, write_card
+from rlhf_recipes.cards import lineage, shown, write_card
 from rlhf_recipes.errors import RecipeError, first_line
 from rlhf_recipes.evaluation.policies import Bench, Placement, require_adapter
 from rlhf_recipes.models import check_vocabulary, load_architecture, load_model, release_memory
@@ -171,7 +172,12 @@ def _merged(model: PeftModel, adapter: str | Path, name: str | None = None) -> P
 def _set_generation(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, adapter: Path) -> None:
     """What ends an answer: as the stage saved it beside the adapter, or the tokenizer's EOS."""
     if (adapter / "generation_config.json").is_file():
-        model.generation_config = GenerationConfig.from_pretrained(adapter)
+        try:
+            model.generation_config = GenerationConfig.from_pretrained(adapter)
+        except (OSError, ValueError) as error:
+            raise RecipeError(
+                f"adapter: {adapter}: generation_config.json: {first_line(error)}: mend it, or delete it"
+            ) from error
     else:
         model.generation_config.eos_token_id = tokenizer.eos_token_id
     model.generation_config.pad_token_id = tokenizer.pad_token_id
@@ -185,8 +191,9 @@ def _save(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, folder: Pa
     needed = sum(weight.numel() * weight.element_size() for weight in model.parameters())
     if (free := shutil.disk_usage(folder).free) < needed:
         raise RecipeError(f"output_dir: the merged model takes {needed / 1e9:.1f} GB, and {free / 1e9:.1f} GB are free there")
-    model.save_pretrained(folder, max_shard_size=max_shard_size)
-    tokenizer.save_pretrained(folder)
+    with _writing(folder):
+        model.save_pretrained(folder, max_shard_size=max_shard_size)
+        tokenizer.save_pretrained(folder)
 
 
 # --- Whether it is the same ------------------------------------------------------------------------------
@@ -264,18 +271,27 @@ def whole_or_nothing(output_dir: str | Path) -> Iterator[Path]:
         raise RecipeError(f"output_dir: {output_dir} is not empty: name another folder, or delete it")
     partial = output.with_name(f".{output.name}.partial")
     try:
-        output.parent.mkdir(parents=True, exist_ok=True)
-        shutil.rmtree(partial, ignore_errors=True)  # of a run that was killed
-        partial.mkdir()
+        with _writing(output_dir):
+            output.parent.mkdir(parents=True, exist_ok=True)
+            shutil.rmtree(partial, ignore_errors=True)  # of a run that was killed
+            partial.mkdir()
         yield partial
-        if output.is_dir():
-            output.rmdir()
-        os.replace(partial, output)
+        with _writing(output_dir):
+            if output.is_dir():
+                output.rmdir()
+            os.replace(partial, output)
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)
+
+
+@contextlib.contextmanager
+def _writing(output_dir: str | Path) -> Iterator[None]:
+    """Says of a disk that is full, or may not be written to, that it is that."""
+    try:
+        yield
     except (OSError, SafetensorError) as error:
         reason = getattr(error, "strerror", None) or first_line(error)
         raise RecipeError(f"output_dir: {output_dir}: cannot be written ({reason}); nothing is left of it") from error
-    finally:
-        shutil.rmtree(partial, ignore_errors=True)
 
 
 def describe(folder: Path, arguments: MergeArguments, model_args: ModelConfig, found: Check) -> None:
@@ -296,25 +312,51 @@ def describe(folder: Path, arguments: MergeArguments, model_args: ModelConfig, f
         "stages": lineage(arguments.adapter),
         "arguments": {type(group).__name__: asdict(group) for group in (arguments, model_args)},
     }
-    write_json(folder / RECIPE, record)
+    write_json(folder / RECIPE, _for_others(record))
     write_card(folder, arguments.hub_model_id or arguments.output_dir)
+
+
+def _for_others(value: Any, key: str = "") -> Any:
+    """A record as it may be read elsewhere: without the folders of this machine, and without what opens doors."""
+    if isinstance(value, dict):
+        return {name: _for_others(item, name) for name, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [_for_others(item, key) for item in value]
+    if key.split("_")[-1] in ("token", "password", "secret") and key != "eos_token" and isinstance(value, str):
+        return "<not shown>"
+    return shown(value) if isinstance(value, str) else value
 
 
 def push(arguments: MergeArguments) -> str:
     """Uploads what is in `output_dir`, as it was checked; returns its address.
 
     Raises:
-        RecipeError: if the Hub cannot be reached or refuses; what was merged stays.
+        RecipeError: if the Hub cannot be reached or refuses, or the repository holds weights that would be loaded in place of
+            these, or with them; what was merged stays.
     """
     folder = arguments.output_dir
     repository = arguments.hub_model_id or Path(folder).resolve().name
     try:
         api = HfApi()
         url = api.create_repo(repository, private=arguments.hub_private_repo, exist_ok=True)
+        _refuse_other_weights(api.list_repo_files(url.repo_id), Path(folder), url.repo_id)
         api.upload_folder(repo_id=url.repo_id, folder_path=folder, commit_message="Merged by rlhf-recipes")
+    except RecipeError:
+        raise
     except Exception as error:  # the client's own, the network's and the disk's have no class in common; none is lost here
         raise RecipeError(
             f"push_to_hub: {repository}: {first_line(error)}; the merged model is in {folder}: log in by `hf auth login`, and "
             f"upload it with `hf upload {repository} {folder}`"
         ) from error
     return str(url)
+
+
+def _refuse_other_weights(there: list[str], folder: Path, repository: str) -> None:
+    """Of a model in one file and one in shards Transformers takes the first, and an adapter goes on top of either."""
+    of_weights = ("*.safetensors", "*.safetensors.index.json", "*.bin", "*.bin.index.json", "adapter_config.json")
+    left = [name for name in there if any(map(Path(name).match, of_weights)) and not (folder / name).exists()]
+    if left:
+        raise RecipeError(
+            f"push_to_hub: {repository} holds weights of another model ({', '.join(sorted(left)[:3])}), which would be loaded "
+            f"in place of these or with them: name another `hub_model_id`, or delete them there. The model is in {folder}"
+        )

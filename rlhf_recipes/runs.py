@@ -43,9 +43,6 @@ _FREE_PREFIXES = ("logging_", "log_", "save_", "eval_", "per_device_eval_", "pus
 _WHOLE = ("config.json", "model*.safetensors*")
 _ADAPTER = ("adapter_config.json", "adapter_model*.safetensors")
 
-# By which a process knows that it is one of several.
-_OF_THE_LAUNCHER = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT", "GROUP_RANK")
-
 
 class RunMeter(TrainerCallback):
     """Measures the wall time of training (evaluations and checkpoints included) and the memory at its peak.
@@ -236,36 +233,30 @@ def files_in(values: Any, leave_out: Iterable[Path | None] = ()) -> list[tuple[s
 def run_missing(configs: Sequence[str], recipes: Path, inputs: Sequence[str | Path | None]) -> None:
     """Runs the stages of these YAML files, in order, whose `output_dir` is read and holds no result yet.
 
-    Of several processes the first one runs them, on its own, and the others wait.
-
     Args:
         configs: each named as the recipe that it is for (`sft.yaml` by `sft.py`).
         recipes: the folder of the recipes.
         inputs: the folders that are read. Who names another one than a YAML file says does not need that stage.
 
     Raises:
-        RecipeError: if a file is missing, or a stage fails.
+        RecipeError: if a file is missing, or a stage fails; of several processes, which wait for one another for half an hour
+            at the most, if there is anything to run.
     """
-    state = PartialState()
-    if state.is_main_process:
-        for config in configs:
-            path = Path(config) if Path(config).exists() else recipes.parent / config
-            output = read_yaml(path).get("output_dir")
-            if not output or Path(output) not in map(Path, filter(None, inputs)) or (Path(output) / RECIPE).exists():
-                continue
-            print(f"{output}: no result yet: running {path} first", flush=True)
-            command = [
-                sys.executable,
-                str(recipes / f"{path.stem}.py"),
-                "--config",
-                str(path),
-                "--resume_from_checkpoint",
-                "true",
-            ]
-            alone = {name: value for name, value in os.environ.items() if name not in _OF_THE_LAUNCHER}
-            if subprocess.run(command, env=alone).returncode:
-                raise RecipeError(f"needs: {path}: this stage failed; its own message is above")
-    state.wait_for_everyone()
+    for config in configs:
+        path = Path(config) if Path(config).exists() else recipes.parent / config
+        output = read_yaml(path).get("output_dir")
+        if not output or Path(output) not in map(Path, filter(None, inputs)) or (Path(output) / RECIPE).exists():
+            continue
+        recipe = recipes / f"{path.stem}.py"
+        if PartialState().num_processes > 1:
+            raise RecipeError(
+                f"needs: {output} has no result yet, and a stage of several processes cannot wait for another: first run "
+                f"`accelerate launch {recipe} --config {path}`"
+            )
+        print(f"{output}: no result yet: running {path} first", flush=True)
+        command = [sys.executable, str(recipe), "--config", str(path), "--resume_from_checkpoint", "true"]
+        if subprocess.run(command).returncode:
+            raise RecipeError(f"needs: {path}: this stage failed; its own message is above")
 
 
 def train(trainer: Trainer, checkpoint: str | None) -> None:

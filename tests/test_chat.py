@@ -316,9 +316,9 @@ def test_a_full_gpu_does_not_end_the_chat(talk, monkeypatch):
 
 def test_lines_of_a_pipe_are_shown_until_it_ends(monkeypatch):
     shown = io.StringIO()
-    monkeypatch.setattr(sys, "stdin", io.StringIO("one\ntwo"))
-    assert list(read_lines(Console(file=shown))) == ["one", "two"]
-    assert shown.getvalue() == "one\ntwo\n\n"
+    monkeypatch.setattr(sys, "stdin", io.StringIO("one\n\x1b[31mtwo"))
+    assert list(read_lines(Console(file=shown))) == ["one", "\x1b[31mtwo"]
+    assert shown.getvalue() == "one\n\N{REPLACEMENT CHARACTER}[31mtwo\n\n"
 
 
 def test_ctrl_c_stops_the_answer_and_not_the_program(talk):

@@ -352,7 +352,7 @@ def test_the_card_says_how_it_came_about(merge, policy, tmp_path):
     assert "/home" not in text
     merged = json.loads((output / "recipe.json").read_text())
     assert [stage["recipe"] for stage in merged["stages"]] == ["sft", "ppo"]
-    assert merged["parents"] == [str(ppo)]
+    assert merged["parents"] == [ppo.name]  # it is for other machines too
     assert merged["check"]["difference"] < 1e-4
 
 
@@ -401,6 +401,7 @@ def test_what_was_checked_is_what_is_uploaded(merge, policy, monkeypatch):
 
     monkeypatch.setattr(HfApi, "create_repo", create_repo)
     monkeypatch.setattr(HfApi, "upload_folder", upload_folder)
+    monkeypatch.setattr(HfApi, "list_repo_files", lambda self, repo_id: [".gitattributes", "model.safetensors"])
     status, error, output = merge(policy, "--push_to_hub", "true", "--hub_model_id", "mine", "--hub_private_repo", "true")
     assert status == 0, error
     assert calls == [
@@ -408,6 +409,38 @@ def test_what_was_checked_is_what_is_uploaded(merge, policy, monkeypatch):
         ("upload_folder", "someone/mine", sorted(os.listdir(output))),
     ]
     assert 'model="mine"' in (output / "README.md").read_text()
+
+
+@pytest.mark.parametrize("other", ["adapter_config.json", "model-00001-of-00002.safetensors", "pytorch_model.bin"])
+def test_weights_of_another_model_in_the_repository_are_not_mixed_with_these(merge, policy, monkeypatch, other):
+    monkeypatch.setattr(HfApi, "create_repo", lambda self, repo_id, **options: RepoUrl(f"https://huggingface.co/a/{repo_id}"))
+    monkeypatch.setattr(HfApi, "list_repo_files", lambda self, repo_id: ["README.md", other])
+    monkeypatch.setattr(HfApi, "upload_folder", lambda self, **options: pytest.fail("was uploaded"))
+    status, error, output = merge(policy, "--push_to_hub", "true", "--hub_model_id", "mine")
+    assert status == 2
+    assert f"push_to_hub: a/mine holds weights of another model ({other}), " in error
+    assert (output / "model.safetensors").is_file()
+
+
+def test_the_record_of_a_merged_model_tells_no_folder_of_this_machine(merge, policy):
+    output = merge(policy)[2]
+    text = (output / "recipe.json").read_text()
+    assert str(policy.parent) not in text
+    assert resolve_path(NAME) not in text
+    assert merging._for_others({"model_init_kwargs": {"token": "hf_secret"}, "eos_token": "</s>"}) == {
+        "model_init_kwargs": {"token": "<not shown>"},
+        "eos_token": "</s>",
+    }
+
+
+def test_a_broken_generation_config_is_not_taken_for_a_full_disk(merge, policy, tmp_path):
+    broken = tmp_path / "broken"
+    shutil.copytree(policy, broken)
+    (broken / "generation_config.json").write_text("{")
+    status, error, output = merge(broken)
+    assert status == 2
+    assert f"adapter: {broken}: generation_config.json: " in error
+    assert not left(output)
 
 
 def test_a_hub_that_cannot_be_reached_is_one_message_and_the_model_stays(merge, policy):

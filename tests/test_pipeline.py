@@ -401,6 +401,23 @@ def test_what_stood_on_other_data_is_not_gone_on_from(project, launched, finishe
     assert begun.exists()
 
 
+def test_a_checkpoint_that_is_named_is_gone_on_from_under_other_arguments(project, launched):
+    """As the message of a full GPU has it; a run anew would delete it."""
+    launched.failing = {"sft"}
+    with pytest.raises(RecipeError):
+        run()
+    old = [Path("runs/sft/checkpoint-4"), Path("runs/sft/checkpoint-8")]
+    for folder in old:
+        folder.mkdir(parents=True)
+    stages = yaml.safe_load(Path("pipeline.yaml").read_text())["stages"]
+    stages[0]["arguments"] = {"resume_from_checkpoint": str(old[0]), "per_device_train_batch_size": 1}
+    write(stages=stages)
+    with pytest.raises(RecipeError):
+        run()
+    assert all(folder.exists() for folder in old)
+    assert launched.calls[-1] == ("sft", False)  # the one that is named, in its arguments
+
+
 def test_stages_that_do_not_read_each_other_run_side_by_side(project, launched, monkeypatch):
     monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
     write(jobs=2)

@@ -1,5 +1,8 @@
 """Stages that others need."""
 
+from types import SimpleNamespace
+
+import rlhf_recipes.runs
 from rlhf_recipes.errors import RecipeError
 from rlhf_recipes.records import RECIPE
 from rlhf_recipes.runs import run_missing
@@ -33,6 +36,15 @@ def test_a_stage_that_is_read_and_has_no_result_is_run_once(stage, tmp_path, cap
 
 def test_a_stage_whose_result_nobody_reads_is_not_run(stage, tmp_path):
     run_missing([str(stage)], tmp_path / "recipes", inputs=[None, tmp_path / "mine"])
+    assert not (tmp_path / "result").exists()
+
+
+def test_several_processes_do_not_wait_for_a_stage(stage, tmp_path, monkeypatch):
+    monkeypatch.setattr(rlhf_recipes.runs, "PartialState", lambda: SimpleNamespace(num_processes=2))
+    with pytest.raises(
+        RecipeError, match=r"needs: .*result has no result yet, .* first run `accelerate launch .*sft.py --config"
+    ):
+        run_missing([str(stage)], tmp_path / "recipes", inputs=[str(tmp_path / "result")])
     assert not (tmp_path / "result").exists()
 
 

@@ -211,7 +211,13 @@ class Pipeline:
 
 
 def _forget(stage: Stage) -> None:
-    """Deletes what the recipe would go on from: the arguments may be the same, and the inputs others."""
+    """Deletes what the recipe would go on from: the arguments may be the same, and the inputs others.
+
+    Not in a folder of which a checkpoint is named in `resume_from_checkpoint`: who does so wants to go on from it all the same.
+    """
+    named = stage.values.get("resume_from_checkpoint")
+    if isinstance(named, str) and stage.folder.resolve() in Path(named).resolve().parents:
+        return
     for folder in (stage.folder, *stage.folder.glob("member-*")):
         for checkpoint in checkpoints_in(folder):
             shutil.rmtree(checkpoint)
