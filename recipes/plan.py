@@ -11,8 +11,9 @@ fits. `docs/memory.md` has the arithmetic, and how far it was from what was meas
 import argparse
 from pathlib import Path
 
-from rlhf_recipes.arguments import user_errors
-from rlhf_recipes.pipeline.planning import arguments_in
+from rlhf_recipes.arguments import COMMAND_LINE, user_errors
+from rlhf_recipes.pipeline.planning import arguments_in, card_in
+from rlhf_recipes.pipeline.reading import checked_card
 from rlhf_recipes.plan import advice, plan_stage, report
 
 RECIPES = Path(__file__).resolve().parent
@@ -23,18 +24,25 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--config", type=Path, default=RECIPES.parent / "configs" / "tiny" / "pipeline.yaml")
     parser.add_argument("--recipe", help="of which the file is, by default that of its name")
-    parser.add_argument("--gpu_memory", type=float, metavar="GB", help="a card that it should fit")
+    parser.add_argument(
+        "--gpu_memory",
+        type=float,
+        metavar="GB",
+        help="a card that it should fit, in place of the file's own `gpu_memory`: what nvidia-smi shows in MiB / 1024, such as "
+        "22.5 for an L4, whose name says 24",
+    )
     options = parser.parse_args()
 
-    stages = arguments_in(options.config, RECIPES, options.recipe)
+    asked = checked_card(options.gpu_memory, COMMAND_LINE)
+    card = card_in(options.config) if asked is None else asked
+    stages = arguments_in(options.config, RECIPES, options.recipe, card=asked)
     plans = [plan_stage(stage) for stage in stages]
     print(*report(plans), sep="\n")
 
-    if options.gpu_memory is not None:
+    if card is not None:
         for stage, plan in zip(stages, plans, strict=True):
-            fits = plan.fits(options.gpu_memory)
-            remedy = "it fits" if fits else f"it does not fit: {'; '.join(advice(stage, options.gpu_memory))}"
-            print(f"{plan.stage} on {options.gpu_memory:g} GB: {remedy}")
+            remedy = "it fits" if plan.fits(card) else f"it does not fit: {'; '.join(advice(stage, card))}"
+            print(f"{plan.stage} on {card:g} GB: {remedy}")
 
 
 if __name__ == "__main__":

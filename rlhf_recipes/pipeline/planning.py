@@ -3,8 +3,9 @@
 from pathlib import Path
 
 from rlhf_recipes.arguments import nearest, read_yaml
+from rlhf_recipes.engines import refuse_one_gpus_arithmetic
 from rlhf_recipes.errors import RecipeError
-from rlhf_recipes.pipeline.reading import RECIPES, found, read_stages
+from rlhf_recipes.pipeline.reading import RECIPES, checked_card, found, read_stages
 from rlhf_recipes.plan.arguments import resolve
 from rlhf_recipes.plan.stages import Arguments, Plan, can_be_planned, plan_stage
 
@@ -24,11 +25,37 @@ def plan_file(config: Path, recipes: Path, recipe: str | None = None, triton: bo
     return [plan_stage(stage) for stage in arguments_in(config, recipes, recipe, triton)]
 
 
-def arguments_in(config: Path, recipes: Path, recipe: str | None = None, triton: bool = True) -> list[Arguments]:
-    """The arguments of those stages in a YAML file that can be planned."""
+def card_in(config: Path) -> float | None:
+    """GB of the card that a pipeline's file names, or None.
+
+    Raises:
+        RecipeError: for what is no size of a card.
+    """
+    values = read_yaml(config)
+    return checked_card(values.get("gpu_memory"), str(config)) if "stages" in values else None
+
+
+def arguments_in(
+    config: Path, recipes: Path, recipe: str | None = None, triton: bool = True, card: float | None = None
+) -> list[Arguments]:
+    """The arguments of those stages in a YAML file that can be planned, with what `gpu_memory` chooses where a pipeline has it.
+
+    Args:
+        config: as in `plan_file`.
+        recipes: as in `plan_file`.
+        recipe: as in `plan_file`.
+        triton: as in `plan_file`.
+        card: GB, in place of a pipeline's `gpu_memory`.
+
+    Raises:
+        RecipeError: as the recipes would; not for stages that do not fit, which have then what takes least.
+    """
     values = read_yaml(config)
     if "stages" in values:
-        stages = [(stage.name, stage.recipe, stage.values) for stage in read_stages(config, recipes).stages]
+        read = read_stages(config, recipes, card if "gpu_memory" in values else None, must_fit=False)
+        if card is not None:
+            refuse_one_gpus_arithmetic(read.engine)
+        stages = [(stage.name, stage.recipe, stage.values) for stage in read.stages]
     else:
         recipe = recipe or config.stem
         if recipe not in RECIPES:
@@ -36,10 +63,11 @@ def arguments_in(config: Path, recipes: Path, recipe: str | None = None, triton:
         stages = [(path.stem, path.stem, read_yaml(path)) for path in _needed(values, recipes)]
         stages.append((recipe, recipe, values))
     earlier: dict[str, Arguments] = {}
+    planned = []
     for name, kind, given in stages:
         if can_be_planned(kind):
-            earlier[str(given["output_dir"])] = resolve(name, kind, given, recipes, dict(earlier), triton)
-    planned = list(earlier.values())
+            planned.append(resolve(name, kind, given, recipes, dict(earlier), triton))
+            earlier[str(planned[-1].output_dir)] = planned[-1]
     return planned if "stages" in values else planned[-1:]
 
 

@@ -2,16 +2,19 @@
 
 import hashlib
 import json
+import math
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from rlhf_recipes.arguments import nearest, read_yaml
+from rlhf_recipes.engines import Engine, read_engine, refuse_one_gpus_arithmetic, refuse_what_an_engine_cannot
 from rlhf_recipes.errors import RecipeError
 from rlhf_recipes.evaluation.report import METRICS
-from rlhf_recipes.plan import Arguments, pick
+from rlhf_recipes.plan import Arguments, NoFitError, Plan, pick
 from rlhf_recipes.plan.arguments import resolve
 from rlhf_recipes.plan.dial import with_values
 from rlhf_recipes.plan.stages import GIB, can_be_planned
@@ -19,6 +22,8 @@ from rlhf_recipes.ranking import RANKED
 from rlhf_recipes.records import RECIPE
 from rlhf_recipes.runs import files_in
 from rlhf_recipes.sampling import STATE
+
+from accelerate.commands.config import default_config_file
 
 TRAINERS = ("sft", "reward", "ppo", "dpo")
 # Every recipe that a stage may be, and the file that it writes last
@@ -43,6 +48,7 @@ class Stage:
         unseeded: its name without the seed.
         picked: those of the arguments that `gpu_memory` chose.
         predicted: GiB at the peak with them, or None.
+        notes: what that prediction takes for granted.
     """
 
     name: str
@@ -54,6 +60,7 @@ class Stage:
     unseeded: str
     picked: dict[str, Any] = field(default_factory=dict)
     predicted: float | None = None
+    notes: tuple[str, ...] = ()
 
     @property
     def folder(self) -> Path:
@@ -75,15 +82,17 @@ class PipelineFile:
         stages: in order.
         accelerate_config: a file of `accelerate config`, or None.
         jobs: how many stages may run side by side.
+        engine: that `accelerate_config` names, or the file that accelerate finds.
     """
 
     folder: Path
     stages: list[Stage]
     accelerate_config: str | None
     jobs: int
+    engine: Engine
 
 
-def read_stages(config: Path, recipes: Path) -> PipelineFile:
+def read_stages(config: Path, recipes: Path, card: float | None = None, must_fit: bool = True) -> PipelineFile:
     """The pipeline in a YAML file.
 
         output_dir: runs/mine
@@ -102,6 +111,8 @@ def read_stages(config: Path, recipes: Path) -> PipelineFile:
     Args:
         config: the file; the files that it names are looked for from the current folder, and from that of `recipes/`.
         recipes: the folder of the recipes.
+        card: GB, in place of the file's `gpu_memory`.
+        must_fit: whether a stage that does not fit its card is refused; else it gets what takes least.
 
     Raises:
         RecipeError: with the key or stage, and what would be right.
@@ -110,27 +121,60 @@ def read_stages(config: Path, recipes: Path) -> PipelineFile:
     _refuse_unknown(values, _KEYS, str(config))
     if not isinstance(values.get("output_dir"), str):
         raise RecipeError(f"{config}: output_dir: name the folder that the stages' results go to")
-    output, seeds, engine = Path(values["output_dir"]), values.get("seeds", [None]), values.get("accelerate_config")
+    output, seeds = Path(values["output_dir"]), values.get("seeds", [None])
     whole = isinstance(seeds, list) and seeds and all(seed is None or type(seed) is int for seed in seeds)
     if not whole or len(set(seeds)) < len(seeds):
         raise RecipeError(f"{config}: seeds: must be a list of whole numbers, none of them twice")
     jobs = _whole(values, "jobs", "how many stages may run side by side", config)
-    if engine is not None and not (isinstance(engine, str) and Path(engine).is_file()):
-        raise RecipeError(
-            f"{config}: accelerate_config: {engine!r} is no file: name one of configs/accelerate/, or write one with "
-            "`accelerate config`"
-        )
-    card = values.get("gpu_memory")
-    if card is not None and (isinstance(card, bool) or not isinstance(card, int | float) or card <= 0):
-        raise RecipeError(f"{config}: gpu_memory: {card!r} is not the memory of a card in GB, such as 12")
+    launch = _accelerate_config(values, config, recipes)
+    engine = read_engine(launch or default_config_file) if launch or Path(default_config_file).is_file() else Engine()
+    card = checked_card(values.get("gpu_memory") if card is None else card, str(config))
+    if card is not None:
+        with _named(str(config)):
+            refuse_one_gpus_arithmetic(engine)
     entries = _entries(values, config)
     tracked = {key: values[key] for key in _OF_TRACKERS if key in values}
     stages = []
     for seed in seeds:
         place = output if seed is None else output / f"seed-{seed}"
-        stages += _Reader(f"{config}: stages", place, recipes, seed, engine, card, tracked).read(entries)
+        reader = _Reader(f"{config}: stages", place, recipes, seed, launch, engine, card, must_fit, tracked)
+        stages += reader.read(entries)
     _refuse_shared_folders(stages, f"{config}: stages")
-    return PipelineFile(output, stages, engine, jobs)
+    return PipelineFile(output, stages, launch, jobs, engine)
+
+
+def checked_card(card: Any, where: str) -> float | None:
+    """GB of a card, or None where none is named.
+
+    Raises:
+        RecipeError: for what is no size of a card.
+    """
+    number = isinstance(card, int | float) and not isinstance(card, bool)
+    if card is None or (number and math.isfinite(card) and card > 0):
+        return card
+    raise RecipeError(f"{where}: gpu_memory: {card!r} is not the memory of a card in GB, such as 12")
+
+
+def _accelerate_config(values: dict[str, Any], config: Path, recipes: Path) -> str | None:
+    """The file that stages are launched with, or None for the one that accelerate finds."""
+    named = values.get("accelerate_config")
+    if named is None:
+        return None
+    if isinstance(named, str) and (path := found(named, recipes)).is_file():
+        return str(path)
+    raise RecipeError(
+        f"{config}: accelerate_config: {named!r} is no file: name one of configs/accelerate/, or write one with "
+        "`accelerate config`"
+    )
+
+
+@contextmanager
+def _named(where: str) -> Iterator[None]:
+    """Says of what goes wrong where it stands."""
+    try:
+        yield
+    except RecipeError as error:
+        raise RecipeError(f"{where}: {error}") from error
 
 
 def _whole(values: dict[str, Any], key: str, meaning: str, config: Path) -> int:
@@ -174,9 +218,11 @@ class _Reader:
     output: Path
     recipes: Path
     seed: int | None
-    engine: str | None
-    card: float | None = None
-    tracked: dict[str, Any] = field(default_factory=dict)
+    launch: str | None  # the file of `accelerate config`
+    engine: Engine
+    card: float | None
+    must_fit: bool
+    tracked: dict[str, Any]
     stages: dict[str, list[Stage]] = field(default_factory=dict)  # entry -> its stages so far, one of each round
     planned: dict[str, Arguments] = field(default_factory=dict)  # folder -> the arguments of the stage that writes it
 
@@ -196,13 +242,17 @@ class _Reader:
         own |= self.tracked if recipe in TRAINERS else {}
         values = {**read_yaml(found(config, self.recipes)), **own, **arguments}
         values.pop("needs", None)  # the order of the stages says so
-        named = {key: value for key, value in values.items() if key != "output_dir"} | {"accelerate_config": self.engine}
+        named = {key: value for key, value in values.items() if key != "output_dir"} | {"accelerate_config": self.launch}
         # Not the labels: the rounds of one store would all be done anew with every label that is added
         files = files_in(named, leave_out=(Path(values["output_dir"]), _store_of(values)))
         filling = _Filling(self.stages, {"seed": self.seed, "round": turn})
         values = {key: filling.fill(value, f"{where}: {key}") for key, value in values.items()}
-        picked, predicted = self._pick(name, recipe, values, arguments, where)
+        with _named(where):
+            with _named(name):
+                refuse_what_an_engine_cannot(recipe, values, self.engine)
+            picked, plan = self._pick(name, recipe, values, arguments)
         values |= picked
+        predicted, notes = (plan.allocated / GIB, plan.notes) if plan else (None, ())
         identity = {
             "recipe": recipe,
             "values": {key: value for key, value in values.items() if key not in _OF_TRACKERS},
@@ -213,21 +263,23 @@ class _Reader:
         reads = tuple(dict.fromkeys(stage.name for stage in filling.inputs))
         unseeded = name if turn is None else f"{name}-round-{turn}"
         full = unseeded if self.seed is None else f"{unseeded}-{self.seed}"
-        return Stage(full, recipe, values, reads, digest, name, unseeded, picked, predicted)
+        return Stage(full, recipe, values, reads, digest, name, unseeded, picked, predicted, notes)
 
     def _pick(
-        self, name: str, recipe: str, values: dict[str, Any], arguments: dict[str, Any], where: str
-    ) -> tuple[dict[str, Any], float | None]:
-        """What `gpu_memory` chooses for a stage, and the GiB that it then has at its peak."""
+        self, name: str, recipe: str, values: dict[str, Any], arguments: dict[str, Any]
+    ) -> tuple[dict[str, Any], Plan | None]:
+        """What `gpu_memory` chooses for a stage, and the plan with it."""
         if self.card is None or not can_be_planned(recipe):
             return {}, None
+        stage = resolve(name, recipe, values, self.recipes, dict(self.planned))
         try:
-            stage = resolve(name, recipe, values, self.recipes, dict(self.planned))
             picked, plan = pick(stage, self.card, fixed=arguments)
-            self.planned[values["output_dir"]] = with_values(stage, picked)
-        except RecipeError as error:
-            raise RecipeError(f"{where}: {error}") from error
-        return picked, plan.allocated / GIB
+        except NoFitError as error:
+            if self.must_fit:
+                raise
+            picked, plan = error.choice, error.plan
+        self.planned[values["output_dir"]] = with_values(stage, picked)
+        return picked, plan
 
     def _checked(self, entry: dict[str, Any], where: str, turn: int | None) -> tuple[str, str, str, dict[str, Any]]:
         """Name, recipe, config and arguments."""

@@ -7,27 +7,19 @@ backward pass, its docstring names the library's code.
 
 from dataclasses import dataclass
 
+from rlhf_recipes.engines import uses_bitsandbytes
+
 BLOCK, NESTED_BLOCK = 64, 256  # weights with a scale of their own, and scales with one, in bitsandbytes
 TILE_TOKENS, TILE_WORDS = 4096, 32768  # of TRL's fused LM head: `trl/kernels/chunked_logprob.py`, `trl/trainer/utils.py`
 
 _MLP = frozenset({"gate", "up", "down"})
 
-OPTIMIZER_BYTES = {
-    "adamw_torch": 8.0,
-    "adamw_torch_fused": 8.0,
-    "adamw_bnb_8bit": 2.0 + 8 / NESTED_BLOCK,
-    "adamw_8bit": 2.0 + 8 / NESTED_BLOCK,
-    "paged_adamw_8bit": 2.0 + 8 / NESTED_BLOCK,
-    "paged_adamw_32bit": 8.0,
-    "paged_adamw": 8.0,
-    "lion_32bit": 4.0,
-    "paged_lion_32bit": 4.0,
-    "lion_8bit": 1.0 + 4 / NESTED_BLOCK,
-    "paged_lion_8bit": 1.0 + 4 / NESTED_BLOCK,
-    "sgd": 0.0,
-}
-"""Optimizer -> bytes of its state for each trainable fp32 parameter. AdamW has two moments of 4 bytes; in 8 bits, of 1 byte and
-an fp32 scale for each 256 (Dettmers et al., 2022, "8-bit optimizers via block-wise quantization")."""
+MOMENTS_OF_TORCH = {"adamw_torch": 2, "adamw_torch_fused": 2, "rmsprop": 1, "adagrad": 1, "sgd": 0}
+"""Optimizer of PyTorch -> numbers that it keeps for each trainable parameter, in the parameter's own type."""
+MOMENTS_OF_BITSANDBYTES = {"adamw": 2, "lion": 1, "rmsprop_bnb": 1, "ademamix": 3}
+"""Optimizer of bitsandbytes, without `paged_` and bits -> numbers for each trainable parameter, in a type of its own: of 4
+bytes whatever the parameter has; in 8 bits, of 1 byte and an fp32 scale for each 256 (Dettmers et al., 2022, "8-bit optimizers
+via block-wise quantization")."""
 
 
 @dataclass(frozen=True)
@@ -150,12 +142,26 @@ def optimizer_bytes(optimizer: str, trainable: int, width: int = 4) -> float:
     """Bytes of an optimizer's state.
 
     Args:
-        optimizer: as `optim` names it; one that is not known is taken for AdamW.
+        optimizer: as `optim` names it; one that is not known is taken for AdamW in fp32.
         trainable: number of parameters.
-        width: bytes of each: moments in full precision are kept in the parameter's own type.
+        width: bytes of each.
     """
-    each = OPTIMIZER_BYTES.get(optimizer, 8.0)
-    return trainable * (each * width / 4 if each in (4.0, 8.0) else each)
+    if optimizer in MOMENTS_OF_TORCH:
+        return float(trainable * MOMENTS_OF_TORCH[optimizer] * width)
+    moments = MOMENTS_OF_BITSANDBYTES.get(_family(optimizer), 2) if uses_bitsandbytes(optimizer) else 2
+    in_8_bits = uses_bitsandbytes(optimizer) and "8bit" in optimizer
+    return trainable * moments * (1 + 4 / NESTED_BLOCK if in_8_bits else 4.0)
+
+
+def knows_optimizer(optimizer: str) -> bool:
+    """Whether `optimizer_bytes` is of this very optimizer."""
+    return optimizer in MOMENTS_OF_TORCH or (uses_bitsandbytes(optimizer) and _family(optimizer) in MOMENTS_OF_BITSANDBYTES)
+
+
+def _family(optimizer: str) -> str:
+    """The name without how its state is stored: `rmsprop_bnb` is another optimizer than `rmsprop`, `adamw_bnb` is no other."""
+    name = optimizer.removeprefix("paged_").removesuffix("_8bit").removesuffix("_32bit")
+    return "adamw" if name == "adamw_bnb" else name
 
 
 def kv_cache_bytes(shape: Shape, rows: int, tokens: int, width: int) -> int:

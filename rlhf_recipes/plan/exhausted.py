@@ -6,7 +6,7 @@ from collections.abc import Iterator, Sequence
 
 from rlhf_recipes.arguments import Launched
 from rlhf_recipes.errors import RecipeError, first_line
-from rlhf_recipes.plan.dial import advice, needed
+from rlhf_recipes.plan.dial import advice, needed, smallest_card
 from rlhf_recipes.plan.stages import GIB, Arguments, can_be_planned, plan_stage
 
 import torch
@@ -72,9 +72,9 @@ def _remedies(launched: Launched, card: float | None, on_gpu: bool) -> Iterator[
 
 def _planned(arguments: Arguments, card: float | None) -> str:
     plan = plan_stage(arguments)
-    need = needed(plan)
-    predicted = f"By its plan it needs {need:.1f} GiB (at its peak, {plan.worst})"
+    predicted = f"By its plan it needs {needed(plan)} (at its peak, {plan.worst})"
+    less = (smallest_card(plan) or 0.0) * _LESS
     if card is None or not plan.fits(card):
-        return f"{predicted}. To make it fit: {'; '.join(advice(arguments, card or need * _LESS))}"
-    changes = "; ".join(advice(arguments, need * _LESS))
+        return f"{predicted}. To make it fit: {'; '.join(advice(arguments, card or less))}"
+    changes = "; ".join(advice(arguments, less))
     return f"{predicted}, which would fit: look what else takes memory there. If nothing does, the plan is wrong: {changes}"

@@ -2,6 +2,7 @@
 
 import copy
 import functools
+import json
 from dataclasses import dataclass
 from typing import Any
 
@@ -26,7 +27,7 @@ class Adapter:
     Parameters:
         parameters: its weights, with those of layers that are trained whole besides (`lora_modules_to_save`).
         parts: of a layer, those of `PARTS` that are adapted.
-        rank: of LoRA.
+        rank: of LoRA, the largest where layers differ.
         dropout: whether it has dropout.
     """
 
@@ -79,10 +80,13 @@ def adapter_of(config: PretrainedConfig, lora: LoraConfig) -> Adapter:
     Raises:
         RecipeError: for layers to adapt that the model has not.
     """
-    targets = lora.target_modules
-    targets = tuple(sorted(targets)) if isinstance(targets, set | list) else targets
-    key = (config.to_json_string(use_diff=False), lora.r, lora.lora_dropout, targets, tuple(lora.modules_to_save or ()))
-    return _adapted(key, _Held(config), _Held(lora))
+    # All of it: what each option adds is PEFT's business
+    whole = json.dumps(lora.to_dict(), sort_keys=True, default=_as_text)
+    return _adapted((config.to_json_string(use_diff=False), whole), _Held(config), _Held(lora))
+
+
+def _as_text(value: Any) -> Any:
+    return sorted(value, key=str) if isinstance(value, set) else str(value)
 
 
 @functools.lru_cache(maxsize=32)
@@ -96,7 +100,7 @@ def _adapted(key: tuple, config: _Held, held: _Held) -> Adapter:
     trained = sum(weight.numel() for weight in adapted.parameters() if weight.requires_grad)
     names = [name.split(".lora_A")[0] for name, _ in adapted.named_modules() if name.endswith(".lora_A")]
     parts = frozenset(PARTS[last] for name in names if (last := name.rpartition(".")[2]) in PARTS)
-    return Adapter(trained, parts, lora.r, bool(lora.lora_dropout))
+    return Adapter(trained, parts, max([lora.r, *lora.rank_pattern.values()]), bool(lora.lora_dropout))
 
 
 @functools.lru_cache(maxsize=32)

@@ -5,6 +5,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from rlhf_recipes.engines import plain
 from rlhf_recipes.errors import RecipeError
 from rlhf_recipes.plan import arithmetic as sizes
 from rlhf_recipes.plan.arithmetic import Numbers, Training
@@ -44,6 +45,7 @@ class Plan:
         phases: phase -> component -> bytes that come on top in it.
         parameters: role -> number of weights of its own.
         notes: what the plan took for granted.
+        reserved: the share of a card that something else takes on top: vLLM beside PPO.
     """
 
     stage: str
@@ -52,6 +54,7 @@ class Plan:
     phases: Mapping[str, Mapping[str, float]]
     parameters: Mapping[str, int]
     notes: tuple[str, ...] = ()
+    reserved: float = 0.0
 
     @property
     def worst(self) -> str:
@@ -70,7 +73,12 @@ class Plan:
 
     def fits(self, card: float) -> bool:
         """Whether it fits a card of so many GiB."""
-        return self.allocated + OVERHEAD <= card * GIB * (1 - SPARE)
+        return self.allocated + OVERHEAD <= card * GIB * self.share
+
+    @property
+    def share(self) -> float:
+        """Of a card, what is left for the stage."""
+        return max(0.0, 1 - SPARE - self.reserved)
 
     @property
     def smallest(self) -> int | None:
@@ -135,6 +143,7 @@ class _Run:
         self.numbers = _numbers(arguments, self.config)
         self.peft = bool(arguments.get("use_peft")) or arguments.recipe in ("evaluate", "sample")
         self.adapter = self._lora() if arguments.get("use_peft") else None
+        self.reserved = 0.0
         self.asked: frozenset[str] = frozenset()  # parts of a layer that adapters are on, where none is trained
 
     # --- What is there ---
@@ -142,17 +151,22 @@ class _Run:
     def _lora(self) -> Adapter:
         if found := self.adapter_in(self.arguments.get("start_from")):
             return found
-        return adapter_of(self.config, own_lora(self.arguments))
+        return self.counted(own_lora(self.arguments))
 
     def adapter_in(self, folder: str | None) -> Adapter | None:
         """The adapter that is in a folder, or will be; None where none is named, or nothing is known of it."""
         if folder is None:
             return None
         lora = lora_in(folder, self.arguments.earlier)
-        if lora is not None:
-            return adapter_of(self.config, lora)
-        lora = own_lora(self.arguments)
-        self.note(f"{folder} is not there yet: taken for LoRA of rank {lora.r} on {lora.target_modules or 'some layers'}")
+        if lora is None:
+            lora = own_lora(self.arguments)
+            self.note(f"{folder} is not there yet: taken for LoRA of rank {lora.r} on {lora.target_modules or 'some layers'}")
+        return self.counted(lora)
+
+    def counted(self, lora: LoraConfig) -> Adapter:
+        """What an adapter adds to the base."""
+        if lora.use_dora:
+            self.note("DoRA is counted with its weights; what its passes take beyond those of LoRA is not in the plan")
         return adapter_of(self.config, lora)
 
     def note(self, text: str) -> None:
@@ -180,10 +194,10 @@ class _Run:
 
     def training_state(self, trained: int, width: int) -> dict[str, float]:
         """Gradients, and the optimizer's state."""
-        return {
-            GRADIENTS: float(trained * width),
-            OPTIMIZER: sizes.optimizer_bytes(str(getattr(self.arguments.optim, "value", self.arguments.optim)), trained, width),
-        }
+        optimizer = plain(self.arguments.optim)
+        if not sizes.knows_optimizer(optimizer):
+            self.note(f"optim: {optimizer} is not known to the plan: its state is taken for that of AdamW in fp32")
+        return {GRADIENTS: float(trained * width), OPTIMIZER: sizes.optimizer_bytes(optimizer, trained, width)}
 
     def training(self, **options: Any) -> Training:
         """What is trained, as activations see it."""
@@ -257,18 +271,28 @@ class _Run:
         """PPO's rollout: in parts, if it is asked for; by others in memory of theirs."""
         values = self.arguments
         if values.get("use_vllm"):
-            self.note("vLLM takes `vllm_gpu_memory_utilization` of the card besides, which is not in the plan")
+            self._reserve_for_vllm()
             return {}
         if values.get("use_transformers_continuous_batching"):
             self.note("continuous batching takes a share of the memory that is free (`max_memory_percent`), not in the plan")
             return {}
         return self.rollout(sampled_at_once(values, rows), prompt, completion, recorded)
 
+    def _reserve_for_vllm(self) -> None:
+        values = self.arguments
+        if values.get("vllm_mode", "colocate") != "colocate":
+            self.note("vLLM runs in a process of its own: if that is on this card, what it takes there comes on top")
+            return
+        self.reserved = float(values.get("vllm_gpu_memory_utilization", 0.3))
+        self.note(
+            f"vLLM takes `vllm_gpu_memory_utilization: {self.reserved:g}` of the card on top: what fits is judged by the rest"
+        )
+
     def plan(self, resident: dict[str, float], phases: dict[str, dict[str, float]], parameters: dict[str, int]) -> Plan:
         """The whole."""
         values = self.arguments
         roles = {"base": self.shape.parameters(), **parameters}
-        return Plan(values.stage, values.recipe, resident, phases, roles, tuple(self.notes))
+        return Plan(values.stage, values.recipe, resident, phases, roles, tuple(self.notes), self.reserved)
 
 
 # --- Of the arguments ------------------------------------------------------------------------------------
@@ -301,6 +325,8 @@ def own_lora(arguments: Arguments) -> LoraConfig:
         lora_dropout=values.get("lora_dropout", 0.05),
         target_modules=values.get("lora_target_modules") or (None if trains else "all-linear"),
         modules_to_save=values.get("lora_modules_to_save"),
+        target_parameters=values.get("lora_target_parameters"),
+        use_dora=bool(values.get("use_dora")),
         task_type="CAUSAL_LM",
     )
 
@@ -516,8 +542,7 @@ def _folder_of(entry: Any) -> str | None:
 
 def _evaluates(arguments: Arguments) -> bool:
     """Whether the stage evaluates as it trains."""
-    strategy = arguments.get("eval_strategy", "no")
-    return str(getattr(strategy, "value", strategy)) != "no"
+    return plain(arguments.get("eval_strategy", "no")) != "no"
 
 
 _PLANNERS: dict[str, Callable[[_Run], Plan]] = {
