@@ -18,6 +18,7 @@ from pathlib import Path
 from types import UnionType
 from typing import Any, NamedTuple, NoReturn, Union, get_args, get_origin, get_type_hints
 
+from rlhf_recipes.engines import engine_here, refuse_what_an_engine_cannot
 from rlhf_recipes.errors import RecipeError, lack_of_memory
 from rlhf_recipes.tracking import settle_trackers
 
@@ -517,7 +518,13 @@ def parse_arguments(
             groups = parser.parse_dict(merged)
     except (ValueError, TypeError, ImportError) as error:  # the dataclasses' own checks
         raise RecipeError(f"{where}: {_one_line(error)}") from error
-    _launched.set(Launched(recipe, config, {key: value for group in groups for key, value in vars(group).items()}))
+    values = {key: value for group in groups for key, value in vars(group).items()}
+    if here:
+        try:
+            refuse_what_an_engine_cannot(recipe.stem, values, engine_here())
+        except RecipeError as error:
+            raise RecipeError(f"{where}: {error}") from error
+    _launched.set(Launched(recipe, config, values))
     return groups
 
 

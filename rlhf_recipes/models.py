@@ -178,8 +178,6 @@ def load_architecture(
         config = AutoConfig.from_pretrained(path, **revision)
         quantization = _quantization(arguments, config)
         in_few_bits = quantization or getattr(config, "quantization_config", None)  # by us, or as it is stored
-        if in_few_bits and is_deepspeed_zero3_enabled():
-            raise RecipeError("load_in_4bit: DeepSpeed ZeRO-3 cannot share out such weights: use configs/accelerate/fsdp.yaml")
         check_bitsandbytes(bool(in_few_bits), training)
         placed = {"device_map": {"": training.device}} if in_few_bits else {}  # not where bitsandbytes thinks best
         settings = {

@@ -51,15 +51,12 @@ def ensemble_members(training: RewardConfig, size: int, rows: int, shards: bool)
         shards: whether each member trains on a part of them.
 
     Raises:
-        RecipeError: for more shards than rows, or a checkpoint that is named: it would be that of one member;
-            under DeepSpeed.
+        RecipeError: for more shards than rows, or a checkpoint that is named: it would be that of one member.
     """
     if shards and size > rows:
         raise RecipeError(f"ensemble_shards: {rows} rows cannot be shared out among {size} members")
     if size == 1:
         return [training]
-    if training.deepspeed_plugin is not None:
-        raise RecipeError("ensemble_size: DeepSpeed trains one model a launch: use DDP or FSDP (configs/accelerate/)")
     if str(training.resume_from_checkpoint) not in ("None", "True", "true", "False", "false"):
         raise RecipeError("resume_from_checkpoint: an ensemble goes on from the newest checkpoint of each member: set `true`")
     members = []

@@ -5,11 +5,7 @@ DeepSpeed is not installed with the tests: docs/distributed.md says what was see
 
 import json
 
-import rlhf_recipes.models
-import rlhf_recipes.ppo.config
-from rlhf_recipes.errors import RecipeError
 from rlhf_recipes.ppo import PPOConfig
-from rlhf_recipes.reward_stage import ensemble_members
 
 import pytest
 import torch
@@ -17,7 +13,6 @@ from processes import in_two_processes, run_stages
 from safetensors.torch import load_file
 from small_ppo import moved, save_base, save_reward
 from test_ppo_distributed import AGAIN, assert_the_update_of_one
-from trl import RewardConfig
 
 SGD = ("--optim", "sgd", "--learning_rate", 0.1)  # Adam makes full steps of gradients that are nothing but rounding
 SHORT = (*SGD, "--max_steps", 4, "--logging_steps", 1, "--warmup_steps", 0, "--eval_strategy", "no", "--save_strategy", "no")
@@ -150,29 +145,14 @@ def test_a_sharded_run_of_ppo_resumed_is_the_unbroken_one(sharded_ppo):
 
 def test_ppo_refuses_what_an_engine_cannot_do(tmp_path, monkeypatch):
     monkeypatch.setenv("ACCELERATE_USE_FSDP", "true")
+    monkeypatch.setenv("FSDP_VERSION", "2")
     with pytest.raises(ValueError, match=r"critic: adapter: FSDP .* set `shared`"):
         PPOConfig(str(tmp_path), critic="adapter", bf16=False)
-    monkeypatch.setenv("ACCELERATE_USE_FSDP", "false")
-    with monkeypatch.context() as within:
-        within.setattr(rlhf_recipes.ppo.config, "is_deepspeed_zero3_enabled", lambda: True)
-        with pytest.raises(ValueError, match=r"ZeRO-3: use configs/accelerate/fsdp.yaml with `critic: shared`"):
-            PPOConfig(str(tmp_path), critic="shared", bf16=False)
-    config = PPOConfig(str(tmp_path), bf16=False)
-    config.deepspeed_plugin, config.value_warmup_steps = object(), 5
-    with pytest.raises(ValueError, match="value_warmup_steps: DeepSpeed wants one backward pass a micro-batch"):
-        config._refuse_what_engines_cannot()
 
 
-def test_deepspeed_trains_no_ensemble(tmp_path):
-    training = RewardConfig(str(tmp_path), bf16=False)
-    training.deepspeed_plugin = object()
-    assert ensemble_members(training, 1, 10, shards=False) == [training]
-    with pytest.raises(RecipeError, match="ensemble_size: DeepSpeed trains one model a launch: use DDP or FSDP"):
-        ensemble_members(training, 2, 10, shards=False)
-
-
-def test_few_bits_are_not_shared_out_by_zero_3(tmp_path, launch, monkeypatch):
-    monkeypatch.setattr(rlhf_recipes.models, "is_deepspeed_zero3_enabled", lambda: True)
-    status, message = launch("sft", *SFT, *IN_4_BITS, "--output_dir", tmp_path)
+def test_recipes_refuse_what_an_engine_cannot_do(tmp_path, launch, monkeypatch):
+    monkeypatch.setenv("ACCELERATE_USE_FSDP", "true")
+    monkeypatch.setenv("FSDP_VERSION", "2")
+    status, message = launch("sft", *SFT, "--optim", "paged_adamw_8bit", "--output_dir", tmp_path)
     assert status == 2
-    assert "load_in_4bit: DeepSpeed ZeRO-3 cannot share out such weights: use configs/accelerate/fsdp.yaml" in message
+    assert "command line: optim: paged_adamw_8bit: bitsandbytes cannot step the shares that FSDP 2 makes" in message

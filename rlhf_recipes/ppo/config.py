@@ -3,8 +3,9 @@
 import logging
 from dataclasses import dataclass, field
 
-from accelerate.utils import parse_flag_from_env
-from transformers.integrations import is_deepspeed_zero3_enabled
+from rlhf_recipes.engines import engine_here, refuse_what_an_engine_cannot
+from rlhf_recipes.errors import RecipeError
+
 from trl import GRPOConfig
 
 logger = logging.getLogger(__name__)
@@ -157,16 +158,11 @@ class PPOConfig(GRPOConfig):
         self._refuse_what_engines_cannot()
 
     def _refuse_what_engines_cannot(self) -> None:
-        """Engines by which weights, or steps, are not this process's own: `configs/accelerate/`, docs/distributed.md."""
-        for name in ("ptx_coef", "value_warmup_steps", "target_kl"):
-            if getattr(self, name) and self.deepspeed_plugin is not None:
-                raise ValueError(
-                    f"{name}: DeepSpeed wants one backward pass a micro-batch, no more and no less: use DDP or FSDP"
-                )
-        if is_deepspeed_zero3_enabled():
-            raise ValueError("PPO does not run under DeepSpeed ZeRO-3: use configs/accelerate/fsdp.yaml with `critic: shared`")
-        if self.critic == "adapter" and parse_flag_from_env("ACCELERATE_USE_FSDP"):
-            raise ValueError("critic: adapter: FSDP shares out one optimizer's weights, and these are another's: set `shared`")
+        """As recipes do, for those who make their own."""
+        try:
+            refuse_what_an_engine_cannot("ppo", vars(self), engine_here())
+        except RecipeError as error:
+            raise ValueError(str(error)) from error
 
     def _refuse_what_is_not_ppo(self) -> None:
         if self.beta:
