@@ -15,7 +15,7 @@ from pathlib import Path
 from rlhf_recipes.arguments import user_errors
 from rlhf_recipes.errors import RecipeError
 from rlhf_recipes.labels import Label, Store
-from rlhf_recipes.pipeline import check_arguments, read_pipeline
+from rlhf_recipes.pipeline import check_arguments, read_pipeline, reading
 from rlhf_recipes.ranking import read_sampled
 
 import pytest
@@ -192,6 +192,43 @@ def test_what_is_wrong_is_named(project, changes, message):
     with pytest.raises(RecipeError) as caught:
         pipeline()
     assert message in str(caught.value)
+
+
+def test_the_accelerate_config_is_looked_for_as_those_of_stages_are(project):
+    write(accelerate_config="configs/accelerate/ddp.yaml")
+    assert pipeline().accelerate_config == str(ROOT / "configs" / "accelerate" / "ddp.yaml")
+
+
+@pytest.mark.parametrize(
+    ("engine", "recipe", "arguments", "message"),
+    [
+        ("fsdp", "ppo", {"critic": "adapter"}, "entry 2: late: critic: adapter: FSDP"),
+        ("fsdp", "dpo", {"optim": "paged_adamw_8bit"}, "entry 2: late: optim: paged_adamw_8bit: bitsandbytes"),
+        ("zero3", "ppo", {}, "entry 2: late: PPO does not run under DeepSpeed ZeRO-3"),
+        ("zero2", "reward", {"ensemble_size": 2}, "entry 2: late: ensemble_size: DeepSpeed"),
+    ],
+)
+def test_what_the_engine_cannot_do_is_refused_before_the_first_stage_runs(project, engine, recipe, arguments, message):
+    stages = [
+        {"name": "sft", "config": "sft.yaml"},
+        {"name": "late", "recipe": recipe, "config": "dpo.yaml", "arguments": arguments},
+    ]
+    write(accelerate_config=f"configs/accelerate/{engine}.yaml", stages=stages)
+    with pytest.raises(RecipeError) as caught:
+        pipeline()
+    assert f"pipeline.yaml: stages, {message}" in str(caught.value)
+    write(accelerate_config="configs/accelerate/ddp.yaml")
+    pipeline()
+
+
+def test_the_engine_that_accelerate_finds_by_itself_is_heeded(project, monkeypatch):
+    monkeypatch.setattr(reading, "default_config_file", str(ROOT / "configs" / "accelerate" / "zero3.yaml"))
+    stages = [{"name": "ppo", "config": "dpo.yaml"}]
+    write(stages=stages)
+    pipeline()
+    write(stages=stages, accelerate_config=None)
+    with pytest.raises(RecipeError, match="PPO does not run under DeepSpeed ZeRO-3"):
+        pipeline()
 
 
 def test_values_that_are_no_paths_and_keys_of_any_type_are_read(project):

@@ -10,14 +10,14 @@ from rlhf_recipes.pipeline import read_pipeline
 from rlhf_recipes.pipeline.planning import arguments_in, plan_file
 from rlhf_recipes.plan import arithmetic, pick, plan_stage, report, stages
 from rlhf_recipes.plan.arithmetic import Numbers, Shape, Training
-from rlhf_recipes.plan.dial import with_values
+from rlhf_recipes.plan.dial import choices, with_values
 from rlhf_recipes.plan.models import adapter_of, shape_of
 from rlhf_recipes.plan.stages import GIB, OVERHEAD, SPARE
 
 import published
 import pytest
 import yaml
-from conftest import ROOT
+from conftest import ROOT, run_recipe
 from peft import LoraConfig
 from transformers import GPT2Config, LlamaConfig, MixtralConfig
 
@@ -57,6 +57,13 @@ def test_state_of_optimizers():
     assert arithmetic.optimizer_bytes("adamw_torch_fused", 1000, width=2) == 4000  # of a model in bf16
     assert arithmetic.optimizer_bytes("paged_adamw_8bit", 256_000) == 2 * (256_000 + 4 * 1000)
     assert arithmetic.optimizer_bytes("sgd", 1000) == 0
+
+
+@pytest.mark.parametrize(
+    ("optimizer", "each"), [("paged_adamw_32bit", 8), ("lion_32bit", 4), ("paged_lion_32bit", 4), ("rmsprop_bnb_32bit", 4)]
+)
+def test_bitsandbytes_keeps_fp32_whatever_the_weights_have(optimizer, each):
+    assert arithmetic.optimizer_bytes(optimizer, 1000, width=2) == each * 1000
 
 
 def test_lora_has_two_thin_matrices_for_each():
@@ -139,6 +146,15 @@ def test_adapters_are_counted_by_peft():
         adapter_of(config, LoraConfig(r=4, target_modules=["nothing"]))
 
 
+def test_adapters_differ_by_every_option():
+    config = LlamaConfig(vocab_size=32, hidden_size=16, intermediate_size=32, num_hidden_layers=2, num_attention_heads=2)
+    plain = adapter_of(config, LoraConfig(r=4))
+    assert adapter_of(config, LoraConfig(r=4, use_dora=True)).parameters == plain.parameters + 4 * 16
+    assert adapter_of(config, LoraConfig(r=4, layers_to_transform=[0])).parameters == plain.parameters / 2
+    wider = adapter_of(config, LoraConfig(r=4, rank_pattern={"q_proj": 8}))
+    assert (wider.parameters, wider.rank) == (plain.parameters * 1.5, 8)
+
+
 @pytest.mark.parametrize(
     "config", [GPT2Config(n_layer=1), MixtralConfig(num_hidden_layers=1, hidden_size=64, intermediate_size=64)]
 )
@@ -197,6 +213,29 @@ def test_a_model_that_cannot_be_reached_is_said_so(launch, tmp_path):
     assert "config.json" in message
 
 
+def test_what_the_plan_takes_for_granted_of_optimizers_and_dora_is_noted(tmp_path):
+    values = yaml.safe_load((ROOT / "configs" / "tiny" / "sft.yaml").read_text())
+    path = tmp_path / "sft.yaml"
+    path.write_text(yaml.safe_dump(values))
+    (plain,) = plan_file(path, RECIPES)
+    path.write_text(yaml.safe_dump({**values, "use_dora": True, "optim": "adafactor"}))
+    (odd,) = plan_file(path, RECIPES)
+    assert not plain.notes
+    assert ["DoRA" in odd.notes[0], "optim: adafactor is not known" in odd.notes[1]] == [True, True]
+    assert odd.parameters["policy"] > plain.parameters["policy"]
+
+
+def test_a_file_that_names_no_folder_is_planned(tmp_path):
+    paths = {name: tmp_path / f"{name}.yaml" for name in ("sft", "reward", "dpo")}
+    for name, path in paths.items():
+        values = yaml.safe_load((ROOT / "configs" / "tiny" / f"{name}.yaml").read_text())
+        del values["output_dir"]  # all write to the same default folder
+        needs = {"needs": [str(paths["sft"]), str(paths["reward"])]} if name == "dpo" else {}
+        path.write_text(yaml.safe_dump(values | needs))
+    assert [plan.stage for plan in plan_file(paths["sft"], RECIPES)] == ["sft"]
+    assert [plan.stage for plan in plan_file(paths["dpo"], RECIPES)] == ["dpo"]
+
+
 def test_a_length_without_a_bound_is_refused(tmp_path):
     values = yaml.safe_load((ROOT / "configs" / "tiny" / "sft.yaml").read_text())
     path = tmp_path / "sft.yaml"
@@ -210,6 +249,28 @@ def test_the_recipe_says_what_to_change(hub, monkeypatch, capsys):
     monkeypatch.setattr(sys, "argv", ["plan.py", "--config", str(config), "--gpu_memory", "6"])
     runpy.run_path(str(RECIPES / "plan.py"), run_name="__main__")
     assert "sft on 6 GB: it does not fit: " in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("card", ["nan", "-3", "0", "inf"])
+def test_the_recipe_refuses_what_is_no_card(launch, card):
+    status, message = launch("plan", f"--gpu_memory={card}")
+    assert status == 2
+    assert "the command line: gpu_memory: " in message
+    assert "is not the memory of a card" in message
+
+
+def test_the_recipe_shows_what_does_not_fit_and_judges_the_card_that_is_asked_for(tmp_path, capsys):
+    config = write_pipeline(tmp_path, gpu_memory=0.8)
+    run_recipe("plan", "--config", config)
+    small = capsys.readouterr().out
+    run_recipe("plan", "--config", config, "--gpu_memory", 24)
+    large = capsys.readouterr().out
+    assert "GiB at the peak" in small
+    assert "sft on 0.8 GB: it does not fit: " in small
+    assert "sft on 24 GB: it fits" in large
+    (stage,) = arguments_in(config, RECIPES, card=24)
+    assert stage.per_device_train_batch_size == 8, "as the dial would have it for that card"
+    assert not stage.gradient_checkpointing
 
 
 # --- The plan beside what is measured --------------------------------------------------------------------
@@ -246,7 +307,6 @@ def test_a_larger_card_is_used(hub):
     assert small["gradient_checkpointing"]
     assert not large["gradient_checkpointing"]
     assert large["per_device_train_batch_size"] == 8
-    assert large["critic"] == "adapter"
 
 
 def test_rollouts_in_parts_need_less_to_read_prompts_and_to_sample(hub):
@@ -269,6 +329,77 @@ def test_the_dial_samples_in_parts_where_nothing_else_fits_and_reads_in_larger_p
     assert "local_rollout_forward_batch_size" not in pick(stage, 9, fixed={"local_rollout_forward_batch_size"})[0]
     with pytest.raises(RecipeError, match="at the least"):
         pick(stage, 8, fixed={"rollout_batch_size"})
+
+
+def test_the_critic_is_never_made_larger_nor_taken_from_a_rate_that_was_chosen_for_it(hub):
+    stage = arguments_in(ROOT / "configs" / "qwen3-0.6b" / "ppo.yaml", RECIPES)[-1]
+    assert stage.critic == "shared"
+    assert all("critic" not in choice for choice in choices(stage))
+    adapter = with_values(stage, {"critic": "adapter"})
+    assert {choice["critic"] for choice in choices(adapter)} == {"adapter", "shared"}
+    assert pick(adapter, 80)[0]["critic"] == "adapter"
+    chosen = with_values(adapter, {"value_learning_rate": 1e-5})
+    assert all("critic" not in choice for choice in choices(chosen))
+
+
+@pytest.mark.parametrize(
+    ("own", "allowed"),
+    [
+        ("adamw_torch", {"adamw_torch", "paged_adamw_8bit"}),
+        ("adamw_8bit", {"adamw_torch_fused", "paged_adamw_8bit"}),
+        ("sgd", {None}),
+        ("lion_8bit", {None}),
+        ("adafactor", {None}),
+    ],
+)
+def test_the_optimizer_stays_of_its_family(hub, own, allowed):
+    stage = arguments_in(ROOT / "configs" / "qwen3-0.6b" / "sft.yaml", RECIPES)[-1]
+    assert {choice.get("optim") for choice in choices(with_values(stage, {"optim": own}))} == allowed
+
+
+@pytest.mark.parametrize(
+    ("own", "completions"),
+    [
+        ({"gradient_accumulation_steps": 2, "generation_batch_size": 12}, 12),
+        ({"gradient_accumulation_steps": 4, "steps_per_generation": 1}, 4),
+    ],
+)
+def test_completions_of_an_iteration_stay_what_the_file_says(hub, tmp_path, own, completions):
+    values = yaml.safe_load((ROOT / "configs" / "qwen3-0.6b" / "ppo.yaml").read_text())
+    path = tmp_path / "ppo.yaml"
+    path.write_text(yaml.safe_dump(values | {"per_device_train_batch_size": 4} | own))
+    (stage,) = arguments_in(path, RECIPES)
+    for choice in choices(stage):
+        rows = choice["per_device_train_batch_size"]
+        assert rows * choice["gradient_accumulation_steps"] == 4 * own["gradient_accumulation_steps"]
+        assert rows * choice["steps_per_generation"] == completions
+
+
+def test_layers_that_are_compiled_are_not_computed_again(hub):
+    stage = arguments_in(ROOT / "configs" / "qwen3-8b" / "sft.yaml", RECIPES)[-1]
+    compiled = with_values(stage, {"torch_compile": True})
+    assert not any(choice["gradient_checkpointing"] for choice in choices(compiled))
+    assert min(choice["per_device_train_batch_size"] for choice in choices(compiled)) == 1
+    assert pick(stage, 10)[0]["gradient_checkpointing"]
+    with pytest.raises(RecipeError, match=r"set `gradient_checkpointing: true`.* `torch_compile: false`"):
+        pick(compiled, 10)
+
+
+def test_vllm_on_the_same_card_leaves_less_of_it(hub):
+    stage = arguments_in(ROOT / "configs" / "qwen3-0.6b" / "ppo.yaml", RECIPES)[-1]
+    beside, elsewhere = (
+        plan_stage(with_values(stage, {"use_vllm": True, "vllm_mode": mode, "vllm_gpu_memory_utilization": 0.5}))
+        for mode in ("colocate", "server")
+    )
+    assert beside.allocated == elsewhere.allocated
+    card = (beside.allocated + OVERHEAD) / GIB
+    assert elsewhere.fits(card / 0.94)
+    assert not beside.fits(card / 0.46)
+    assert beside.fits(card / 0.44)
+    assert "vllm_gpu_memory_utilization: 0.5" in beside.notes[0]
+    greedy = with_values(stage, {"use_vllm": True, "vllm_mode": "colocate", "vllm_gpu_memory_utilization": 0.97})
+    with pytest.raises(RecipeError, match=r"more than vLLM leaves of any card .*a smaller `vllm_gpu_memory_utilization`"):
+        pick(greedy, 80)
 
 
 def test_fixed_keys_are_left_alone(hub):
@@ -311,7 +442,25 @@ def test_the_dial_of_a_pipeline_goes_over_the_file_and_under_its_arguments(tmp_p
     assert not {"optim", "gradient_checkpointing"} & fixed.picked.keys()
 
 
-@pytest.mark.parametrize("value", ["12", 0, True, -1])
+def test_what_the_plan_takes_for_granted_is_printed_before_anything_runs(tmp_path, capsys):
+    config = write_pipeline(tmp_path, gpu_memory=6, stage={"arguments": {"optim": "adafactor"}})
+    run_recipe("pipeline", "--config", config, "--dry-run")
+    assert "sft: optim: adafactor is not known to the plan" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("engine", ["fsdp", "zero2", "zero3"])
+def test_a_card_is_not_reckoned_with_where_several_share_a_model(tmp_path, engine):
+    shared = {"accelerate_config": f"configs/accelerate/{engine}.yaml"}
+    with pytest.raises(RecipeError, match=r"gpu_memory: its arithmetic is that of one GPU.* configs/accelerate/ddp.yaml"):
+        read_pipeline(write_pipeline(tmp_path, gpu_memory=6, **shared), RECIPES)
+    path = write_pipeline(tmp_path, **shared)
+    assert arguments_in(path, RECIPES)
+    with pytest.raises(RecipeError, match="gpu_memory: its arithmetic"):
+        arguments_in(path, RECIPES, card=24)
+    assert read_pipeline(write_pipeline(tmp_path, gpu_memory=6, accelerate_config="configs/accelerate/ddp.yaml"), RECIPES)
+
+
+@pytest.mark.parametrize("value", ["12", 0, True, -1, float("nan"), float("inf")])
 def test_a_card_must_be_a_number(tmp_path, value):
     with pytest.raises(RecipeError, match=r"gpu_memory: .* is not the memory of a card"):
         read_pipeline(write_pipeline(tmp_path, gpu_memory=value), RECIPES)
