@@ -178,6 +178,8 @@ def load_architecture(
         config = AutoConfig.from_pretrained(path, **revision)
         quantization = _quantization(arguments, config)
         in_few_bits = quantization or getattr(config, "quantization_config", None)  # by us, or as it is stored
+        if in_few_bits and is_deepspeed_zero3_enabled():  # that a base is stored so is seen here only
+            raise RecipeError("DeepSpeed ZeRO-3 cannot share out weights in few bits: use configs/accelerate/fsdp.yaml")
         check_bitsandbytes(bool(in_few_bits), training)
         placed = {"device_map": {"": training.device}} if in_few_bits else {}  # not where bitsandbytes thinks best
         settings = {
