@@ -8,6 +8,7 @@ labels are lacking, it says how many, and is run again when they are there. One 
 """
 
 from rlhf_recipes.arguments import RankArguments, parse_arguments, user_errors
+from rlhf_recipes.models import model_path
 from rlhf_recipes.ranking import choose, load_ensemble, read_labeller, read_sampled, write_rankings
 
 from accelerate import PartialState
@@ -21,6 +22,8 @@ def main() -> None:
     rank_args, model_args = parse_arguments(__file__, *ARGUMENTS)
     if not PartialState().is_main_process:
         return
+    if rank_args.choose == "disagreement":
+        model_path(model_args)  # refused in the first round, which has no ensemble yet, and not in the second
     labeller = read_labeller(rank_args.labeller, rank_args.seed)
     groups = read_sampled(rank_args.groups)
 

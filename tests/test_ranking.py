@@ -217,6 +217,13 @@ def test_without_an_ensemble_yet_the_choice_is_at_random(launch, tmp_path, file)
     doubted = ("--choose", "disagreement", "--reward", "")  # as "{reward|}" has it in the first round
     assert launch("rank", *options, *doubted, "--output_dir", tmp_path / "doubted") == (0, "")
     assert (tmp_path / "doubted" / "rankings.jsonl").read_text() == (tmp_path / "random" / "rankings.jsonl").read_text()
+    # and what later rounds need is asked for in this one
+    config = tmp_path / "rank.yaml"
+    config.write_text(
+        f"groups: {file}\nlabeller: {{path: rlhf_recipes.rewards.Abstention}}\nchoose: disagreement\nreward: ''\n"
+    )
+    status, error = launch("rank", "--config", config, "--output_dir", tmp_path / "baseless")
+    assert (status, "model_name_or_path: name the base model" in error) == (2, True)
 
 
 @pytest.mark.parametrize(
