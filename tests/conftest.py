@@ -23,7 +23,8 @@ SHARED = ROOT.parent / "shared"
 
 
 # Those that take minutes, each in a few tests: begun first, they are not what one process does last and alone
-LONG = ("test_tiny_stages.py", "test_real_rewards.py", "test_real_ppo.py", "test_ppo_distributed.py")
+LONG = ("test_real_pipeline.py", "test_tiny_stages.py", "test_distributed.py", "test_real_rewards.py", "test_real_ppo.py")
+LONG += ("test_ppo_distributed.py",)
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
