@@ -183,7 +183,7 @@ def test_vllm_that_cannot_be_had_is_refused_before_anything_is_loaded(base, tmp_
         args = PPOConfig(str(tmp_path), bf16=False, use_cpu=True, use_vllm=True, vllm_mode=mode)
         return load_model(ModelConfig(model_name_or_path=str(base), **options), args)
 
-    with pytest.raises(RecipeError, match=r"use_vllm: vLLM is not installed: `pip install 'rlhf-recipes\[vllm\]'`"):
+    with pytest.raises(RecipeError, match=r"use_vllm: vLLM is not installed: `pip install --editable '\.\[vllm\]'`"):
         load("server")
     monkeypatch.setattr("rlhf_recipes.speed.is_vllm_available", lambda: True)
     with pytest.raises(RecipeError, match=r"vllm_mode: colocate: over a quantised base .* set `vllm_mode: server`"):
@@ -339,10 +339,10 @@ def test_ligers_layers_go_with_ppo_and_with_reward_models_and_its_forward_pass_w
         (
             {"attn_implementation": "kernels-community/flash-attn2"},
             {},
-            r"^attn_implementation: kernels-community/flash-attn2: asks for kernels of the Hub, .* 'rlhf-recipes\[kernels\]'`",
+            r"^attn_implementation: kernels-community/flash-attn2: asks for kernels of the Hub, .* '\.\[kernels\]'`",
         ),
         ({}, {"model_init_kwargs": {"use_kernels": True}}, "^model_init_kwargs: use_kernels: asks for kernels of the Hub"),
-        ({}, {"use_liger_kernel": True}, r"^use_liger_kernel: Liger is not installed: `pip install 'rlhf-recipes\[liger\]'`"),
+        ({}, {"use_liger_kernel": True}, r"^use_liger_kernel: Liger is not installed: `pip install --editable '\.\[liger\]'`"),
     ],
 )
 def test_what_is_not_installed_is_said_with_its_key(base, tmp_path, model, training, message):
