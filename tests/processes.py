@@ -1,48 +1,66 @@
 """Stages in one process and in two, by the engines of `configs/accelerate/`, on CPUs.
 
-Run as a script by each of two processes: the engine, and a JSON file of what to run, one stage after the other in one process,
-since starting takes longest.
+Run as a script by each of two processes: the engine, and a JSON file of ports and of what to run, one stage after the other.
 """
 
+import contextlib
 import json
 import os
+import socket
 import subprocess
 import sys
+import traceback
 from pathlib import Path
 
 import torch
-from accelerate import Accelerator, PartialState
+from accelerate import PartialState
 from accelerate.commands.launch import _validate_launch_command, launch_command_parser
 from accelerate.utils import DistributedType, prepare_multi_gpu_env
 from conftest import ROOT, run_recipe
 from test_ppo_distributed import run as run_ppo
+from trl import DPOTrainer, RewardTrainer, SFTTrainer  # noqa: F401 - imported where they are first asked for
 
 
 def in_two_processes(engine, stages, folder):
     """Runs stages, each `[recipe, option, ...]` or of `test_ppo_distributed`, by `configs/accelerate/{engine}.yaml`."""
     file = folder / f"{engine}.json"
-    file.write_text(json.dumps(stages))
+    with contextlib.ExitStack() as open_:  # all at once, so that they are different ones
+        ports = [open_.enter_context(socket.create_server(("127.0.0.1", 0))).getsockname()[1] for _ in stages]
+    file.write_text(json.dumps(list(zip(ports, stages, strict=True))))
     config = ("--config_file", str(ROOT / f"configs/accelerate/{engine}.yaml"), "--num_processes", "2", __file__)
     arguments, *_ = _validate_launch_command(launch_command_parser().parse_args(config))
     command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "--standalone", __file__]
     environment = prepare_multi_gpu_env(arguments) | {"ACCELERATE_USE_CPU": str(engine == "ddp").lower()}
     result = subprocess.run([*command, engine, str(file)], env=environment, capture_output=True, text=True, timeout=240)
-    assert result.returncode == 0, (result.stdout + result.stderr)[-4000:]
+    assert result.returncode == 0, (result.stdout + result.stderr)[-20000:]
 
 
 def run_stages(stages):
-    """Runs them in this process; but for the last, they do not end what processes share."""
-    end = Accelerator.end_training
-    try:
-        for number, (recipe, *options) in enumerate(stages, 1):
-            Accelerator.end_training = end if number == len(stages) else lambda self: None
-            if recipe == "ppo_maths":
-                folder, case, others = options
-                run_ppo(Path(folder), case, 2, use_cpu=False, **others)
-                continue
+    """Runs stages in this process."""
+    for recipe, *options in stages:
+        if recipe == "ppo_maths":
+            folder, case, others = options
+            run_ppo(Path(folder), case, 2, use_cpu=False, **others)
+        else:
             run_recipe(recipe, *options)
-    finally:
-        Accelerator.end_training = end
+
+
+def run_each_alone(stages):
+    """Runs each stage in a process of its own, as users do, without starting Python and importing all that it needs anew."""
+    os.environ["TORCHELASTIC_USE_AGENT_STORE"] = "False"  # which is for one group of processes
+    for port, stage in stages:
+        os.environ["MASTER_PORT"] = str(port)
+        if not os.fork():
+            try:
+                run_stages([stage])
+            except BaseException:
+                traceback.print_exc()
+                sys.stderr.flush()
+                os._exit(1)  # no more of Python: what waits in Gloo's threads would abort it, and hide what went wrong
+            os._exit(0)
+        _, status = os.wait()
+        if status:
+            sys.exit(f"{stage[0]}: {os.waitstatus_to_exitcode(status)}")
 
 
 def on_cpus():
@@ -55,4 +73,4 @@ if __name__ == "__main__":
     if sys.argv[1] != "ddp":
         os.environ.pop("ACCELERATE_USE_CPU")
         on_cpus()
-    run_stages(json.loads(Path(sys.argv[2]).read_text()))
+    run_each_alone(json.loads(Path(sys.argv[2]).read_text()))

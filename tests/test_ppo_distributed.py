@@ -12,7 +12,9 @@ import torch
 from datasets import Dataset
 from safetensors.torch import load_file
 from small_ppo import (
+    EOS,
     PROMPTS,
+    WORDS,
     Remembering,
     answers_of,
     count_words,
@@ -53,7 +55,7 @@ def make(folder, case, processes, **others):
     """The trainer of a case in one of so many processes."""
     options = {**WHITENED, **CASES[case], **others}
     base, reward = folder.parent / "base", folder.parent / "reward"
-    fresh, whole = options.pop("fresh", False), options.pop("whole", False)
+    fresh, whole, terse = (options.pop(name, False) for name in ("fresh", "whole", "terse"))
     judges = [some if options.pop("unscored", False) else count_words]
     judges += [str(reward)] if options.pop("reward", False) else []
     values = {
@@ -70,6 +72,8 @@ def make(folder, case, processes, **others):
         if name in values:
             values[name] //= processes
     model = AutoModelForCausalLM.from_pretrained(base)
+    if terse:  # a process may be through with its completions while the other samples on
+        model.generation_config.eos_token_id = [EOS, *range(4, WORDS // 2)]
     return make_trainer(
         folder,
         model if fresh or whole else with_adapter(model),

@@ -112,6 +112,11 @@ def renamed_policy():
     [
         (lambda: with_adapter(make_model()), {"peft": lora()}, "peft_config: the model has an adapter already"),
         (renamed_policy, {}, r"the policy must be the adapter 'default', active and alone; active are \['other'\]"),
+        (
+            lambda: with_adapter(make_model()).requires_grad_(False),
+            {},
+            "the policy's adapter is frozen: load it with `PeftModel",
+        ),
         (make_model, {"critic": "adapter"}, "critic: adapter: the policy has no adapter: set `use_peft: true`"),
         (lambda: with_adapter(make_model()), {"critic": "model"}, "critic: model: is for policies that are trained whole"),
         (make_model, {"data": prompts(0)}, "train_dataset: there is no prompt in it"),

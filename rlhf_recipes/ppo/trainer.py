@@ -777,6 +777,10 @@ def _loaded(
             raise RecipeError(
                 f"the policy must be the adapter '{POLICY}', active and alone; active are {model.active_adapters}"
             )
+        if not any(weight.requires_grad for weight in model.parameters()):
+            raise RecipeError(
+                "the policy's adapter is frozen: load it with `PeftModel.from_pretrained(..., is_trainable=True)`"
+            )
         return model, args
     return model if peft_config is None else get_peft_model(model, peft_config), args
 
