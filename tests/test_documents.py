@@ -51,6 +51,7 @@ SMALL = {
     "frontier_best_of": [1, 2],
     "jobs": 1,
 }
+TINY = {"model_name_or_path": "rlhf_recipes.tiny.base", "dtype": "float32", "eos_token": None, "optim": "adamw_torch"}
 INSTEAD = {
     "make demo": "python recipes/pipeline.py",  # which is what it does, in an environment of its own
     "configs/tiny/experiment.yaml": "configs/tiny/experiment.yaml --dry-run",  # tests/test_tiny_stages.py has it
@@ -63,7 +64,6 @@ INSTEAD = {
     'PPOConfig("runs/mine",': 'PPOConfig("runs/mine", bf16=False, use_cpu=True, max_steps=2, learning_rate=1e-3,',
 }
 ELSEWHERE = (
-    "make test",  # it runs this
     "source .venv/bin/activate",
     "python -m pip install",  # of a network
     "pip install",
@@ -74,7 +74,17 @@ ELSEWHERE = (
 
 
 def examples():
-    """What each page shows, in its order: the language, what else stands behind the fence, and the text."""
+    """What each page shows, in its order: the language, what else stands behind the fence, and the text; a command once."""
+    seen = set()
+    for case in all_examples():
+        _, (language, *_), text = case.values
+        command = text.partition("#")[0].strip() if language == "bash" else case.id
+        if command not in seen:
+            seen.add(command)
+            yield case
+
+
+def all_examples():
     for page in PAGES:
         fence, text, start = None, "", 0
         for number, line in enumerate(page.read_text().splitlines(), 1):
@@ -108,13 +118,9 @@ def project(tmp_path_factory):
     folder = tmp_path_factory.mktemp("project")
     for name in ("recipes", "benchmarks", "configs", "rlhf_recipes/tiny/base"):
         shutil.copytree(ROOT / name, folder / name)
-    for path in (folder / "configs" / "tiny").glob("*.yaml"):
-        values = small(read_yaml(path)) | ({"max_steps": 30 if path.stem == "sft" else 2} if path.stem in TRAINING else {})
-        path.write_text(yaml.safe_dump(values, sort_keys=False))
-    (folder / "data").mkdir()
-    (folder / "data" / "mine.csv").write_text("question,answer\n" + "Who is it?,It is I.\n" * 40)
-    groups = ({"prompt": f"Who is {number}?", "completions": ["I.", "You.", "She."], "id": str(number)} for number in range(4))
-    (folder / "groups.jsonl").write_text("".join(json.dumps(group) + "\n" for group in groups))
+    for path in ((folder / "configs") / name for name in ("tiny", "qwen3-0.6b")):
+        make_small(path)
+    write_data(folder)
 
     launch = subprocess.run
 
@@ -133,6 +139,30 @@ def project(tmp_path_factory):
         patch.setattr(server, "serve", lambda *_: None)
         patch.setattr(server, "listen", lambda host, port, password: listen(host, 0, password))  # 8000 may be another's
         yield folder
+
+
+def make_small(folder):
+    """Configurations of few rows and steps, on the tiny base."""
+    for path in folder.glob("*.yaml"):
+        values = small(read_yaml(path)) | ({"max_steps": 30 if path.stem == "sft" else 2} if path.stem in TRAINING else {})
+        values |= {key: value for key, value in TINY.items() if key in values}
+        path.write_text(yaml.safe_dump(values, sort_keys=False))
+
+
+def write_data(folder):
+    """What users have."""
+    (folder / "data").mkdir()
+    questions = "question,answer\n" + "".join(f"Who is number {number}?,It is I.\n" for number in range(40))
+    for name in ("mine", "demonstrations"):
+        (folder / "data" / f"{name}.csv").write_text(questions)
+    prompts = [{"prompt": f"Who is number {number}?"} for number in range(40)]
+    write_lines(folder / "data" / "questions.jsonl", prompts)
+    write_lines(folder / "data" / "preferences.jsonl", [{**row, "chosen": "It is I.", "rejected": "No."} for row in prompts])
+    write_lines(folder / "groups.jsonl", [{**row, "completions": ["I.", "You.", "She."]} for row in prompts[:4]])
+
+
+def write_lines(path, rows):
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
 
 
 def run_file(words, said=""):
@@ -170,8 +200,14 @@ def run_command(text):
     if words[:2] == ["accelerate", "launch"]:
         options = launch_command_parser().parse_args(words[2:])
         words = [options.training_script, *options.training_script_args]
+    elif words[0] == "make":
+        assert f"\n{words[1]}:" in (ROOT / "Makefile").read_text()
+        return
     else:
         assert Path(words.pop(0)).name == "python"
+    if words[:2] == ["-m", "pytest"]:
+        assert all((ROOT / path).exists() for path in words[2:])
+        return
     if words[0] == "-m":
         words[:2] = [find_spec(words[1]).origin]
     if "--config" in words:
@@ -214,8 +250,7 @@ def begin(page):
             values = yaml.safe_load(text)
             for stage in values.get("stages", []):
                 provide(Path(stage["config"]), stage.get("recipe", stage["name"]))
-            tiny = {"model_name_or_path": "rlhf_recipes.tiny.base", "eos_token": None, "max_steps": 20}
-            values = small(values) | (tiny if words[0] in TRAINING else {})
+            values = small(values) | (TINY if words[0] in TRAINING else {})
             Path(words[1]).write_text(yaml.safe_dump(values, sort_keys=False))
 
 
