@@ -31,6 +31,9 @@ def why_not_loaded(name: str, error: BaseException, kind: str = "model") -> str:
     """
     if Path(name).exists():
         return first_line(error)
+    if name.count("/") > 1 or name.startswith((".", "~")):  # names on the Hub are OWNER/NAME
+        return f"there is no such folder (looked in {Path.cwd()})"
+    here = f"there is no folder {name} here, and " if kind == "model" else ""
     address = f"https://huggingface.co/{'datasets/' if kind == 'dataset' else ''}{name}"
     for cause in causes(error):
         absent = isinstance(cause, DatasetNotFoundError)  # which `datasets` raises without its cause
@@ -39,12 +42,14 @@ def why_not_loaded(name: str, error: BaseException, kind: str = "model") -> str:
         if isinstance(cause, RevisionNotFoundError):
             return f"it has no such revision: {address}/tree/main lists those that there are"
         if isinstance(cause, RepositoryNotFoundError) or absent:
-            return f"there is no {kind} of this name on the Hub, or it is private: correct it, or log in by `hf auth login`"
+            remedy = "correct it, or log in by `hf auth login`"
+            return f"{here}there is no {kind} of this name on the Hub, or it is private: {remedy}"
         if isinstance(cause, HfHubHTTPError) and not isinstance(cause, EntryNotFoundError):
             return f"the Hub refused: {first_line(cause)}: try again later, or name a folder that holds it"
     if any(map(_is_unreachable, causes(error))):
         asked = " (HF_HUB_OFFLINE is set)" if constants.HF_HUB_OFFLINE else ""
-        return f"the Hub could not be reached{asked}, and the cache of this machine does not have it. {_by_hand(name, kind)}"
+        lacking = f"the Hub could not be reached{asked}, and the cache of this machine does not have it"
+        return f"{here}{lacking}. {_by_hand(name, kind)}"
     return first_line(error)
 
 

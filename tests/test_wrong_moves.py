@@ -185,6 +185,7 @@ def test_a_model_that_the_hub_does_not_give(monkeypatch, case):
         assert f"model_name_or_path: {NAME}: " in str(raised.value)
         assert reason.format(place=NAME, kind="model") in str(raised.value)
         assert "\n" not in str(raised.value)
+        assert (f"there is no folder {NAME} here, and {reason[:10]}" in str(raised.value)) == (case in ("missing", "offline"))
         if case == "offline":
             assert f"`hf download {NAME} --local-dir FOLDER`; place FOLDER (config.json, " in str(raised.value)
 
@@ -203,6 +204,11 @@ def test_data_that_the_hub_does_not_give(launch, monkeypatch, case):
     assert reason.format(place=f"datasets/{NAME}", kind="dataset") in said
     if case == "offline":
         assert f"`hf download --repo-type dataset {NAME} --local-dir FOLDER`" in said
+
+
+def test_a_path_is_no_name_on_the_hub():
+    assert "there is no such folder (looked in " in why_not_loaded("./mine", OSError())
+    assert "there is no such folder" in why_not_loaded("runs/mine/sft", OSError())
 
 
 def test_of_a_folder_the_hub_is_not_to_blame(tmp_path):

@@ -7,6 +7,7 @@ are compared with, `difference`: the same of the difference between the two poli
 
 import functools
 import importlib.util
+import inspect
 import math
 from collections.abc import Callable, Hashable, Sequence
 from dataclasses import dataclass, field, replace
@@ -106,6 +107,12 @@ class NamedReward:
     function: Callable[..., Any]
     trained: bool | list[str] = False
     folder: str | None = None
+
+    @property
+    def about(self) -> str | None:
+        """What a function gives, in the first line of its documentation; None of a model."""
+        documentation = None if self.folder else inspect.getdoc(self.function)
+        return documentation.splitlines()[0] if documentation else None
 
 
 def load_named_rewards(specs: Sequence[str | dict[str, Any]], bench: Bench, batch_size: int = 32) -> dict[str, NamedReward]:

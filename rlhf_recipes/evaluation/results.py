@@ -52,7 +52,12 @@ def collect(
         "temperature": arguments.temperature,
         "seed": arguments.seed,
         "rewards": {
-            name: {"trained": reward.trained, "folder": reward.folder, "evaluation": _own_evaluation(reward.folder)}
+            name: {
+                "trained": reward.trained,
+                "folder": reward.folder,
+                "about": reward.about,
+                "evaluation": _own_evaluation(reward.folder),
+            }
             for name, reward in measurement.rewards.items()
         },
         "policies": results,

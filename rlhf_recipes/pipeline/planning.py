@@ -2,7 +2,7 @@
 
 from pathlib import Path
 
-from rlhf_recipes.arguments import nearest, read_yaml
+from rlhf_recipes.arguments import read_yaml
 from rlhf_recipes.engines import refuse_one_gpus_arithmetic
 from rlhf_recipes.errors import RecipeError
 from rlhf_recipes.pipeline.reading import RECIPES, checked_card, found, read_stages
@@ -59,7 +59,7 @@ def arguments_in(
     else:
         recipe = recipe or config.stem
         if recipe not in RECIPES:
-            raise RecipeError(f"{config}: of which recipe is it? say so with --recipe{nearest(recipe, RECIPES)}")
+            raise RecipeError(f"{config}: of which recipe is it? say so with --recipe: one of {', '.join(RECIPES)}")
         stages = [(path.stem, path.stem, read_yaml(path)) for path in _needed(values, recipes)]
         stages.append((recipe, recipe, values))
     earlier: dict[str, Arguments] = {}

@@ -198,8 +198,12 @@ def _structural(arguments: Arguments) -> Iterator[dict[str, Any]]:
     elif values.get("load_in_4bit") and not values.get("use_bnb_nested_quant"):
         yield {"use_bnb_nested_quant": True}
     for key in ("max_length", "max_completion_length", "max_prompt_length"):
-        if values.get(key) and values[key] >= 256:
-            yield {key: values[key] // 2}
+        length = values.get(key) or 0
+        while length >= 256:
+            length //= 2
+            yield {key: length}
+    if values.get("use_peft") and values.get("lora_target_modules") == "all-linear":
+        yield {"lora_target_modules": ["q_proj", "k_proj", "v_proj", "o_proj"]}
 
 
 def written(values: dict[str, Any]) -> str:
