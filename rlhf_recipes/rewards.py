@@ -378,6 +378,7 @@ def _unlogged(*arguments: Any) -> None:
 class _Checked:
     def __init__(self, reward: Reward, name: str):
         self.reward, self.__name__ = reward, name
+        self.__doc__ = inspect.getdoc(getattr(reward, "func", reward))  # of a function with its arguments, the function's
 
     def __call__(self, prompts: list[Text], completions: list[Text], **columns: Any) -> list[float | None]:
         with _named(self.__name__):
