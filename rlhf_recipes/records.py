@@ -37,7 +37,7 @@ def read_json(path: Path) -> dict[str, Any]:
         return {}
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise RecipeError(f"{path}: not valid JSON ({error})") from error
     if not isinstance(content, dict):
         raise RecipeError(f"{path}: must hold a mapping, and holds a {type(content).__name__}")

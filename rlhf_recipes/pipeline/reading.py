@@ -240,7 +240,8 @@ class _Reader:
         place = (self.output if turn is None else self.output / f"round-{turn}") / name
         own = {"output_dir": str(place)} if self.seed is None else {"output_dir": str(place), "seed": self.seed}
         own |= self.tracked if recipe in TRAINERS else {}
-        values = {**read_yaml(found(config, self.recipes)), **own, **arguments}
+        with _named(f"{where}: config"):
+            values = {**read_yaml(found(config, self.recipes)), **own, **arguments}
         values.pop("needs", None)  # the order of the stages says so
         named = {key: value for key, value in values.items() if key != "output_dir"} | {"accelerate_config": self.launch}
         # Not the labels: the rounds of one store would all be done anew with every label that is added
