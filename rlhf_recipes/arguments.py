@@ -665,7 +665,7 @@ class _RecipeParser(TrlParser):
 
 
 class _StrictLoader(yaml.SafeLoader):
-    """Refuses a key that stands twice, of which YAML would silently keep the last, and says where what cannot be read stands."""
+    """Refuses a key that stands twice, of which YAML would silently keep the last, and says where it cannot read on."""
 
     def construct_object(self, node: yaml.Node, deep: bool = False) -> Any:
         try:

@@ -1,4 +1,4 @@
-"""Data of every shape and format, spoilt: all rows are read as they stand there, or one message names the file and what is wrong."""
+"""Data of every shape and format, spoilt: all rows are read as they stand there, or one message says what is wrong in which."""
 
 import csv
 import gzip

@@ -182,7 +182,7 @@ class Store:
 
     def labels(self) -> list[Label]:
         """Every label that was not undone, in the order in which they came."""
-        return [self._label(row) for row in self._all(_LABELS)]
+        return [self._read_label(row) for row in self._all(_LABELS)]
 
     def contents(self) -> tuple[list[Group], list[Label]]:
         """`groups` and `labels` of one moment, whatever others write."""
@@ -193,7 +193,7 @@ class Store:
             finally:
                 self._run("ROLLBACK")
         # Parsed when others may write again: of many groups this takes longer than they wait
-        return [self._group(content) for (content,) in groups], [self._label(row) for row in labels]
+        return [self._group(content) for (content,) in groups], [self._read_label(row) for row in labels]
 
     def sign_in(self, name: str, session: str, known: bool = False) -> str:
         """Lets a session label under a name.
@@ -292,7 +292,7 @@ class Store:
                 return None
             self._withdraw(found[0])
             self._claim(labeller, self._one("SELECT group_number FROM labels WHERE number = ?", found[0])[0])
-            return self._label(found)
+            return self._read_label(found)
 
     def withdrawn(self, name: str, group: str) -> Label | None:
         """What a labeller last said of a group and undid."""
@@ -301,7 +301,7 @@ class Store:
             _clean_name(name).casefold(),
             group,
         )
-        return self._label(found) if found else None
+        return self._read_label(found) if found else None
 
     def restore(self, rows: Iterable[tuple[str, Group, list[Label]]]) -> int:
         """Adds groups with their labels, all or none of them; labels that are here already stay.
@@ -411,7 +411,7 @@ class Store:
         current = self._current(label)
         if not current:
             self._save(label, secrets.token_hex(16))
-        elif replace(self._label(current), at="") != replace(label, at="", labeller=self._label(current).labeller):
+        elif replace(self._read_label(current), at="") != replace(label, at="", labeller=self._read_label(current).labeller):
             raise RecipeError(
                 f"{label.labeller} has another label on the group '{label.group}' in {self.path}: import into a fresh --store"
             )
@@ -423,15 +423,9 @@ class Store:
         with self._undamaged():
             return group_of(json.loads(content), "a group")
 
-    def _label(self, row: tuple) -> Label:
-        _, group, labeller, ranks, demonstration, note, at, _ = row
+    def _read_label(self, row: tuple) -> Label:
         with self._undamaged():
-            label = Label(group, labeller, None if ranks is None else json.loads(ranks), demonstration, note, at)
-            if not all(isinstance(text, str | None) for text in (labeller, demonstration, note, at)) or not _is_ranks(
-                label.ranks
-            ):
-                raise ValueError(f"the label of {labeller!r} on the group '{group}'")
-            return label
+            return _label(row)
 
     @contextlib.contextmanager
     def _undamaged(self) -> Iterator[None]:
@@ -489,16 +483,21 @@ def _located(where: str) -> Iterator[None]:
         raise RecipeError(f"{where}: {error}. Nothing was imported") from error
 
 
+def _label(row: tuple) -> Label:
+    _, group, labeller, ranks, demonstration, note, at, _ = row
+    ranks = None if ranks is None else json.loads(ranks)
+    texts = all(isinstance(text, str | None) for text in (labeller, demonstration, note, at))
+    if not texts or not (ranks is None or (isinstance(ranks, list) and all(type(rank) in (int, type(None)) for rank in ranks))):
+        raise ValueError(f"the label of {labeller!r} on the group '{group}'")
+    return Label(group, labeller, ranks, demonstration, note, at)
+
+
 def _checked(label: Label, group: Group) -> Label:
     """The label with ranks that have no gaps and texts that are not empty."""
     demonstration = _checked_text(label.demonstration, "the answer that should have been", LONGEST_DEMONSTRATION)
     note = _checked_text(label.note, "the note", LONGEST_NOTE)
     ranks = None if label.ranks is None else _checked_ranks(label.ranks, group)
     return replace(label, labeller=_clean_name(label.labeller), ranks=ranks, demonstration=demonstration, note=note)
-
-
-def _is_ranks(ranks: Any) -> bool:
-    return ranks is None or (isinstance(ranks, list) and all(rank is None or type(rank) is int for rank in ranks))
 
 
 def _checked_ranks(ranks: list[int | None], group: Group) -> list[int | None]:

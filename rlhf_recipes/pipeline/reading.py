@@ -290,7 +290,7 @@ class _Reader:
             raise RecipeError(f"{where}: name: {name!r} is no name: letters, digits, - and _")
         if len(self.stages.get(name, ())) >= (turn or 1):
             raise RecipeError(f"{where}: name: '{name}' stands twice: give each stage a name, and `recipe` beside it")
-        if recipe not in RECIPES:
+        if not isinstance(recipe, str) or recipe not in RECIPES:
             raise RecipeError(f"{where}: recipe: {recipe!r} is none of {', '.join(RECIPES)}{nearest(str(recipe), RECIPES)}")
         config, arguments = entry.get("config"), entry.get("arguments", {})
         if not isinstance(config, str):
