@@ -730,7 +730,7 @@ def _unpacked(value: Any) -> Any:
         text = entry.path if isinstance(entry, DatasetSource) else entry
         try:
             found = json.loads(text) if isinstance(text, str) and text.startswith(("{", "[")) else entry
-        except ValueError:
+        except (ValueError, RecursionError):
             found = entry
         entries += found if isinstance(found, list) else [found]
     return entries
@@ -789,6 +789,11 @@ def _refuse_unusable(values: dict[str, Any], where: str) -> None:
     for key in ("learning_rate", "num_train_epochs", "weight_decay"):
         if values.get(key, 0) < 0:
             raise RecipeError(f"{where}: {key}: {values[key]}: must not be negative")
+    for key in [key for key, value in values.items() if key.endswith("_kwargs") and isinstance(value, str)]:
+        try:  # as Transformers reads it, which leaves a text that is no JSON for others to trip over
+            values[key] = _json_mapping(values[key])
+        except argparse.ArgumentTypeError as error:
+            raise RecipeError(f"{where}: {key}: {error}") from error
     if values.get("eval_on_start") and values.get("eval_strategy", "no") == "no":
         raise RecipeError(f"{where}: eval_on_start: there is nothing to evaluate on under `eval_strategy: no`: set `steps`")
     if values.get("truncation_mode") == "keep_end":
@@ -840,7 +845,7 @@ def _json_mapping(text: str) -> Any:
         return None
     try:
         value = json.loads(text)
-    except json.JSONDecodeError:
+    except (ValueError, RecursionError):
         value = None
     if not isinstance(value, dict):
         raise argparse.ArgumentTypeError(f"expected a JSON mapping such as '{{\"key\": 1}}', found {text!r}")

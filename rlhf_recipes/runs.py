@@ -15,7 +15,7 @@ import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any, get_type_hints
+from typing import Any
 
 from rlhf_recipes.arguments import read_yaml
 from rlhf_recipes.cards import write_card
@@ -35,7 +35,6 @@ from rlhf_recipes.tracking import begin_tracking, complaint_of_tracker
 import torch
 from accelerate import PartialState
 from accelerate.utils import is_peft_model
-from pydantic import ConfigDict, TypeAdapter, ValidationError
 from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 from trl import ModelConfig
 
@@ -43,6 +42,9 @@ ARGUMENTS = "arguments.json"
 PACKAGES = ("rlhf-recipes", "torch", "trl", "transformers", "peft", "bitsandbytes", "datasets", "accelerate", "evaluate")
 
 
+# Of a checkpoint's state. Some that are given as whole numbers are written as 100.0
+_NUMBERS = ("global_step", "epoch", "max_steps", "num_train_epochs", "logging_steps", "eval_steps", "save_steps")
+_NUMBERS += ("train_batch_size", "num_input_tokens_seen", "total_flos", "best_global_step")
 _ANOTHER = "go on from another checkpoint, or start anew"
 
 # What may differ between a run and the one that goes on from its checkpoint; all else decides the result.
@@ -297,25 +299,20 @@ def _state_of(checkpoint: Path) -> TrainerState:
     path = checkpoint / "trainer_state.json"
     try:
         state = TrainerState.load_from_json(str(path))
-        for name, hint in get_type_hints(TrainerState).items():
+        for name in _NUMBERS:
             value = getattr(state, name)
-            if name not in ("log_history", "stateful_callbacks") and not _is_a(hint, value):  # which hold what callbacks like
-                raise ValueError(f"{name}: {value!r} is no {getattr(hint, '__name__', hint)}")
-        if state.global_step < 0 or not 0 <= state.epoch < math.inf:
-            raise ValueError(f"global_step {state.global_step} and epoch {state.epoch} are none")
+            if value is not None and (type(value) not in (int, float) or not 0 <= value < math.inf):
+                raise ValueError(f"{name}: {value!r} is no number from 0")
+        if type(state.global_step) is not int or state.epoch is None:
+            raise ValueError(f"global_step {state.global_step!r} and epoch {state.epoch!r} say not how far it has come")
+        best = state.best_metric, state.best_model_checkpoint
+        if not isinstance(best[0], int | float | None) or not isinstance(best[1], str | None):
+            raise ValueError(f"best_metric {best[0]!r} and best_model_checkpoint {best[1]!r} are none")
         if not isinstance(state.log_history, list) or not all(isinstance(entry, dict) for entry in state.log_history):
             raise ValueError("log_history is no list of mappings")
     except (OSError, ValueError, TypeError, AttributeError, RecursionError) as error:
         raise RecipeError(f"resume_from_checkpoint: {path}: {first_line(error)}: {_ANOTHER}") from error
     return state
-
-
-def _is_a(hint: Any, value: Any) -> bool:
-    try:
-        TypeAdapter(hint, config=ConfigDict(strict=True)).validate_python(value)
-    except ValidationError:
-        return False
-    return True
 
 
 def _explain_resumption(trainer: Trainer, checkpoint: str) -> None:

@@ -8,6 +8,8 @@ from functools import cache
 from pathlib import Path
 
 from rlhf_recipes.arguments import DatasetSource, parse_arguments, read_yaml
+from rlhf_recipes.data import load_data
+from rlhf_recipes.models import load_policy, load_tokenizer
 from rlhf_recipes.pipeline import check_arguments, read_pipeline
 
 import hostile
@@ -143,6 +145,8 @@ SNIPPETS = [
     'dataset_name: "\\x1b[2J"\n',
     "datasets: [{1: 2, path: a.csv}]\n",
     'datasets: [{path: "\\0"}]\n',
+    "model_init_kwargs: text\n",
+    "lr_scheduler_kwargs: '[1]'\n",
     "seed:\t1\n",
     "\tseed: 1\n",
     "%YAML 9.9\n---\nseed: 1\n",
@@ -232,3 +236,42 @@ def test_pipelines(config, name, data):
         assert all(stage["name"] in text for stage in values["stages"])
     else:
         assert str(config) in message, message
+
+
+# --- Through to what a YAML file loads -------------------------------------------------------------------
+
+LOADING = ["model_name_or_path", "dtype", "dataset_name", "dataset_arguments", "eval_datasets", "dataset_train_split"]
+LOADING += ["column_mapping", "max_length", "test_split_size", "eos_token", "chat_template_path", "model_revision", "datasets"]
+LOADING += ["attn_implementation", "model_init_kwargs", "long_rows", "bad_rows", "dataset_config", "seed", "start_from"]
+LITTLE = {
+    "model_name_or_path": "rlhf_recipes.tiny.base",
+    "dtype": "float32",
+    "dataset_name": "rlhf_recipes.tiny.splits.demonstrations",
+    "dataset_arguments": {"rows": 8, "abstain": 0.25},
+    "eval_strategy": "no",
+    "max_length": 64,
+}
+
+
+@hostile.examples(20)
+@given(data=st.data())
+def test_loading(config, data):
+    """One key of a recipe's YAML file is anything: data, tokenizer and model are loaded, or one message says why not."""
+    key = data.draw(st.sampled_from(LOADING))
+    new = data.draw(hostile.values)
+    text = yaml.safe_dump(LITTLE | {key: new}, allow_unicode=True)
+    config.write_text(text, encoding="utf-8", errors="surrogatepass")
+    recipe = ROOT / "recipes" / "sft.py"
+
+    def load() -> object:
+        data_args, training, model_args = parse_arguments(recipe, *arguments_of("sft"), argv=["--config", str(config)])
+        data = load_data(data_args, "sft", evaluate=False, seed=training.seed)
+        tokenizer = load_tokenizer(model_args, training)
+        fitted = data.fitted(tokenizer, training.max_length, data_args.long_rows)
+        return load_policy(model_args, training, None, tokenizer), fitted
+
+    loaded, _ = hostile.outcome(load)
+    if loaded is not None:
+        model, fitted = loaded
+        assert len(fitted.train)
+        assert all(weight.isfinite().all() for weight in model.parameters())
