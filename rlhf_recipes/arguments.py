@@ -10,7 +10,7 @@ import re
 import sys
 import tempfile
 import warnings
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Hashable, Iterable, Iterator, Mapping, Sequence
 from contextvars import ContextVar, copy_context
 from dataclasses import dataclass, field
 from enum import Enum
@@ -19,7 +19,7 @@ from types import UnionType
 from typing import Any, NamedTuple, NoReturn, Union, get_args, get_origin, get_type_hints
 
 from rlhf_recipes.engines import engine_here, refuse_what_an_engine_cannot
-from rlhf_recipes.errors import RecipeError, lack_of_memory
+from rlhf_recipes.errors import RecipeError, first_line, lack_of_memory
 from rlhf_recipes.tracking import settle_trackers
 
 import torch
@@ -49,6 +49,7 @@ class Launched(NamedTuple):
 _origin: ContextVar[str] = ContextVar("origin", default="")  # of the arguments that this process runs with
 _launched: ContextVar[Launched | None] = ContextVar("launched", default=None)
 _STRICT = ConfigDict(strict=True, arbitrary_types_allowed=True, allow_inf_nan=False)
+_DEEPEST, _LARGEST = 50, 10_000_000  # lists and mappings in one another, and characters, of a YAML file
 _NUMBER = re.compile(r"[+-]?(\d+\.?\d*|\.\d+)([eE][+-]?\d+)?")
 
 
@@ -543,12 +544,18 @@ def read_yaml(path: Path) -> dict[str, Any]:
         raise RecipeError(f"{path}: cannot be read ({error})") from error
     try:
         values = yaml.load(text, Loader=_StrictLoader)
+        _check_values(values)
     except yaml.YAMLError as error:
         raise RecipeError(f"{path}: not valid YAML: {_one_line(error)}") from error
+    except RecursionError as error:
+        raise RecipeError(f"{path}: not valid YAML: lists or mappings stand in one another too deeply to be read") from error
     if values is None:
         return {}
-    if not isinstance(values, dict) or not all(isinstance(key, str) for key in values):
+    if not isinstance(values, dict):
         raise RecipeError(f"{path}: must hold one `key: value` on each line, and holds a {type(values).__name__}")
+    for key in values:
+        if not isinstance(key, str):
+            raise RecipeError(f"{path}: the key {key!r} is no text ({type(key).__name__}): write it in quotes")
     return values
 
 
@@ -658,7 +665,17 @@ class _RecipeParser(TrlParser):
 
 
 class _StrictLoader(yaml.SafeLoader):
-    """Refuses a key that stands twice, of which YAML would silently keep the last."""
+    """Refuses a key that stands twice, of which YAML would silently keep the last, and says where it cannot read on."""
+
+    def construct_object(self, node: yaml.Node, deep: bool = False) -> Any:
+        try:
+            return super().construct_object(node, deep)
+        except (ValueError, KeyError, AttributeError, TypeError) as error:  # PyYAML's, for 2001-13-45, 0x_ or !!bool maybe
+            found = f" {node.value!r}" if isinstance(node, yaml.ScalarNode) else ""
+            kind = node.tag.rpartition(":")[2]
+            raise yaml.YAMLError(
+                f"line {node.start_mark.line + 1}:{found} cannot be read as {kind} ({first_line(error)})"
+            ) from error
 
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
         seen = set()
@@ -666,10 +683,42 @@ class _StrictLoader(yaml.SafeLoader):
             if key_node.tag == "tag:yaml.org,2002:merge":  # `<<: *anchor`
                 continue
             key = self.construct_object(key_node, deep=deep)
+            if not isinstance(key, Hashable):
+                raise yaml.YAMLError(f"line {key_node.start_mark.line + 1}: a {type(key).__name__} cannot be a key")
             if key in seen:
-                raise yaml.YAMLError(f"line {key_node.start_mark.line + 1}: the key '{key}' stands twice")
+                raise yaml.YAMLError(f"line {key_node.start_mark.line + 1}: the key {key!r} stands twice")
             seen.add(key)
         return super().construct_mapping(node, deep)
+
+
+def _check_values(values: Any) -> None:
+    """Refuses what would be read, and fail where it is used: endless or enormous by its anchors, too deep, or no real text."""
+    sizes: dict[int, int] = {}  # of lists and mappings, by their identity: anchors make a few lines stand for any number
+
+    def size(value: Any, above: tuple[int, ...]) -> int:
+        if isinstance(value, str):
+            _check_text(value)
+            return len(value)
+        if not isinstance(value, dict | list):
+            return 1
+        if id(value) in above:
+            raise yaml.YAMLError("an anchor stands for something that it is a part of")
+        if len(above) == _DEEPEST:
+            raise yaml.YAMLError(f"more than {_DEEPEST} lists or mappings stand in one another")
+        if id(value) not in sizes:
+            items = [*value.keys(), *value.values()] if isinstance(value, dict) else value
+            sizes[id(value)] = 1 + sum(size(item, (*above, id(value))) for item in items)
+        return sizes[id(value)]
+
+    if size(values, ()) > _LARGEST:
+        raise yaml.YAMLError(f"with its anchors written out it has more than {_LARGEST} characters")
+
+
+def _check_text(text: str) -> None:
+    """Refuses letters that no file name can have, and no file hold."""
+    for letter in text if not text.isprintable() else "":
+        if letter == "\0" or "\ud800" <= letter <= "\udfff":
+            raise yaml.YAMLError(f"{text[:40]!r} has the letter {letter!r}, which no text can hold")
 
 
 def _unpacked(value: Any) -> Any:
@@ -681,7 +730,7 @@ def _unpacked(value: Any) -> Any:
         text = entry.path if isinstance(entry, DatasetSource) else entry
         try:
             found = json.loads(text) if isinstance(text, str) and text.startswith(("{", "[")) else entry
-        except ValueError:
+        except (ValueError, RecursionError):
             found = entry
         entries += found if isinstance(found, list) else [found]
     return entries
@@ -717,7 +766,7 @@ def _dataset_source(key: str, number: int, entry: Any, where: str) -> DatasetSou
     types = get_type_hints(DatasetSource)
     for name, value in entry.items():
         if name not in types:
-            raise RecipeError(f"{place}: unknown key '{name}'{nearest(name, types)}")
+            raise RecipeError(f"{place}: unknown key '{name}'{nearest(str(name), types)}")
         entry[name] = _checked(name, value, types[name], None, place)
     return DatasetSource(**entry)
 
@@ -740,6 +789,11 @@ def _refuse_unusable(values: dict[str, Any], where: str) -> None:
     for key in ("learning_rate", "num_train_epochs", "weight_decay"):
         if values.get(key, 0) < 0:
             raise RecipeError(f"{where}: {key}: {values[key]}: must not be negative")
+    for key in [key for key, value in values.items() if key.endswith("_kwargs") and isinstance(value, str)]:
+        try:  # as Transformers reads it, which leaves a text that is no JSON for others to trip over
+            values[key] = _json_mapping(values[key])
+        except argparse.ArgumentTypeError as error:
+            raise RecipeError(f"{where}: {key}: {error}") from error
     if values.get("eval_on_start") and values.get("eval_strategy", "no") == "no":
         raise RecipeError(f"{where}: eval_on_start: there is nothing to evaluate on under `eval_strategy: no`: set `steps`")
     if values.get("truncation_mode") == "keep_end":
@@ -791,7 +845,7 @@ def _json_mapping(text: str) -> Any:
         return None
     try:
         value = json.loads(text)
-    except json.JSONDecodeError:
+    except (ValueError, RecursionError):
         value = None
     if not isinstance(value, dict):
         raise argparse.ArgumentTypeError(f"expected a JSON mapping such as '{{\"key\": 1}}', found {text!r}")

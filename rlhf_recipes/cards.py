@@ -81,7 +81,7 @@ def _collect(folder: Path, found: dict[str, dict[str, Any]], above: tuple[str, .
     # of a checkpoint, its run's
     record = read_json(folder / RECIPE) or (read_json(folder.parent / RECIPE) if folder.name.startswith("checkpoint-") else {})
     for stage in record.get("stages", ()):  # which may be gone by now
-        found.setdefault(stage["folder"], stage)
+        found.setdefault(stage.get("folder"), stage)
     for parent in () if "stages" in record else record.get("parents", ()):
         _collect(Path(parent), found, (*above, key))
     found[key] = {"folder": shown(folder), **{key: value for key, value in record.items() if key not in ("log", "stages")}}

@@ -9,12 +9,29 @@ _NO_MEMORY = (
 )
 
 
+_LONGEST = 3000  # characters of a message
+
+
 class RecipeError(Exception):
     """Something in a YAML file, on the command line, or in the data is wrong.
 
     The message names the file, the key or row, and the remedy. Recipes print it without a traceback and exit with status 2
-    (`rlhf_recipes.arguments.user_errors`).
+    (`rlhf_recipes.arguments.user_errors`). What it quotes of a file may be anything: a terminal shows it, and does not obey it,
+    and of a very long message it shows both ends.
     """
+
+    def __init__(self, message: object):
+        super().__init__(_readable(str(message)))
+
+
+def _readable(message: str) -> str:
+    if len(message) > _LONGEST:
+        message = f"{message[: _LONGEST * 2 // 3]} [...] {message[-_LONGEST // 3 :]}"
+    if message.isprintable():
+        return message
+    return "".join(
+        letter if letter.isprintable() or letter in "\n\t" else letter.encode("unicode_escape").decode() for letter in message
+    )
 
 
 def first_line(error: BaseException) -> str:

@@ -174,7 +174,7 @@ def _set_generation(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, 
     if (adapter / "generation_config.json").is_file():
         try:
             model.generation_config = GenerationConfig.from_pretrained(adapter)
-        except (OSError, ValueError) as error:
+        except Exception as error:  # of the right JSON with the wrong types, any
             raise RecipeError(
                 f"adapter: {adapter}: generation_config.json: {first_line(error)}: mend it, or delete it"
             ) from error

@@ -8,7 +8,8 @@ import importlib.util
 import logging
 import os
 import re
-from collections.abc import Iterator
+import warnings
+from collections.abc import Iterator, Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -22,10 +23,11 @@ from rlhf_recipes.speed import compile_layers, prepare, without_compilation
 import torch
 from accelerate.utils import parse_flag_from_env
 from jinja2 import TemplateError
-from peft import PeftConfig, PeftModel
+from peft import PeftConfig, PeftModel, get_peft_model_state_dict
 from peft.tuners.tuners_utils import BaseTunerLayer
 from peft.utils import AuxiliaryTrainingWrapper
 from safetensors import SafetensorError
+from safetensors.torch import load_file
 from torch.distributed.fsdp import FSDPModule, register_fsdp_forward_method
 from transformers import (
     AutoConfig,
@@ -44,6 +46,7 @@ from trl.trainer.base_config import _BaseConfig as TrainingConfig
 logger = logging.getLogger(__name__)
 
 _OF_TOKENIZERS = ("eos_token", "chat_template_path", "trust_remote_code")
+_PICKLES = ("adapter_model.bin", "pytorch_model.bin")
 _OF_ADAPTERS = ("lora_", "trainable_tokens_", ".modules_to_save.")  # in the names of weights that PEFT adds
 _DIMENSIONS = ("model_type", "vocab_size", "hidden_size", "num_hidden_layers", "num_attention_heads", "intermediate_size")
 
@@ -73,6 +76,135 @@ def resolve_path(name: str) -> str:
         return name
     path = Path(next(iter(spec.submodule_search_locations))) / folder
     return str(path) if path.is_dir() else name
+
+
+ADAPTER = "adapter_model.safetensors"
+"""The weights of an adapter."""
+
+
+def read_weights(path: str | Path) -> dict[str, torch.Tensor]:
+    """The weights in a file of safetensors, the only format that is read: a pickle may run code.
+
+    Raises:
+        RecipeError: if the file is missing or damaged, or a weight is NaN or infinite.
+    """
+    path = Path(path)
+    if not path.is_file():
+        pickled = [name for name in _PICKLES if (path.parent / name).exists()]
+        remedy = f": {pickled[0]} is a pickle, which is not read: save it as safetensors" if pickled else ""
+        raise RecipeError(f"{path.parent}: no {path.name} there{remedy}")
+    try:
+        weights = load_file(path)
+    except (SafetensorError, OSError, ValueError, KeyError) as error:
+        raise RecipeError(f"{path}: cannot be read ({first_line(error)}): copy or train it again") from error
+    refuse_not_finite(weights, path)
+    return weights
+
+
+def refuse_not_finite(weights: Mapping[str, torch.Tensor], where: str | Path) -> None:
+    """Refuses weights that are NaN or infinite: all that comes of them would be, or look like an answer.
+
+    Raises:
+        RecipeError: names the first of them.
+    """
+    for name, weight in weights.items():
+        if not _is_finite(weight.detach()):
+            raise RecipeError(f"{where}: {name} holds numbers that are not finite (NaN or infinity): train it again")
+
+
+def _is_finite(weight: torch.Tensor) -> bool:
+    if not weight.is_floating_point() or not weight.numel() or weight.is_meta or weight.element_size() == 1:
+        return True  # packed, elsewhere, or in 8 bits, of which there is no sum
+    # A sum is infinite or NaN where a weight is, and takes no room; where it is only large, one looks again
+    return bool(weight.sum(dtype=torch.float32).isfinite() or weight.float().isfinite().all())
+
+
+def adapter_config(folder: str | Path, where: str = "") -> PeftConfig:
+    """The configuration of an adapter, of which every number is one.
+
+    Args:
+        folder: of the adapter.
+        where: the key that names it, for messages.
+
+    Raises:
+        RecipeError: if there is none, or one that no stage writes.
+    """
+    path = Path(folder) / "adapter_config.json"
+    named = f"{where}: {path}" if where else path
+    if not path.is_file():
+        raise RecipeError(f"{where or folder}: {folder} holds no adapter (no adapter_config.json)")
+    content = read_json(path)
+    for key in ("r", "lora_alpha", "lora_dropout"):
+        value = content.get(key, 1)
+        if isinstance(value, bool) or not isinstance(value, int | float) or not 0 <= value < 1e9:
+            raise RecipeError(f"{named}: {key}: {value!r} is no number that LoRA can have")
+    for key, kind in (("base_model_name_or_path", str), ("task_type", str), ("rank_pattern", dict), ("alpha_pattern", dict)):
+        if not isinstance(content.get(key), kind | None):
+            raise RecipeError(f"{named}: {key}: {content[key]!r} is not a {kind.__name__}")
+    if content.get("megatron_config"):  # which makes PEFT import a module of any name
+        raise RecipeError(f"{named}: megatron_config: is not supported")
+    try:
+        return PeftConfig.from_pretrained(str(folder))
+    except Exception as error:  # PEFT looks at some values, and trips over others
+        raise RecipeError(f"{named}: {first_line(error)}") from error
+
+
+def put_adapter(
+    model: PreTrainedModel | PeftModel, folder: str | Path, name: str, where: str, trainable: bool = False
+) -> PeftModel:
+    """The model with a saved adapter on it, of which every weight is in the file, and no other.
+
+    Args:
+        model: the base, or with adapters already.
+        folder: of the adapter.
+        name: of the adapter on the model.
+        where: the key that names it, for messages.
+        trainable: whether it is to be trained.
+
+    Raises:
+        RecipeError: if it cannot be read, or does not fit.
+    """
+    config, weights = adapter_config(folder, where), read_weights(Path(folder) / ADAPTER)
+    check_ranks(config, weights, f"{where}: {folder}")
+    try:
+        if isinstance(model, PeftModel):
+            model.load_adapter(str(folder), name, is_trainable=trainable)
+        else:
+            with warnings.catch_warnings():  # what is missing is said below
+                warnings.filterwarnings("ignore", message="Found missing adapter keys")
+                model = PeftModel.from_pretrained(model, str(folder), name, is_trainable=trainable)
+    except Exception as error:  # PEFT and PyTorch have many ways to say so
+        reason = (str(error).strip() or type(error).__name__).splitlines()[-1].strip()
+        raise RecipeError(f"{where}: {folder} does not fit {base_name(model)}: {reason}") from error
+    check_all_there(model, name, weights, f"{where}: {folder}")
+    return model
+
+
+def check_ranks(config: PeftConfig, weights: Mapping[str, torch.Tensor], where: str) -> None:
+    """Refuses a rank that the weights have not, before room is made for it.
+
+    Raises:
+        RecipeError: with both.
+    """
+    ranks = {weight.shape[0] for name, weight in weights.items() if "lora_A" in name and weight.ndim}
+    named = {getattr(config, "r", None), *(getattr(config, "rank_pattern", None) or {}).values()} - {None}
+    if ranks and not all(type(rank) is int and rank <= max(ranks) for rank in named):
+        raise RecipeError(
+            f"{where}: does not fit its own weights: adapter_config.json says r {config.r}, and they have {max(ranks)}"
+        )
+
+
+def check_all_there(model: PeftModel, name: str, weights: Mapping[str, torch.Tensor], where: str) -> None:
+    """Refuses an adapter whose file lacks weights, which would be random, or has others: PEFT warns of the one at the most.
+
+    Raises:
+        RecipeError: names the first of them.
+    """
+    expected = get_peft_model_state_dict(model, adapter_name=name, save_embedding_layers=False)
+    if lacking := sorted(expected.keys() - weights.keys()):
+        raise RecipeError(f"{where}: its weights lack {len(lacking)} of the adapter's ({lacking[0]}, ...): train it again")
+    if others := sorted(key for key in weights.keys() - expected.keys() if "lora_" in key or "embed" not in key):
+        raise RecipeError(f"{where}: its weights do not fit {base_name(model)}: {others[0]} has no counterpart")
 
 
 def load_model(arguments: ModelConfig, training: TrainingConfig) -> PreTrainedModel:
@@ -122,15 +254,10 @@ def load_policy(
         raise RecipeError(
             f"start_from: {start_from} is an adapter: set `use_peft: true`, or merge it and name the result as model"
         )
-    try:
-        config = PeftConfig.from_pretrained(start_from)
-        refuse_reward_adapter(f"start_from: {start_from}", config.task_type)
-        trained_on = config.base_model_name_or_path
-        check_base(f"start_from: {start_from}", trained_on, read_json(Path(start_from) / RECIPE), model)
-        return PeftModel.from_pretrained(model, start_from, is_trainable=True)
-    except (ValueError, RuntimeError, SafetensorError) as error:
-        reason = str(error).splitlines()[-1].strip()
-        raise RecipeError(f"start_from: {start_from} does not fit {model.name_or_path}: {reason}") from error
+    config = adapter_config(start_from, "start_from")
+    refuse_reward_adapter(f"start_from: {start_from}", config.task_type)
+    check_base(f"start_from: {start_from}", config.base_model_name_or_path, read_json(Path(start_from) / RECIPE), model)
+    return put_adapter(model, start_from, "default", "start_from", trainable=True)
 
 
 def refuse_reward_adapter(where: str, task_type: str | None) -> None:
@@ -193,13 +320,16 @@ def load_architecture(
         }
         # safetensors only: never a pickle
         model, loading = architecture.from_pretrained(path, **settings, use_safetensors=True, output_loading_info=True)
-    except (OSError, ValueError, ImportError, KeyError, TypeError, SafetensorError) as error:
+    except RecipeError:
+        raise
+    except Exception as error:  # what is wrong with a config.json, weights or the Hub comes as any of them
         if arguments.attn_implementation and re.search("attn_implementation|flash.?attention", str(error), re.IGNORECASE):
             raise RecipeError(
                 f"attn_implementation: {arguments.attn_implementation}: {first_line(error)} Leave the key out for PyTorch's "
                 "own attention"
             ) from error
         raise RecipeError(f"model_name_or_path: {path}: {why_not_loaded(path, error)}") from error
+    refuse_not_finite(dict(model.named_parameters()), f"model_name_or_path: {path}")
     _check_4bit_sides(model, path)
     keep_gradients_exact(model)
     compile_layers(model, training)
@@ -424,15 +554,17 @@ def load_tokenizer(arguments: ModelConfig, *groups: Any, start_from: str | Path 
             revision="main" if taught else arguments.model_revision,
             trust_remote_code=options.get("trust_remote_code", False),
         )
-    except (OSError, ValueError, ImportError, KeyError, AttributeError) as error:
+        _set_eos(tokenizer, options.get("eos_token"))
+        _set_pad(tokenizer)
+        _set_chat_template(tokenizer, options.get("chat_template_path"))
+        _check_turn_ends(tokenizer)
+    except RecipeError:
+        raise
+    except Exception as error:  # the tokenizers' own is nothing more
         reason = why_not_loaded(path, error)
         if Path(path).is_dir():
             reason = f"no usable tokenizer there ({reason}); the folder needs tokenizer.json and tokenizer_config.json"
         raise RecipeError(f"model_name_or_path: {path}: {reason}") from error
-    _set_eos(tokenizer, options.get("eos_token"))
-    _set_pad(tokenizer)
-    _set_chat_template(tokenizer, options.get("chat_template_path"))
-    _check_turn_ends(tokenizer)
     return tokenizer
 
 
@@ -506,12 +638,12 @@ def _set_chat_template(tokenizer: PreTrainedTokenizerBase, path: str | None) -> 
     if Path(path).suffix in (".jinja", ".j2"):
         try:
             tokenizer.chat_template = Path(path).read_text(encoding="utf-8")
-        except OSError as error:
-            raise RecipeError(f"chat_template_path: {path}: cannot be read ({error.strerror})") from error
+        except (OSError, UnicodeDecodeError) as error:
+            raise RecipeError(f"chat_template_path: {path}: cannot be read ({first_line(error)})") from error
         return
     try:
-        source = AutoTokenizer.from_pretrained(path)
-    except (OSError, ValueError) as error:
+        source = AutoTokenizer.from_pretrained(path, trust_remote_code=False)
+    except Exception as error:  # as in `load_tokenizer`
         reason = why_not_loaded(path, error)
         raise RecipeError(f"chat_template_path: {path}: neither a .jinja file nor a tokenizer: {reason}") from error
     if source.chat_template is None:
@@ -533,8 +665,12 @@ def _check_turn_ends(tokenizer: PreTrainedTokenizerBase) -> None:
     conversation = [{"role": "user", "content": "question"}, {"role": "assistant", "content": answer}]
     try:
         text = tokenizer.apply_chat_template(conversation, tokenize=False)
-    except TemplateError as error:
+    except (TemplateError, TypeError, ValueError, AttributeError, LookupError, ArithmeticError) as error:  # a program's
         raise RecipeError(f"the chat template of {tokenizer.name_or_path} is not valid: {first_line(error)}") from error
+    if answer not in text:
+        raise RecipeError(
+            f"the chat template of {tokenizer.name_or_path} leaves out what the assistant says: set `chat_template_path`"
+        )
     end = text[text.rindex(answer) + len(answer) :]
     ids = tokenizer(end, add_special_tokens=False)["input_ids"]
     if tokenizer.eos_token_id not in ids:

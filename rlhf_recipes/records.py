@@ -20,6 +20,23 @@ REWARD = "reward.json"
 """Of a reward model: its base and the scale of its scores; of an ensemble: its members and how they are combined."""
 
 
+# What the others rely on, by the way to it; of lists the type of their entries. A file that somebody edited may hold anything
+_OF_RECORDS = {
+    "base_model": dict,
+    "base_model.name": str,
+    "base_model.fingerprint": dict,
+    "base_model.fingerprint.dimensions": dict,
+    "data": dict,
+    "data.train": dict,
+    "run": dict,
+    "ensemble": dict,
+    "parents": (list, str),
+    "stages": (list, dict),
+    "log": (list, dict),
+}
+_WORDS = {dict: "mapping", list: "list", str: "text"}
+
+
 def write_json(path: Path, content: Any) -> None:
     """Writes JSON so that `path` holds either all of it or what it held before."""
     partial = path.with_name(f".{path.name}.partial")
@@ -37,8 +54,22 @@ def read_json(path: Path) -> dict[str, Any]:
         return {}
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise RecipeError(f"{path}: not valid JSON ({error})") from error
     if not isinstance(content, dict):
         raise RecipeError(f"{path}: must hold a mapping, and holds a {type(content).__name__}")
+    if path.name in (RECIPE, PENDING, REWARD):
+        for keys, kind in _OF_RECORDS.items():
+            _check_type(content, keys, kind, path)
     return content
+
+
+def _check_type(content: dict[str, Any], keys: str, kind: Any, path: Path) -> None:
+    value: Any = content
+    for key in keys.split("."):
+        value = (value or {}).get(key)
+    outer, inner = kind if isinstance(kind, tuple) else (kind, object)
+    if value is not None and not (isinstance(value, outer) and all(isinstance(item, inner) for item in value)):
+        place, found = keys.replace(".", ": "), json.dumps(value)[:100]
+        of = f" of {_WORDS[inner]}s" if inner is not object else ""
+        raise RecipeError(f"{path}: {place}: must be a {_WORDS[outer]}{of}, and is {found}: run that stage again")

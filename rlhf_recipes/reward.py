@@ -8,12 +8,16 @@ from typing import Any
 
 from rlhf_recipes.errors import RecipeError, first_line
 from rlhf_recipes.models import (
+    ADAPTER,
+    adapter_config,
     base_name,
     check_base,
+    check_ranks,
     check_vocabulary,
     fingerprint,
     keep_adapter_in_fp32,
     load_architecture,
+    read_weights,
     types_kept,
 )
 from rlhf_recipes.records import RECIPE, read_json
@@ -34,7 +38,6 @@ import torch
 import transformers
 from datasets import Dataset, IterableDataset
 from peft import LoraConfig, PeftModel, get_peft_model
-from peft.utils import load_peft_weights
 from torch import Tensor, nn
 from transformers import AutoModelForSequenceClassification, PreTrainedModel, PreTrainedTokenizerBase, set_seed
 from trl import ModelConfig, RewardConfig, RewardTrainer, get_peft_config
@@ -308,7 +311,7 @@ def _continue_adapter(model: PreTrainedModel, parent: Path) -> PeftModel:
     """A new reward adapter with the weights of a parent that was trained on the same base for another task."""
     if not (parent / "adapter_config.json").is_file():
         raise RecipeError(f"{parent} holds no adapter to start from (no adapter_config.json)")
-    config = LoraConfig.from_pretrained(parent)
+    config = adapter_config(parent, "start_from")
     if config.peft_type != "LORA":
         raise RecipeError(f"{parent}: only a LoRA adapter can be started from, and this is {config.peft_type}")
     check_base(parent, config.base_model_name_or_path, read_json(parent / RECIPE), model)
@@ -319,7 +322,8 @@ def _continue_adapter(model: PreTrainedModel, parent: Path) -> PeftModel:
     config.base_model_name_or_path, config.inference_mode = model.name_or_path, False
     if isinstance(config.target_modules, set):
         config.target_modules -= {"lm_head"}  # a reward model has none
-    weights = {name: weight for name, weight in load_peft_weights(str(parent), device="cpu").items() if "lm_head" not in name}
+    weights = {name: weight for name, weight in read_weights(parent / ADAPTER).items() if "lm_head" not in name}
+    check_ranks(config, weights, f"start_from: {parent}")
     weights[f"{PREFIX}{HEAD}.weight"] = getattr(model, HEAD).weight.data.clone()
     adapted = _new_adapter(model, config)
     fill_adapter(adapted, weights, POLICY, parent)

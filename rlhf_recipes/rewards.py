@@ -223,11 +223,12 @@ class Similarity:
         auto = AutoModelForSequenceClassification if self.kind == "cross-encoder" else AutoModel
         try:
             path = model_path(ModelConfig(model_name_or_path=self.model_name_or_path))
-            tokenizer = AutoTokenizer.from_pretrained(path)
-            model, report = auto.from_pretrained(path, use_safetensors=True, output_loading_info=True)
+            tokenizer = AutoTokenizer.from_pretrained(path, trust_remote_code=False)
+            options = {"use_safetensors": True, "trust_remote_code": False}
+            model, report = auto.from_pretrained(path, **options, output_loading_info=True)
         except RecipeError as error:
             raise RecipeError(f"Similarity: {error}") from error
-        except (OSError, ValueError, ImportError, KeyError) as error:
+        except Exception as error:  # as in `load_architecture`
             raise self._error(why_not_loaded(self.model_name_or_path, error)) from error
         # Transformers makes up what a folder lacks: weights at random, and a tokenizer without words
         missing = sorted(weight for weight in report["missing_keys"] if self.kind == "cross-encoder" or "pooler" not in weight)

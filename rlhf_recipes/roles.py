@@ -8,7 +8,6 @@ import contextlib
 import copy
 import functools
 import logging
-import math
 import warnings
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Sequence
@@ -16,8 +15,20 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-from rlhf_recipes.errors import RecipeError
-from rlhf_recipes.models import base_name, base_of, check_base, keep_gradients_exact, pass_of_trunk, trunk_of
+from rlhf_recipes.errors import RecipeError, first_line
+from rlhf_recipes.models import (
+    ADAPTER,
+    adapter_config,
+    base_name,
+    base_of,
+    check_base,
+    check_ranks,
+    keep_gradients_exact,
+    pass_of_trunk,
+    read_weights,
+    refuse_not_finite,
+    trunk_of,
+)
 from rlhf_recipes.records import REWARD, read_json, write_json
 
 import torch
@@ -26,8 +37,7 @@ from peft import LoraConfig, PeftModel, get_peft_model_state_dict
 from peft.functional import cast_adapter_dtype, inject_adapter_in_model, set_adapter, set_peft_model_state_dict
 from peft.tuners.tuners_utils import BaseTunerLayer
 from peft.utils import AuxiliaryTrainingWrapper
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import load_file
+from safetensors import safe_open
 from torch import Tensor, nn
 from transformers import AutoModelForSequenceClassification, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME, cached_file
@@ -46,7 +56,6 @@ NO_ADAPTER = object()
 PREFIX = "base_model.model."
 """PEFT's, of the names of saved weights."""
 
-_WEIGHTS = "adapter_model.safetensors"
 _HEAD_NAMES = {"score", "classifier"}  # PEFT lists both for every sequence classifier
 _PROBE = "Is 1 + 1 = 2?\nYes: Straße, 东京."
 
@@ -286,6 +295,7 @@ def load_reward(
     folder = Path(folder)
     config = _adapter_config(folder)
     weights, head = _adapter_weights(folder)
+    check_ranks(config, weights, str(folder))
     record = read_json(folder / REWARD)
     check_base(folder, config.base_model_name_or_path, record, model)
     check_tokenizer(folder, tokenizer)
@@ -319,12 +329,13 @@ def load_whole_reward(
         raise RecipeError(f"{folder} holds an adapter, not a whole model: put it on its base with `load_reward`")
     try:
         model, loading = AutoModelForSequenceClassification.from_pretrained(
-            folder, use_safetensors=True, output_loading_info=True, **options
+            folder, use_safetensors=True, output_loading_info=True, trust_remote_code=False, **options
         )
-    except (OSError, ValueError) as error:
-        raise RecipeError(f"{folder}: no usable reward model there ({str(error).splitlines()[0]})") from error
+    except Exception as error:  # as in `load_architecture`
+        raise RecipeError(f"{folder}: no usable reward model there ({first_line(error)})") from error
     if loading["missing_keys"]:
         raise RecipeError(f"{folder}: its files lack {', '.join(sorted(loading['missing_keys']))}: it would score at random")
+    refuse_not_finite(dict(model.named_parameters()), folder)
     check_tokenizer(folder, tokenizer)
     head = _build_head({"weight": stored_head(folder, _find_head(model).weight.data, options.get("revision"))}, model, folder)
     normalisation = _normalisation(read_json(folder / REWARD), folder)
@@ -342,7 +353,7 @@ def stored_head(name: str | Path, loaded: Tensor, revision: str | None = None) -
     """
     key, options = f"{HEAD}.weight", {"revision": revision, "_raise_exceptions_for_missing_entries": False}
     index = cached_file(name, SAFE_WEIGHTS_INDEX_NAME, **options)
-    file = read_json(Path(index))["weight_map"].get(key) if index else SAFE_WEIGHTS_NAME
+    file = read_json(Path(index)).get("weight_map", {}).get(key) if index else SAFE_WEIGHTS_NAME
     path = file and cached_file(name, file, **options)
     if not path:
         return loaded
@@ -428,12 +439,13 @@ def _adapter_config(folder: Path) -> LoraConfig:
         raise RecipeError(f"{folder}: a reward adapter is LoRA (peft_type LORA), and this is {kind}")
     if (task := content.get("task_type")) != "SEQ_CLS":
         raise RecipeError(f"{folder}: a reward adapter has task_type SEQ_CLS, and this one has {task}: it is no reward model")
-    others = set(content.get("modules_to_save") or ()) - _HEAD_NAMES
+    config = adapter_config(folder)
+    others = set(config.modules_to_save or ()) - _HEAD_NAMES
     if others:
         raise RecipeError(
             f"{folder}: besides LoRA and its head it trained {', '.join(sorted(others))}, which cannot share a base with others"
         )
-    return LoraConfig.from_pretrained(folder)
+    return config
 
 
 def _adapter_weights(folder: Path) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
@@ -442,13 +454,8 @@ def _adapter_weights(folder: Path) -> tuple[dict[str, Tensor], dict[str, Tensor]
     Raises:
         RecipeError: if the file is missing or damaged, or there is no head in it.
     """
-    path = folder / _WEIGHTS
-    if not path.is_file():
-        raise RecipeError(f"{folder}: no {_WEIGHTS} there")
-    try:
-        weights = {name: weight.float() for name, weight in load_file(path).items()}
-    except (SafetensorError, OSError) as error:
-        raise RecipeError(f"{path}: cannot be read ({error})") from error
+    path = folder / ADAPTER
+    weights = {name: weight.float() for name, weight in read_weights(path).items()}
     prefix = f"{PREFIX}{HEAD}."
     head = {name.removeprefix(prefix): weights.pop(name) for name in list(weights) if name.startswith(prefix)}
     if "weight" not in head:
@@ -684,6 +691,8 @@ def _read_ensemble(stored: Any, folder: Path) -> tuple[list[str], str, float]:
     except (TypeError, KeyError) as error:
         expected = "expected members, combine and uncertainty_coef"
         raise RecipeError(f"{folder / REWARD}: ensemble: {expected}, found {stored}") from error
+    if not isinstance(names, list) or not all(isinstance(name, str) and name not in ("", ".", "..") for name in names):
+        raise RecipeError(f"{folder / REWARD}: ensemble: members: must be a list of folders, and is {names}")
     if missing := [name for name in names if not (folder / name).is_dir()]:
         raise RecipeError(f"{folder / REWARD}: the member {missing[0]} is not there: train the ensemble again")
     return names, combine, coefficient
@@ -725,7 +734,8 @@ def _normalisation(record: dict[str, Any], folder: Path) -> Normalisation | None
 
 
 def _is_number(value: Any) -> bool:
-    return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
+    """Whether it is one that fp32 can hold, which scores are."""
+    return isinstance(value, int | float) and not isinstance(value, bool) and abs(value) < torch.finfo(torch.float32).max
 
 
 # --- Refusals --------------------------------------------------------------------------------------------
@@ -738,9 +748,12 @@ def check_tokenizer(folder: Path, tokenizer: PreTrainedTokenizerBase) -> None:
         RecipeError: names both sides, and says in what they differ.
     """
     try:
-        own = AutoTokenizer.from_pretrained(folder)
-    except (OSError, ValueError, KeyError, AttributeError) as error:
-        raise RecipeError(f"{folder}: no tokenizer there, so none can be compared with the policy's: save it") from error
+        own = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
+    except Exception as error:  # the tokenizers' own is nothing more
+        raise RecipeError(
+            f"{folder}: no tokenizer there that can be read, so none can be compared with the policy's: save it "
+            f"({first_line(error)})"
+        ) from error
     differences = []
     if own.get_vocab() != tokenizer.get_vocab():
         differences.append(f"vocabulary ({len(own)} tokens against {len(tokenizer)})")

@@ -1,6 +1,7 @@
 """What a run leaves beside its result: `recipe.json`; and where an interrupted run goes on."""
 
 import contextlib
+import functools
 import importlib.metadata
 import json
 import math
@@ -11,15 +12,23 @@ import shutil
 import subprocess
 import sys
 import time
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 from rlhf_recipes.arguments import read_yaml
 from rlhf_recipes.cards import write_card
-from rlhf_recipes.errors import RecipeError, lack_of_memory
-from rlhf_recipes.models import fingerprint, model_path, resolve_path
+from rlhf_recipes.errors import RecipeError, first_line, lack_of_memory
+from rlhf_recipes.models import (
+    ADAPTER,
+    check_all_there,
+    fingerprint,
+    model_path,
+    read_weights,
+    refuse_not_finite,
+    resolve_path,
+)
 from rlhf_recipes.records import LOG, PENDING, RECIPE, read_json, write_json
 from rlhf_recipes.tracking import begin_tracking, complaint_of_tracker
 
@@ -32,6 +41,11 @@ from trl import ModelConfig
 ARGUMENTS = "arguments.json"
 PACKAGES = ("rlhf-recipes", "torch", "trl", "transformers", "peft", "bitsandbytes", "datasets", "accelerate", "evaluate")
 
+
+# Of a checkpoint's state. Some that are given as whole numbers are written as 100.0
+_NUMBERS = ("global_step", "epoch", "max_steps", "num_train_epochs", "logging_steps", "eval_steps", "save_steps")
+_NUMBERS += ("train_batch_size", "num_input_tokens_seen", "total_flos", "best_global_step")
+_ANOTHER = "go on from another checkpoint, or start anew"
 
 # What may differ between a run and the one that goes on from its checkpoint; all else decides the result.
 _FREE = ("output_dir", "resume_from_checkpoint", "max_steps", "num_train_epochs", "report_to", "run_name", "disable_tqdm")
@@ -269,7 +283,8 @@ def train(trainer: Trainer, checkpoint: str | None) -> None:
         for old in checkpoints_in(Path(trainer.args.output_dir)):
             shutil.rmtree(old)
     if checkpoint:
-        state, args = TrainerState.load_from_json(str(Path(checkpoint) / "trainer_state.json")), trainer.args
+        _explain_resumption(trainer, checkpoint)
+        state, args = _state_of(Path(checkpoint)), trainer.args
         done = state.global_step >= args.max_steps if args.max_steps > 0 else state.epoch >= args.num_train_epochs
         if done:
             trainer._load_from_checkpoint(checkpoint)
@@ -278,6 +293,59 @@ def train(trainer: Trainer, checkpoint: str | None) -> None:
     begin_tracking(trainer.args)
     with _said_when(trainer):
         trainer.train(resume_from_checkpoint=checkpoint)
+
+
+def _state_of(checkpoint: Path) -> TrainerState:
+    path = checkpoint / "trainer_state.json"
+    try:
+        state = TrainerState.load_from_json(str(path))
+        for name in _NUMBERS:
+            value = getattr(state, name)
+            if value is not None and (type(value) not in (int, float) or not 0 <= value < math.inf):
+                raise ValueError(f"{name}: {value!r} is no number from 0")
+        if type(state.global_step) is not int or state.epoch is None:
+            raise ValueError(f"global_step {state.global_step!r} and epoch {state.epoch!r} say not how far it has come")
+        best = state.best_metric, state.best_model_checkpoint
+        if not isinstance(best[0], int | float | None) or not isinstance(best[1], str | None):
+            raise ValueError(f"best_metric {best[0]!r} and best_model_checkpoint {best[1]!r} are none")
+        if not isinstance(state.log_history, list) or not all(isinstance(entry, dict) for entry in state.log_history):
+            raise ValueError("log_history is no list of mappings")
+    except (OSError, ValueError, TypeError, AttributeError, RecursionError) as error:
+        raise RecipeError(f"resume_from_checkpoint: {path}: {first_line(error)}: {_ANOTHER}") from error
+    return state
+
+
+def _explain_resumption(trainer: Trainer, checkpoint: str) -> None:
+    """Has what a damaged checkpoint raises, and what it would silently bring in, said in one message.
+
+    Transformers reads its pickles (optimizer, schedule, random state) with `weights_only`: what else they hold is not run.
+    """
+
+    def explained(load: Callable[..., Any]) -> Callable[..., Any]:
+        @functools.wraps(load)
+        def loading(*arguments: Any, **options: Any) -> Any:
+            try:
+                return load(*arguments, **options)
+            except RecipeError:
+                raise
+            except Exception as error:  # pickles, archives, JSON and shapes, each with errors of its own
+                raise RecipeError(f"resume_from_checkpoint: {checkpoint}: {first_line(error)}: {_ANOTHER}") from error
+
+        return loading
+
+    def load_optimizer(folder: str | None, load: Callable[..., Any] = trainer._load_optimizer_and_scheduler) -> None:
+        load(folder)
+        for state in () if trainer.is_deepspeed_enabled else trainer.optimizer.state.values():
+            tensors = {name: value for name, value in state.items() if isinstance(value, torch.Tensor)}
+            refuse_not_finite(tensors, f"resume_from_checkpoint: {checkpoint}: optimizer")
+
+    trainer._load_optimizer_and_scheduler = load_optimizer
+    for name in ("_load_from_checkpoint", "_load_optimizer_and_scheduler", "_load_rng_state"):
+        setattr(trainer, name, explained(getattr(trainer, name)))
+    for path in sorted(Path(checkpoint).glob("*.safetensors")):
+        weights = read_weights(path)
+        if path.name == ADAPTER and is_peft_model(trainer.model):
+            check_all_there(trainer.model, trainer.model.active_adapters[0], weights, f"resume_from_checkpoint: {checkpoint}")
 
 
 @contextlib.contextmanager
@@ -372,7 +440,7 @@ def refuse_unfinished(output: Path) -> None:
 
 def _check_same_run(checkpoint: Path, arguments: dict[str, Any]) -> None:
     path = checkpoint / ARGUMENTS
-    made_with = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
+    made_with = read_json(path)
     # Through JSON, as what stands in the file went.
     now = json.loads(json.dumps(arguments, default=str))
     differences = [
@@ -407,7 +475,7 @@ def _is_whole(checkpoint: Path) -> bool:
     """Whether all of a checkpoint is there; the trainer writes its state last, and a killed one may leave half of it."""
     try:
         json.loads((checkpoint / "trainer_state.json").read_text(encoding="utf-8"))
-    except (OSError, ValueError):
+    except (OSError, ValueError, RecursionError):
         return False
     engines = ("optimizer*", "global_step*")  # of PyTorch and FSDP, of DeepSpeed
     patterns = (engines, ("rng_state*",), ("*.safetensors", "pytorch_model_fsdp*", "global_step*"))

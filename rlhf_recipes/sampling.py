@@ -112,6 +112,12 @@ def discard(folder: Path) -> None:
         (folder / name).unlink(missing_ok=True)
 
 
+def _is_state(state: dict[str, Any]) -> bool:
+    counts = (state.get(key) for key in ("prompts", "groups", "bytes"))
+    mappings = (state.get(key) for key in ("arguments", "files"))
+    return all(type(count) is int and count >= 0 for count in counts) and all(isinstance(one, dict) for one in mappings)
+
+
 class GroupFile:
     """`groups.jsonl` in a folder, to which whole parts are added, so that a run that was broken off can go on.
 
@@ -128,6 +134,8 @@ class GroupFile:
         files = {path: [size, time] for path, size, time in files_in(arguments, leave_out=[self.folder])}
         arguments = json.loads(json.dumps(arguments, default=str))
         self._state = read_json(self.folder / STATE)
+        if self._state and not _is_state(self._state):
+            raise RecipeError(f"output_dir: {self.folder / STATE}: was not written by this recipe: name another folder")
         if self._state:
             self._check(arguments, files)
         elif self.path.exists():

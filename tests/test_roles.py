@@ -473,7 +473,7 @@ def test_ensemble_without_its_record_or_a_member_is_refused(ensemble, tokenizer)
     with pytest.raises(RecipeError, match=r"reward\.json: the member member-7 is not there"):
         load_saved_rewards(ensemble, policy(), tokenizer)
     (ensemble / "reward.json").write_text('{"ensemble": ["member-0"]}')
-    with pytest.raises(RecipeError, match=r"reward\.json: ensemble: expected members, combine and uncertainty_coef"):
+    with pytest.raises(RecipeError, match=r"reward\.json: ensemble: must be a mapping, and is \[\"member-0\"\]"):
         load_saved_rewards(ensemble, policy(), tokenizer)
 
 

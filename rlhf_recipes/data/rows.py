@@ -12,7 +12,7 @@ from typing import Any
 
 from rlhf_recipes.data.kinds import ACCEPTED, BATCH, SHAPES, Kind
 from rlhf_recipes.data.sources import Part
-from rlhf_recipes.errors import RecipeError
+from rlhf_recipes.errors import RecipeError, first_line
 
 from datasets import Dataset, Features, List, Value
 from datasets.fingerprint import Hasher
@@ -66,15 +66,17 @@ def convert(part: Part, kind: Kind) -> Converted:
     if not len(part.dataset):
         raise RecipeError(f"{part.label} has no rows.")
     columns = part.dataset.column_names
+    if own := {_ROW, _PROBLEM} & {*columns}:
+        raise RecipeError(f"{part.label}: the column `{own.pop()}` has a name of ours: give it another with `column_mapping`")
     shape = _shape(part, kind)
     if kind == "ranking" and "margin" in columns:
         raise RecipeError(
             f"{part.label}: rankings have no `margin`: set `train_on: pairs` to use the column, or leave it out with `columns`"
         )
     used = _used_columns(shape, columns)
+    conversational = _is_conversational(part.dataset.select_columns(used), shape)
     spare = [column for column in columns if column not in used]
-    extras = spare if kind == "prompt" else []
-    conversational = _is_conversational(part.dataset, shape)
+    extras = [column for column in spare if column != "prompt"] if kind == "prompt" else []
     features = _features(kind, shape, conversational, used)
     features |= {column: part.dataset.features[column] for column in extras}
 
@@ -90,18 +92,23 @@ def convert(part: Part, kind: Kind) -> Converted:
         return {column: [row.get(column) for row in rows] for column in features}
 
     _warn_of_ignored_keys(part, used)
-    made = part.dataset.map(
-        convert,
-        batched=True,
-        batch_size=BATCH,
-        with_indices=True,
-        remove_columns=columns,
-        features=Features(features),
-        # `datasets` does not see when the functions called here change, and TRL's own caches go by this fingerprint
-        new_fingerprint=Hasher.hash((part.dataset._fingerprint, kind, shape, conversational, _SOURCE)),
-        load_from_cache_file=False,
-        desc=f"Reading {part.label}",
-    )
+    try:
+        made = part.dataset.map(
+            convert,
+            batched=True,
+            batch_size=BATCH,
+            with_indices=True,
+            remove_columns=columns,
+            features=Features(features),
+            # `datasets` does not see when the functions called here change, and TRL's own caches go by this fingerprint
+            new_fingerprint=Hasher.hash((part.dataset._fingerprint, kind, shape, conversational, _SOURCE)),
+            load_from_cache_file=False,
+            desc=f"Reading {part.label}",
+        )
+    except (TypeError, ValueError, NotImplementedError) as error:  # Arrow's, for columns that it reads and cannot write
+        raise RecipeError(
+            f"{part.label}: its columns cannot be kept: {first_line(error)}: list those that are needed in `columns`"
+        ) from error
     problems = list(made[_PROBLEM])
     bad = [(row, reason) for row, reason in zip(made[_ROW], problems, strict=True) if reason]
     if bad:
@@ -142,7 +149,11 @@ def _shape(part: Part, kind: Kind) -> str:
 
 def _used_columns(shape: str, columns: list[str]) -> list[str]:
     """The columns that are read: those of the answers, and `prompt`, or without it what stands for a prompt."""
-    question = {"prompt"} if "prompt" in columns else {"instruction", "input", "output"} if "instruction" in columns else set()
+    whole = (
+        shape == "completion" and "completion" not in columns
+    )  # `instruction` and `output`, whatever is in a `prompt` beside
+    asked = "prompt" in columns and not whole
+    question = {"prompt"} if asked else {"instruction", "input", "output"} if "instruction" in columns else set()
     used = _ANSWERS[shape] | (question if shape not in ("messages", "text") else set())
     return [column for column in columns if column in used]
 

@@ -1,14 +1,19 @@
 """Opening what a YAML file names: as *parts*, one a file, so that a row number means a row of that file."""
 
+import csv
 import glob
 import gzip
 import inspect
 import json
 import logging
+import math
 import pkgutil
+import sys
 from collections import Counter
+from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any, TextIO
 
 from rlhf_recipes.arguments import DatasetSource, nearest
 from rlhf_recipes.data.kinds import SHOWN
@@ -16,7 +21,15 @@ from rlhf_recipes.errors import RecipeError, first_line
 from rlhf_recipes.hub import why_not_loaded
 
 import pyarrow.parquet
-from datasets import Dataset, DatasetDict, load_dataset, load_dataset_builder, load_from_disk
+from datasets import (
+    Dataset,
+    DatasetDict,
+    ReadInstruction,
+    concatenate_datasets,
+    load_dataset,
+    load_dataset_builder,
+    load_from_disk,
+)
 
 logger = logging.getLogger(__name__)
 
@@ -26,6 +39,10 @@ _FORMATS = {".json": "json", ".jsonl": "json", ".csv": "csv", ".parquet": "parqu
 
 class UnknownSplitError(RecipeError):
     """A source without the split that was asked for."""
+
+
+class _BadFileError(Exception):
+    """Why a file cannot be read, in a sentence."""
 
 
 @dataclass(frozen=True)
@@ -99,7 +116,7 @@ def _read_file(path: str, source: DatasetSource) -> Part:
     try:
         dataset = _parse_file(path, source.split, source.column_mapping or {})
     except Exception as error:  # readers of three formats, each with errors of its own
-        raise RecipeError(f"{path}: {_why_unreadable(path, error)}") from error
+        raise RecipeError(f"{path}: {_why_unreadable(error)}") from error
     return Part(path, dataset)
 
 
@@ -110,40 +127,105 @@ def _parse_file(path: str, split: str, mapping: dict[str, str]) -> Dataset:
             return Dataset(pyarrow.parquet.read_table(file))
     options = {}
     if builder == "csv":  # only an empty cell is empty: "NA" and "007" are texts
+        _check_csv(path)
         texts = [*_TEXT_COLUMNS, *(old for old, new in mapping.items() if new in _TEXT_COLUMNS)]
         options = {"keep_default_na": False, "na_values": [""], "converters": dict.fromkeys(texts, str)}
-    return load_dataset(builder, data_files=glob.escape(path), split=split, **options)
+    if builder == "json":  # before the readers behind `datasets`, which crash at `null`, and drop what they cannot decode
+        for _ in _json_rows(path):
+            pass
+    dataset = load_dataset(builder, data_files=glob.escape(path), split=split, **options)
+    if builder == "json" and "timestamp" in str(dataset.features.arrow_schema):
+        # Texts that all look like dates: what would be made of them is not what was written
+        dataset = Dataset.from_list(list(_json_rows(path)))
+        slices = ReadInstruction.from_spec(split).to_absolute({"train": len(dataset)})
+        return concatenate_datasets([dataset.select(range(one.from_, one.to)) for one in slices])
+    return dataset
 
 
-def _why_unreadable(path: str, error: Exception) -> str:
-    if _format(path) == "json":
-        try:
-            bad_line = _bad_json_line(path)
-        except (OSError, EOFError) as damage:
-            return f"it cannot be read: {damage}"
-        if bad_line:
-            return bad_line
+def _why_unreadable(error: Exception) -> str:
+    if isinstance(error, _BadFileError):
+        return str(error)
     cause = error.__cause__ or error
+    if isinstance(cause, UnicodeDecodeError):
+        return f"it is not UTF-8 text: {cause}"
     if isinstance(cause, StopIteration) or "corresponds to no data" in str(cause):
         return "the file has no rows."
     return f"it cannot be read: {first_line(cause)}"
 
 
-def _bad_json_line(path: str) -> str | None:
-    """Where a file is not JSON (or not one JSON value a line), in words."""
-    with gzip.open(path, "rt", encoding="utf-8") if path.lower().endswith(".gz") else open(path, encoding="utf-8") as file:
-        try:
-            text = file.read()
-        except UnicodeDecodeError as error:
-            return f"it is not UTF-8 text: {error}"
-    is_lines = not text.lstrip().startswith("[")
-    for number, line in enumerate(text.split("\n") if is_lines else [text], 1):
-        try:
-            if line.strip():
-                json.loads(line)
-        except json.JSONDecodeError as error:
-            return f"line {number if is_lines else error.lineno} is not valid JSON: {error.msg} at column {error.colno}."
-    return None
+def _opened(path: str, newline: str) -> TextIO:
+    """A text file, packed or not."""
+    options = {"encoding": "utf-8-sig", "newline": newline}
+    return gzip.open(path, "rt", **options) if path.lower().endswith(".gz") else open(path, **options)
+
+
+def _check_csv(path: str) -> None:
+    """Refuses what pandas would read into the wrong columns: longer rows than the header, or a name that stands there twice.
+
+    It looks at the first row only: where a later one is longer, pandas says so.
+    """
+    limit = csv.field_size_limit(sys.maxsize)
+    try:
+        with _opened(path, "") as file:
+            rows = (row for row in csv.reader(file) if row)
+            header, first = next(rows, []), next(rows, [])
+    finally:
+        csv.field_size_limit(limit)
+    if twice := [name for name, count in Counter(header).items() if count > 1]:
+        raise _BadFileError(f"the header names the column `{twice[0]}` twice: rename one of them.")
+    if len(first) > len(header):
+        raise _BadFileError(
+            f"row 1 has {len(first)} cells, and the header names {len(header)} columns: quote cells that hold a comma."
+        )
+
+
+def _json_rows(path: str) -> Iterator[dict[str, Any]]:
+    """The rows of a file with a JSON mapping on each line, or a list of them."""
+    with _opened(path, "\n") as file:
+        first = next((line for line in file if line.strip()), "")
+        file.seek(0)
+        if first.lstrip().startswith("["):
+            rows = _parsed(file.read())
+            texts = all(isinstance(row, str) for row in rows)  # which `datasets` calls `text`
+            yield from (_row({"text": row} if texts else row, f"row {number}") for number, row in enumerate(rows, 1))
+        else:
+            yield from (_row(_parsed(line, number), f"line {number}") for number, line in enumerate(file, 1) if line.strip())
+
+
+def _parsed(text: str, line: int | None = None) -> Any:
+    """What a text is in JSON; `line` is its number in the file, where it is one line of it."""
+    try:
+        return json.loads(text, object_pairs_hook=_without_repetition, parse_float=_finite)
+    except json.JSONDecodeError as error:
+        place = f"line {line or error.lineno}"
+        raise _BadFileError(f"{place} is not valid JSON: {error.msg} at column {error.colno}.") from error
+    except (ValueError, RecursionError) as error:  # numbers of thousands of digits, and what is nested as deep
+        raise _BadFileError(f"{f'line {line}' if line else 'it'} cannot be read as JSON: {first_line(error)}.") from error
+
+
+def _without_repetition(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    content = dict(pairs)
+    if len(content) < len(pairs):
+        twice, _ = Counter(key for key, _ in pairs).most_common(1)[0]
+        raise ValueError(f"the key '{twice}' stands twice in one mapping")
+    return content
+
+
+def _finite(text: str) -> float:
+    if math.isinf(number := float(text)):
+        raise ValueError(f"the number {text[:20]} is too large")
+    return number
+
+
+def _row(row: Any, place: str) -> dict[str, Any]:
+    if not isinstance(row, dict):
+        raise _BadFileError(f"{place} is no row: expected a mapping of columns to values, found {json.dumps(row)[:40]}.")
+    try:
+        json.dumps(row, ensure_ascii=False).encode()
+    except UnicodeEncodeError as error:
+        letter = error.object[error.start]
+        raise _BadFileError(f"{place} has the letter {letter!r}, half of a pair, which no text can hold.") from error
+    return row
 
 
 def _read_saved(source: DatasetSource) -> Part:

@@ -9,13 +9,19 @@ from typing import Any
 
 from rlhf_recipes.arguments import ChatArguments, EvaluateArguments, RankArguments, SampleArguments, nearest
 from rlhf_recipes.errors import RecipeError
-from rlhf_recipes.models import check_base, check_vocabulary, load_model, refuse_reward_adapter
+from rlhf_recipes.models import (
+    adapter_config,
+    check_base,
+    check_vocabulary,
+    load_model,
+    put_adapter,
+    refuse_reward_adapter,
+)
 from rlhf_recipes.records import RECIPE, read_json
 from rlhf_recipes.roles import NO_ADAPTER, check_tokenizer, playing
 
 from accelerate import PartialState
 from peft import LoraConfig, PeftModel, get_peft_model
-from safetensors import SafetensorError
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from trl import ModelConfig
 
@@ -143,18 +149,11 @@ class Bench:
             return
         adapter = f"policy_{next(self._numbers)}"  # PyTorch allows no dots in names, and `1.5` must not be `1_5`
         check_tokenizer(Path(folder), self.tokenizer)
-        config = read_json(Path(folder) / "adapter_config.json")
-        refuse_reward_adapter(f"{where}: {folder}", config.get("task_type"))
-        trained_on = config.get("base_model_name_or_path")
+        config = adapter_config(folder, where)
+        refuse_reward_adapter(f"{where}: {folder}", config.task_type)
         record = read_json(Path(folder) / RECIPE) or read_json(Path(folder).parent / RECIPE)  # of a checkpoint, its run's
-        check_base(f"{where}: {folder}", trained_on, record, self.model)
-        try:
-            if isinstance(self.model, PeftModel):
-                self.model.load_adapter(folder, adapter)
-            else:
-                self.model = PeftModel.from_pretrained(self.model, folder, adapter)
-        except (ValueError, RuntimeError, SafetensorError) as error:
-            raise RecipeError(f"{where}: {folder} does not fit the base: {str(error).splitlines()[-1].strip()}") from error
+        check_base(f"{where}: {folder}", config.base_model_name_or_path, record, self.model)
+        self.model = put_adapter(self.model, folder, adapter, where)
         self.model.requires_grad_(False)
         self._adapters[name] = adapter
 

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any, Self
 
 from rlhf_recipes.errors import RecipeError, first_line
-from rlhf_recipes.labels.groups import Group
+from rlhf_recipes.labels.groups import Group, group_of
 
 VERSION = 2
 LONGEST_DEMONSTRATION, LONGEST_NOTE, LONGEST_NAME = 20_000, 2_000, 60  # characters
@@ -167,7 +167,7 @@ class Store:
 
     def groups(self) -> list[Group]:
         """All groups, in the order in which they came."""
-        return [Group(**json.loads(content)) for (content,) in self._all(_GROUPS)]
+        return [self._group(content) for (content,) in self._all(_GROUPS)]
 
     def group(self, identity: str) -> Group:
         """The group of this id.
@@ -178,11 +178,11 @@ class Store:
         found = self._one("SELECT content FROM groups WHERE id = ?", identity)
         if not found:
             raise BadLabelError(f"{self.path}: there is no group '{identity}'")
-        return Group(**json.loads(found[0]))
+        return self._group(found[0])
 
     def labels(self) -> list[Label]:
         """Every label that was not undone, in the order in which they came."""
-        return [_label(row) for row in self._all(_LABELS)]
+        return [self._read_label(row) for row in self._all(_LABELS)]
 
     def contents(self) -> tuple[list[Group], list[Label]]:
         """`groups` and `labels` of one moment, whatever others write."""
@@ -193,7 +193,7 @@ class Store:
             finally:
                 self._run("ROLLBACK")
         # Parsed when others may write again: of many groups this takes longer than they wait
-        return [Group(**json.loads(content)) for (content,) in groups], [_label(row) for row in labels]
+        return [self._group(content) for (content,) in groups], [self._read_label(row) for row in labels]
 
     def sign_in(self, name: str, session: str, known: bool = False) -> str:
         """Lets a session label under a name.
@@ -240,7 +240,7 @@ class Store:
             if not found:
                 return None
             self._claim(values["labeller"], found[0])
-            return Group(**json.loads(found[1]))
+            return self._group(found[1])
 
     def progress(self, name: str) -> tuple[int, int]:
         """How many groups a labeller has labelled or skipped, and how many are left that the labeller could be given."""
@@ -292,7 +292,7 @@ class Store:
                 return None
             self._withdraw(found[0])
             self._claim(labeller, self._one("SELECT group_number FROM labels WHERE number = ?", found[0])[0])
-            return _label(found)
+            return self._read_label(found)
 
     def withdrawn(self, name: str, group: str) -> Label | None:
         """What a labeller last said of a group and undid."""
@@ -301,7 +301,7 @@ class Store:
             _clean_name(name).casefold(),
             group,
         )
-        return _label(found) if found else None
+        return self._read_label(found) if found else None
 
     def restore(self, rows: Iterable[tuple[str, Group, list[Label]]]) -> int:
         """Adds groups with their labels, all or none of them; labels that are here already stay.
@@ -363,7 +363,7 @@ class Store:
                 f"the id '{group.id}' is in {self.path} already, with other content: give other ids, or another --store"
             )
         other = self._one("SELECT content FROM groups LIMIT 1")
-        if other and Group(**json.loads(other[0])).conversational != group.conversational:
+        if other and self._group(other[0]).conversational != group.conversational:
             raise RecipeError(f"{self.path}: holds groups of texts or of messages, not both: give another --store")
         if not known:
             self._run("INSERT INTO groups (id, content) VALUES (?, ?)", group.id, content)
@@ -411,13 +411,29 @@ class Store:
         current = self._current(label)
         if not current:
             self._save(label, secrets.token_hex(16))
-        elif replace(_label(current), at="") != replace(label, at="", labeller=_label(current).labeller):
+        elif replace(self._read_label(current), at="") != replace(label, at="", labeller=self._read_label(current).labeller):
             raise RecipeError(
                 f"{label.labeller} has another label on the group '{label.group}' in {self.path}: import into a fresh --store"
             )
 
     def _withdraw(self, number: int) -> None:
         self._run("UPDATE labels SET withdrawn = ? WHERE number = ? AND withdrawn IS NULL", _now(), number)
+
+    def _group(self, content: Any) -> Group:
+        with self._undamaged():
+            return group_of(json.loads(content), "a group")
+
+    def _read_label(self, row: tuple) -> Label:
+        with self._undamaged():
+            return _label(row)
+
+    @contextlib.contextmanager
+    def _undamaged(self) -> Iterator[None]:
+        """Refuses what this program has not written."""
+        try:
+            yield
+        except (ValueError, TypeError, RecursionError, RecipeError) as error:
+            raise RecipeError(f"{self.path}: {_REMEDIES['SQLITE_CORRUPT']} ({first_line(error)})") from error
 
     def _run(self, statement: str, *values: Any, **named: Any) -> sqlite3.Cursor:
         with self._lock, self._explained():
@@ -469,7 +485,11 @@ def _located(where: str) -> Iterator[None]:
 
 def _label(row: tuple) -> Label:
     _, group, labeller, ranks, demonstration, note, at, _ = row
-    return Label(group, labeller, ranks and json.loads(ranks), demonstration, note, at)
+    ranks = None if ranks is None else json.loads(ranks)
+    texts = all(isinstance(text, str | None) for text in (labeller, demonstration, note, at))
+    if not texts or not (ranks is None or (isinstance(ranks, list) and all(type(rank) in (int, type(None)) for rank in ranks))):
+        raise ValueError(f"the label of {labeller!r} on the group '{group}'")
+    return Label(group, labeller, ranks, demonstration, note, at)
 
 
 def _checked(label: Label, group: Group) -> Label:

@@ -240,7 +240,8 @@ class _Reader:
         place = (self.output if turn is None else self.output / f"round-{turn}") / name
         own = {"output_dir": str(place)} if self.seed is None else {"output_dir": str(place), "seed": self.seed}
         own |= self.tracked if recipe in TRAINERS else {}
-        values = {**read_yaml(found(config, self.recipes)), **own, **arguments}
+        with _named(f"{where}: config"):
+            values = {**read_yaml(found(config, self.recipes)), **own, **arguments}
         values.pop("needs", None)  # the order of the stages says so
         named = {key: value for key, value in values.items() if key != "output_dir"} | {"accelerate_config": self.launch}
         # Not the labels: the rounds of one store would all be done anew with every label that is added
@@ -289,7 +290,7 @@ class _Reader:
             raise RecipeError(f"{where}: name: {name!r} is no name: letters, digits, - and _")
         if len(self.stages.get(name, ())) >= (turn or 1):
             raise RecipeError(f"{where}: name: '{name}' stands twice: give each stage a name, and `recipe` beside it")
-        if recipe not in RECIPES:
+        if not isinstance(recipe, str) or recipe not in RECIPES:
             raise RecipeError(f"{where}: recipe: {recipe!r} is none of {', '.join(RECIPES)}{nearest(str(recipe), RECIPES)}")
         config, arguments = entry.get("config"), entry.get("arguments", {})
         if not isinstance(config, str):

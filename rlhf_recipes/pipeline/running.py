@@ -53,7 +53,13 @@ class Pipeline:
     _state: dict[str, dict[str, Any]] = field(default_factory=dict)
 
     def __post_init__(self):
-        self._state = read_json(self.folder / STATE)
+        self._state = self._remembered()
+
+    def _remembered(self) -> dict[str, dict[str, Any]]:
+        state = read_json(self.folder / STATE)
+        if not all(isinstance(stage, dict) for stage in state.values()):
+            raise RecipeError(f"{self.folder / STATE}: was not written by a pipeline: delete it to run all stages again")
+        return state
 
     def status(self, stage: Stage) -> str:
         """`done`, `begun` (it will go on from its newest checkpoint) or `to do`."""
@@ -81,7 +87,7 @@ class Pipeline:
         """
         try:
             with self._alone() as lock:
-                self._state = read_json(self.folder / STATE)  # another pipeline may have been at work since
+                self._state = self._remembered()  # another pipeline may have been at work since
                 self._check_unselected()
                 self._run(self._to_do(), lock)
         except OSError as error:

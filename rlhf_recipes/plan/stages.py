@@ -7,6 +7,7 @@ from typing import Any
 
 from rlhf_recipes.engines import plain
 from rlhf_recipes.errors import RecipeError
+from rlhf_recipes.models import adapter_config
 from rlhf_recipes.plan import arithmetic as sizes
 from rlhf_recipes.plan.arithmetic import Numbers, Training
 from rlhf_recipes.plan.models import Adapter, adapter_of, load_config, shape_of
@@ -338,7 +339,7 @@ def lora_in(folder: str, earlier: Mapping[str, Arguments]) -> LoraConfig | None:
         parent = before.get("start_from")
         return lora_in(parent, earlier) if parent else own_lora(before)
     if (Path(folder) / "adapter_config.json").is_file():
-        return LoraConfig.from_pretrained(folder)
+        return adapter_config(folder)
     return None
 
 

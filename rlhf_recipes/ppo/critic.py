@@ -6,11 +6,11 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from rlhf_recipes.errors import RecipeError
-from rlhf_recipes.models import base_of, pass_of_trunk, trunk_of
+from rlhf_recipes.models import base_of, pass_of_trunk, read_weights, trunk_of
 from rlhf_recipes.roles import Reward, ScalarHead, copy_adapter, playing
 
 from peft import PeftModel
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
@@ -89,9 +89,11 @@ class Critic:
             RecipeError: if it was written by a critic of another kind.
         """
         path, weights = Path(folder) / FILE, self.trainable()
-        saved = load_file(path)
-        if saved.keys() != weights.keys():
-            raise RecipeError(f"{path}: comes from a critic of another kind: {sorted(saved.keys() ^ weights.keys())[0]}")
+        saved = read_weights(path)
+        shapes, others = ({name: weight.shape for name, weight in some.items()} for some in (weights, saved))
+        if shapes != others:
+            name = min(name for name in shapes.keys() | others.keys() if shapes.get(name) != others.get(name))
+            raise RecipeError(f"{path}: comes from a critic of another kind: {name}")
         for name, weight in weights.items():
             weight.data.copy_(saved[name])
 

@@ -5,8 +5,8 @@ Everything that it assumes about TRL beyond its public interface is stated, and 
 
 import contextlib
 import copy
-import json
 import logging
+import math
 from collections.abc import Callable, Iterator
 from dataclasses import asdict
 from pathlib import Path
@@ -40,7 +40,7 @@ from rlhf_recipes.ppo.sampling import (
     widened,
 )
 from rlhf_recipes.ppo.vllm import send_policy_alone
-from rlhf_recipes.records import write_json
+from rlhf_recipes.records import read_json, write_json
 from rlhf_recipes.rewards import SavedReward, checked
 from rlhf_recipes.roles import (
     NO_ADAPTER,
@@ -694,7 +694,7 @@ class PPOTrainer(GRPOTrainer):
         self.critic.load(folder)  # again, since DeepSpeed loads its policy by itself
         optimizer = torch.load(folder / "critic_optimizer.pt", map_location="cpu", weights_only=True)
         self.critic_optimizer.load_state_dict(optimizer)  # which moves it to where the weights are
-        state = json.loads((folder / STATE).read_text(encoding="utf-8"))
+        state = _read_state(folder / STATE)
         self._step, self._stopped, self._updated = state["step"], state["stopped"], state["updated"]
         self.kl.coefficient, self.score_scaling.moments = state["kl_coef"], Moments(**state["scores"])
         rollout = folder / ROLLOUT.format(self.accelerator.process_index)
@@ -704,6 +704,20 @@ class PPOTrainer(GRPOTrainer):
                 place, _, key = name.partition("/")
                 batches.setdefault(int(place), {})[key] = value.to(self.accelerator.device)
             self._buffered_inputs = [batches[place] for place in sorted(batches)]
+
+
+def _read_state(path: Path) -> dict[str, Any]:
+    """What `_save_rng_state` wrote."""
+    state = read_json(path)
+    numbers = [state["kl_coef"], *(state["scores"][name] for name in ("count", "mean", "squares"))]
+    bits = [state["stopped"], state["updated"]]
+    if (
+        type(state["step"]) is not int
+        or not all(type(bit) is bool for bit in bits)
+        or not all(type(one) in (int, float) and math.isfinite(one) for one in numbers)
+    ):
+        raise ValueError(f"{path.name} was not written by PPO")
+    return state
 
 
 class _Forward:

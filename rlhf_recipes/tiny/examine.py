@@ -36,10 +36,10 @@ class Examination:
 def load_policy(adapter: str | None) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
     """The tiny base with an adapter of it, or alone."""
     base = resolve_path(BASE)
-    model = AutoModelForCausalLM.from_pretrained(base)
+    model = AutoModelForCausalLM.from_pretrained(base, use_safetensors=True, trust_remote_code=False)
     if adapter is not None:
         model = PeftModel.from_pretrained(model, adapter)
-    return model.eval(), AutoTokenizer.from_pretrained(adapter or base)
+    return model.eval(), AutoTokenizer.from_pretrained(adapter or base, trust_remote_code=False)
 
 
 def examine(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, temperature: float = 1.0, seed: int = 0) -> Examination:
