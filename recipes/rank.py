@@ -7,9 +7,10 @@ Writes `rankings.jsonl`, which recipes/reward.py and recipes/dpo.py read; each r
 labels are lacking, it says how many, and is run again when they are there. One process does it all.
 """
 
-from rlhf_recipes.arguments import RankArguments, parse_arguments, user_errors
+from rlhf_recipes.arguments import RankArguments, parse_arguments
 from rlhf_recipes.models import model_path
 from rlhf_recipes.ranking import choose, load_ensemble, read_labeller, read_sampled, write_rankings
+from rlhf_recipes.terminal import user_errors
 
 from accelerate import PartialState
 from trl import ModelConfig

@@ -4,9 +4,11 @@ import subprocess
 import sys
 from dataclasses import dataclass, field
 
-from rlhf_recipes.arguments import DataArguments, EvaluateArguments, parse_arguments, read_yaml, user_errors
+from rlhf_recipes.arguments import DataArguments, EvaluateArguments, parse_arguments
 from rlhf_recipes.errors import RecipeError
 from rlhf_recipes.rewards import load_rewards
+from rlhf_recipes.terminal import user_errors
+from rlhf_recipes.yaml_files import read_yaml
 
 import pytest
 from conftest import ROOT

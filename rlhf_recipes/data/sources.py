@@ -15,9 +15,9 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, TextIO
 
-from rlhf_recipes.arguments import DatasetSource, nearest
+from rlhf_recipes.arguments import DatasetSource
 from rlhf_recipes.data.kinds import SHOWN
-from rlhf_recipes.errors import RecipeError, first_line
+from rlhf_recipes.errors import RecipeError, first_line, nearest
 from rlhf_recipes.hub import why_not_loaded
 
 import pyarrow.parquet
@@ -78,7 +78,7 @@ def _read_parts(source: DatasetSource) -> list[Part]:
 def _refuse_unused(source: DatasetSource, what: str, *names: str) -> None:
     """Refuses options that a source of this sort would not read."""
     for name in names:
-        if getattr(source, name) is not None:
+        if getattr(source, name):
             keys = {"name": "name` or `dataset_config", "arguments": "arguments` or `dataset_arguments"}
             raise RecipeError(
                 f"{source.path} is {what}, which has no use for `{keys.get(name, name)}`: remove it (or set null)"

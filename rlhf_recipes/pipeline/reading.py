@@ -10,9 +10,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from rlhf_recipes.arguments import nearest, read_yaml
 from rlhf_recipes.engines import Engine, read_engine, refuse_one_gpus_arithmetic, refuse_what_an_engine_cannot
-from rlhf_recipes.errors import RecipeError
+from rlhf_recipes.errors import RecipeError, nearest
 from rlhf_recipes.evaluation.report import METRICS
 from rlhf_recipes.plan import Arguments, NoFitError, Plan, pick
 from rlhf_recipes.plan.arguments import resolve
@@ -22,6 +21,7 @@ from rlhf_recipes.ranking import RANKED
 from rlhf_recipes.records import RECIPE
 from rlhf_recipes.runs import files_in
 from rlhf_recipes.sampling import STATE
+from rlhf_recipes.yaml_files import read_yaml
 
 from accelerate.commands.config import default_config_file
 

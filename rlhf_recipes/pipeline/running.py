@@ -15,8 +15,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from rlhf_recipes.arguments import nearest, parse_values
-from rlhf_recipes.errors import RecipeError
+from rlhf_recipes.arguments import parse_values
+from rlhf_recipes.errors import RecipeError, nearest
 from rlhf_recipes.evaluation.report import METRICS
 from rlhf_recipes.evaluation.seeds import write_summary
 from rlhf_recipes.pipeline.reading import TRAINERS, Stage, read_stages
@@ -178,7 +178,7 @@ class Pipeline:
             print(f"{self._head(stage)}: {stage.folder}", flush=True)
             code = subprocess.run(command, pass_fds=(lock,)).returncode
         if code:
-            raise RecipeError(f"stages: {stage.name} failed; its own message is above. Run again to go on from there")
+            raise RecipeError(f"stages: {stage.name} did not finish; its own message is above. Run again to go on from there")
         print(f"{self._head(stage)}: took {time.monotonic() - started:.0f} s", flush=True)
 
     def _environment(self) -> dict[str, str]:
