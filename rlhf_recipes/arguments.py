@@ -50,6 +50,7 @@ class Launched(NamedTuple):
 ORIGIN: ContextVar[str] = ContextVar("origin", default="")  # of the arguments that this process runs with
 LAUNCHED: ContextVar[Launched | None] = ContextVar("launched", default=None)
 _STRICT = ConfigDict(strict=True, arbitrary_types_allowed=True, allow_inf_nan=False)
+_OF_ONE_DATASET = ("dataset_config", "column_mapping", "dataset_arguments")
 _NUMBER = re.compile(r"[+-]?(\d+\.?\d*|\.\d+)([eE][+-]?\d+)?")
 
 
@@ -116,6 +117,15 @@ class DataArguments:
             "choices": ["truncate", "drop", "error"],
         },
     )
+
+    def __post_init__(self):
+        if self.dataset_name and self.datasets:
+            raise ValueError("Set either `dataset_name` or `datasets`: both are set.")
+        if self.eval_datasets and self.test_split_size is not None:
+            raise ValueError("`eval_datasets` and `test_split_size` both say what to evaluate on: remove one of them.")
+        for key in _OF_ONE_DATASET if self.datasets else ():
+            if getattr(self, key):
+                raise ValueError(f"`{key}` belongs to `dataset_name`. With `datasets`, set it in each entry that needs it.")
 
 
 _NEEDS = {
@@ -502,7 +512,7 @@ def parse_arguments(
                 raise RecipeError(f"{where}: unknown key '{key}'{nearest(key, fields)}")
             value = _unpacked(value) if where == COMMAND_LINE else value
             values[key] = _checked(key, value, types[key], fields[key].metadata.get("choices"), where)
-    merged = {**from_file, **given}
+    merged = overlaid(from_file, given)
     where = f"{config} and {COMMAND_LINE}" if given else str(config)
     ORIGIN.set(where)
     _refuse_exclusive(merged, where, trains="learning_rate" in fields)
@@ -528,6 +538,19 @@ def parse_arguments(
             raise RecipeError(f"{where}: {error}") from error
     LAUNCHED.set(Launched(recipe, config, values))
     return groups
+
+
+def overlaid(under: Mapping[str, Any], over: Mapping[str, Any]) -> dict[str, Any]:
+    """`over` over `under`, as the command line goes over a file: the data that it names replace those of the file."""
+    gone: set[str] = set()
+    for one, others in (
+        ("datasets", ("dataset_name", *_OF_ONE_DATASET)),
+        ("dataset_name", ("datasets",)),
+        ("eval_datasets", ("test_split_size",)),
+        ("test_split_size", ("eval_datasets",)),
+    ):
+        gone.update(others if over.get(one) else ())
+    return {key: value for key, value in under.items() if key not in gone} | dict(over)
 
 
 def parse_values(recipe: str | Path, *types: type, values: Mapping[str, Any], here: bool = True) -> tuple[Any, ...]:

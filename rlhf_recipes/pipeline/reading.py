@@ -10,6 +10,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from rlhf_recipes.arguments import overlaid
 from rlhf_recipes.engines import Engine, read_engine, refuse_one_gpus_arithmetic, refuse_what_an_engine_cannot
 from rlhf_recipes.errors import RecipeError, nearest
 from rlhf_recipes.evaluation.report import METRICS
@@ -241,7 +242,7 @@ class _Reader:
         own = {"output_dir": str(place)} if self.seed is None else {"output_dir": str(place), "seed": self.seed}
         own |= self.tracked if recipe in TRAINERS else {}
         with _named(f"{where}: config"):
-            values = {**read_yaml(found(config, self.recipes)), **own, **arguments}
+            values = overlaid(read_yaml(found(config, self.recipes)), own | arguments)
         values.pop("needs", None)  # the order of the stages says so
         named = {key: value for key, value in values.items() if key != "output_dir"} | {"accelerate_config": self.launch}
         # Not the labels: the rounds of one store would all be done anew with every label that is added
