@@ -716,11 +716,12 @@ def _suit_the_machine(values: dict[str, Any], where: str) -> None:
 
 def _refuse_each_alone(groups: Sequence[Any], where: str) -> None:
     """Refuses several processes of which each would train by itself on everything, and write over the others."""
-    launched = int(os.environ.get("WORLD_SIZE", 1))
-    if launched > 1 and any(group.world_size == 1 for group in groups if isinstance(group, TrainingArguments)):
+    launched = os.environ.get("WORLD_SIZE", "") if "LOCAL_RANK" in os.environ else ""  # by torchrun, which accelerate calls
+    alone = any(group.world_size == 1 for group in groups if isinstance(group, TrainingArguments))
+    if alone and launched.isdecimal() and int(launched) > 1:
+        lacking = "this one knows of no other" if torch.cuda.is_available() else "there is no GPU that they could share out"
         raise RecipeError(
-            f"{where}: {launched} processes were launched, and there is no GPU that they could share out: set `use_cpu: true` "
-            "to share out CPUs, or launch one process"
+            f"{where}: {launched} processes were launched, and {lacking}: set `use_cpu: true` to share out CPUs, or launch one"
         )
 
 

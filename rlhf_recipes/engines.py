@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from rlhf_recipes.errors import RecipeError
+from rlhf_recipes.yaml_files import read_yaml
 
 from accelerate.utils import parse_flag_from_env
 
@@ -45,8 +46,6 @@ def read_engine(path: str | Path) -> Engine:
     Raises:
         RecipeError: if it cannot be read.
     """
-    from rlhf_recipes.yaml_files import read_yaml  # a recipe's arguments may be checked by this module
-
     path = Path(path)
     values = read_yaml(path)
     kind, where = str(values.get("distributed_type", "NO")).upper(), f"{path}: "

@@ -31,8 +31,8 @@ def why_not_loaded(name: str, error: BaseException, kind: str = "model") -> str:
     """
     if Path(name).exists():
         return first_line(error)
-    if name.count("/") > 1 or name.startswith((".", "~")):  # names on the Hub are OWNER/NAME
-        return f"there is no such folder (looked in {Path.cwd()})"
+    if kind == "model" and (name.count("/") > 1 or name.startswith((".", "/", "~"))):  # names on the Hub are OWNER/NAME
+        return "there is no such folder" + ("" if Path(name).is_absolute() else f" (looked in {Path.cwd()})")
     here = f"there is no folder {name} here, and " if kind == "model" else ""
     address = f"https://huggingface.co/{'datasets/' if kind == 'dataset' else ''}{name}"
     for cause in causes(error):

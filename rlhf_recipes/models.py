@@ -101,22 +101,25 @@ def read_weights(path: str | Path) -> dict[str, torch.Tensor]:
     return weights
 
 
-def refuse_not_finite(weights: Mapping[str, torch.Tensor], where: str | Path) -> None:
+@torch.no_grad()
+def refuse_not_finite(weights: Mapping[str, torch.Tensor], where: str | Path, remedy: str = "train it again") -> None:
     """Refuses weights that are NaN or infinite: all that comes of them would be, or look like an answer.
 
     Raises:
-        RecipeError: names the first of them.
+        RecipeError: names the first of them, and the remedy.
     """
     for name, weight in weights.items():
-        if not _is_finite(weight.detach()):
-            raise RecipeError(f"{where}: {name} holds numbers that are not finite (NaN or infinity): train it again")
+        if not _is_finite(weight):
+            raise RecipeError(f"{where}: {name} holds numbers that are not finite (NaN or infinity): {remedy}")
 
 
 def _is_finite(weight: torch.Tensor) -> bool:
-    if not weight.is_floating_point() or not weight.numel() or weight.is_meta or weight.element_size() == 1:
-        return True  # packed, elsewhere, or in 8 bits, of which there is no sum
-    # A sum is infinite or NaN where a weight is, and takes no room; where it is only large, one looks again
-    return bool(weight.sum(dtype=torch.float32).isfinite() or weight.float().isfinite().all())
+    packed = getattr(weight, "quant_state", None) is not None  # 4 bits, whatever type they are stored as
+    if packed or not weight.is_floating_point() or not weight.numel() or weight.is_meta or weight.element_size() == 1:
+        return True  # elsewhere, or in 8 bits, of which there is no sum
+    # A sum is infinite or NaN where a weight is; where it is only large, one looks again. In parts: a CPU makes fp32 of them
+    parts = weight.split(4096) if weight.ndim else [weight]
+    return all(part.sum(dtype=torch.float32).isfinite() or part.float().isfinite().all() for part in parts)
 
 
 def adapter_config(folder: str | Path, where: str = "") -> PeftConfig:
@@ -186,12 +189,15 @@ def check_ranks(config: PeftConfig, weights: Mapping[str, torch.Tensor], where: 
     Raises:
         RecipeError: with both.
     """
-    ranks = {weight.shape[0] for name, weight in weights.items() if "lora_A" in name and weight.ndim}
+    firsts = ("lora_A", "lora_embedding_A")
+    ranks = {weight.shape[0] for name, weight in weights.items() if weight.ndim and any(first in name for first in firsts)}
     named = {getattr(config, "r", None), *(getattr(config, "rank_pattern", None) or {}).values()} - {None}
-    if ranks and not all(type(rank) is int and rank <= max(ranks) for rank in named):
-        raise RecipeError(
-            f"{where}: does not fit its own weights: adapter_config.json says r {config.r}, and they have {max(ranks)}"
-        )
+    for rank in named if ranks else ():
+        # an `r` that patterns leave to no layer may be larger than those that there are
+        if type(rank) is not int or rank > max(4096, *ranks):
+            raise RecipeError(
+                f"{where}: does not fit its own weights: adapter_config.json says r {rank}, and they have {max(ranks)}"
+            )
 
 
 def check_all_there(model: PeftModel, name: str, weights: Mapping[str, torch.Tensor], where: str) -> None:
@@ -203,8 +209,11 @@ def check_all_there(model: PeftModel, name: str, weights: Mapping[str, torch.Ten
     expected = get_peft_model_state_dict(model, adapter_name=name, save_embedding_layers=False)
     if lacking := sorted(expected.keys() - weights.keys()):
         raise RecipeError(f"{where}: its weights lack {len(lacking)} of the adapter's ({lacking[0]}, ...): train it again")
-    if others := sorted(key for key in weights.keys() - expected.keys() if "lora_" in key or "embed" not in key):
-        raise RecipeError(f"{where}: its weights do not fit {base_name(model)}: {others[0]} has no counterpart")
+    # PEFT saves the embeddings and the LM head beside an adapter that stands on them: those are the base's
+    bases = (".base_layer.", "embed", "lm_head")
+    others = [key for key in weights.keys() - expected.keys() if "lora_" in key or not any(part in key for part in bases)]
+    if others:
+        raise RecipeError(f"{where}: its weights do not fit {base_name(model)}: {min(others)} has no counterpart")
 
 
 def load_model(arguments: ModelConfig, training: TrainingConfig) -> PreTrainedModel:
@@ -329,7 +338,7 @@ def load_architecture(
                 "own attention"
             ) from error
         raise RecipeError(f"model_name_or_path: {path}: {why_not_loaded(path, error)}") from error
-    refuse_not_finite(dict(model.named_parameters()), f"model_name_or_path: {path}")
+    refuse_not_finite(dict(model.named_parameters()), f"model_name_or_path: {path}", "copy or download it again")
     _check_4bit_sides(model, path)
     keep_gradients_exact(model)
     compile_layers(model, training)

@@ -7,11 +7,13 @@ the same each time.
 import contextlib
 import os
 import signal
+import traceback
 from collections.abc import Callable, Iterator
 from typing import Any
 
 from rlhf_recipes.errors import RecipeError
 
+from conftest import ROOT
 from hypothesis import HealthCheck, Phase, settings
 from hypothesis import strategies as st
 
@@ -63,6 +65,10 @@ def examples(usual: int) -> Callable[..., Any]:
     )
 
 
+class HangError(BaseException):
+    """No `Exception`, which the code under test may turn into a message."""
+
+
 def outcome(action: Callable[[], Any]) -> tuple[Any, str | None]:
     """What an action returns, or the one message that it ends in; any other error, and a hang, is the test's failure."""
     try:
@@ -70,6 +76,9 @@ def outcome(action: Callable[[], Any]) -> tuple[Any, str | None]:
             return action(), None
     except RecipeError as error:
         message = str(error)
+        ours = (NameError, AttributeError, UnboundLocalError)
+        frames = traceback.extract_tb(error.__cause__.__traceback__) if isinstance(error.__cause__, ours) else []
+        assert not (frames and f"{ROOT}/rlhf_recipes/" in frames[-1].filename), "a mistake of our own, in a message"
     assert message.strip()
     assert len(message) <= LONGEST, f"{len(message)} characters: {message[:LONGEST]}"
     assert not [letter for letter in message if letter != "\n" and not (letter.isprintable() or letter.isspace())], message
@@ -81,7 +90,7 @@ def outcome(action: Callable[[], Any]) -> tuple[Any, str | None]:
 @contextlib.contextmanager
 def _limited() -> Iterator[None]:
     def stop(*_: object) -> None:
-        raise AssertionError(f"it had not ended after {SECONDS} seconds")
+        raise HangError(f"it had not ended after {SECONDS} seconds")
 
     before = signal.signal(signal.SIGALRM, stop)
     signal.alarm(SECONDS)

@@ -6,6 +6,7 @@ Run as a script by each of two processes: the engine, and a JSON file of ports a
 import contextlib
 import json
 import os
+import random
 import socket
 import subprocess
 import sys
@@ -24,15 +25,25 @@ from trl import DPOTrainer, RewardTrainer, SFTTrainer  # noqa: F401 - imported w
 def in_two_processes(engine, stages, folder):
     """Runs stages, each `[recipe, option, ...]` or of `test_ppo_distributed`, by `configs/accelerate/{engine}.yaml`."""
     file = folder / f"{engine}.json"
-    with contextlib.ExitStack() as open_:  # all at once, so that they are different ones
-        ports = [open_.enter_context(socket.create_server(("127.0.0.1", 0))).getsockname()[1] for _ in stages]
-    file.write_text(json.dumps(list(zip(ports, stages, strict=True))))
+    file.write_text(json.dumps(list(zip(free_ports(len(stages)), stages, strict=True))))
     config = ("--config_file", str(ROOT / f"configs/accelerate/{engine}.yaml"), "--num_processes", "2", __file__)
     arguments, *_ = _validate_launch_command(launch_command_parser().parse_args(config))
     command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "--standalone", __file__]
     environment = prepare_multi_gpu_env(arguments) | {"ACCELERATE_USE_CPU": str(engine == "ddp").lower()}
     result = subprocess.run([*command, engine, str(file)], env=environment, capture_output=True, text=True, timeout=240)
     assert result.returncode == 0, (result.stdout + result.stderr)[-20000:]
+
+
+def free_ports(count):
+    """Ports that nobody listens on, and that the system gives to none that asks for any."""
+    with contextlib.ExitStack() as open_:  # all at once, so that they are different ones
+        ports = []
+        while len(ports) < count:
+            with contextlib.suppress(OSError):
+                port = random.SystemRandom().randrange(20_000, 32_000)
+                open_.enter_context(socket.create_server(("127.0.0.1", port)))
+                ports.append(port)
+        return ports
 
 
 def run_stages(stages):

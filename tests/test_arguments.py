@@ -226,6 +226,7 @@ def test_data_on_the_command_line_are_in_place_of_those_of_the_file(tmp_path):
 def test_processes_that_would_each_train_alone_are_refused(tmp_path, monkeypatch):
     _, training, _ = parse(tmp_path, "dataset_name: d.jsonl\n")
     monkeypatch.setenv("WORLD_SIZE", "2")  # as launched on a machine without a GPU
+    monkeypatch.setenv("LOCAL_RANK", "1")
     with pytest.raises(RecipeError, match=r"my\.yaml: 2 processes were launched, and there is no GPU .* set `use_cpu: true`"):
         arguments._refuse_each_alone([training], "my.yaml")
 

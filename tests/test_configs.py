@@ -121,19 +121,6 @@ def test_every_model_key_is_read_by_us_or_by_trls_own_readers():
 
 
 DOCUMENTS = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
-BLOCKS = [
-    pytest.param(block, id=f"{path.name}-{number}")
-    for path in DOCUMENTS
-    for number, block in enumerate(re.findall(r"```yaml\n(.*?)```", path.read_text(), re.S))
-]
-
-
-@pytest.mark.parametrize("block", BLOCKS)
-def test_yaml_in_the_documents_parses(block, tmp_path):
-    (tmp_path / "block.yaml").write_text(block)
-    recipe = ROOT / "recipes" / "sft.py"
-    types = runpy.run_path(str(recipe), run_name="not main")["ARGUMENTS"]
-    parse_arguments(recipe, *types, argv=["--config", str(tmp_path / "block.yaml")])
 
 
 @pytest.mark.parametrize("path", DOCUMENTS, ids=lambda path: path.name)

@@ -221,6 +221,7 @@ def run_command(text):
 def provide(path, recipe):
     """Writes a YAML file that a page names, if it is not there: the tiny world's, with folders of its own."""
     if not path.exists():
+        assert path.parts[0] != "configs" or path.parts[1] == "mine", f"there is no {path}"
         path.parent.mkdir(parents=True, exist_ok=True)
         text = Path(f"configs/tiny/{recipe if recipe != 'plan' else 'ppo'}.yaml").read_text()
         text = re.sub("runs/tiny/(sample|rank)", r"runs/\1", text)

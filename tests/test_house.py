@@ -27,7 +27,14 @@ def imported(path):
             yield from (name if name in MODULES else node.module for name in inner)
 
 
-GRAPH = {module: set(imported(path)) for module, path in MODULES.items()}
+def with_packages(module, names):
+    """Packages too, whose files are read with those in them; not the module's own, and not the one of all, which imports later."""
+    for name in names:
+        packages = [name.rsplit(".", depth)[0] for depth in range(name.count("."))]
+        yield from (one for one in packages if "." in one and not module.startswith(f"{one}."))
+
+
+GRAPH = {module: {*with_packages(module, imported(path))} for module, path in MODULES.items()}
 
 
 def reached(module, seen=()):

@@ -4,13 +4,23 @@ import shutil
 
 from rlhf_recipes import models
 from rlhf_recipes.errors import RecipeError
-from rlhf_recipes.models import PLAIN_CHAT_TEMPLATE, fingerprint, load_model, load_policy, load_tokenizer, resolve_path
+from rlhf_recipes.models import (
+    PLAIN_CHAT_TEMPLATE,
+    fingerprint,
+    load_model,
+    load_policy,
+    load_tokenizer,
+    put_adapter,
+    refuse_not_finite,
+    resolve_path,
+)
 from rlhf_recipes.records import RECIPE, write_json
 
 import pytest
 import torch
 from peft import LoraConfig, get_peft_model
 from safetensors.torch import load_file, save_file
+from small_ppo import make_model, with_adapter
 from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM
 from trl import ModelConfig, SFTConfig
 
@@ -253,3 +263,30 @@ def test_policy_does_not_start_from_an_adapter_of_another_base(adapter, tmp_path
     )
     with pytest.raises(RecipeError, match=both):
         load_started(adapter, tmp_path / "other")
+
+
+def test_4_bits_that_are_stored_as_floats_are_no_numbers_to_look_at():
+    """As under FSDP, which shares out floats only: read as bf16 some of them are NaN."""
+    arguments = ModelConfig("rlhf_recipes.tiny.base", load_in_4bit=True, bnb_4bit_quant_storage="bfloat16", dtype="float32")
+    model = load_model(arguments, SFTConfig(bf16=False, use_cpu=True))
+    packed = [weight for weight in model.parameters() if hasattr(weight, "quant_state")]
+    assert {weight.dtype for weight in packed} == {torch.bfloat16}
+    assert not all(weight.isfinite().all() for weight in packed)
+
+
+def test_an_adapter_on_the_lm_head_goes_round(tmp_path):
+    make_model().save_pretrained(tmp_path / "base")
+    policy = with_adapter(make_model(), target_modules=["q_proj", "lm_head"])
+    policy.save_pretrained(tmp_path / "adapter")
+    assert any(".base_layer." in name for name in load_file(tmp_path / "adapter" / "adapter_model.safetensors"))
+    loaded = put_adapter(make_model(), tmp_path / "adapter", "default", "start_from")
+    ids = torch.arange(4, 12)[None]
+    torch.testing.assert_close(loaded(ids).logits, policy.eval()(ids).logits)
+
+
+def test_weights_that_are_not_finite_are_found_wherever_they_stand():
+    weight = torch.zeros(10_000, 3)
+    refuse_not_finite({"w": weight, "large": torch.full((3,), 3e38)}, "here")
+    weight[9_999, 2] = torch.nan
+    with pytest.raises(RecipeError, match=r"here: w holds numbers that are not finite \(NaN or infinity\): do this"):
+        refuse_not_finite({"w": weight}, "here", "do this")

@@ -45,7 +45,6 @@ def check_lengths(
     _warn_of_plain_prompts(dataset, tokenizer, where)
     if max_length is None:
         return dataset, {"rows": len(dataset), "truncated": 0, "unusable": 0, "dropped": 0}
-    _refuse_beyond_context(dataset, tokenizer, max_length, where)
     verdicts = _verdicts(dataset, tokenizer, max_length)
     truncated, unusable = verdicts.count("truncated"), verdicts.count("unusable")
     counts = f"{where}: of {len(dataset)} rows, {truncated} lose the end of an answer or text at `max_length: {max_length}`"
@@ -63,16 +62,23 @@ def check_lengths(
     if not keep:
         raise RecipeError(f"{counts}: no row is left. Raise `max_length`.")
     report = {"rows": len(keep), "truncated": truncated, "unusable": unusable, "dropped": len(dataset) - len(keep)}
-    return dataset if len(keep) == len(dataset) else dataset.select(keep), report
+    kept = dataset if len(keep) == len(dataset) else dataset.select(keep)
+    _warn_beyond_context(kept, tokenizer, max_length, where)
+    return kept, report
 
 
-def _refuse_beyond_context(dataset: Dataset, tokenizer: PreTrainedTokenizerBase, max_length: int, where: str) -> None:
-    """Refuses rows that are longer than what the model was made to read, and would not be cut."""
+def _warn_beyond_context(dataset: Dataset, tokenizer: PreTrainedTokenizerBase, max_length: int, where: str) -> None:
+    """Says so where rows are longer than what the tokenizer was made for, and would not be cut."""
     context = tokenizer.model_max_length
     if context < max_length and (beyond := len(dataset) - _verdicts(dataset, tokenizer, context).count("")):
-        raise RecipeError(
-            f"{where}: of {len(dataset)} rows, {beyond} have more than the {context} tokens that this model reads "
-            f"(`model_max_length` of its tokenizer): set `max_length: {context}`"
+        logger.warning(
+            "%s: %d of %d rows have more than %d tokens, which is what %s says that its model reads (`model_max_length`): beyond "
+            "that most models say nothing of sense",
+            where,
+            beyond,
+            len(dataset),
+            context,
+            tokenizer.name_or_path,
         )
 
 

@@ -14,6 +14,7 @@ from rlhf_recipes.data.kinds import ACCEPTED, BATCH, SHAPES, Kind
 from rlhf_recipes.data.sources import Part
 from rlhf_recipes.errors import RecipeError, first_line
 
+import pyarrow
 from datasets import Dataset, Features, List, Value
 from datasets.fingerprint import Hasher
 from trl import extract_prompt, maybe_convert_to_chatml
@@ -105,7 +106,7 @@ def convert(part: Part, kind: Kind) -> Converted:
             load_from_cache_file=False,
             desc=f"Reading {part.label}",
         )
-    except (TypeError, ValueError, NotImplementedError) as error:  # Arrow's, for columns that it reads and cannot write
+    except pyarrow.ArrowException as error:  # for columns that it reads and cannot write
         raise RecipeError(
             f"{part.label}: its columns cannot be kept: {first_line(error)}: list those that are needed in `columns`"
         ) from error
@@ -149,9 +150,8 @@ def _shape(part: Part, kind: Kind) -> str:
 
 def _used_columns(shape: str, columns: list[str]) -> list[str]:
     """The columns that are read: those of the answers, and `prompt`, or without it what stands for a prompt."""
-    whole = (
-        shape == "completion" and "completion" not in columns
-    )  # `instruction` and `output`, whatever is in a `prompt` beside
+    # `instruction` and `output`, whatever is in a `prompt` beside them
+    whole = shape == "completion" and "completion" not in columns
     asked = "prompt" in columns and not whole
     question = {"prompt"} if asked else {"instruction", "input", "output"} if "instruction" in columns else set()
     used = _ANSWERS[shape] | (question if shape not in ("messages", "text") else set())

@@ -139,7 +139,7 @@ def _parse_file(path: str, split: str, mapping: dict[str, str]) -> Dataset:
         for _ in _json_rows(path):
             pass
     dataset = load_dataset(builder, data_files=glob.escape(path), split=split, **options)
-    if builder == "json" and "timestamp" in str(dataset.features.arrow_schema):
+    if builder == "json" and ": timestamp[" in str(dataset.features.arrow_schema):
         # Texts that all look like dates: what would be made of them is not what was written
         dataset = Dataset.from_list(list(_json_rows(path)))
         slices = ReadInstruction.from_spec(split).to_absolute({"train": len(dataset)})
@@ -177,7 +177,7 @@ def _check_csv(path: str) -> None:
             header, first = next(rows, []), next(rows, [])
     finally:
         csv.field_size_limit(limit)
-    if twice := [name for name, count in Counter(header).items() if count > 1]:
+    if twice := [name for name, count in Counter(header).items() if name and count > 1]:  # spreadsheets add empty ones
         raise _BadFileError(f"the header names the column `{twice[0]}` twice: rename one of them.")
     if len(first) > len(header):
         raise _BadFileError(

@@ -197,13 +197,12 @@ def _structural(arguments: Arguments) -> Iterator[dict[str, Any]]:
         yield {"load_in_4bit": True, "use_bnb_nested_quant": True}
     elif values.get("load_in_4bit") and not values.get("use_bnb_nested_quant"):
         yield {"use_bnb_nested_quant": True}
-    for key in ("max_length", "max_completion_length", "max_prompt_length"):
-        length = values.get(key) or 0
-        while length >= 256:
-            length //= 2
-            yield {key: length}
-    if values.get("use_peft") and values.get("lora_target_modules") == "all-linear":
+    if values.get("use_peft") and values.get("lora_target_modules") == "all-linear" and not values.get("start_from"):
         yield {"lora_target_modules": ["q_proj", "k_proj", "v_proj", "o_proj"]}
+    for part in (2, 4, 8):
+        for key in ("max_length", "max_completion_length", "max_prompt_length"):
+            if values.get(key) and values[key] // part >= 128:
+                yield {key: values[key] // part}
 
 
 def written(values: dict[str, Any]) -> str:
