@@ -29,7 +29,7 @@ from rlhf_recipes.models import (
     refuse_not_finite,
     resolve_path,
 )
-from rlhf_recipes.records import LOG, PENDING, RECIPE, read_json, write_json
+from rlhf_recipes.records import LOG, PENDING, RECIPE, read_json, write_json, write_text
 from rlhf_recipes.tracking import begin_tracking, complaint_of_tracker
 
 import torch
@@ -83,7 +83,7 @@ class RunMeter(TrainerCallback):
         if state.is_world_process_zero:
             path = Path(args.output_dir) / LOG
             path.parent.mkdir(parents=True, exist_ok=True)
-            path.write_text("".join(map(_log_line, state.log_history)), encoding="utf-8")
+            write_text(path, "".join(map(_log_line, state.log_history)))
         if torch.cuda.is_available():
             torch.cuda.reset_peak_memory_stats()
 
