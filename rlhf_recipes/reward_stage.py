@@ -104,7 +104,10 @@ def remove_earlier_results(output: str | Path, checkpoints: Sequence[str | None]
     """
     output = Path(output)
     if _go_on_in(output, checkpoints):
+        if len(checkpoints) > 1:
+            (output / RECIPE).unlink(missing_ok=True)  # until its members are finished again
         return
+    (output / RECIPE).unlink(missing_ok=True)
     for folder in _member_folders(output):
         shutil.rmtree(folder)
     remove_results(output, REWARD, *EVALUATION)

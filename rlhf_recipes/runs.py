@@ -19,6 +19,7 @@ from typing import Any
 
 from rlhf_recipes.arguments import read_yaml
 from rlhf_recipes.cards import write_card
+from rlhf_recipes.counting import Counts, tokens
 from rlhf_recipes.errors import RecipeError, first_line, lack_of_memory
 from rlhf_recipes.models import (
     ADAPTER,
@@ -57,6 +58,9 @@ _FREE_PREFIXES = ("logging_", "log_", "save_", "eval_", "per_device_eval_", "pus
 _WHOLE = ("config.json", "model*.safetensors*")
 _ADAPTER = ("adapter_config.json", "adapter_model*.safetensors")
 
+_SAVING = ".saving"
+"""Of a result that is not in its place yet, beside it."""
+
 
 class RunMeter(TrainerCallback):
     """Measures the wall time of training (evaluations and checkpoints included) and the memory at its peak.
@@ -81,9 +85,7 @@ class RunMeter(TrainerCallback):
         """Starts the clock, and the log: of a resumed run, with what was logged before its checkpoint."""
         self.first_step, self.start = state.global_step, time.perf_counter()
         if state.is_world_process_zero:
-            path = Path(args.output_dir) / LOG
-            path.parent.mkdir(parents=True, exist_ok=True)
-            write_text(path, "".join(map(_log_line, state.log_history)))
+            write_log(args, state)
         if torch.cuda.is_available():
             torch.cuda.reset_peak_memory_stats()
 
@@ -97,22 +99,27 @@ class RunMeter(TrainerCallback):
         """Stops the clock."""
         self.wall_time = time.perf_counter() - self.start
 
-    def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
-        """Leaves the arguments beside the checkpoint."""
-        if state.is_world_process_zero:
-            write_json(Path(args.output_dir) / f"checkpoint-{state.global_step}" / ARGUMENTS, self.arguments)
+    def leave_arguments(self, folder: str | Path) -> None:
+        """Leaves the arguments beside a checkpoint."""
+        write_json(Path(folder) / ARGUMENTS, self.arguments)
 
     def measured(self, trainer: Trainer) -> dict[str, Any]:
         """Seconds, steps, tokens per second (of this process's run, all devices) and peak memory in bytes."""
         steps = 0 if self.first_step is None else trainer.state.global_step - self.first_step
-        # counted from the start of the process, so of a resumed run the newest entry alone holds
-        tokens = next((entry["num_tokens"] for entry in reversed(trainer.state.log_history) if "num_tokens" in entry), None)
+        trained_on = tokens(trainer) - getattr(trainer, "tokens_before", 0)
         return {
             "wall_time_s": round(self.wall_time, 2),
             "steps": steps,
-            "tokens_per_s": round(tokens / self.wall_time, 1) if tokens and steps else None,
+            "tokens_per_s": round(trained_on / self.wall_time, 1) if trained_on and steps else None,
             "peak_memory": peak_memory(),
         }
+
+
+def write_log(args: TrainingArguments, state: TrainerState) -> None:
+    """Writes the log as far as a trainer knows it: what a killed run had added after its last checkpoint will come again."""
+    path = Path(args.output_dir) / LOG
+    path.parent.mkdir(parents=True, exist_ok=True)
+    write_text(path, "".join(map(_log_line, state.log_history)))
 
 
 def _log_line(entry: dict[str, Any]) -> str:
@@ -177,9 +184,9 @@ def write_record(
     output = Path(trainer.args.output_dir)
     if not record["run"]["steps"]:  # resumed at its end: what it cost was written then
         record["run"] = (read_json(output / PENDING) or read_json(output / RECIPE) or record)["run"]
-    write_json(output / (PENDING if pending else RECIPE), record)
+    write_json(output / PENDING, record)
     if not pending:
-        write_card(output)
+        finish_record(output)
 
 
 def finish_record(output: str | Path) -> dict[str, Any]:
@@ -280,19 +287,41 @@ def train(trainer: Trainer, checkpoint: str | None) -> None:
     checkpoints of that one go: they would be taken for its own.
     """
     if checkpoint is None and trainer.is_world_process_zero():
+        (Path(trainer.args.output_dir) / PENDING).unlink(missing_ok=True)
         for old in checkpoints_in(Path(trainer.args.output_dir)):
-            shutil.rmtree(old)
+            remove_checkpoint(old)
+    begin_tracking(trainer.args)
+    counts = Counts(trainer, checkpoint)
+    trainer.add_callback(counts)
+    _leave_arguments(trainer)
     if checkpoint:
         _explain_resumption(trainer, checkpoint)
         state, args = _state_of(Path(checkpoint)), trainer.args
         done = state.global_step >= args.max_steps if args.max_steps > 0 else state.epoch >= args.num_train_epochs
         if done:
             trainer._load_from_checkpoint(checkpoint)
+            trainer._load_rng_state(checkpoint)
             trainer.state = state
+            if trainer.is_world_process_zero():
+                write_log(trainer.args, state)
+            if not any("train_loss" in entry for entry in state.log_history):
+                counts.log_end()
             return
-    begin_tracking(trainer.args)
     with _said_when(trainer):
         trainer.train(resume_from_checkpoint=checkpoint)
+
+
+def _leave_arguments(trainer: Trainer) -> None:
+    """Has the arguments of the run stand beside a checkpoint before it is whole: on others it is not gone on from."""
+    save = trainer._save_rng_state
+
+    def save_rng_state(folder: str) -> None:
+        save(folder)
+        for meter in trainer.callback_handler.callbacks:
+            if isinstance(meter, RunMeter) and trainer.is_world_process_zero():
+                meter.leave_arguments(folder)
+
+    trainer._save_rng_state = save_rng_state
 
 
 def _state_of(checkpoint: Path) -> TrainerState:
@@ -386,20 +415,53 @@ def save_policy(trainer: Trainer) -> None:
 
     PEFT saves none beside an adapter, and the base's own may not know the EOS that was taught.
     """
-    trainer.save_model()
+    config = trainer.model.generation_config
+    ends = config.eos_token_id if isinstance(config.eos_token_id, list) else [config.eos_token_id]
+    config.eos_token_id = list(dict.fromkeys([trainer.processing_class.eos_token_id, *filter(None, ends)]))
+    save_result(trainer, config.save_pretrained)
+
+
+def save_result(trainer: Trainer, save_more: Callable[[str], Any] | None = None) -> None:
+    """Saves the model into the folder of the run: all of it is written there before anything of an earlier result goes.
+
+    Between the first file that is moved to its place and the record that is written in the end, the folder has no `recipe.json`.
+
+    Args:
+        trainer: after training.
+        save_more: what else one process writes into the folder that it is given.
+    """
+    output = Path(trainer.args.output_dir)
+    whole = output / _SAVING
     if trainer.is_world_process_zero():
+        shutil.rmtree(whole, ignore_errors=True)  # of a run that was killed
+    trainer.accelerator.wait_for_everyone()
+    trainer.save_model(str(whole), _internal_call=True)
+    if trainer.is_world_process_zero():
+        if save_more:
+            save_more(str(whole))
+        if (output / RECIPE).exists():
+            os.replace(output / RECIPE, output / PENDING)  # which knows what it cost, if this is that run
         # what an earlier run left of the other sort: together they would load as one
-        _remove(Path(trainer.args.output_dir), *(_WHOLE if is_peft_model(trainer.model) else _ADAPTER))
-        config = trainer.model.generation_config
-        ends = config.eos_token_id if isinstance(config.eos_token_id, list) else [config.eos_token_id]
-        config.eos_token_id = list(dict.fromkeys([trainer.processing_class.eos_token_id, *filter(None, ends)]))
-        config.save_pretrained(trainer.args.output_dir)
+        _remove(output, *(_WHOLE if is_peft_model(trainer.model) else _ADAPTER))
+        for path in whole.iterdir():
+            os.replace(path, output / path.name)
+        whole.rmdir()
+    trainer.accelerator.wait_for_everyone()
+    if trainer.args.push_to_hub:
+        trainer.save_model()
+
+
+def remove_checkpoint(checkpoint: Path) -> None:
+    """Removes a checkpoint; first of all that by which it is whole."""
+    (checkpoint / "trainer_state.json").unlink(missing_ok=True)
+    shutil.rmtree(checkpoint)
 
 
 def remove_results(output: Path, *others: str) -> None:
     """Removes what an earlier run left in a folder: its model, whole or not, checkpoints, records and `others` (patterns)."""
+    (output / RECIPE).unlink(missing_ok=True)
     for checkpoint in checkpoints_in(output):
-        shutil.rmtree(checkpoint)
+        remove_checkpoint(checkpoint)
     _remove(output, *_WHOLE, *_ADAPTER, RECIPE, PENDING, LOG, *others)
 
 

@@ -3,7 +3,6 @@
 import fcntl
 import os
 import runpy
-import shutil
 import subprocess
 import sys
 import time
@@ -22,7 +21,7 @@ from rlhf_recipes.evaluation.seeds import write_summary
 from rlhf_recipes.pipeline.reading import TRAINERS, Stage, read_stages
 from rlhf_recipes.plan.dial import written
 from rlhf_recipes.records import read_json, write_json, write_text
-from rlhf_recipes.runs import checkpoints_in
+from rlhf_recipes.runs import checkpoints_in, remove_checkpoint
 from rlhf_recipes.sampling import discard
 
 import yaml
@@ -226,7 +225,7 @@ def _forget(stage: Stage) -> None:
         return
     for folder in (stage.folder, *stage.folder.glob("member-*")):
         for checkpoint in checkpoints_in(folder):
-            shutil.rmtree(checkpoint)
+            remove_checkpoint(checkpoint)
     if stage.recipe == "sample":
         discard(stage.folder)
 
