@@ -1,6 +1,6 @@
 """What a trainer counts, left beside its checkpoints: a resumed run logs what the unbroken one does.
 
-Transformers and TRL begin to count anew where a run is resumed: tokens, what is averaged in the next line, the loss of all steps.
+Transformers and TRL begin to count anew where a run is resumed: tokens, what the next line averages, the loss of all steps.
 """
 
 import json

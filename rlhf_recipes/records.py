@@ -44,7 +44,8 @@ def write_text(path: Path, text: str) -> None:
     try:
         partial.write_text(text, encoding="utf-8")
         os.replace(partial, path)
-    except OSError:
+    except OSError as error:
+        error.filename = error.filename or str(path)  # which the system does not say where a disk is full
         with contextlib.suppress(OSError):
             partial.unlink(missing_ok=True)  # on a full disk it is in the way of others
         raise

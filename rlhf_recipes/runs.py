@@ -424,7 +424,7 @@ def save_policy(trainer: Trainer) -> None:
 def save_result(trainer: Trainer, save_more: Callable[[str], Any] | None = None) -> None:
     """Saves the model into the folder of the run: all of it is written there before anything of an earlier result goes.
 
-    Between the first file that is moved to its place and the record that is written in the end, the folder has no `recipe.json`.
+    From when the first file is moved to its place until the record is written in the end, the folder has no `recipe.json`.
 
     Args:
         trainer: after training.
@@ -432,13 +432,18 @@ def save_result(trainer: Trainer, save_more: Callable[[str], Any] | None = None)
     """
     output = Path(trainer.args.output_dir)
     whole = output / _SAVING
-    if trainer.is_world_process_zero():
+    first = trainer.is_world_process_zero()
+    if first:
         shutil.rmtree(whole, ignore_errors=True)  # of a run that was killed
     trainer.accelerator.wait_for_everyone()
-    trainer.save_model(str(whole), _internal_call=True)
-    if trainer.is_world_process_zero():
-        if save_more:
+    try:
+        trainer.save_model(str(whole), _internal_call=True)
+        if save_more and first:
             save_more(str(whole))
+    except Exception:
+        shutil.rmtree(whole, ignore_errors=True)  # on a full disk it is in the way of others
+        raise
+    if first:
         if (output / RECIPE).exists():
             os.replace(output / RECIPE, output / PENDING)  # which knows what it cost, if this is that run
         # what an earlier run left of the other sort: together they would load as one
