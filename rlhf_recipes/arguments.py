@@ -19,7 +19,7 @@ from types import UnionType
 from typing import Any, NamedTuple, NoReturn, Union, get_args, get_origin, get_type_hints
 
 from rlhf_recipes.engines import engine_here, refuse_what_an_engine_cannot
-from rlhf_recipes.errors import RecipeError, first_line, lack_of_memory
+from rlhf_recipes.errors import RecipeError, causes, first_line, lack_of_memory, refused_to_write
 from rlhf_recipes.tracking import settle_trackers
 
 import torch
