@@ -64,7 +64,7 @@ class Counts(TrainerCallback):
         self.on_train_begin(trainer.args, trainer.state, trainer.control)
         if self.known:
             trainer._total_loss_scalar += trainer._tr_loss.item()
-            trainer.model.train()  # by which TRL tells whose numbers they are
+            trainer.model.train(self.known["training"])  # by which TRL tells whose numbers they are
             trainer.log({"total_flos": trainer.state.total_flos, "train_loss": 0.0})
 
 
@@ -80,6 +80,7 @@ def _counts(trainer: Trainer) -> dict[str, Any]:
         "total_loss": trainer._total_loss_scalar,
         "last_logged": trainer._globalstep_last_logged,
         "tokens": getattr(trainer, "_total_train_tokens", 0),
+        "training": trainer.model.training,
         "metrics": json.loads(json.dumps(metrics, default=float)),
     }
 
@@ -102,6 +103,6 @@ def _read(trainer: Trainer, checkpoint: str) -> dict[str, Any]:
     metrics = known.get("metrics")
     lists = metrics.values() if isinstance(metrics, dict) else [None]
     values = [*numbers, *(value for one in lists for value in (one if isinstance(one, list) else [None]))]
-    if not all(type(value) in (int, float) for value in values):
+    if not all(type(value) in (int, float) for value in values) or type(known.get("training")) is not bool:
         raise RecipeError(f"{path}: was not written by a training: delete it, or go on from another checkpoint")
     return known

@@ -125,7 +125,7 @@ def write_log(args: TrainingArguments, state: TrainerState) -> None:
 def _log_line(entry: dict[str, Any]) -> str:
     """One line of JSON, which knows no NaN and no infinity."""
     finite = {key: None if isinstance(value, float) and not math.isfinite(value) else value for key, value in entry.items()}
-    return json.dumps(finite, default=str) + "\n"
+    return json.dumps(finite, default=str, sort_keys=True) + "\n"  # as checkpoints have them
 
 
 def peak_memory() -> dict[str, Any]:
@@ -554,4 +554,4 @@ def _last_metrics(trainer: Trainer) -> dict[str, float]:
     metrics: dict[str, float] = {}
     for entry in trainer.state.log_history:
         metrics.update(entry)
-    return metrics
+    return dict(sorted(metrics.items()))  # those of a checkpoint have this order
