@@ -216,7 +216,7 @@ def checkpoint_to_resume(training: TrainingArguments, *arguments: Any) -> str | 
             anew over an unfinished one.
     """
     wanted, output = training.resume_from_checkpoint, Path(training.output_dir)
-    _check_writable(output)
+    check_writable(output)
     if wanted in (None, False, "false", "False"):
         refuse_unfinished(output)
         return None
@@ -484,8 +484,12 @@ def evaluate_at_end(trainer: Trainer) -> None:
             trainer.evaluate()
 
 
-def _check_writable(output: Path) -> None:
-    """Says at the start what would otherwise be found out when the first checkpoint is written."""
+def check_writable(output: Path) -> None:
+    """Says at the start what would otherwise be found out when the first checkpoint, or a report, is written.
+
+    Raises:
+        RecipeError: if the folder cannot be made, or nothing can be written into it.
+    """
     try:
         output.mkdir(parents=True, exist_ok=True)
         probe = output / f".writable-{os.getpid()}"
