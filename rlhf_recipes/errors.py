@@ -2,6 +2,7 @@
 
 import errno
 import os
+import re
 
 _NO_MEMORY = (
     "out of memory",
@@ -68,8 +69,9 @@ def refused_to_write(error: BaseException) -> tuple[str, str] | None:
         if isinstance(cause, OSError) and cause.errno in _NOT_WRITTEN:
             return os.strerror(cause.errno), str(cause.filename or "")
         # Of a safetensors file, and of a pickle of PyTorch, which keeps the reason to itself
-        if type(cause).__name__ == "SafetensorError" and "os error" in str(cause):
-            return first_line(cause), ""
+        code = re.search(r"\(os error (\d+)\)", str(cause)) if type(cause).__name__ == "SafetensorError" else None
+        if code and int(code[1]) in _NOT_WRITTEN:
+            return os.strerror(int(code[1])), ""
         if isinstance(cause, RuntimeError) and any(sign in str(cause) for sign in _NOT_WRITTEN_BY_TORCH):
             return "is the disk full, or read-only?", ""
     return None

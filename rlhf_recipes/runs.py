@@ -294,6 +294,7 @@ def train(trainer: Trainer, checkpoint: str | None) -> None:
     counts = Counts(trainer, checkpoint)
     trainer.add_callback(counts)
     _leave_arguments(trainer)
+    _keep_card(trainer)
     if checkpoint:
         _explain_resumption(trainer, checkpoint)
         state, args = _state_of(Path(checkpoint)), trainer.args
@@ -309,6 +310,17 @@ def train(trainer: Trainer, checkpoint: str | None) -> None:
             return
     with _said_when(trainer):
         trainer.train(resume_from_checkpoint=checkpoint)
+
+
+def _keep_card(trainer: Trainer) -> None:
+    """Keeps the card of an earlier result as long as that is there: TRL writes its own at every checkpoint."""
+    create = trainer.create_model_card
+
+    def create_model_card(*arguments: Any, **options: Any) -> None:
+        if not (Path(trainer.args.output_dir) / RECIPE).exists():
+            create(*arguments, **options)
+
+    trainer.create_model_card = create_model_card
 
 
 def _leave_arguments(trainer: Trainer) -> None:

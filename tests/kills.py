@@ -8,11 +8,16 @@ kill each, and a seed.
 """
 
 import contextlib
+import errno
 import fcntl
+import gc
+import io
 import json
 import os
 import random
+import resource
 import runpy
+import shutil
 import signal
 import subprocess
 import sys
@@ -20,6 +25,7 @@ import time
 import traceback
 from pathlib import Path
 
+from rlhf_recipes.models import resolve_path
 from rlhf_recipes.pipeline.running import LOCK
 from rlhf_recipes.records import RECIPE
 
@@ -27,6 +33,7 @@ from rlhf_recipes.records import RECIPE
 import datasets
 import peft  # noqa: F401
 from conftest import ROOT, run_recipe
+from transformers import AutoModelForCausalLM
 from trl import DPOTrainer, RewardTrainer, SFTTrainer  # noqa: F401
 
 RECIPES = ("sft", "reward", "dpo", "ppo", "sample", "rank", "evaluate", "merge")
@@ -73,6 +80,49 @@ def ended(process, seconds):
     return os.waitstatus_to_exitcode(os.waitpid(process, 0)[1])
 
 
+def full_disk(recipe, folder):
+    """Lets this process write small files alone, or if it writes no others, only what is not written as a whole."""
+    if recipe in ("sft", "reward", "dpo", "ppo"):
+        resource.setrlimit(resource.RLIMIT_FSIZE, (200_000, 200_000))
+    else:
+        Path.write_text = refusing(Path.write_text, errno.ENOSPC, folder)
+
+
+def read_only(folder):
+    """Lets this process change nothing in a folder."""
+    for name in ("mkdir", "replace", "unlink"):
+        setattr(os, name, refusing(getattr(os, name), errno.EROFS, folder))
+    os.open = refusing(os.open, errno.EROFS, folder, lambda flags=0, *_, **__: flags & (os.O_WRONLY | os.O_RDWR | os.O_CREAT))
+    io.open = refusing(io.open, errno.EROFS, folder, lambda mode="r", *_, **__: set(mode) & set("wax+"))
+
+
+def refusing(function, code, folder, writes=lambda *_, **__: True):
+    """The same function, which fails for paths in a folder if it writes."""
+
+    def refuse(path, *arguments, **options):
+        if str(path).startswith(f"{folder}/") and writes(*arguments, **options):
+            raise OSError(code, os.strerror(code), str(path))
+        return function(path, *arguments, **options)
+
+    return refuse
+
+
+def unwritable(folder, name, stage):
+    """Runs a stage on a full disk, over its own result if it would write it again, and on one that is read-only."""
+    recipe, output, log = stage[0], folder / "full" / name, folder / "full" / f"{name}.log"
+    output.parent.mkdir(exist_ok=True)
+    if recipe not in ("sample", "merge", "pipeline"):
+        leave_out = ("checkpoint-*",) if recipe == "ppo" else ()  # this one begins anew, and the others go on from their end
+        shutil.copytree(folder / "whole" / name, output, ignore=shutil.ignore_patterns(*leave_out))
+    codes = {"full": ended(start(stage, output, log, lambda: full_disk(recipe, output.parent)), LIMIT)}
+    elsewhere = folder / "read-only" / name
+    elsewhere.parent.mkdir(exist_ok=True)
+    stage = [str(word).replace("OUT.yaml", str(folder / "whole" / "pipeline.yaml")) for word in stage]
+    forbidden = folder / "whole" / name if recipe == "pipeline" else elsewhere.parent
+    codes["read-only"] = ended(start(stage, elsewhere, elsewhere.with_suffix(".log"), lambda: read_only(forbidden)), LIMIT)
+    (folder / f"{name}.codes.json").write_text(json.dumps(codes))
+
+
 def pipeline(*options):
     """`recipes/pipeline.py`, whose stages are forked in its group of processes, and not launched."""
 
@@ -98,11 +148,11 @@ def pipeline(*options):
     run_recipe("pipeline", *options)
 
 
-def start(stage, output, log):
-    """A stage in a folder of its own."""
+def start(stage, output, log, first=lambda: None):
+    """A stage in a folder of its own; `first` is done in its process before."""
     recipe, *options = [str(word).replace("OUT", str(output)) for word in stage]
     run = pipeline if recipe == "pipeline" else lambda *words: run_recipe(recipe, *words)
-    return forked(lambda: run(*options), log)
+    return forked(lambda: (first(), run(*options)), log)
 
 
 def wait_for_lock(path):
@@ -143,6 +193,8 @@ def main(folder, stages, kills, seed):
     for recipe in RECIPES:
         runpy.run_path(str(ROOT / "recipes" / f"{recipe}.py"), run_name="imported")
     datasets.disable_progress_bars()
+    AutoModelForCausalLM.from_pretrained(resolve_path("rlhf_recipes.tiny.base"))  # what Transformers looks up once
+    gc.freeze()  # no stage has to look through all that was imported
     for name, stage in stages.items():
         rng = random.Random(f"{seed}/{name}")
         log = folder / f"{name}.log"
@@ -150,6 +202,7 @@ def main(folder, stages, kills, seed):
         if code := ended(start(stage, folder / "whole" / name, log), LIMIT):
             raise AssertionError(f"{name}: exit status {code}:\n{log.read_text()[-6000:]}")
         seconds = time.monotonic() - started
+        unwritable(folder, name, stage)
         left, rounds = kills, 0
         while left > 0:  # one that ended too soon begins again, elsewhere
             rounds += 1

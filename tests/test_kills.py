@@ -21,7 +21,7 @@ from safetensors.torch import load_file
 
 KILLS = int(os.environ.get("RLHF_RECIPES_KILLS", "2"))
 SEED = os.environ.get("RLHF_RECIPES_KILLS_SEED", "0")
-TIMES = re.compile("runtime|per_second|step_time|wall_time|tokens_per_s|^peak_memory$|^run$|^total_time$")
+TIMES = re.compile("runtime|per_second|step_time|wall_time|tokens_per_s|^peak_memory$|^run$|^resume_from_checkpoint$")
 CHECKPOINTS = {"save_steps": 1, "save_total_limit": 2, "eval_steps": 2, "logging_steps": 2, "warmup_steps": 0}
 STAGES = ("sft", "reward", "dpo", "ppo", "sample", "rank", "evaluate", "merge", "pipeline")
 
@@ -59,10 +59,10 @@ def small(folder):
 
     asked = {"dataset_name": prompts, "max_completion_length": 6, "batch_size": 16}
     return {
-        "sft": training("sft", texts, 4, 7, lora_dropout=0.1),
+        "sft": training("sft", texts, 4, 5, lora_dropout=0.1),
         "reward": training("reward", rankings, 4, 3, ensemble_size=2),
-        "dpo": training("dpo", rankings, 4, 5, start_from=policies["sft"]),
-        "ppo": training("ppo", prompts, 8, 5, start_from=policies["sft"], value_warmup_steps=1, max_completion_length=6),
+        "dpo": training("dpo", rankings, 4, 3, start_from=policies["sft"]),
+        "ppo": training("ppo", prompts, 8, 4, start_from=policies["sft"], value_warmup_steps=1, max_completion_length=6),
         "sample": settings("sample", **asked, policies=policies, num_completions=4, temperature=2.0),
         "rank": settings("rank", groups=str(folder / "whole" / "sample")),
         "evaluate": settings(
@@ -100,7 +100,7 @@ def folder(tmp_path_factory):
             "arguments": {"policies": {"base": None, "sft": "{sft}"}},
         },
     ]
-    for place in ("whole", *(f"killed-{number}" for number in range(1, KILLS + 1))):  # its folder stands in the file
+    for place in ("whole", "full", *(f"killed-{number}" for number in range(1, KILLS + 1))):  # its folder stands in the file
         (folder / place).mkdir()
         output = str(folder / place / "pipeline")
         (folder / place / "pipeline.yaml").write_text(yaml.safe_dump({"output_dir": output, "stages": entries}))
@@ -125,7 +125,7 @@ def content(path, folder):
         return load_file(path)
     if path.name == "training_args.bin":  # of a dataclass, and in it the folder
         return None
-    text = re.sub(rf"{folder.parent}/(whole|killed-\d+)", "FOLDER", path.read_text(encoding="utf-8"))
+    text = re.sub(rf"{folder.parent}/(whole|full|killed-\d+)", "FOLDER", path.read_text(encoding="utf-8"))
     if path.name == "sample.json":
         return {key: value for key, value in json.loads(text).items() if key != "files"}
     if path.suffix in (".json", ".jsonl"):
@@ -141,6 +141,17 @@ def results(folder):
     return {str(path.relative_to(folder)): content(path, folder.parent) for path in paths}
 
 
+def same(one, other, where):
+    """That two results are equal, weights by every bit."""
+    assert one.keys() == other.keys(), where
+    for name, value in one.items():
+        if name.endswith(".safetensors"):
+            assert value.keys() == other[name].keys()
+            assert all(torch.equal(value[key], other[name][key]) for key in value), f"{where}: {name}"
+        else:
+            assert other[name] == value, f"{where}: {name}"
+
+
 @pytest.mark.parametrize("stage", STAGES)
 def test_a_stage_that_was_killed_again_and_again_ends_as_the_unbroken_one(folder, stage):
     whole = results(folder / "whole" / stage)
@@ -148,11 +159,20 @@ def test_a_stage_that_was_killed_again_and_again_ends_as_the_unbroken_one(folder
     broken = [path for path in sorted(folder.glob("killed-*")) if (path / stage).exists()]
     assert broken
     for place in broken:
-        found = results(place / stage)
-        assert found.keys() == whole.keys()
-        for name, value in whole.items():
-            if name.endswith(".safetensors"):
-                assert value.keys() == found[name].keys()
-                assert all(torch.equal(value[key], found[name][key]) for key in value), f"{place.name}: {name}"
-            else:
-                assert found[name] == value, f"{place.name}: {name}"
+        same(whole, results(place / stage), place.name)
+
+
+@pytest.mark.parametrize("disk", ["full", "read-only"])
+@pytest.mark.parametrize("stage", STAGES)
+def test_a_disk_that_cannot_be_written_to_is_one_message_and_what_was_there_is_whole(folder, stage, disk):
+    assert json.loads((folder / f"{stage}.codes.json").read_text())[disk] == 2
+    said = (folder / disk / f"{stage}.log").read_text()
+    assert "Traceback" not in said
+    (message,) = [line for line in said.splitlines() if line.startswith("error: ")]
+    reason = "Read-only file system" if disk == "read-only" else "(No space left on device|File too large|is the disk full)"
+    assert re.search(rf"output_dir: {folder}/[\w./-]+: cannot be written( to)? \({reason}", message)
+    assert re.search("name another|make room|nothing is left of it", message)
+    if disk == "full" and (folder / disk / stage / "recipe.json").exists():
+        same(results(folder / "whole" / stage), results(folder / disk / stage), disk)
+    elif disk == "read-only":
+        assert not (folder / disk / stage).exists()
