@@ -173,6 +173,9 @@ def test_a_disk_that_cannot_be_written_to_is_one_message_and_what_was_there_is_w
     assert re.search(rf"output_dir: {folder}/[\w./-]+: cannot be written( to)? \({reason}", message)
     assert re.search("name another|make room|nothing is left of it", message)
     if disk == "full" and (folder / disk / stage / "recipe.json").exists():
-        same(results(folder / "whole" / stage), results(folder / disk / stage), disk)
+        whole, left = results(folder / "whole" / stage), results(folder / disk / stage)
+        if stage == "ppo":  # began anew, and so did this: `recipe.json` has the log of the result
+            del whole["log.jsonl"], left["log.jsonl"]
+        same(whole, left, disk)
     elif disk == "read-only":
         assert not (folder / disk / stage).exists()
