@@ -440,11 +440,11 @@ def save_result(trainer: Trainer, save_more: Callable[[str], Any] | None = None)
 
     Args:
         trainer: after training.
-        save_more: what else one process writes into the folder that it is given.
+        save_more: what else the process that saves writes into the folder that it is given.
     """
     output = Path(trainer.args.output_dir)
     whole = output / _SAVING
-    first = trainer.is_world_process_zero()
+    first = trainer.args.should_save
     if first:
         shutil.rmtree(whole, ignore_errors=True)  # of a run that was killed
     trainer.accelerator.wait_for_everyone()
@@ -458,9 +458,11 @@ def save_result(trainer: Trainer, save_more: Callable[[str], Any] | None = None)
     if first:
         if (output / RECIPE).exists():
             os.replace(output / RECIPE, output / PENDING)  # which knows what it cost, if this is that run
-        # what an earlier run left of the other sort: together they would load as one
-        _remove(output, *(_WHOLE if is_peft_model(trainer.model) else _ADAPTER))
+        # what an earlier run left, of the other sort or in other shards: together they would load as one
+        _remove(output, *_WHOLE, *_ADAPTER)
         for path in whole.iterdir():
+            if path.is_dir():
+                shutil.rmtree(output / path.name, ignore_errors=True)
             os.replace(path, output / path.name)
         whole.rmdir()
     trainer.accelerator.wait_for_everyone()
