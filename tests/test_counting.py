@@ -4,10 +4,12 @@ import json
 import shutil
 
 from rlhf_recipes.counting import COUNTS
+from rlhf_recipes.runs import ARGUMENTS
 
 import pytest
 import yaml
 from test_kills import small, without_times
+from transformers import TrainerState
 
 RECIPES = ("sft", "reward", "dpo", "ppo")
 
@@ -72,3 +74,17 @@ def test_counts_that_nobody_left_are_begun_anew_and_spoilt_ones_are_one_message(
         assert "Traceback" not in error
     counts.unlink()
     run(launch, folder, "sft", tmp_path / "without", "--resume_from_checkpoint", whole / "checkpoint-1")
+
+
+def test_a_checkpoint_is_not_whole_before_its_arguments_and_counts_are_there(launch, folder, tmp_path, monkeypatch):
+    """Killed in between, it would be gone on from with any arguments."""
+
+    def killed(*_):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(TrainerState, "save_to_json", killed)
+    with pytest.raises(KeyboardInterrupt):
+        run(launch, folder, "sft", tmp_path)
+    names = {path.name for path in (tmp_path / "checkpoint-1").iterdir()}
+    assert {ARGUMENTS, COUNTS.format(0), "optimizer.pt", "adapter_model.safetensors"} < names
+    assert "trainer_state.json" not in names

@@ -107,7 +107,8 @@ def folder(tmp_path_factory):
     stages["pipeline"] = ["pipeline", "--config", "OUT.yaml"]
     (folder / "stages.json").write_text(json.dumps(stages))
     command = [sys.executable, str(Path(__file__).with_name("kills.py")), str(folder), str(folder / "stages.json")]
-    result = subprocess.run([*command, str(KILLS), SEED], capture_output=True, text=True)
+    environment = os.environ | {"HF_DATASETS_CACHE": str(folder / "datasets")}
+    result = subprocess.run([*command, str(KILLS), SEED], env=environment, capture_output=True, text=True)
     print(result.stdout)
     assert result.returncode == 0, (result.stdout + result.stderr)[-10000:]
     return folder
