@@ -22,7 +22,7 @@ class Counts(TrainerCallback):
 
     Parameters:
         trainer: the trainer.
-        checkpoint: what it goes on from, or None. One without counts, as TRL alone leaves them, is counted from anew.
+        checkpoint: what it goes on from, or None. One without counts, as TRL alone is gone on from without
 
     Raises:
         RecipeError: where the counts of the checkpoint are malformed.
@@ -32,14 +32,12 @@ class Counts(TrainerCallback):
         self.trainer, self.known = trainer, _read(trainer, checkpoint) if checkpoint else {}
         save, log = trainer._save_rng_state, trainer.log
 
-        def save_rng_state(
-            folder: str,
-        ) -> None:  # of all that each process writes, the last before what makes a checkpoint whole
+        def save_rng_state(folder: str) -> None:  # the last that each process writes before a checkpoint is whole
             save(folder)
             write_json(_path(trainer, folder), _counts(trainer))
 
         def log_all(logs: dict[str, float], *arguments: Any, **options: Any) -> None:
-            if "train_loss" in logs:
+            if "train_loss" in logs and (self.known or not checkpoint):
                 logs["train_loss"] = trainer._total_loss_scalar / max(trainer.state.global_step, 0.001)
             log(logs, *arguments, **options)
 
