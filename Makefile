@@ -10,6 +10,7 @@ export TOKENIZERS_PARALLELISM := false
 
 demo: .venv/installed
 	$(BIN)/python recipes/pipeline.py
+	@echo "$(BIN)/python recipes/chat.py talks to these policies; README.md says how to go on with your own data"
 
 test: .venv/installed
 	$(BIN)/python -m pytest --numprocesses 2 --dist loadfile --no-loadscope-reorder

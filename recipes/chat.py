@@ -7,12 +7,13 @@
 answer, `/help` the rest. Lines may come through a pipe. Start it with `python`: a Ctrl-C would end `accelerate launch`.
 """
 
-from rlhf_recipes.arguments import ChatArguments, parse_arguments, user_errors
+from rlhf_recipes.arguments import ChatArguments, parse_arguments
 from rlhf_recipes.chat import Chat
 from rlhf_recipes.evaluation.measure import load_named_rewards
 from rlhf_recipes.evaluation.policies import load_bench, read_policies
 from rlhf_recipes.models import load_tokenizer
 from rlhf_recipes.sampling import refuse_best_of
+from rlhf_recipes.terminal import user_errors
 
 from accelerate import PartialState
 from trl import ModelConfig

@@ -9,7 +9,7 @@ curves, reward against KL, reliability diagrams, and answers side by side. One p
 
 from pathlib import Path
 
-from rlhf_recipes.arguments import DataArguments, EvaluateArguments, parse_arguments, user_errors
+from rlhf_recipes.arguments import DataArguments, EvaluateArguments, parse_arguments
 from rlhf_recipes.data import check_lengths, load_texts, never_cut
 from rlhf_recipes.evaluation.measure import (
     Measurement,
@@ -26,6 +26,7 @@ from rlhf_recipes.evaluation.report import write_report
 from rlhf_recipes.evaluation.results import collect
 from rlhf_recipes.models import load_tokenizer
 from rlhf_recipes.runs import check_writable
+from rlhf_recipes.terminal import user_errors
 
 from accelerate import PartialState
 from trl import ModelConfig

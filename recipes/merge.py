@@ -8,7 +8,7 @@ logits or scores are compared with the adapter's before it is in `output_dir`. W
 scale of a reward model, `recipe.json`, and a model card. It is done on the CPU, by one process.
 """
 
-from rlhf_recipes.arguments import MergeArguments, parse_arguments, user_errors
+from rlhf_recipes.arguments import MergeArguments, parse_arguments
 from rlhf_recipes.merging import (
     adapter_and_base,
     check,
@@ -19,6 +19,7 @@ from rlhf_recipes.merging import (
     whole_or_nothing,
 )
 from rlhf_recipes.models import load_tokenizer
+from rlhf_recipes.terminal import user_errors
 
 from accelerate import PartialState
 from trl import ModelConfig

@@ -9,7 +9,7 @@ base, in 4 bits with `load_in_4bit: true`. Saves the policy's adapter with its t
 
 from pathlib import Path
 
-from rlhf_recipes.arguments import DataArguments, PPOArguments, explained, parse_arguments, user_errors
+from rlhf_recipes.arguments import DataArguments, PPOArguments, explained, parse_arguments
 from rlhf_recipes.data import load_data, load_texts, never_cut
 from rlhf_recipes.models import load_policy, load_tokenizer, without_what_is_done
 from rlhf_recipes.ppo import PPOConfig, PPOTrainer
@@ -24,6 +24,7 @@ from rlhf_recipes.runs import (
     train,
     write_record,
 )
+from rlhf_recipes.terminal import user_errors
 
 from accelerate import PartialState
 from trl import ModelConfig, get_peft_config

@@ -10,7 +10,7 @@ average with deviation 1, and what held-out comparisons say of it: `evaluation.j
 
 from pathlib import Path
 
-from rlhf_recipes.arguments import DataArguments, RewardArguments, explained, parse_arguments, user_errors
+from rlhf_recipes.arguments import DataArguments, RewardArguments, explained, parse_arguments
 from rlhf_recipes.data import demonstrations_of
 from rlhf_recipes.evaluation.rewards import measure_and_scale, summary, write_evaluation
 from rlhf_recipes.models import release_memory, without_what_is_done
@@ -24,6 +24,7 @@ from rlhf_recipes.reward_stage import (
     remove_earlier_results,
 )
 from rlhf_recipes.runs import RunMeter, end, evaluate_at_end, run_missing, save_result, train, write_record
+from rlhf_recipes.terminal import user_errors
 
 from accelerate import PartialState
 from trl import ModelConfig, RewardConfig

@@ -9,11 +9,12 @@ all.
 
 from dataclasses import asdict
 
-from rlhf_recipes.arguments import DataArguments, SampleArguments, parse_arguments, user_errors
+from rlhf_recipes.arguments import DataArguments, SampleArguments, parse_arguments
 from rlhf_recipes.data import check_lengths, load_data, never_cut
 from rlhf_recipes.evaluation.policies import load_bench, read_policies
 from rlhf_recipes.models import load_tokenizer
 from rlhf_recipes.sampling import GroupFile, refuse_best_of, sample_groups
+from rlhf_recipes.terminal import user_errors
 
 from accelerate import PartialState
 from tqdm import tqdm

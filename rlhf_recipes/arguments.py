@@ -3,14 +3,13 @@
 import argparse
 import contextlib
 import dataclasses
-import difflib
 import json
 import os
 import re
 import sys
 import tempfile
 import warnings
-from collections.abc import Hashable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextvars import ContextVar, copy_context
 from dataclasses import dataclass, field
 from enum import Enum
@@ -19,13 +18,15 @@ from types import UnionType
 from typing import Any, NamedTuple, NoReturn, Union, get_args, get_origin, get_type_hints
 
 from rlhf_recipes.engines import engine_here, refuse_what_an_engine_cannot
-from rlhf_recipes.errors import RecipeError, causes, first_line, lack_of_memory, refused_to_write
+from rlhf_recipes.errors import RecipeError, nearest, one_line
 from rlhf_recipes.tracking import settle_trackers
+from rlhf_recipes.yaml_files import read_yaml
 
 import torch
 import yaml
 from jinja2 import TemplateError
 from pydantic import ConfigDict, TypeAdapter, ValidationError
+from transformers import TrainingArguments
 from trl import TrlParser
 from trl.scripts.utils import DatasetConfig
 
@@ -46,10 +47,10 @@ class Launched(NamedTuple):
     values: dict[str, Any]
 
 
-_origin: ContextVar[str] = ContextVar("origin", default="")  # of the arguments that this process runs with
-_launched: ContextVar[Launched | None] = ContextVar("launched", default=None)
+ORIGIN: ContextVar[str] = ContextVar("origin", default="")  # of the arguments that this process runs with
+LAUNCHED: ContextVar[Launched | None] = ContextVar("launched", default=None)
 _STRICT = ConfigDict(strict=True, arbitrary_types_allowed=True, allow_inf_nan=False)
-_DEEPEST, _LARGEST = 50, 10_000_000  # lists and mappings in one another, and characters, of a YAML file
+_OF_ONE_DATASET = ("dataset_config", "column_mapping", "dataset_arguments")
 _NUMBER = re.compile(r"[+-]?(\d+\.?\d*|\.\d+)([eE][+-]?\d+)?")
 
 
@@ -116,6 +117,15 @@ class DataArguments:
             "choices": ["truncate", "drop", "error"],
         },
     )
+
+    def __post_init__(self):
+        if self.dataset_name and self.datasets:
+            raise ValueError("Set either `dataset_name` or `datasets`: both are set.")
+        if self.eval_datasets and self.test_split_size is not None:
+            raise ValueError("`eval_datasets` and `test_split_size` both say what to evaluate on: remove one of them.")
+        for key in _OF_ONE_DATASET if self.datasets else ():
+            if getattr(self, key):
+                raise ValueError(f"`{key}` belongs to `dataset_name`. With `datasets`, set it in each entry that needs it.")
 
 
 _NEEDS = {
@@ -502,9 +512,9 @@ def parse_arguments(
                 raise RecipeError(f"{where}: unknown key '{key}'{nearest(key, fields)}")
             value = _unpacked(value) if where == COMMAND_LINE else value
             values[key] = _checked(key, value, types[key], fields[key].metadata.get("choices"), where)
-    merged = {**from_file, **given}
+    merged = overlaid(from_file, given)
     where = f"{config} and {COMMAND_LINE}" if given else str(config)
-    _origin.set(where)
+    ORIGIN.set(where)
     _refuse_exclusive(merged, where, trains="learning_rate" in fields)
     _refuse_unusable(merged, where)
     if "bf16" in fields:
@@ -518,45 +528,29 @@ def parse_arguments(
             warnings.filterwarnings("ignore", message="`gradient_checkpointing` is deprecated", category=FutureWarning)
             groups = parser.parse_dict(merged)
     except (ValueError, TypeError, ImportError) as error:  # the dataclasses' own checks
-        raise RecipeError(f"{where}: {_one_line(error)}") from error
+        raise RecipeError(f"{where}: {one_line(error)}") from error
     values = {key: value for group in groups for key, value in vars(group).items()}
     if here:
+        _refuse_each_alone(groups, where)
         try:
             refuse_what_an_engine_cannot(recipe.stem, values, engine_here())
         except RecipeError as error:
             raise RecipeError(f"{where}: {error}") from error
-    _launched.set(Launched(recipe, config, values))
+    LAUNCHED.set(Launched(recipe, config, values))
     return groups
 
 
-def read_yaml(path: Path) -> dict[str, Any]:
-    """The mapping in a YAML file.
-
-    Raises:
-        RecipeError: if there is no such file, or it is not YAML, not a mapping, or names a key twice.
-    """
-    try:
-        text = path.read_text(encoding="utf-8")
-    except FileNotFoundError:
-        siblings = [str(other) for other in path.parent.glob("*.yaml")] if path.parent.is_dir() else []
-        raise RecipeError(f"{path}: no such file{nearest(str(path), siblings)}") from None
-    except (OSError, UnicodeDecodeError) as error:
-        raise RecipeError(f"{path}: cannot be read ({error})") from error
-    try:
-        values = yaml.load(text, Loader=_StrictLoader)
-        _check_values(values)
-    except yaml.YAMLError as error:
-        raise RecipeError(f"{path}: not valid YAML: {_one_line(error)}") from error
-    except RecursionError as error:
-        raise RecipeError(f"{path}: not valid YAML: lists or mappings stand in one another too deeply to be read") from error
-    if values is None:
-        return {}
-    if not isinstance(values, dict):
-        raise RecipeError(f"{path}: must hold one `key: value` on each line, and holds a {type(values).__name__}")
-    for key in values:
-        if not isinstance(key, str):
-            raise RecipeError(f"{path}: the key {key!r} is no text ({type(key).__name__}): write it in quotes")
-    return values
+def overlaid(under: Mapping[str, Any], over: Mapping[str, Any]) -> dict[str, Any]:
+    """`over` over `under`, as the command line goes over a file: the data that it names replace those of the file."""
+    gone: set[str] = set()
+    for one, others in (
+        ("datasets", ("dataset_name", *_OF_ONE_DATASET)),
+        ("dataset_name", ("datasets",)),
+        ("eval_datasets", ("test_split_size",)),
+        ("test_split_size", ("eval_datasets",)),
+    ):
+        gone.update(others if over.get(one) else ())
+    return {key: value for key, value in under.items() if key not in gone} | dict(over)
 
 
 def parse_values(recipe: str | Path, *types: type, values: Mapping[str, Any], here: bool = True) -> tuple[Any, ...]:
@@ -581,75 +575,19 @@ def parse_values(recipe: str | Path, *types: type, values: Mapping[str, Any], he
             raise RecipeError(str(error).removeprefix(f"{written}: ")) from error
 
 
-def nearest(word: str, words: Iterable[str]) -> str:
-    """`; did you mean 'x'?` with the most similar of `words`, or nothing if none is similar."""
-    close = difflib.get_close_matches(word, list(words), n=1)
-    return f"; did you mean '{close[0]}'?" if close else ""
-
-
-@contextlib.contextmanager
-def user_errors() -> Iterator[None]:
-    """Prints a `RecipeError` as one message without a traceback, and exits with status 2.
-
-    What goes wrong after the arguments were parsed is said with the file that they came from, and of none that was parsed
-    before: a process may run several recipes. A lack of memory, whatever it is raised as, is said with what to change, and so
-    is a disk that is full or may not be written to.
-    """
-    tokens = (_origin, _origin.set("")), (_launched, _launched.set(None))
-    try:
-        yield
-    except Exception as error:
-        exhausted = lack_of_memory(error)
-        told = error if isinstance(error, RecipeError) else _not_written(error)
-        if exhausted is None and told is None:
-            raise
-        _print_error(told if exhausted is None else _with_advice(error, exhausted))
-        sys.exit(2)
-    finally:
-        for variable, token in tokens:
-            variable.reset(token)
-
-
-def _print_error(message: object) -> None:
-    origin = _origin.get()
-    named = f"{origin}: " if origin and not str(message).startswith(origin) else ""
-    print(f"error: {named}{message}", file=sys.stderr)
-
-
-def _not_written(error: BaseException) -> str | None:
-    """A message where a disk is full, or may not be written to; None where it is something else."""
-    found, launched = refused_to_write(error), _launched.get()
-    if found is None:
-        return None
-    values = launched.values if launched else {}
-    (reason, file), output = found, values.get("output_dir")
-    within = bool(output) and (not file or Path(output).resolve() in (Path(file).resolve(), *Path(file).resolve().parents))
-    if not within and (not file or any(isinstance(cause, PermissionError) for cause in causes(error))):
-        return None  # one that could not be read
-    again = " with `resume_from_checkpoint: true`" if within and "resume_from_checkpoint" in values else ""
-    place = f"output_dir: {output}" if within else file
-    return f"{place}: cannot be written to ({reason}); what was whole before is kept: make room, and run again{again}"
-
-
-def _with_advice(error: BaseException, exhausted: BaseException) -> str:
-    from rlhf_recipes.plan.exhausted import explain  # the plan stands on the arguments
-
-    return explain(exhausted, _launched.get(), getattr(error, "__notes__", []))
-
-
 @contextlib.contextmanager
 def explained(stage: str) -> Iterator[None]:
     """Turns the errors by which a trainer refuses its arguments or data, when it is made, into a `RecipeError`."""
     try:
         yield
     except (ValueError, TemplateError, ImportError) as error:
-        raise RecipeError(f"{stage}: {_one_line(error)}") from error
+        raise RecipeError(f"{stage}: {one_line(error)}") from error
     except (RuntimeError, OSError) as error:
         # TRL's ways to refuse a row and to say that vLLM is not there, and that of Transformers to refuse a tracker
         known = ("assistant_only_loss", "The vLLM server", "to be installed")
         if not any(words in str(error) for words in known):
             raise
-        raise RecipeError(f"{stage}: {_one_line(error)}") from error
+        raise RecipeError(f"{stage}: {one_line(error)}") from error
 
 
 class _RecipeParser(TrlParser):
@@ -679,63 +617,6 @@ class _RecipeParser(TrlParser):
             known = [action.dest for action in self._actions]
             raise RecipeError(f"{COMMAND_LINE}: unknown option '{word}'{nearest(key, known)}")
         return vars(namespace)
-
-
-class _StrictLoader(yaml.SafeLoader):
-    """Refuses a key that stands twice, of which YAML would silently keep the last, and says where it cannot read on."""
-
-    def construct_object(self, node: yaml.Node, deep: bool = False) -> Any:
-        try:
-            return super().construct_object(node, deep)
-        except (ValueError, KeyError, AttributeError, TypeError) as error:  # PyYAML's, for 2001-13-45, 0x_ or !!bool maybe
-            found = f" {node.value!r}" if isinstance(node, yaml.ScalarNode) else ""
-            kind = node.tag.rpartition(":")[2]
-            raise yaml.YAMLError(
-                f"line {node.start_mark.line + 1}:{found} cannot be read as {kind} ({first_line(error)})"
-            ) from error
-
-    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
-        seen = set()
-        for key_node, _ in node.value:
-            if key_node.tag == "tag:yaml.org,2002:merge":  # `<<: *anchor`
-                continue
-            key = self.construct_object(key_node, deep=deep)
-            if not isinstance(key, Hashable):
-                raise yaml.YAMLError(f"line {key_node.start_mark.line + 1}: a {type(key).__name__} cannot be a key")
-            if key in seen:
-                raise yaml.YAMLError(f"line {key_node.start_mark.line + 1}: the key {key!r} stands twice")
-            seen.add(key)
-        return super().construct_mapping(node, deep)
-
-
-def _check_values(values: Any) -> None:
-    """Refuses what would be read, and fail where it is used: endless or enormous by its anchors, too deep, or no real text."""
-    sizes: dict[int, int] = {}  # of lists and mappings, by their identity: anchors make a few lines stand for any number
-
-    def size(value: Any, above: tuple[int, ...]) -> int:
-        if isinstance(value, str):
-            _check_text(value)
-            return len(value)
-        if not isinstance(value, dict | list):
-            return 1
-        if id(value) in above:
-            raise yaml.YAMLError("an anchor stands for something that it is a part of")
-        if len(above) == _DEEPEST:
-            raise yaml.YAMLError(f"more than {_DEEPEST} lists or mappings stand in one another")
-        if id(value) not in sizes:
-            items = [*value.keys(), *value.values()] if isinstance(value, dict) else value
-            sizes[id(value)] = 1 + sum(size(item, (*above, id(value))) for item in items)
-        return sizes[id(value)]
-
-    if size(values, ()) > _LARGEST:
-        raise yaml.YAMLError(f"with its anchors written out it has more than {_LARGEST} characters")
-
-
-def _check_text(text: str) -> None:
-    """Refuses letters that no file name can have, and no file hold."""
-    for letter in text if not text.isprintable() else "":
-        if letter == "\0" or "\ud800" <= letter <= "\udfff":
-            raise yaml.YAMLError(f"{text[:40]!r} has the letter {letter!r}, which no text can hold")
 
 
 def _unpacked(value: Any) -> Any:
@@ -833,6 +714,16 @@ def _suit_the_machine(values: dict[str, Any], where: str) -> None:
     values.setdefault("dataloader_pin_memory", False)
 
 
+def _refuse_each_alone(groups: Sequence[Any], where: str) -> None:
+    """Refuses several processes of which each would train by itself on everything, and write over the others."""
+    launched = int(os.environ.get("WORLD_SIZE", 1))
+    if launched > 1 and any(group.world_size == 1 for group in groups if isinstance(group, TrainingArguments)):
+        raise RecipeError(
+            f"{where}: {launched} processes were launched, and there is no GPU that they could share out: set `use_cpu: true` "
+            "to share out CPUs, or launch one process"
+        )
+
+
 def _refuse_bf16_without_support(values: dict[str, Any], where: str) -> None:
     """A GPU without it would emulate it, slowly, and Transformers does not say so. Where nobody asks for it, it is off."""
     if values.get("use_cpu") or not torch.cuda.is_available() or torch.cuda.is_bf16_supported(including_emulation=False):
@@ -867,7 +758,3 @@ def _json_mapping(text: str) -> Any:
     if not isinstance(value, dict):
         raise argparse.ArgumentTypeError(f"expected a JSON mapping such as '{{\"key\": 1}}', found {text!r}")
     return value
-
-
-def _one_line(error: Exception) -> str:
-    return " ".join(str(error).split())

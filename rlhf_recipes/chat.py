@@ -7,8 +7,8 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
-from rlhf_recipes.arguments import ChatArguments, nearest
-from rlhf_recipes.errors import RecipeError, first_line
+from rlhf_recipes.arguments import ChatArguments
+from rlhf_recipes.errors import RecipeError, first_line, nearest
 from rlhf_recipes.evaluation.answers import Answer, log_probs, prompt_ids, stream
 from rlhf_recipes.evaluation.measure import NamedReward
 from rlhf_recipes.evaluation.policies import Bench, Policy

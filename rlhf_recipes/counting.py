@@ -22,7 +22,7 @@ class Counts(TrainerCallback):
 
     Parameters:
         trainer: the trainer.
-        checkpoint: what it goes on from, or None. One without counts, as TRL alone is gone on from without
+        checkpoint: what it goes on from, or None. One without counts, as TRL alone leaves them, is gone on from all the same.
 
     Raises:
         RecipeError: where the counts of the checkpoint are malformed.

@@ -4,7 +4,7 @@ import copy
 from dataclasses import dataclass
 from typing import Any
 
-from rlhf_recipes.arguments import nearest
+from rlhf_recipes.errors import nearest
 from rlhf_recipes.models import keep_adapter_in_fp32, types_kept
 from rlhf_recipes.roles import POLICY, saved_alone
 

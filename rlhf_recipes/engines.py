@@ -45,7 +45,7 @@ def read_engine(path: str | Path) -> Engine:
     Raises:
         RecipeError: if it cannot be read.
     """
-    from rlhf_recipes.arguments import read_yaml  # a recipe's arguments may be checked by this module
+    from rlhf_recipes.yaml_files import read_yaml  # a recipe's arguments may be checked by this module
 
     path = Path(path)
     values = read_yaml(path)

@@ -1,8 +1,10 @@
 """The one kind of error that is the user's to mend."""
 
+import difflib
 import errno
 import os
 import re
+from collections.abc import Iterable
 
 _NO_MEMORY = (
     "out of memory",
@@ -23,7 +25,7 @@ class RecipeError(Exception):
     """Something in a YAML file, on the command line, or in the data is wrong.
 
     The message names the file, the key or row, and the remedy. Recipes print it without a traceback and exit with status 2
-    (`rlhf_recipes.arguments.user_errors`). What it quotes of a file may be anything: a terminal shows it, and does not obey it,
+    (`rlhf_recipes.terminal.user_errors`). What it quotes of a file may be anything: a terminal shows it, and does not obey it,
     and of a very long message it shows both ends.
     """
 
@@ -82,3 +84,16 @@ def _says_no_memory(error: BaseException) -> bool:
     return isinstance(error, MemoryError) or (
         isinstance(error, RuntimeError) and any(sign in str(error) for sign in _NO_MEMORY)
     )
+
+
+def nearest(word: str, words: Iterable[str]) -> str:
+    """`; did you mean 'x'?` with the most similar of `words`, and others that are nearly as similar; or nothing."""
+    close = difflib.get_close_matches(word, list(words))
+    alike = [difflib.SequenceMatcher(None, word, other).ratio() for other in close]
+    close = [repr(other) for other, ratio in zip(close, alike, strict=True) if ratio > alike[0] - 0.05]
+    return f"; did you mean {' or '.join(close)}?" if close else ""
+
+
+def one_line(error: BaseException) -> str:
+    """Somebody else's error, to go into a message of ours, without its line breaks."""
+    return " ".join(str(error).split())

@@ -609,7 +609,8 @@ def _check_4bit_sides(model: torch.nn.Module, path: str) -> None:
 def _set_eos(tokenizer: PreTrainedTokenizerBase, eos_token: str | None) -> None:
     if eos_token is not None:
         if eos_token not in tokenizer.get_vocab():
-            raise RecipeError(f"eos_token: '{eos_token}' is not in the vocabulary of {tokenizer.name_or_path}")
+            own = f", whose own is '{tokenizer.eos_token}': leave the key out for that one" if tokenizer.eos_token else ""
+            raise RecipeError(f"eos_token: '{eos_token}' is not in the vocabulary of {tokenizer.name_or_path}{own}")
         tokenizer.eos_token = eos_token
     if tokenizer.eos_token is None:
         raise RecipeError(f"{tokenizer.name_or_path} has no EOS, so answers would never end: set `eos_token`")

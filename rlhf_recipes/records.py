@@ -56,6 +56,12 @@ def write_json(path: Path, content: Any) -> None:
     write_text(path, json.dumps(content, indent=2, ensure_ascii=False, default=str) + "\n")
 
 
+def holds_result(folder: str | Path) -> bool:
+    """Whether a stage has finished there, ours or another's; one that was broken off has left checkpoints alone."""
+    names = (RECIPE, REWARD, "adapter_config.json", "config.json")
+    return any((Path(folder) / name).is_file() for name in names)
+
+
 def read_json(path: Path) -> dict[str, Any]:
     """The mapping in a JSON file, or nothing where there is no such file, as beside adapters that TRL alone trained.
 

@@ -20,8 +20,7 @@ from functools import cached_property, partial
 from pathlib import Path
 from typing import Any, Literal
 
-from rlhf_recipes.arguments import nearest
-from rlhf_recipes.errors import RecipeError
+from rlhf_recipes.errors import RecipeError, nearest
 from rlhf_recipes.evaluation.truthfulness import judge, normalise
 from rlhf_recipes.hub import why_not_loaded
 from rlhf_recipes.models import model_path

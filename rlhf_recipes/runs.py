@@ -17,7 +17,6 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from rlhf_recipes.arguments import read_yaml
 from rlhf_recipes.cards import write_card
 from rlhf_recipes.counting import Counts, tokens
 from rlhf_recipes.errors import RecipeError, first_line, lack_of_memory
@@ -32,6 +31,7 @@ from rlhf_recipes.models import (
 )
 from rlhf_recipes.records import LOG, PENDING, RECIPE, read_json, write_json, write_text
 from rlhf_recipes.tracking import begin_tracking, complaint_of_tracker
+from rlhf_recipes.yaml_files import read_yaml
 
 import torch
 from accelerate import PartialState
@@ -391,18 +391,20 @@ def _explain_resumption(trainer: Trainer, checkpoint: str) -> None:
 
 @contextlib.contextmanager
 def _said_when(trainer: Trainer) -> Iterator[None]:
-    """Adds to a lack of memory at which step it came, and what is kept; says in one message what a tracker complains of."""
+    """Adds to a lack of memory, and to a Ctrl-C, when it came and what is kept; makes a message of a tracker's complaint."""
     try:
         yield
-    except Exception as error:
+    except (Exception, KeyboardInterrupt) as error:
         print(file=sys.stderr)  # below the bar of progress
-        if lack_of_memory(error):
+        stopped = isinstance(error, KeyboardInterrupt)
+        if stopped or lack_of_memory(error):
             state = trainer.state
             error.add_note(f"after {state.global_step} of {state.max_steps} steps")
             kept = max(filter(_is_whole, checkpoints_in(Path(trainer.args.output_dir))), key=step_of, default=None)
             if kept is not None:
                 member = kept.parent.name.startswith("member-")  # of an ensemble, which goes on from no named one
-                goes_on = "" if member else f": `resume_from_checkpoint: {kept}` goes on from it, with the same `optim`"
+                goes_on = f": `resume_from_checkpoint: {kept}` goes on from it, with the same `optim`"
+                goes_on = ": `resume_from_checkpoint: true` goes on from it" if stopped else "" if member else goes_on
                 error.add_note(f"{kept} is kept{goes_on}")
         elif complaint := complaint_of_tracker(error):
             raise complaint from error

@@ -4,9 +4,12 @@ import subprocess
 import sys
 from dataclasses import dataclass, field
 
-from rlhf_recipes.arguments import DataArguments, EvaluateArguments, parse_arguments, read_yaml, user_errors
+from rlhf_recipes import arguments
+from rlhf_recipes.arguments import DataArguments, EvaluateArguments, parse_arguments
 from rlhf_recipes.errors import RecipeError
 from rlhf_recipes.rewards import load_rewards
+from rlhf_recipes.terminal import user_errors
+from rlhf_recipes.yaml_files import read_yaml
 
 import pytest
 from conftest import ROOT
@@ -206,6 +209,36 @@ def test_mappings_in_lists_are_written_as_json_on_the_command_line(tmp_path):
     evaluation, sources = parse_arguments(tmp_path / "evaluate.py", *types, argv=argv)
     assert evaluation.rewards == [{"path": "a.b", "name": "one"}, "e.f"]
     assert [(source.path, source.split) for source in sources.eval_datasets] == [("c.jsonl", "train"), ("d.jsonl", "test")]
+
+
+def test_data_on_the_command_line_are_in_place_of_those_of_the_file(tmp_path):
+    text = "dataset_name: a.function\ndataset_arguments: {rows: 3}\neval_datasets: [{path: b.jsonl}]\n"
+    data, *_ = parse(tmp_path, text, "--datasets", '{"path": "c.csv"}', "--test_split_size", "0.5")
+    assert (data.dataset_name, data.dataset_arguments, [source.path for source in data.datasets]) == (None, None, ["c.csv"])
+    assert (data.eval_datasets, data.test_split_size) == ([], 0.5)
+    text = "datasets: [{path: b.jsonl}]\ntest_split_size: 3\n"
+    data, *_ = parse(tmp_path, text, "--dataset_name", "c.csv", "--eval_datasets", "d.csv")
+    assert (data.dataset_name, data.datasets, data.test_split_size) == ("c.csv", [], None)
+    message = refusal(tmp_path, "datasets: [{path: b.jsonl}]\ndataset_name: c.csv\n")
+    assert "my.yaml: Set either `dataset_name` or `datasets`: both are set" in message
+
+
+def test_processes_that_would_each_train_alone_are_refused(tmp_path, monkeypatch):
+    _, training, _ = parse(tmp_path, "dataset_name: d.jsonl\n")
+    monkeypatch.setenv("WORLD_SIZE", "2")  # as launched on a machine without a GPU
+    with pytest.raises(RecipeError, match=r"my\.yaml: 2 processes were launched, and there is no GPU .* set `use_cpu: true`"):
+        arguments._refuse_each_alone([training], "my.yaml")
+
+
+def test_a_ctrl_c_is_one_line(capsys):
+    stop = KeyboardInterrupt()
+    stop.add_note("after 3 of 9 steps")
+    stop.add_note("runs/checkpoint-2 is kept: `resume_from_checkpoint: true` goes on from it")
+    with pytest.raises(SystemExit) as status, user_errors():
+        raise stop
+    assert status.value.code == 130
+    expected = "stopped after 3 of 9 steps; runs/checkpoint-2 is kept: `resume_from_checkpoint: true` goes on from it\n"
+    assert capsys.readouterr().err == expected
 
 
 def test_dotted_paths_are_looked_for_where_a_recipe_is_launched(tmp_path, monkeypatch):

@@ -5,9 +5,10 @@ import re
 import runpy
 
 from rlhf_recipes import arguments, models
-from rlhf_recipes.arguments import parse_arguments, read_yaml
+from rlhf_recipes.arguments import parse_arguments
 from rlhf_recipes.pipeline import read_pipeline
 from rlhf_recipes.plan import stages
+from rlhf_recipes.yaml_files import read_yaml
 
 import published
 import pytest

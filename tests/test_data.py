@@ -143,6 +143,7 @@ def test_files_that_cannot_be_read(write, tmp_path):
     assert "no rows" in failure(write("\n", "blank.jsonl"), "sft")
     assert "no rows" in failure(write("text\n", "head.csv"), "sft")
     assert "cannot be read" in failure(write("nonsense", "bad.parquet"), "sft")
+    assert "Cells are separated by commas" in failure(write("prompt,completion\na,b\na;b\nc,d,e\n", "cells.csv"), "sft")
     (tmp_path / "fake.jsonl.gz").write_text("not gzip")
     assert "fake.jsonl.gz: it cannot be read" in failure(str(tmp_path / "fake.jsonl.gz"), "sft")
     missing = failure(str(tmp_path / "none.jsonl"), "sft")
@@ -470,13 +471,15 @@ def test_data_files_with_a_pattern(write, tmp_path):
 
 def test_contradicting_keys(write):
     source = DatasetSource(write([{"text": "a"}]))
-    for arguments in (DataArguments(), DataArguments(dataset_name="a", datasets=[source])):
-        with pytest.raises(RecipeError, match="either `dataset_name` or `datasets`"):
-            load_data(arguments, "sft", evaluate=False, seed=0)
-    with pytest.raises(RecipeError, match="`eval_datasets` and `test_split_size`"):
-        mixture("sft", source, eval_datasets=[source], test_split_size=0.5)
-    with pytest.raises(RecipeError, match="`column_mapping` belongs to `dataset_name`"):
-        mixture("sft", source, column_mapping={"a": "text"})
+    with pytest.raises(RecipeError, match="either `dataset_name` or `datasets`: neither is set"):
+        load_data(DataArguments(), "sft", evaluate=False, seed=0)
+    for options, message in (
+        ({"dataset_name": "a"}, "either `dataset_name` or `datasets`: both are set"),
+        ({"eval_datasets": [source], "test_split_size": 0.5}, "`eval_datasets` and `test_split_size` both say"),
+        ({"column_mapping": {"a": "text"}}, "`column_mapping` belongs to `dataset_name`"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            DataArguments(datasets=[source], **options)
 
 
 def test_test_split_size_follows_the_seed(write):

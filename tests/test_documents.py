@@ -18,11 +18,12 @@ import sys
 from importlib.util import find_spec
 from pathlib import Path
 
-from rlhf_recipes.arguments import parse_arguments, read_yaml
+from rlhf_recipes.arguments import parse_arguments
 from rlhf_recipes.labels import server
 from rlhf_recipes.labels.server import listen
 from rlhf_recipes.pipeline import read_pipeline
 from rlhf_recipes.plan import stages
+from rlhf_recipes.yaml_files import read_yaml
 
 import published
 import pytest

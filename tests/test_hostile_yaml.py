@@ -7,10 +7,11 @@ from enum import Enum
 from functools import cache
 from pathlib import Path
 
-from rlhf_recipes.arguments import DatasetSource, parse_arguments, read_yaml
+from rlhf_recipes.arguments import DatasetSource, parse_arguments
 from rlhf_recipes.data import load_data
 from rlhf_recipes.models import load_policy, load_tokenizer
 from rlhf_recipes.pipeline import check_arguments, read_pipeline
+from rlhf_recipes.yaml_files import read_yaml
 
 import hostile
 import pytest

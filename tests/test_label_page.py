@@ -352,6 +352,15 @@ def test_two_labellers_at_once_even_in_two_tabs_of_one_browser(serve, visit):
     expect(anna.locator("#who")).to_have_text("anna")
 
 
+def test_who_waits_for_another_is_told_so(serve, visit):
+    site = serve([group(1)])
+    site.store._run("UPDATE settings SET overlap = 0.0")
+    visit(site.url, "anna")
+    page = visit(site.url, "berta")
+    expect(page.get_by_role("heading", name="All done for now")).to_be_focused()
+    expect(page.locator("#held")).to_contain_text("Others have 1 more on their screens.")
+
+
 def test_a_name_that_is_here_already_is_asked_about(serve, visit, browser):
     site = serve([group(1)])
     visit(site.url, "anna")

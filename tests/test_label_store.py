@@ -300,7 +300,9 @@ def test_a_prompt_that_somebody_left_is_given_to_another_after_an_hour(tmp_path)
         assert store.claim("anna").id == "g1"
         now[0] = LEASE - 1
         assert store.claim("berta") is None
+        assert (store.held("berta"), store.held("anna")) == (1, 0)
         now[0] = LEASE + 1
+        assert store.held("berta") == 0
         assert store.claim("berta").id == "g1"
         assert store.claim("anna") is None
 

@@ -12,11 +12,11 @@ import threading
 import time
 from pathlib import Path
 
-from rlhf_recipes.arguments import user_errors
 from rlhf_recipes.errors import RecipeError
 from rlhf_recipes.labels import Label, Store
-from rlhf_recipes.pipeline import check_arguments, read_pipeline, reading
+from rlhf_recipes.pipeline import check_arguments, read_pipeline, reading, running
 from rlhf_recipes.ranking import read_sampled
+from rlhf_recipes.terminal import user_errors
 
 import pytest
 import torch
@@ -128,7 +128,7 @@ def test_what_has_changed_is_run_again_and_what_stands_on_it(project, launched, 
 
 def test_a_stage_that_was_broken_off_goes_on_and_those_before_it_are_skipped(project, launched):
     launched.failing = {"dpo"}
-    with pytest.raises(RecipeError, match=r"stages: dpo failed; its own message is above\. Run again to go on from there"):
+    with pytest.raises(RecipeError, match="stages: dpo did not finish; its own message is above"):
         run()
     launched.failing = set()
     launched.calls.clear()
@@ -362,6 +362,35 @@ def test_a_misspelt_argument_of_the_last_stage_is_found_before_the_first_runs(pr
     )
 
 
+def test_stages_side_by_side_are_said_to_be_at_work(project, launched, monkeypatch, capsys):
+    write(jobs=2)
+    monkeypatch.setattr(running, "PULSE", 0.05)
+
+    def slowly(command, **options):
+        folder = Path(yaml.safe_load(Path(command[command.index("--config") + 1]).read_text())["output_dir"])
+        folder.mkdir(parents=True, exist_ok=True)
+        (folder / "log.jsonl").write_text(
+            '{"loss": 1.0, "step": 10}\n{"loss": 0.5, "step": 20}\n' if folder.name == "sft" else ""
+        )
+        time.sleep(0.3)
+        return launched(command, **options)
+
+    monkeypatch.setattr(subprocess, "run", slowly)
+    run()
+    assert "      sft: step 20; other: at work\n" in capsys.readouterr().out
+
+
+def test_data_that_are_not_there_are_found_before_the_first_stage_runs(project):
+    values = yaml.safe_load(Path("pipeline.yaml").read_text())
+    values["stages"][2]["arguments"]["datasets"] = [{"path": "{sft}/rows.jsonl"}, {"path": "nothing.jsonl"}]
+    write(stages=values["stages"])
+    with pytest.raises(RecipeError, match=r"stages: dpo .*: nothing\.jsonl: there is no such file \(looked in "):
+        check_arguments(pipeline(), Path("pipeline.yaml"))
+    values["stages"][2]["arguments"]["datasets"].pop()
+    write(stages=values["stages"])
+    check_arguments(pipeline(), Path("pipeline.yaml"))
+
+
 def test_files_in_a_folder_that_is_named_are_inputs_too(project, launched):
     Path("rows").mkdir()
     Path("rows/one.jsonl").write_text("{}")
@@ -477,7 +506,7 @@ def test_alone_and_last_a_stage_has_the_terminal(project, launched):
 def test_what_runs_beside_a_stage_that_fails_is_let_finish(project, launched, capsys):
     write(jobs=2)
     launched.together, launched.failing = {"sft", "other"}, {"sft"}
-    with pytest.raises(RecipeError, match="stages: sft failed"):
+    with pytest.raises(RecipeError, match="stages: sft did not finish"):
         run()
     assert {name for name, _ in launched.calls} == {"sft", "other"}
     assert "sft says this" in capsys.readouterr().out
@@ -662,7 +691,7 @@ def test_people_label_round_after_round_in_one_store(project, tmp_path, in_proce
         read_pipeline(Path("pipeline.yaml"), recipes).run()
 
     for turn in (1, 2):
-        with pytest.raises(RecipeError, match=f"stages: rank-round-{turn} failed"):
+        with pytest.raises(RecipeError, match=f"stages: rank-round-{turn} did not finish"):
             run()
         assert label_all("labels.sqlite") == [f"Question {turn}.{number}?" for number in range(3)]
     run()

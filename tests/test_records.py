@@ -4,9 +4,9 @@ import errno
 import os
 from pathlib import Path
 
-from rlhf_recipes.arguments import user_errors
 from rlhf_recipes.errors import refused_to_write
 from rlhf_recipes.records import write_json, write_text
+from rlhf_recipes.terminal import user_errors
 
 import pytest
 from safetensors import SafetensorError

@@ -7,12 +7,13 @@ import json
 import logging
 from types import SimpleNamespace
 
-from rlhf_recipes.arguments import DataArguments, parse_arguments, user_errors
+from rlhf_recipes.arguments import DataArguments, parse_arguments
 from rlhf_recipes.errors import RecipeError, lack_of_memory
 from rlhf_recipes.hub import why_not_loaded
 from rlhf_recipes.machine import check_bitsandbytes
 from rlhf_recipes.models import fingerprint, load_model, load_tokenizer
 from rlhf_recipes.plan.models import load_config
+from rlhf_recipes.terminal import user_errors
 
 import bitsandbytes
 import pytest

@@ -45,6 +45,7 @@ def check_lengths(
     _warn_of_plain_prompts(dataset, tokenizer, where)
     if max_length is None:
         return dataset, {"rows": len(dataset), "truncated": 0, "unusable": 0, "dropped": 0}
+    _refuse_beyond_context(dataset, tokenizer, max_length, where)
     verdicts = _verdicts(dataset, tokenizer, max_length)
     truncated, unusable = verdicts.count("truncated"), verdicts.count("unusable")
     counts = f"{where}: of {len(dataset)} rows, {truncated} lose the end of an answer or text at `max_length: {max_length}`"
@@ -63,6 +64,16 @@ def check_lengths(
         raise RecipeError(f"{counts}: no row is left. Raise `max_length`.")
     report = {"rows": len(keep), "truncated": truncated, "unusable": unusable, "dropped": len(dataset) - len(keep)}
     return dataset if len(keep) == len(dataset) else dataset.select(keep), report
+
+
+def _refuse_beyond_context(dataset: Dataset, tokenizer: PreTrainedTokenizerBase, max_length: int, where: str) -> None:
+    """Refuses rows that are longer than what the model was made to read, and would not be cut."""
+    context = tokenizer.model_max_length
+    if context < max_length and (beyond := len(dataset) - _verdicts(dataset, tokenizer, context).count("")):
+        raise RecipeError(
+            f"{where}: of {len(dataset)} rows, {beyond} have more than the {context} tokens that this model reads "
+            f"(`model_max_length` of its tokenizer): set `max_length: {context}`"
+        )
 
 
 def never_cut(long_rows: str) -> str:

@@ -15,9 +15,9 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, TextIO
 
-from rlhf_recipes.arguments import DatasetSource, nearest
+from rlhf_recipes.arguments import DatasetSource
 from rlhf_recipes.data.kinds import SHOWN
-from rlhf_recipes.errors import RecipeError, first_line
+from rlhf_recipes.errors import RecipeError, first_line, nearest
 from rlhf_recipes.hub import why_not_loaded
 
 import pyarrow.parquet
@@ -78,7 +78,7 @@ def _read_parts(source: DatasetSource) -> list[Part]:
 def _refuse_unused(source: DatasetSource, what: str, *names: str) -> None:
     """Refuses options that a source of this sort would not read."""
     for name in names:
-        if getattr(source, name) is not None:
+        if getattr(source, name):
             keys = {"name": "name` or `dataset_config", "arguments": "arguments` or `dataset_arguments"}
             raise RecipeError(
                 f"{source.path} is {what}, which has no use for `{keys.get(name, name)}`: remove it (or set null)"
@@ -105,10 +105,15 @@ def has_splits(path: str) -> bool:
     return not _format(path) and not (Path(path) / "state.json").is_file()
 
 
+def require_file(path: str) -> None:
+    """Refuses a source whose name is that of a file, where there is none."""
+    if _format(path) and not Path(path).is_file():
+        raise RecipeError(f"{path}: there is no such file (looked in {Path(path).absolute().parent}).")
+
+
 def _read_file(path: str, source: DatasetSource) -> Part:
     """Read one local file. Its one split is `train`, and `train[:100]` cuts it as `datasets` does."""
-    if not Path(path).is_file():
-        raise RecipeError(f"{path}: there is no such file (looked in {Path(path).absolute().parent}).")
+    require_file(path)
     if _split_name(source.split) != "train":
         raise UnknownSplitError(f"{path} has no split `{source.split}`: a file is one split, `train`, or a slice of it")
     if not Path(path).stat().st_size:
@@ -147,10 +152,11 @@ def _why_unreadable(error: Exception) -> str:
         return str(error)
     cause = error.__cause__ or error
     if isinstance(cause, UnicodeDecodeError):
-        return f"it is not UTF-8 text: {cause}"
+        return f"it is not UTF-8 text: {cause}: save it as UTF-8"
     if isinstance(cause, StopIteration) or "corresponds to no data" in str(cause):
         return "the file has no rows."
-    return f"it cannot be read: {first_line(cause)}"
+    cells = ". Cells are separated by commas; one that holds a comma, a line break or quotation marks (doubled) is quoted"
+    return f"it cannot be read: {first_line(cause)}{cells if 'tokenizing' in str(cause) else ''}"
 
 
 def _opened(path: str, newline: str) -> TextIO:

@@ -139,15 +139,9 @@ def load_texts(sources: list[DatasetSource], bad_rows: str) -> Dataset:
 
 
 def _train_sources(arguments: DataArguments) -> list[DatasetSource]:
-    if bool(arguments.dataset_name) == bool(arguments.datasets):
-        given = "both are set" if arguments.datasets else "neither is set"
-        raise RecipeError(f"Set either `dataset_name` or `datasets`: {given}.")
-    if arguments.eval_datasets and arguments.test_split_size is not None:
-        raise RecipeError("`eval_datasets` and `test_split_size` exclude each other: both say what to evaluate on. Remove one.")
+    if not arguments.dataset_name and not arguments.datasets:
+        raise RecipeError("Set either `dataset_name` or `datasets`: neither is set.")
     if arguments.datasets:
-        for key in ("dataset_config", "column_mapping", "dataset_arguments"):
-            if getattr(arguments, key):
-                raise RecipeError(f"`{key}` belongs to `dataset_name`. With `datasets`, set it in each entry that needs it.")
         return arguments.datasets
     return [_named_source(arguments, arguments.dataset_train_split)]
 

@@ -28,6 +28,7 @@ from rlhf_recipes.evaluation.policies import Bench, Policy, require_adapter
 from rlhf_recipes.evaluation.preference import calibration, calibration_difference
 from rlhf_recipes.evaluation.truthfulness import KINDS, kinds_of
 from rlhf_recipes.models import base_of
+from rlhf_recipes.records import holds_result
 from rlhf_recipes.rewards import SavedReward, ask, checked, load_rewards
 from rlhf_recipes.roles import load_saved_rewards
 from rlhf_recipes.runs import checkpoints_in, step_of
@@ -133,8 +134,8 @@ def load_named_rewards(specs: Sequence[str | dict[str, Any]], bench: Bench, batc
         own = {key: spec.pop(key) for key in ("name", "trained", "optional") if key in spec}
         _check_own(own, where)
         path = str(spec.get("path"))
-        if own.get("optional") and not Path(path).is_dir():
-            print(f"{where}: left out, since there is no {path}")
+        if own.get("optional") and not holds_result(path):
+            print(f"{where}: left out, since there is no result in {path}")
             continue
         function, folder = _load_reward(spec, bench, where, batch_size)
         name = own.get("name") or get_callable_name(function)

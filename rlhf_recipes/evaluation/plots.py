@@ -169,11 +169,17 @@ def _bars(axes: Axes, policies: dict[str, dict[str, Sequence[float]]]) -> None:
 
 
 def _path(axes: Axes, points: Sequence[tuple[float, float, str]], colour: str, name: str, style: str) -> None:
-    if points:
-        kl, reward, labels = zip(*points, strict=True)
-        axes.plot(kl, reward, style, color=colour, label=name, markersize=4)
-        for x, y, label in zip(kl, reward, labels, strict=True):
+    """A line through the points with their labels, but for those that would stand upon that of a later one."""
+    if not points:
+        return
+    kl, reward, labels = zip(*points, strict=True)
+    axes.plot(kl, reward, style, color=colour, label=name, markersize=4)
+    wide, high = (max(values) - min(values) or 1 for values in (kl, reward))
+    labelled: list[tuple[float, float]] = []
+    for x, y, label in reversed(list(zip(kl, reward, labels, strict=True))):
+        if all(abs(x - a) / wide + abs(y - b) / high > 0.2 for a, b in labelled):
             axes.annotate(label, (x, y), xytext=(3, 4), textcoords="offset points", fontsize=7, color=colour)
+            labelled.append((x, y))
 
 
 def _axes(title: str, x: str, y: str) -> Axes:

@@ -7,8 +7,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from rlhf_recipes.arguments import ChatArguments, EvaluateArguments, RankArguments, SampleArguments, nearest
-from rlhf_recipes.errors import RecipeError
+from rlhf_recipes.arguments import ChatArguments, EvaluateArguments, RankArguments, SampleArguments
+from rlhf_recipes.errors import RecipeError, nearest
 from rlhf_recipes.models import (
     adapter_config,
     check_base,
@@ -17,7 +17,7 @@ from rlhf_recipes.models import (
     put_adapter,
     refuse_reward_adapter,
 )
-from rlhf_recipes.records import RECIPE, read_json
+from rlhf_recipes.records import RECIPE, holds_result, read_json
 from rlhf_recipes.roles import NO_ADAPTER, check_tokenizer, playing
 
 from accelerate import PartialState
@@ -72,8 +72,8 @@ def _read(name: str, entry: Any) -> Policy | None:
         require_adapter(entry, where)
         return Policy(name, folder=entry)
     if isinstance(entry, dict) and isinstance(entry.get("path"), str) and set(entry) <= {"path", "optional"}:
-        if entry.get("optional") is True and not Path(entry["path"]).is_dir():
-            print(f"{where}: left out, since there is no {entry['path']}")
+        if entry.get("optional") is True and not holds_result(entry["path"]):
+            print(f"{where}: left out, since there is no result in {entry['path']}")
             return None
         return _read(name, entry["path"])
     best = entry.get("best_of") if isinstance(entry, dict) else None

@@ -186,7 +186,8 @@ class Desk:
     def _task(self, group: Group | None, name: str) -> dict[str, Any]:
         mine, left = self.store.progress(name)
         content = group and self._shown(group, name).page(self.store.withdrawn(name, group.id))
-        return {"task": content, "mine": mine, "left": left, "newest": self.store.newest(name)}
+        held = 0 if group else self.store.held(name)
+        return {"task": content, "mine": mine, "left": left, "held": held, "newest": self.store.newest(name)}
 
     def explain(self, _: Request, error: RecipeError) -> JSONResponse:
         """What went wrong, without the path of the store, which is nothing to labellers."""

@@ -25,13 +25,12 @@ _APPLICATION = 0x524C4846  # what `file` and others know the format by
 _SCHEMA = Path(__file__).with_name("schema.sql")
 # Multiples of the golden ratio lie evenly in [0, 1): of any consecutive prompts the right share is below `overlap`.
 _SHARED = "(g.number * 0.6180339887498949 - CAST(g.number * 0.6180339887498949 AS INTEGER) < (SELECT overlap FROM settings))"
-_OPEN = f"""
-    NOT EXISTS (SELECT 1 FROM labels l WHERE l.group_number = g.number AND l.labeller = :labeller AND l.withdrawn IS NULL)
-    AND g.wanted AND ({_SHARED} OR (
-        NOT EXISTS (SELECT 1 FROM labels l WHERE l.group_number = g.number AND l.withdrawn IS NULL AND l.ranks IS NOT NULL)
-        AND NOT EXISTS (
-            SELECT 1 FROM claims c WHERE c.group_number = g.number AND c.labeller != :labeller AND c.until > :now)))
-"""
+_NEW = "NOT EXISTS (SELECT 1 FROM labels l WHERE l.group_number = g.number AND l.labeller = :labeller AND l.withdrawn IS NULL)"
+_UNRANKED = """
+    NOT EXISTS (SELECT 1 FROM labels l WHERE l.group_number = g.number AND l.withdrawn IS NULL AND l.ranks IS NOT NULL)"""
+_HELD = "EXISTS (SELECT 1 FROM claims c WHERE c.group_number = g.number AND c.labeller != :labeller AND c.until > :now)"
+_OPEN = f"{_NEW} AND g.wanted AND ({_SHARED} OR ({_UNRANKED} AND NOT {_HELD}))"
+_ELSEWHERE = f"{_NEW} AND g.wanted AND NOT {_SHARED} AND {_UNRANKED} AND {_HELD}"
 _LABEL = """
     SELECT l.number, g.id, p.name, l.ranks, l.demonstration, l.note, l.at, l.submission
     FROM labels l JOIN groups g ON g.number = l.group_number JOIN labellers p ON p.number = l.labeller
@@ -249,6 +248,12 @@ class Store:
             mine = "SELECT count(*) FROM labels WHERE labeller = :labeller AND withdrawn IS NULL"
             left = f"SELECT count(*) FROM groups g WHERE {_OPEN}"
             return self._one(mine, **values)[0], self._one(left, **values)[0]
+
+    def held(self, name: str) -> int:
+        """How many groups a labeller is not given only because others have them on their screens."""
+        with self._transaction():
+            values = self._values(self._labeller(name))
+            return self._one(f"SELECT count(*) FROM groups g WHERE {_ELSEWHERE}", **values)[0]
 
     def save(self, label: Label, submission: str | None = None) -> None:
         """Stores a label, durably when this returns.

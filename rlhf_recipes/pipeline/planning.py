@@ -2,12 +2,12 @@
 
 from pathlib import Path
 
-from rlhf_recipes.arguments import read_yaml
 from rlhf_recipes.engines import refuse_one_gpus_arithmetic
 from rlhf_recipes.errors import RecipeError
 from rlhf_recipes.pipeline.reading import RECIPES, checked_card, found, read_stages
 from rlhf_recipes.plan.arguments import resolve
 from rlhf_recipes.plan.stages import Arguments, Plan, can_be_planned, plan_stage
+from rlhf_recipes.yaml_files import read_yaml
 
 
 def plan_file(config: Path, recipes: Path, recipe: str | None = None, triton: bool = True) -> list[Plan]:

@@ -10,9 +10,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from rlhf_recipes.arguments import nearest, read_yaml
+from rlhf_recipes.arguments import overlaid
 from rlhf_recipes.engines import Engine, read_engine, refuse_one_gpus_arithmetic, refuse_what_an_engine_cannot
-from rlhf_recipes.errors import RecipeError
+from rlhf_recipes.errors import RecipeError, nearest
 from rlhf_recipes.evaluation.report import METRICS
 from rlhf_recipes.plan import Arguments, NoFitError, Plan, pick
 from rlhf_recipes.plan.arguments import resolve
@@ -22,6 +22,7 @@ from rlhf_recipes.ranking import RANKED
 from rlhf_recipes.records import RECIPE
 from rlhf_recipes.runs import files_in
 from rlhf_recipes.sampling import STATE
+from rlhf_recipes.yaml_files import read_yaml
 
 from accelerate.commands.config import default_config_file
 
@@ -241,7 +242,7 @@ class _Reader:
         own = {"output_dir": str(place)} if self.seed is None else {"output_dir": str(place), "seed": self.seed}
         own |= self.tracked if recipe in TRAINERS else {}
         with _named(f"{where}: config"):
-            values = {**read_yaml(found(config, self.recipes)), **own, **arguments}
+            values = overlaid(read_yaml(found(config, self.recipes)), own | arguments)
         values.pop("needs", None)  # the order of the stages says so
         named = {key: value for key, value in values.items() if key != "output_dir"} | {"accelerate_config": self.launch}
         # Not the labels: the rounds of one store would all be done anew with every label that is added

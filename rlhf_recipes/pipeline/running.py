@@ -1,26 +1,28 @@
 """Stages in order: whether each of them was done already, and the command that does it."""
 
 import fcntl
+import json
 import os
 import runpy
 import subprocess
 import sys
 import time
 from collections import deque
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from rlhf_recipes.arguments import nearest, parse_values
-from rlhf_recipes.errors import RecipeError
-from rlhf_recipes.evaluation.report import METRICS
+from rlhf_recipes.arguments import DatasetSource, parse_values
+from rlhf_recipes.data.sources import require_file
+from rlhf_recipes.errors import RecipeError, nearest
+from rlhf_recipes.evaluation.report import METRICS, PAGE
 from rlhf_recipes.evaluation.seeds import write_summary
 from rlhf_recipes.pipeline.reading import TRAINERS, Stage, read_stages
 from rlhf_recipes.plan.dial import written
-from rlhf_recipes.records import read_json, write_json, write_text
+from rlhf_recipes.records import LOG, read_json, write_json, write_text
 from rlhf_recipes.runs import checkpoints_in, remove_checkpoint
 from rlhf_recipes.sampling import discard
 
@@ -28,6 +30,7 @@ import yaml
 
 STATE, LOCK = "pipeline.json", "pipeline.lock"
 LOG_TAIL = 30  # lines of a failed stage's output that are shown
+PULSE = 30  # seconds after which stages that run side by side are said to be at work
 
 
 @dataclass
@@ -114,7 +117,9 @@ class Pipeline:
                     beside = self.jobs > 1 and bool(running or waiting)
                     command = self._begin(stage)
                     running[pool.submit(self._launch, stage, command, beside, lock)] = stage
-                finished, _ = wait(running, return_when=FIRST_COMPLETED)
+                finished, _ = wait(running, timeout=PULSE, return_when=FIRST_COMPLETED)
+                if not finished and self.jobs > 1:  # whose output goes to files
+                    print(f"      {'; '.join(map(progress, running.values()))}", flush=True)
                 for future in finished:
                     stage = running.pop(future)
                     try:
@@ -130,7 +135,8 @@ class Pipeline:
         waiting = [stage for stage in self.stages if self.status(stage) != "done"]
         for stage in self.stages:
             if stage not in waiting:
-                print(f"{self._head(stage)}: done already, with these arguments and inputs: skipped", flush=True)
+                report = f"; its report is {stage.folder / PAGE}" if stage.recipe == "evaluate" else ""
+                print(f"{self._head(stage)}: done already, with these arguments and inputs: skipped{report}", flush=True)
         return waiting
 
     @staticmethod
@@ -177,7 +183,7 @@ class Pipeline:
             print(f"{self._head(stage)}: {stage.folder}", flush=True)
             code = subprocess.run(command, pass_fds=(lock,)).returncode
         if code:
-            raise RecipeError(f"stages: {stage.name} failed; its own message is above. Run again to go on from there")
+            raise RecipeError(f"stages: {stage.name} did not finish; its own message is above. Run again to go on from there")
         print(f"{self._head(stage)}: took {time.monotonic() - started:.0f} s", flush=True)
 
     def _environment(self) -> dict[str, str]:
@@ -265,6 +271,26 @@ def check_arguments(pipeline: Pipeline, config: Path) -> None:
     types_of = {name: runpy.run_path(str(recipe), run_name="stage")["ARGUMENTS"] for name, recipe in recipes.items()}
     for stage in pipeline.stages:
         try:
-            parse_values(recipes[stage.recipe], *types_of[stage.recipe], values=stage.values)
+            groups = parse_values(recipes[stage.recipe], *types_of[stage.recipe], values=stage.values)
+            _require_data(groups, [other.folder for other in (*pipeline.stages, *pipeline.unselected)])
         except RecipeError as error:
             raise RecipeError(f"{config}: stages: {stage.name} (its YAML file with its `arguments`): {error}") from error
+
+
+def progress(stage: Stage) -> str:
+    """How far a stage is that trains, by the last line of its log; of others, that it is at work."""
+    path = stage.folder / LOG
+    lines = path.read_text(encoding="utf-8").splitlines() if path.exists() else []
+    try:
+        return f"{stage.name}: step {json.loads(lines[-1])['step']}"
+    except (IndexError, ValueError, KeyError):  # nothing yet, or a line that is being written
+        return f"{stage.name}: at work"
+
+
+def _require_data(groups: Sequence[Any], folders: Sequence[Path]) -> None:
+    """Refuses files of data that are not there, and that no stage will write into its folder."""
+    for name, value in ((name, value) for group in groups for name, value in vars(group).items()):
+        sources = [entry.path for entry in value if isinstance(entry, DatasetSource)] if isinstance(value, list) else []
+        for path in [value] if name == "dataset_name" and value else sources:
+            if not any(Path(path).is_relative_to(folder) for folder in folders):
+                require_file(path)

@@ -19,11 +19,11 @@ from rlhf_recipes.tiny.tokenizer import build_tokenizer
 from rlhf_recipes.tiny.world import World
 
 from datasets import Dataset
-from transformers import LlamaConfig, LlamaForCausalLM, set_seed
+from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast, set_seed
 from trl import SFTConfig, SFTTrainer
 
 
-def build_model(tokenizer) -> LlamaForCausalLM:
+def build_model(tokenizer: PreTrainedTokenizerFast) -> LlamaForCausalLM:
     """A Llama of 0.9M parameters with random weights. All sides are multiples of 64, so that it can be quantised to 4 bits."""
     return LlamaForCausalLM(
         LlamaConfig(

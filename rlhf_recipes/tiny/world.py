@@ -5,6 +5,7 @@ never has. Names come from one shuffled list of all possible names, of which eve
 appears in two splits (see `NAME_POOLS`).
 """
 
+import functools
 import itertools
 import random
 from dataclasses import dataclass
@@ -87,13 +88,20 @@ class Person:
         return getattr(self, attribute.name)
 
 
+@functools.lru_cache(maxsize=2)
+def _names(seed: int) -> tuple[str, ...]:
+    """All names in an order of their own; kept, since the splits of a stage each begin with it, and it takes a second."""
+    names = ["".join(parts).capitalize() for parts in itertools.product(SYLLABLES, repeat=SYLLABLES_PER_NAME)]
+    random.Random(seed).shuffle(names)
+    return tuple(names)
+
+
 class World:
     """All people of the world that grows from `seed`."""
 
     def __init__(self, seed: int = 0):
         self.seed = seed
-        names = ["".join(parts).capitalize() for parts in itertools.product(SYLLABLES, repeat=SYLLABLES_PER_NAME)]
-        random.Random(seed).shuffle(names)
+        names = _names(seed)
         self._pools, start = {}, 0
         for pool, size in NAME_POOLS.items():
             self._pools[pool] = names[start : start + size]

@@ -338,6 +338,10 @@ function show(reply, message) {
   } else {
     $("task").hidden = true;
     $("done").hidden = false;
+    $("done-title").textContent = reply.held ? "All done for now" : "All done";
+    $("held").textContent = reply.held
+      ? `Others have ${reply.held} more on their screens. What they leave is yours in an hour: reload the page then.`
+      : "";
   }
   scrollTo(0, 0);
   $(task ? "prompt-title" : "done-title").focus({preventScroll: true});
