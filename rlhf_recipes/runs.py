@@ -283,8 +283,8 @@ def run_missing(configs: Sequence[str], recipes: Path, inputs: Sequence[str | Pa
 def train(trainer: Trainer, checkpoint: str | None) -> None:
     """Trains, from the beginning or from a checkpoint; one of the last step is loaded, and nothing more is trained.
 
-    Transformers would take a step beyond `max_steps` there. The last line of its log is added, where it was killed before. Where a run starts anew in the folder of a finished one, the
-    checkpoints of that one go: they would be taken for its own.
+    Transformers would take a step beyond `max_steps` there. The last line of its log is added, if that is lacking. Where
+    a run starts anew in the folder of a finished one, the checkpoints of that one go: they would be taken for its own.
     """
     if checkpoint is None and trainer.is_world_process_zero():
         (Path(trainer.args.output_dir) / PENDING).unlink(missing_ok=True)

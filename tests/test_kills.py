@@ -1,7 +1,7 @@
 """Every stage, and the pipeline, killed at random moments and gone on with: the result is that of the unbroken run.
 
-`RLHF_RECIPES_KILLS=20 pytest tests/test_kills.py` kills each twenty times, which takes some five minutes on one core; by default
-it is a few times, at the same moments as far as the machine is as fast. `RLHF_RECIPES_KILLS_SEED=1` draws other moments.
+`RLHF_RECIPES_KILLS=20 pytest tests/test_kills.py` kills each twenty times, in some five minutes on one core; by default it is
+a few times, at the same moments as far as the machine is as fast. `RLHF_RECIPES_KILLS_SEED=1` draws other moments.
 """
 
 import json
