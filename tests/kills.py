@@ -25,7 +25,6 @@ import time
 import traceback
 from pathlib import Path
 
-from rlhf_recipes.models import resolve_path
 from rlhf_recipes.pipeline.running import LOCK
 from rlhf_recipes.records import RECIPE
 
@@ -33,7 +32,6 @@ from rlhf_recipes.records import RECIPE
 import datasets
 import peft  # noqa: F401
 from conftest import ROOT, run_recipe
-from transformers import AutoModelForCausalLM
 from trl import DPOTrainer, RewardTrainer, SFTTrainer  # noqa: F401
 
 RECIPES = ("sft", "reward", "dpo", "ppo", "sample", "rank", "evaluate", "merge")
@@ -193,7 +191,6 @@ def main(folder, stages, kills, seed):
     for recipe in RECIPES:
         runpy.run_path(str(ROOT / "recipes" / f"{recipe}.py"), run_name="imported")
     datasets.disable_progress_bars()
-    AutoModelForCausalLM.from_pretrained(resolve_path("rlhf_recipes.tiny.base"))  # what Transformers looks up once
     gc.freeze()  # no stage has to look through all that was imported
     for name, stage in stages.items():
         rng = random.Random(f"{seed}/{name}")
