@@ -7,6 +7,8 @@ Writes `metrics.json` and `index.html`, one file that needs nothing else: a verd
 curves, reward against KL, reliability diagrams, and answers side by side. One process does it all.
 """
 
+from pathlib import Path
+
 from rlhf_recipes.arguments import DataArguments, EvaluateArguments, parse_arguments
 from rlhf_recipes.data import check_lengths, load_texts, never_cut
 from rlhf_recipes.evaluation.measure import (
@@ -23,6 +25,7 @@ from rlhf_recipes.evaluation.policies import load_bench, read_policies
 from rlhf_recipes.evaluation.report import write_report
 from rlhf_recipes.evaluation.results import collect
 from rlhf_recipes.models import load_tokenizer
+from rlhf_recipes.runs import check_writable
 from rlhf_recipes.terminal import user_errors
 
 from accelerate import PartialState
@@ -36,6 +39,7 @@ def main() -> None:
     evaluate_args, data_args, model_args = parse_arguments(__file__, *ARGUMENTS)
     if not PartialState().is_main_process:
         return
+    check_writable(Path(evaluate_args.output_dir))
     policies = read_policies(evaluate_args.policies)
     check_names(evaluate_args, policies)
 

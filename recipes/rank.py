@@ -7,9 +7,12 @@ Writes `rankings.jsonl`, which recipes/reward.py and recipes/dpo.py read; each r
 labels are lacking, it says how many, and is run again when they are there. One process does it all.
 """
 
+from pathlib import Path
+
 from rlhf_recipes.arguments import RankArguments, parse_arguments
 from rlhf_recipes.models import model_path
 from rlhf_recipes.ranking import choose, load_ensemble, read_labeller, read_sampled, write_rankings
+from rlhf_recipes.runs import check_writable
 from rlhf_recipes.terminal import user_errors
 
 from accelerate import PartialState
@@ -25,6 +28,7 @@ def main() -> None:
         return
     if rank_args.choose == "disagreement":
         model_path(model_args)  # refused in the first round, which has no ensemble yet, and not in the second
+    check_writable(Path(rank_args.output_dir))
     labeller = read_labeller(rank_args.labeller, rank_args.seed)
     groups = read_sampled(rank_args.groups)
 

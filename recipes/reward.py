@@ -23,7 +23,7 @@ from rlhf_recipes.reward_stage import (
     load_members,
     remove_earlier_results,
 )
-from rlhf_recipes.runs import RunMeter, end, evaluate_at_end, run_missing, train, write_record
+from rlhf_recipes.runs import RunMeter, end, evaluate_at_end, run_missing, save_result, train, write_record
 from rlhf_recipes.terminal import user_errors
 
 from accelerate import PartialState
@@ -66,7 +66,7 @@ def main() -> None:
             remove_earlier_results(training_args.output_dir, checkpoints)
         train(trainer, checkpoint)
         evaluate_at_end(trainer)
-        trainer.save_model()
+        save_result(trainer)
         report = data.report | {"train": data.report["train"] | {"rows": len(rows)}, "demonstrations": counts}
         parents = [reward_args.start_from] if reward_args.start_from else []
         groups = (model_args, member, reward_args, data_args)

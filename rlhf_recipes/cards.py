@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from rlhf_recipes.models import resolve_path
-from rlhf_recipes.records import RECIPE, read_json
+from rlhf_recipes.records import RECIPE, read_json, write_text
 
 from huggingface_hub import ModelCardData
 
@@ -60,7 +60,7 @@ def write_card(folder: str | Path, location: str | Path | None = None) -> None:
     if "members" in record:
         return
     stages = record.get("stages") or lineage(folder)  # of a merged model those of its adapter
-    (folder / CARD).write_text(_card(record, stages, shown(location or folder)), encoding="utf-8")
+    write_text(folder / CARD, _card(record, stages, shown(location or folder)))
 
 
 def lineage(folder: str | Path) -> list[dict[str, Any]]:

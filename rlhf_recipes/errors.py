@@ -1,6 +1,9 @@
 """The one kind of error that is the user's to mend."""
 
 import difflib
+import errno
+import os
+import re
 from collections.abc import Iterable
 
 _NO_MEMORY = (
@@ -11,6 +14,9 @@ _NO_MEMORY = (
     "No executable batch size",
 )
 
+
+_NOT_WRITTEN = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EACCES, errno.EPERM)
+_NOT_WRITTEN_BY_TORCH = ("PytorchStreamWriter failed writing", "file write failed", "unexpected pos", "cannot be opened")
 
 _LONGEST = 3000  # characters of a message
 
@@ -54,6 +60,23 @@ def causes(error: BaseException) -> list[BaseException]:
 def lack_of_memory(error: BaseException) -> BaseException | None:
     """The error in the chain by which a GPU or the machine said that it has no memory left; None where none did."""
     return next((cause for cause in causes(error) if _says_no_memory(cause)), None)
+
+
+def refused_to_write(error: BaseException) -> tuple[str, str] | None:
+    """What a file system said that did not take what was to be written, and of which file ("": unknown); None where none did.
+
+    Of a file that may not be opened it is not known whether it was to be written: that is asked of its place.
+    """
+    for cause in causes(error):
+        if isinstance(cause, OSError) and cause.errno in _NOT_WRITTEN:
+            return os.strerror(cause.errno), str(cause.filename or "")
+        # Of a safetensors file, and of a pickle of PyTorch, which keeps the reason to itself
+        code = re.search(r"\(os error (\d+)\)", str(cause)) if type(cause).__name__ == "SafetensorError" else None
+        if code and int(code[1]) in _NOT_WRITTEN:
+            return os.strerror(int(code[1])), ""
+        if isinstance(cause, RuntimeError) and any(sign in str(cause) for sign in _NOT_WRITTEN_BY_TORCH):
+            return "is the disk full, or read-only?", ""
+    return None
 
 
 def _says_no_memory(error: BaseException) -> bool:

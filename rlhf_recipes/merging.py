@@ -312,8 +312,9 @@ def describe(folder: Path, arguments: MergeArguments, model_args: ModelConfig, f
         "stages": lineage(arguments.adapter),
         "arguments": {type(group).__name__: asdict(group) for group in (arguments, model_args)},
     }
-    write_json(folder / RECIPE, _for_others(record))
-    write_card(folder, arguments.hub_model_id or arguments.output_dir)
+    with _writing(arguments.output_dir):
+        write_json(folder / RECIPE, _for_others(record))
+        write_card(folder, arguments.hub_model_id or arguments.output_dir)
 
 
 def _for_others(value: Any, key: str = "") -> Any:

@@ -18,7 +18,7 @@ from rlhf_recipes.evaluation.policies import load_bench
 from rlhf_recipes.labels import Store, rankings
 from rlhf_recipes.labels.groups import Group, group_of, read_rows
 from rlhf_recipes.models import load_tokenizer
-from rlhf_recipes.records import write_json
+from rlhf_recipes.records import write_json, write_text
 from rlhf_recipes.rewards import ask, load_rewards
 from rlhf_recipes.roles import Ensemble, load_saved_rewards
 from rlhf_recipes.sampling import GROUPS
@@ -281,7 +281,7 @@ def write_rankings(folder: str | Path, rows: Sequence[dict[str, Any]], chosen: i
     try:
         folder.mkdir(parents=True, exist_ok=True)
         text = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
-        (folder / RANKINGS).write_text(text, encoding="utf-8")
+        write_text(folder / RANKINGS, text)
         write_json(folder / RANKED, {"labellers": labellers, "chosen": chosen, "ranked": len(rows)})
     except OSError as error:
         raise RecipeError(f"output_dir: {folder}: cannot be written to ({error.strerror}): name another folder") from error

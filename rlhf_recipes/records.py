@@ -1,5 +1,6 @@
 """What stages leave beside weights and read of one another: the names of the files, and JSON in and out."""
 
+import contextlib
 import json
 import os
 from pathlib import Path
@@ -37,11 +38,22 @@ _OF_RECORDS = {
 _WORDS = {dict: "mapping", list: "list", str: "text"}
 
 
-def write_json(path: Path, content: Any) -> None:
-    """Writes JSON so that `path` holds either all of it or what it held before."""
+def write_text(path: Path, text: str) -> None:
+    """Writes a file so that `path` holds either all of it or what it held before."""
     partial = path.with_name(f".{path.name}.partial")
-    partial.write_text(json.dumps(content, indent=2, ensure_ascii=False, default=str) + "\n", encoding="utf-8")
-    os.replace(partial, path)
+    try:
+        partial.write_text(text, encoding="utf-8")
+        os.replace(partial, path)
+    except OSError as error:
+        error.filename = error.filename or str(path)  # which the system does not say where a disk is full
+        with contextlib.suppress(OSError):
+            partial.unlink(missing_ok=True)  # on a full disk it is in the way of others
+        raise
+
+
+def write_json(path: Path, content: Any) -> None:
+    """Writes JSON, as `write_text` does."""
+    write_text(path, json.dumps(content, indent=2, ensure_ascii=False, default=str) + "\n")
 
 
 def holds_result(folder: str | Path) -> bool:

@@ -104,8 +104,12 @@ def remove_earlier_results(output: str | Path, checkpoints: Sequence[str | None]
     """
     output = Path(output)
     if _go_on_in(output, checkpoints):
+        if len(checkpoints) > 1:
+            (output / RECIPE).unlink(missing_ok=True)  # until its members are finished again
         return
+    (output / RECIPE).unlink(missing_ok=True)  # first of all, since without its members it is none
     for folder in _member_folders(output):
+        remove_results(folder)
         shutil.rmtree(folder)
     remove_results(output, REWARD, *EVALUATION)
 

@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from rlhf_recipes.cards import write_card
+from rlhf_recipes.counting import Counts, tokens
 from rlhf_recipes.errors import RecipeError, first_line, lack_of_memory
 from rlhf_recipes.models import (
     ADAPTER,
@@ -28,7 +29,7 @@ from rlhf_recipes.models import (
     refuse_not_finite,
     resolve_path,
 )
-from rlhf_recipes.records import LOG, PENDING, RECIPE, read_json, write_json
+from rlhf_recipes.records import LOG, PENDING, RECIPE, read_json, write_json, write_text
 from rlhf_recipes.tracking import begin_tracking, complaint_of_tracker
 from rlhf_recipes.yaml_files import read_yaml
 
@@ -57,6 +58,9 @@ _FREE_PREFIXES = ("logging_", "log_", "save_", "eval_", "per_device_eval_", "pus
 _WHOLE = ("config.json", "model*.safetensors*")
 _ADAPTER = ("adapter_config.json", "adapter_model*.safetensors")
 
+_SAVING = ".saving"
+"""Of a result that is not in its place yet, beside it."""
+
 
 class RunMeter(TrainerCallback):
     """Measures the wall time of training (evaluations and checkpoints included) and the memory at its peak.
@@ -81,9 +85,7 @@ class RunMeter(TrainerCallback):
         """Starts the clock, and the log: of a resumed run, with what was logged before its checkpoint."""
         self.first_step, self.start = state.global_step, time.perf_counter()
         if state.is_world_process_zero:
-            path = Path(args.output_dir) / LOG
-            path.parent.mkdir(parents=True, exist_ok=True)
-            path.write_text("".join(map(_log_line, state.log_history)), encoding="utf-8")
+            write_log(args, state)
         if torch.cuda.is_available():
             torch.cuda.reset_peak_memory_stats()
 
@@ -97,28 +99,33 @@ class RunMeter(TrainerCallback):
         """Stops the clock."""
         self.wall_time = time.perf_counter() - self.start
 
-    def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
-        """Leaves the arguments beside the checkpoint."""
-        if state.is_world_process_zero:
-            write_json(Path(args.output_dir) / f"checkpoint-{state.global_step}" / ARGUMENTS, self.arguments)
+    def leave_arguments(self, folder: str | Path) -> None:
+        """Leaves the arguments beside a checkpoint."""
+        write_json(Path(folder) / ARGUMENTS, self.arguments)
 
     def measured(self, trainer: Trainer) -> dict[str, Any]:
         """Seconds, steps, tokens per second (of this process's run, all devices) and peak memory in bytes."""
         steps = 0 if self.first_step is None else trainer.state.global_step - self.first_step
-        # counted from the start of the process, so of a resumed run the newest entry alone holds
-        tokens = next((entry["num_tokens"] for entry in reversed(trainer.state.log_history) if "num_tokens" in entry), None)
+        trained_on = tokens(trainer) - getattr(trainer, "tokens_before", 0)
         return {
             "wall_time_s": round(self.wall_time, 2),
             "steps": steps,
-            "tokens_per_s": round(tokens / self.wall_time, 1) if tokens and steps else None,
+            "tokens_per_s": round(trained_on / self.wall_time, 1) if trained_on and steps else None,
             "peak_memory": peak_memory(),
         }
+
+
+def write_log(args: TrainingArguments, state: TrainerState) -> None:
+    """Writes the log as far as a trainer knows it: what a killed run had added after its last checkpoint will come again."""
+    path = Path(args.output_dir) / LOG
+    path.parent.mkdir(parents=True, exist_ok=True)
+    write_text(path, "".join(map(_log_line, state.log_history)))
 
 
 def _log_line(entry: dict[str, Any]) -> str:
     """One line of JSON, which knows no NaN and no infinity."""
     finite = {key: None if isinstance(value, float) and not math.isfinite(value) else value for key, value in entry.items()}
-    return json.dumps(finite, default=str) + "\n"
+    return json.dumps(finite, default=str, sort_keys=True) + "\n"  # as checkpoints have them
 
 
 def peak_memory() -> dict[str, Any]:
@@ -177,9 +184,9 @@ def write_record(
     output = Path(trainer.args.output_dir)
     if not record["run"]["steps"]:  # resumed at its end: what it cost was written then
         record["run"] = (read_json(output / PENDING) or read_json(output / RECIPE) or record)["run"]
-    write_json(output / (PENDING if pending else RECIPE), record)
+    write_json(output / PENDING, record)
     if not pending:
-        write_card(output)
+        finish_record(output)
 
 
 def finish_record(output: str | Path) -> dict[str, Any]:
@@ -209,7 +216,7 @@ def checkpoint_to_resume(training: TrainingArguments, *arguments: Any) -> str | 
             anew over an unfinished one.
     """
     wanted, output = training.resume_from_checkpoint, Path(training.output_dir)
-    _check_writable(output)
+    check_writable(output)
     if wanted in (None, False, "false", "False"):
         refuse_unfinished(output)
         return None
@@ -276,23 +283,57 @@ def run_missing(configs: Sequence[str], recipes: Path, inputs: Sequence[str | Pa
 def train(trainer: Trainer, checkpoint: str | None) -> None:
     """Trains, from the beginning or from a checkpoint; one of the last step is loaded, and nothing more is trained.
 
-    Transformers would take a step beyond `max_steps` there. Where a run starts anew in the folder of a finished one, the
-    checkpoints of that one go: they would be taken for its own.
+    Transformers would take a step beyond `max_steps` there. The last line of its log is added, if that is lacking. Where
+    a run starts anew in the folder of a finished one, the checkpoints of that one go: they would be taken for its own.
     """
     if checkpoint is None and trainer.is_world_process_zero():
+        (Path(trainer.args.output_dir) / PENDING).unlink(missing_ok=True)
         for old in checkpoints_in(Path(trainer.args.output_dir)):
-            shutil.rmtree(old)
+            remove_checkpoint(old)
+    begin_tracking(trainer.args)
+    counts = Counts(trainer, checkpoint)
+    trainer.add_callback(counts)
+    _leave_arguments(trainer)
+    _keep_card(trainer)
     if checkpoint:
         _explain_resumption(trainer, checkpoint)
         state, args = _state_of(Path(checkpoint)), trainer.args
         done = state.global_step >= args.max_steps if args.max_steps > 0 else state.epoch >= args.num_train_epochs
         if done:
             trainer._load_from_checkpoint(checkpoint)
+            trainer._load_rng_state(checkpoint)
             trainer.state = state
+            if trainer.is_world_process_zero():
+                write_log(trainer.args, state)
+            if not any("train_loss" in entry for entry in state.log_history):
+                counts.log_end()
             return
-    begin_tracking(trainer.args)
     with _said_when(trainer):
         trainer.train(resume_from_checkpoint=checkpoint)
+
+
+def _keep_card(trainer: Trainer) -> None:
+    """Keeps the card of an earlier result as long as that is there: TRL writes its own at every checkpoint."""
+    create = trainer.create_model_card
+
+    def create_model_card(*arguments: Any, **options: Any) -> None:
+        if not (Path(trainer.args.output_dir) / RECIPE).exists():
+            create(*arguments, **options)
+
+    trainer.create_model_card = create_model_card
+
+
+def _leave_arguments(trainer: Trainer) -> None:
+    """Has the arguments of the run stand beside a checkpoint before it is whole: on others it is not gone on from."""
+    save = trainer._save_rng_state
+
+    def save_rng_state(folder: str) -> None:
+        save(folder)
+        for meter in trainer.callback_handler.callbacks:
+            if isinstance(meter, RunMeter) and trainer.is_world_process_zero():
+                meter.leave_arguments(folder)
+
+    trainer._save_rng_state = save_rng_state
 
 
 def _state_of(checkpoint: Path) -> TrainerState:
@@ -388,20 +429,60 @@ def save_policy(trainer: Trainer) -> None:
 
     PEFT saves none beside an adapter, and the base's own may not know the EOS that was taught.
     """
-    trainer.save_model()
-    if trainer.is_world_process_zero():
-        # what an earlier run left of the other sort: together they would load as one
-        _remove(Path(trainer.args.output_dir), *(_WHOLE if is_peft_model(trainer.model) else _ADAPTER))
-        config = trainer.model.generation_config
-        ends = config.eos_token_id if isinstance(config.eos_token_id, list) else [config.eos_token_id]
-        config.eos_token_id = list(dict.fromkeys([trainer.processing_class.eos_token_id, *filter(None, ends)]))
-        config.save_pretrained(trainer.args.output_dir)
+    config = trainer.model.generation_config
+    ends = config.eos_token_id if isinstance(config.eos_token_id, list) else [config.eos_token_id]
+    config.eos_token_id = list(dict.fromkeys([trainer.processing_class.eos_token_id, *filter(None, ends)]))
+    save_result(trainer, config.save_pretrained)
+
+
+def save_result(trainer: Trainer, save_more: Callable[[str], Any] | None = None) -> None:
+    """Saves the model into the folder of the run: all of it is written there before anything of an earlier result goes.
+
+    From when the first file is moved to its place until the record is written in the end, the folder has no `recipe.json`.
+
+    Args:
+        trainer: after training.
+        save_more: what else the process that saves writes into the folder that it is given.
+    """
+    output = Path(trainer.args.output_dir)
+    whole = output / _SAVING
+    first = trainer.args.should_save
+    if first:
+        shutil.rmtree(whole, ignore_errors=True)  # of a run that was killed
+    trainer.accelerator.wait_for_everyone()
+    try:
+        trainer.save_model(str(whole), _internal_call=True)
+        if save_more and first:
+            save_more(str(whole))
+    except Exception:
+        shutil.rmtree(whole, ignore_errors=True)  # on a full disk it is in the way of others
+        raise
+    if first:
+        if (output / RECIPE).exists():
+            os.replace(output / RECIPE, output / PENDING)  # which knows what it cost, if this is that run
+        # what an earlier run left, of the other sort or in other shards: together they would load as one
+        _remove(output, *_WHOLE, *_ADAPTER)
+        for path in whole.iterdir():
+            if path.is_dir():
+                shutil.rmtree(output / path.name, ignore_errors=True)
+            os.replace(path, output / path.name)
+        whole.rmdir()
+    trainer.accelerator.wait_for_everyone()
+    if trainer.args.push_to_hub:
+        trainer.save_model()
+
+
+def remove_checkpoint(checkpoint: Path) -> None:
+    """Removes a checkpoint; first of all that by which it is whole."""
+    (checkpoint / "trainer_state.json").unlink(missing_ok=True)
+    shutil.rmtree(checkpoint)
 
 
 def remove_results(output: Path, *others: str) -> None:
     """Removes what an earlier run left in a folder: its model, whole or not, checkpoints, records and `others` (patterns)."""
+    (output / RECIPE).unlink(missing_ok=True)
     for checkpoint in checkpoints_in(output):
-        shutil.rmtree(checkpoint)
+        remove_checkpoint(checkpoint)
     _remove(output, *_WHOLE, *_ADAPTER, RECIPE, PENDING, LOG, *others)
 
 
@@ -419,8 +500,12 @@ def evaluate_at_end(trainer: Trainer) -> None:
             trainer.evaluate()
 
 
-def _check_writable(output: Path) -> None:
-    """Says at the start what would otherwise be found out when the first checkpoint is written."""
+def check_writable(output: Path) -> None:
+    """Says at the start what would otherwise be found out when the first checkpoint, or a report, is written.
+
+    Raises:
+        RecipeError: if the folder cannot be made, or nothing can be written into it.
+    """
     try:
         output.mkdir(parents=True, exist_ok=True)
         probe = output / f".writable-{os.getpid()}"
@@ -489,4 +574,4 @@ def _last_metrics(trainer: Trainer) -> dict[str, float]:
     metrics: dict[str, float] = {}
     for entry in trainer.state.log_history:
         metrics.update(entry)
-    return metrics
+    return dict(sorted(metrics.items()))  # those of a checkpoint have this order

@@ -8,7 +8,7 @@ from rlhf_recipes.errors import RecipeError
 from rlhf_recipes.evaluation import plots
 from rlhf_recipes.evaluation.measure import in_noise
 from rlhf_recipes.evaluation.rewards import summary
-from rlhf_recipes.records import RECIPE, read_json, write_json
+from rlhf_recipes.records import RECIPE, read_json, write_json, write_text
 
 from jinja2 import Environment, PackageLoader
 from markupsafe import Markup
@@ -23,7 +23,7 @@ _CURVES = {
 
 
 def write_report(folder: str | Path, metrics: dict[str, Any]) -> Path:
-    """Writes `metrics.json` and `index.html`; returns the path of the page.
+    """Writes `index.html` and, last, `metrics.json`; returns the path of the page.
 
     Args:
         folder: made where it is missing.
@@ -32,11 +32,11 @@ def write_report(folder: str | Path, metrics: dict[str, Any]) -> Path:
     Raises:
         RecipeError: if the folder cannot be written to.
     """
-    folder = Path(folder)
+    folder, page = Path(folder), render(metrics)
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        write_json(folder / METRICS, metrics)
-        (folder / PAGE).write_text(render(metrics), encoding="utf-8")
+        write_text(folder / PAGE, page)
+        write_json(folder / METRICS, metrics)  # the last: by it the stage is done
     except OSError as error:
         raise RecipeError(f"output_dir: {folder}: cannot be written to ({error.strerror}): name another folder") from error
     return folder / PAGE

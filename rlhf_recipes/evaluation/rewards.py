@@ -6,7 +6,7 @@ from typing import Any, Protocol
 
 from rlhf_recipes.evaluation.plots import reliability_diagram, score_histogram
 from rlhf_recipes.evaluation.preference import evaluate_reward
-from rlhf_recipes.records import write_json
+from rlhf_recipes.records import write_json, write_text
 from rlhf_recipes.roles import Ensemble, Reward, encode
 
 from datasets import Dataset
@@ -97,8 +97,8 @@ def write_evaluation(folder: str | Path, results: dict[str, dict[str, Any]]) -> 
     if not results:
         return
     for name, result in results.items():
-        (folder / f"reliability-{name}.svg").write_text(reliability_diagram(result["calibration"]["bins"], name))
-        (folder / f"scores-{name}.svg").write_text(score_histogram(result["scores"], name))
+        write_text(folder / f"reliability-{name}.svg", reliability_diagram(result["calibration"]["bins"], name))
+        write_text(folder / f"scores-{name}.svg", score_histogram(result["scores"], name))
     write_json(folder / "evaluation.json", results)
 
 

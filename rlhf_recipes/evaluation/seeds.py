@@ -8,7 +8,7 @@ from typing import Any
 from rlhf_recipes.evaluation import plots
 from rlhf_recipes.evaluation.report import groups_shown
 from rlhf_recipes.evaluation.truthfulness import KINDS
-from rlhf_recipes.records import write_json
+from rlhf_recipes.records import write_json, write_text
 
 # policy -> figure -> its value under each seed that has one
 Values = dict[str, dict[str, list[float]]]
@@ -63,13 +63,13 @@ def write_summary(metrics: Sequence[dict[str, Any]], stem: Path) -> str:
     parts = {"scores": scores(metrics), "truthfulness": truthfulness(metrics)}
     text = "\n\n".join(table(values) for values in parts.values() if any(values.values()))
     write_json(stem.with_suffix(".json"), {"seeds": [one["seed"] for one in metrics], **parts})
-    stem.with_suffix(".md").write_text(text + "\n", encoding="utf-8")
+    write_text(stem.with_suffix(".md"), text + "\n")
     if groups := groups_shown(metrics[0]):
         pictured = {
             group: {name: {kind: found[_label(group, kind)] for kind in KINDS} for name, found in parts["truthfulness"].items()}
             for group in groups
         }
-        stem.with_suffix(".svg").write_text(plots.shares_of_kinds(pictured), encoding="utf-8")
+        write_text(stem.with_suffix(".svg"), plots.shares_of_kinds(pictured))
     return text
 
 

@@ -4,7 +4,6 @@ import fcntl
 import json
 import os
 import runpy
-import shutil
 import subprocess
 import sys
 import time
@@ -23,8 +22,8 @@ from rlhf_recipes.evaluation.report import METRICS, PAGE
 from rlhf_recipes.evaluation.seeds import write_summary
 from rlhf_recipes.pipeline.reading import TRAINERS, Stage, read_stages
 from rlhf_recipes.plan.dial import written
-from rlhf_recipes.records import LOG, read_json, write_json
-from rlhf_recipes.runs import checkpoints_in
+from rlhf_recipes.records import LOG, read_json, write_json, write_text
+from rlhf_recipes.runs import checkpoints_in, remove_checkpoint
 from rlhf_recipes.sampling import discard
 
 import yaml
@@ -209,7 +208,7 @@ class Pipeline:
         config = self.folder / "configs" / f"{stage.name}.yaml"
         config.parent.mkdir(parents=True, exist_ok=True)
         text = f"# Written by recipes/pipeline.py\n{yaml.safe_dump(stage.values, sort_keys=False)}"
-        config.write_text(text, encoding="utf-8")
+        write_text(config, text)
         self._remember(stage, begun=stage.fingerprint)
         engine = ["--config_file", self.accelerate_config] if self.accelerate_config else []
         command = [sys.executable, "-m", "accelerate.commands.launch", "--quiet", *engine]
@@ -232,7 +231,7 @@ def _forget(stage: Stage) -> None:
         return
     for folder in (stage.folder, *stage.folder.glob("member-*")):
         for checkpoint in checkpoints_in(folder):
-            shutil.rmtree(checkpoint)
+            remove_checkpoint(checkpoint)
     if stage.recipe == "sample":
         discard(stage.folder)
 
