@@ -28,7 +28,7 @@ def imported(path):
 
 
 def with_packages(module, names):
-    """Packages too, whose files are read with those in them; not the module's own, and not the one of all, which imports later."""
+    """Packages too, which are read before what is in them; not the module's own, nor the one of all, which imports later."""
     for name in names:
         packages = [name.rsplit(".", depth)[0] for depth in range(name.count("."))]
         yield from (one for one in packages if "." in one and not module.startswith(f"{one}."))

@@ -2,19 +2,15 @@
 
 import json
 import shutil
-import signal
-import subprocess
-import sys
-import time
 
 from rlhf_recipes.models import fingerprint, resolve_path
 
 import pytest
 import torch
-from conftest import ROOT
 from peft import PeftModel
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
+from trl import SFTTrainer
 
 BASE = resolve_path("rlhf_recipes.tiny.base")
 SMALL = ("--dataset_arguments", '{"rows": 640}', "--per_device_train_batch_size", 16, "--logging_steps", 1, "--warmup_steps", 0)
@@ -94,20 +90,18 @@ def test_resumed_run_equals_the_unbroken_one(launch, tmp_path, options):
     assert json.loads((broken / "recipe.json").read_text())["run"]["steps"] == 3
 
 
-def test_killed_run_goes_on_to_the_same_end(launch, tmp_path):
-    options = (*SMALL, "--max_steps", 8, "--save_steps", 2, "--eval_strategy", "no", "--save_total_limit", 9)
-    options += ("--resume_from_checkpoint", "true", "--output_dir")
-    assert launch("sft", *options, tmp_path / "whole")[0] == 0
-    command = [sys.executable, ROOT / "recipes" / "sft.py", *options, tmp_path / "killed"]
-    killed = subprocess.Popen([*map(str, command)], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
-    while not (tmp_path / "killed" / "checkpoint-4").exists() and killed.poll() is None:
-        time.sleep(0.01)
-    killed.send_signal(signal.SIGKILL)
-    assert killed.wait() == -signal.SIGKILL
-    assert not (tmp_path / "killed" / "recipe.json").exists()
-    assert launch("sft", *options, tmp_path / "killed")[0] == 0
-    assert same(adapter(tmp_path / "whole"), adapter(tmp_path / "killed"))
-    assert history(tmp_path / "whole", 8) == history(tmp_path / "killed", 8)
+def test_a_ctrl_c_says_what_is_kept(launch, tmp_path, monkeypatch):
+    def press(self, *given):
+        if self.state.global_step == 3:
+            raise KeyboardInterrupt
+        return step(self, *given)
+
+    step = SFTTrainer.training_step
+    monkeypatch.setattr(SFTTrainer, "training_step", press)
+    options = (*SMALL, "--max_steps", 8, "--save_steps", 2, "--eval_strategy", "no", "--output_dir", tmp_path)
+    status, said = launch("sft", *options)
+    kept = f"{tmp_path / 'checkpoint-2'} is kept: `resume_from_checkpoint: true` goes on from it"
+    assert (status, said.splitlines()[-1]) == (130, f"stopped after 3 of 8 steps; {kept}")
 
 
 def test_resume_from_what_is_no_checkpoint(launch, tmp_path):

@@ -72,8 +72,8 @@ def _warn_beyond_context(dataset: Dataset, tokenizer: PreTrainedTokenizerBase, m
     context = tokenizer.model_max_length
     if context < max_length and (beyond := len(dataset) - _verdicts(dataset, tokenizer, context).count("")):
         logger.warning(
-            "%s: %d of %d rows have more than %d tokens, which is what %s says that its model reads (`model_max_length`): beyond "
-            "that most models say nothing of sense",
+            "%s: %d of %d rows have more than %d tokens, which is what %s says that its model reads (`model_max_length`): "
+            "beyond that most models say nothing of sense",
             where,
             beyond,
             len(dataset),

@@ -96,6 +96,9 @@ class Pipeline:
             raise RecipeError(
                 f"output_dir: {self.folder}: cannot be written to ({error.strerror}): make room, or name another"
             ) from error
+        except KeyboardInterrupt as stop:
+            stop.__notes__ = ["", "run the pipeline again to go on"]
+            raise
 
     def _check_unselected(self) -> None:
         """Refuses to run a stage on what a stage that is left out did for other arguments, or did not do."""
@@ -109,17 +112,20 @@ class Pipeline:
 
     def _run(self, waiting: list[Stage], lock: int) -> None:
         running: dict[Future[None], Stage] = {}
+        logged: set[str] = set()  # whose output goes to files
         with ThreadPoolExecutor(self.jobs) as pool:
             failed: RecipeError | None = None
             while running or (waiting and not failed):
                 while len(running) < self.jobs and not failed and (stage := self._next(waiting, running.values())):
                     waiting.remove(stage)
                     beside = self.jobs > 1 and bool(running or waiting)
+                    logged |= {stage.name} if beside else set()
                     command = self._begin(stage)
                     running[pool.submit(self._launch, stage, command, beside, lock)] = stage
                 finished, _ = wait(running, timeout=PULSE, return_when=FIRST_COMPLETED)
-                if not finished and self.jobs > 1:  # whose output goes to files
-                    print(f"      {'; '.join(map(progress, running.values()))}", flush=True)
+                silent = [progress(stage) for stage in running.values() if stage.name in logged and not finished]
+                if silent:
+                    print(f"      {'; '.join(silent)}", flush=True)
                 for future in finished:
                     stage = running.pop(future)
                     try:
@@ -169,10 +175,11 @@ class Pipeline:
     def _launch(self, stage: Stage, command: list[str], beside: bool, lock: int) -> None:
         """One stage, to its end."""
         started = time.monotonic()
+        goes_on = ", goes on from its newest checkpoint" if "--resume_from_checkpoint" in command else ""
         if beside:
             log = self.folder / "logs" / f"{stage.name}.log"
             log.parent.mkdir(exist_ok=True)
-            print(f"{self._head(stage)}: {stage.folder} (output: {log})", flush=True)
+            print(f"{self._head(stage)}: {stage.folder}{goes_on} (output: {log})", flush=True)
             with log.open("w", encoding="utf-8") as file:
                 shared = {"stdout": file, "stderr": subprocess.STDOUT, "env": self._environment()}
                 code = subprocess.run(command, pass_fds=(lock,), **shared).returncode
@@ -180,7 +187,7 @@ class Pipeline:
                 with log.open(encoding="utf-8", errors="replace") as file:
                     print(*deque(file, LOG_TAIL), sep="", flush=True)
         else:
-            print(f"{self._head(stage)}: {stage.folder}", flush=True)
+            print(f"{self._head(stage)}: {stage.folder}{goes_on}", flush=True)
             code = subprocess.run(command, pass_fds=(lock,)).returncode
         if code:
             raise RecipeError(f"stages: {stage.name} did not finish; its own message is above. Run again to go on from there")
@@ -279,11 +286,10 @@ def check_arguments(pipeline: Pipeline, config: Path) -> None:
 
 def progress(stage: Stage) -> str:
     """How far a stage is that trains, by the last line of its log; of others, that it is at work."""
-    path = stage.folder / LOG
-    lines = path.read_text(encoding="utf-8").splitlines() if path.exists() else []
     try:
-        return f"{stage.name}: step {json.loads(lines[-1])['step']}"
-    except (IndexError, ValueError, KeyError):  # nothing yet, or a line that is being written
+        *_, last = (stage.folder / LOG).read_text(encoding="utf-8").splitlines()
+        return f"{stage.name}: step {json.loads(last)['step']}"
+    except (OSError, ValueError, KeyError):  # nothing yet, or a line that is being written
         return f"{stage.name}: at work"
 
 
@@ -292,5 +298,5 @@ def _require_data(groups: Sequence[Any], folders: Sequence[Path]) -> None:
     for name, value in ((name, value) for group in groups for name, value in vars(group).items()):
         sources = [entry.path for entry in value if isinstance(entry, DatasetSource)] if isinstance(value, list) else []
         for path in [value] if name == "dataset_name" and value else sources:
-            if not any(Path(path).is_relative_to(folder) for folder in folders):
+            if not any(Path(path).absolute().is_relative_to(folder.absolute()) for folder in folders):
                 require_file(path)
