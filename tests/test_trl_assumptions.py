@@ -49,7 +49,7 @@ from small_ppo import (
 )
 from torch import nn
 from transformers import AutoModelForSequenceClassification, Trainer, TrainingArguments
-from trl import GRPOConfig, GRPOTrainer, RewardConfig, RewardTrainer, TrlParser
+from trl import DPOTrainer, GRPOConfig, GRPOTrainer, RewardConfig, RewardTrainer, SFTTrainer, TrlParser
 from trl.generation.vllm_generation import VLLMGeneration
 from trl.models.utils import disable_gradient_checkpointing
 from trl.trainer.base_config import _BaseConfig
@@ -956,3 +956,14 @@ def test_4_bit_layers_have_the_switch_against_repacking(tmp_path):
     assert len(switches) == 14, "bitsandbytes has renamed `support_avx512bf16_for_cpu`: see keep_gradients_exact in models.py"
     assert model.is_quantized
     assert model.is_loaded_in_4bit
+
+
+def test_what_a_trainer_counts_stands_where_it_is_taken_up_from():
+    """`rlhf_recipes.counting` leaves it beside checkpoints, and puts it back when the loop has begun anew."""
+    loop = inspect.getsource(Trainer._inner_training_loop) + inspect.getsource(Trainer._maybe_log_save_evaluate)
+    for name in ("_tr_loss", "_total_loss_scalar", "_globalstep_last_logged"):
+        assert f"self.{name}" in loop, name
+    assert "self._save_rng_state(" in inspect.getsource(Trainer._save_checkpoint)
+    for kind in (SFTTrainer, DPOTrainer, RewardTrainer):
+        assert "self._total_train_tokens" in inspect.getsource(kind), kind
+        assert "self._metrics[" in inspect.getsource(kind), kind
