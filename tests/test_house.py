@@ -30,8 +30,9 @@ def imported(path):
 def with_packages(module, names):
     """Packages too, which are read before what is in them; not the module's own, nor the one of all, which imports later."""
     for name in names:
-        packages = [name.rsplit(".", depth)[0] for depth in range(name.count("."))]
-        yield from (one for one in packages if "." in one and not module.startswith(f"{one}."))
+        packages = [name.rsplit(".", depth)[0] for depth in range(1, name.count("."))]
+        yield from (one for one in packages if "." in one and not f"{module}.".startswith(f"{one}."))
+        yield name
 
 
 GRAPH = {module: {*with_packages(module, imported(path))} for module, path in MODULES.items()}

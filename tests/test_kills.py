@@ -1,7 +1,7 @@
 """Every stage, and the pipeline, killed at random moments and gone on with: the result is that of the unbroken run.
 
 `RLHF_RECIPES_KILLS=20 pytest tests/test_kills.py` kills each twenty times, in some five minutes on one core; by default it is
-a few times, at the same moments as far as the machine is as fast. `RLHF_RECIPES_KILLS_SEED=1` draws other moments.
+once, at the same moment as far as the machine is as fast. `RLHF_RECIPES_KILLS_SEED=1` draws other moments.
 """
 
 import json
@@ -19,7 +19,7 @@ import yaml
 from conftest import ROOT
 from safetensors.torch import load_file
 
-KILLS = int(os.environ.get("RLHF_RECIPES_KILLS", "2"))
+KILLS = int(os.environ.get("RLHF_RECIPES_KILLS", "1"))
 SEED = os.environ.get("RLHF_RECIPES_KILLS_SEED", "0")
 TIMES = re.compile("runtime|per_second|step_time|wall_time|tokens_per_s|^peak_memory$|^run$|^resume_from_checkpoint$")
 CHECKPOINTS = {"save_steps": 1, "save_total_limit": 2, "eval_steps": 2, "logging_steps": 2, "warmup_steps": 0}

@@ -707,7 +707,7 @@ def test_the_recipe_exports_and_imports(files, launch, capsys):
         ([], "give --data with a file of sampled groups, or --store"),
         (["--data", "none.jsonl"], "none.jsonl: there is no such file"),
         (["--store", "none.sqlite"], "none.sqlite: there is no such database of labels"),
-        (["--data", "groups.jsonl", "--overlap", "10"], "overlap: 10.0: must be a share from 0 to 1"),
+        (["--data", "groups.jsonl", "--overlap", "10", "--port", "0"], "overlap: 10.0: must be a share from 0 to 1"),
         (["--data", "groups.jsonl", "--host", "0.0.0.0"], "--host 0.0.0.0: others could reach the page there"),
         (["--data", "groups.jsonl", "--host", "no.such.invalid"], "no address to listen on"),
         (["--data", "groups.jsonl", "--port", "99999"], "--port 99999: there is no such port: give one from 0 to 65535"),

@@ -269,33 +269,6 @@ def wait_for(path):
     raise TimeoutError(path)
 
 
-def start(config):
-    command = [sys.executable, str(RECIPES / "pipeline.py"), "--config", str(config)]
-    return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, start_new_session=True)
-
-
-def test_a_killed_pipeline_goes_on_to_the_same_end(tmp_path, launch):
-    small = {"dataset_arguments": {"rows": 512}, "per_device_train_batch_size": 32, "save_steps": 2, "eval_strategy": "no"}
-    stages = [{"name": "sft", "config": "configs/tiny/sft.yaml", "arguments": small | {"save_total_limit": None}}]
-    config = tmp_path / "pipeline.yaml"
-    config.write_text(yaml.safe_dump({"output_dir": str(tmp_path), "stages": stages}))
-    killed = start(config)
-    wait_for(tmp_path / "sft" / "checkpoint-4")
-    os.killpg(killed.pid, signal.SIGKILL)
-    killed.wait()
-    assert not (tmp_path / "sft" / "recipe.json").exists()
-    again = start(config)
-    output = again.communicate()[0]
-    assert again.returncode == 0, output
-    assert f"1. sft: recipes/sft.py -> {tmp_path}/sft: begun\n" in output
-
-    unbroken = tmp_path / "unbroken"
-    assert launch("sft", "--config", tmp_path / "configs" / "sft.yaml", "--output_dir", unbroken)[0] == 0
-    whole, gone_on = (load_file(folder / "adapter_model.safetensors") for folder in (unbroken, tmp_path / "sft"))
-    assert whole.keys() == gone_on.keys()
-    assert all(torch.equal(whole[name], gone_on[name]) for name in whole)
-
-
 def test_a_stage_that_has_outlived_its_pipeline_is_not_written_over(project, tmp_path):
     recipes = tmp_path / "recipes"
     recipes.mkdir()

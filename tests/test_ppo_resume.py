@@ -1,19 +1,11 @@
 """A run of PPO that was broken off goes on to the same end: losses, policy, critic, and everything in between."""
 
-import json
 import shutil
-import signal
-import subprocess
-import sys
-import time
 
 from rlhf_recipes.errors import RecipeError
-from rlhf_recipes.models import resolve_path
 
 import pytest
 import torch
-import yaml
-from conftest import ROOT
 from datasets import Dataset
 from safetensors.torch import load_file
 from small_ppo import Remembering, in_4_bits, logged, lora, make_trainer, moved, prompts, save_base, save_reward, with_adapter
@@ -160,53 +152,3 @@ def test_a_checkpoint_of_a_critic_of_another_kind_is_refused(start, tmp_path):
     trainer = start(tmp_path / "run", "4 bits, adapter")
     with pytest.raises(RecipeError, match="comes from a critic of another kind"):
         trainer.train(resume_from_checkpoint=True)
-
-
-# --- The recipe ------------------------------------------------------------------------------------------
-
-
-def history(folder):
-    state = json.loads((folder / "trainer_state.json").read_text())["log_history"]
-    return [{key: value for key, value in entry.items() if key not in TIMES} for entry in state if "loss" in entry]
-
-
-def test_a_recipe_that_was_killed_goes_on_to_the_same_end(launch, tmp_path):
-    settings = yaml.safe_load((ROOT / "configs" / "tiny" / "ppo.yaml").read_text())
-    settings |= {
-        "needs": [],
-        "start_from": None,
-        "model_name_or_path": str(resolve_path("rlhf_recipes.tiny.base")),
-        "dataset_arguments": {"rows": 32},
-        "per_device_train_batch_size": 4,
-        "steps_per_generation": 2,
-        "value_warmup_steps": 1,
-        "critic": "adapter",
-        "use_score_scaling": True,
-        "kl_target": 0.1,
-        "num_train_epochs": 1,
-        "max_steps": 10,
-        "save_steps": 1,
-        "save_total_limit": 20,
-        "logging_steps": 1,
-        "eval_strategy": "no",
-        "disable_tqdm": True,
-    }
-    (tmp_path / "ppo.yaml").write_text(yaml.safe_dump(settings))
-    options = ("--config", tmp_path / "ppo.yaml", "--resume_from_checkpoint", "true", "--output_dir")
-    whole, killed = tmp_path / "whole", tmp_path / "killed"
-    assert launch("ppo", *options, whole)[0] == 0
-    command = [sys.executable, ROOT / "recipes" / "ppo.py", *options, killed]
-    process = subprocess.Popen([*map(str, command)], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
-    while not (killed / "checkpoint-4").exists() and process.poll() is None:
-        time.sleep(0.01)
-    process.send_signal(signal.SIGKILL)
-    assert process.wait() == -signal.SIGKILL
-    assert not (killed / "recipe.json").exists()
-    reached = max(int(path.name.split("-")[1]) for path in killed.glob("checkpoint-*"))
-    assert reached < 10
-    status, error = launch("ppo", *options, killed)
-    assert status == 0, error
-    assert json.loads((killed / "recipe.json").read_text())["run"]["steps"] >= 10 - reached
-    for name in ("adapter_model.safetensors", "critic.safetensors"):
-        assert not moved(load_file(whole / name), load_file(killed / name)), name
-    assert history(whole / "checkpoint-10") == history(killed / "checkpoint-10")

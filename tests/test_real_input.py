@@ -30,7 +30,7 @@ max_length: 128
 long_rows: drop
 per_device_train_batch_size: 8
 per_device_eval_batch_size: 32
-max_steps: 60
+max_steps: 50
 learning_rate: 3.0e-3
 lr_scheduler_type: cosine
 warmup_steps: 5
