@@ -26,8 +26,7 @@ from jinja2 import TemplateError
 from peft import PeftConfig, PeftModel, get_peft_model_state_dict
 from peft.tuners.tuners_utils import BaseTunerLayer
 from peft.utils import AuxiliaryTrainingWrapper
-from safetensors import SafetensorError
-from safetensors.torch import load_file
+from safetensors import SafetensorError, safe_open
 from torch.distributed.fsdp import FSDPModule, register_fsdp_forward_method
 from transformers import (
     AutoConfig,
@@ -88,17 +87,28 @@ def read_weights(path: str | Path) -> dict[str, torch.Tensor]:
     Raises:
         RecipeError: if the file is missing or damaged, or a weight is NaN or infinite.
     """
+    return dict(each_weight(path))
+
+
+def each_weight(path: str | Path) -> Iterator[tuple[str, torch.Tensor]]:
+    """The same one after the other, so that a whole model need not be in memory to be looked at.
+
+    Raises:
+        RecipeError: as in `read_weights`.
+    """
     path = Path(path)
     if not path.is_file():
         pickled = [name for name in _PICKLES if (path.parent / name).exists()]
         remedy = f": {pickled[0]} is a pickle, which is not read: save it as safetensors" if pickled else ""
         raise RecipeError(f"{path.parent}: no {path.name} there{remedy}")
     try:
-        weights = load_file(path)
+        with safe_open(path, framework="pt") as file:
+            for name in file.keys():  # noqa: SIM118 - it is no mapping
+                weight = file.get_tensor(name)
+                refuse_not_finite({name: weight}, path)
+                yield name, weight
     except (SafetensorError, OSError, ValueError, KeyError) as error:
         raise RecipeError(f"{path}: cannot be read ({first_line(error)}): copy or train it again") from error
-    refuse_not_finite(weights, path)
-    return weights
 
 
 @torch.no_grad()

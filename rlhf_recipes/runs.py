@@ -23,6 +23,7 @@ from rlhf_recipes.errors import RecipeError, first_line, lack_of_memory
 from rlhf_recipes.models import (
     ADAPTER,
     check_all_there,
+    each_weight,
     fingerprint,
     model_path,
     read_weights,
@@ -384,9 +385,12 @@ def _explain_resumption(trainer: Trainer, checkpoint: str) -> None:
     for name in ("_load_from_checkpoint", "_load_optimizer_and_scheduler", "_load_rng_state"):
         setattr(trainer, name, explained(getattr(trainer, name)))
     for path in sorted(Path(checkpoint).glob("*.safetensors")):
-        weights = read_weights(path)
         if path.name == ADAPTER and is_peft_model(trainer.model):
-            check_all_there(trainer.model, trainer.model.active_adapters[0], weights, f"resume_from_checkpoint: {checkpoint}")
+            named = f"resume_from_checkpoint: {checkpoint}"
+            check_all_there(trainer.model, trainer.model.active_adapters[0], read_weights(path), named)
+            continue
+        for _ in each_weight(path):  # only looked at: a whole model is read by Transformers
+            pass
 
 
 @contextlib.contextmanager

@@ -46,12 +46,17 @@ def forked(action, log):
         with contextlib.suppress(OSError):  # also there, whichever of the two comes first; of one that has ended it fails
             os.setpgid(process, process)
         return process
+    os.setpgid(0, 0)
+    with open(log, "a") as file:
+        os.dup2(file.fileno(), 1)
+        os.dup2(file.fileno(), 2)
+    to_its_end(action)
+
+
+def to_its_end(action):
+    """Does `action`, and ends this process, which was forked, with its exit status and without what Python does at its end."""
     code = 1
     try:
-        os.setpgid(0, 0)
-        with open(log, "a") as file:
-            os.dup2(file.fileno(), 1)
-            os.dup2(file.fileno(), 2)
         action()
         code = 0
     except SystemExit as stop:
@@ -128,18 +133,7 @@ def pipeline(*options):
         place = next(number for number, word in enumerate(command) if word.endswith(".py"))
         process = os.fork()
         if not process:
-            code = 1
-            try:
-                run_recipe(Path(command[place]).stem, *command[place + 1 :])
-                code = 0
-            except SystemExit as stop:
-                code = stop.code or 0
-            except BaseException:
-                traceback.print_exc()
-            finally:
-                sys.stdout.flush()
-                sys.stderr.flush()
-                os._exit(code)
+            to_its_end(lambda: run_recipe(Path(command[place]).stem, *command[place + 1 :]))
         return subprocess.CompletedProcess(command, os.waitstatus_to_exitcode(os.waitpid(process, 0)[1]))
 
     subprocess.run = run

@@ -193,15 +193,20 @@ def test_a_pickle_in_the_place_of_a_base(folder, base):
 # --- Configurations and records --------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize(
-    "file", ["adapter_config.json", "recipe.json", "reward.json", "tokenizer_config.json", "tokenizer.json"]
-)
+JSON_FILES = ["adapter_config.json", "recipe.json", "reward.json", "tokenizer_config.json", "tokenizer.json"]
+
+
+def one_of(stages, file):
+    """The folder of a stage that has such a file."""
+    return stages["sft" if (stages["sft"] / file).exists() and file != "reward.json" else "reward"]
+
+
+@pytest.mark.parametrize("file", JSON_FILES)
 @hostile.examples(10)
 @given(data=st.data())
 def test_json(folder, base, stages, file, data):
     """One value is another. The adapter is as it was saved, or it is not loaded."""
-    stage = "sft" if (stages["sft"] / file).exists() and file != "reward.json" else "reward"
-    copy = copied(folder, stages[stage])
+    copy = copied(folder, one_of(stages, file))
     content = json.loads((copy / file).read_text())
     content.pop("model", None)  # of a tokenizer: a vocabulary of a hundred words
     path = data.draw(st.sampled_from(hostile.places(content)))
@@ -210,14 +215,11 @@ def test_json(folder, base, stages, file, data):
     judge(folder, base, copy)
 
 
-@pytest.mark.parametrize(
-    "file", ["adapter_config.json", "recipe.json", "reward.json", "tokenizer_config.json", "tokenizer.json"]
-)
+@pytest.mark.parametrize("file", JSON_FILES)
 @hostile.examples(6)
 @given(data=st.data())
 def test_bytes_of_json(folder, base, stages, file, data):
-    stage = "sft" if (stages["sft"] / file).exists() and file != "reward.json" else "reward"
-    copy = copied(folder, stages[stage])
+    copy = copied(folder, one_of(stages, file))
     (copy / file).write_bytes(data.draw(hostile.spoilt_bytes((copy / file).read_bytes())))
     judge(folder, base, copy)
 
