@@ -541,8 +541,12 @@ def parse_arguments(
 
 
 def overlaid(under: Mapping[str, Any], over: Mapping[str, Any]) -> dict[str, Any]:
-    """`over` over `under`, as the command line goes over a file: the data that it names replace those of the file."""
-    gone: set[str] = set()
+    """`over` over `under`, as the command line goes over a file: the data that it names replace those of the file.
+
+    What only the old dataset reads goes with it; a `column_mapping` stays, since another one may well have the same columns.
+    """
+    another = over.get("dataset_name") not in (None, under.get("dataset_name"))
+    gone = {"dataset_arguments", "dataset_config"} if another else set()
     for one, others in (
         ("datasets", ("dataset_name", *_OF_ONE_DATASET)),
         ("dataset_name", ("datasets",)),

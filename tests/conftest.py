@@ -24,7 +24,7 @@ SHARED = ROOT.parent / "shared"
 
 # Those that take minutes, each in a few tests: begun first, they are not what one process does last and alone
 LONG = ("test_real_pipeline.py", "test_tiny_stages.py", "test_distributed.py", "test_real_rewards.py", "test_real_ppo.py")
-LONG += ("test_ppo_distributed.py", "test_documents.py", "test_pipeline.py", "test_real_input.py", "test_kills.py")
+LONG += ("test_documents.py", "test_pipeline.py", "test_real_input.py", "test_kills.py")
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

@@ -13,24 +13,24 @@ import sys
 import traceback
 from pathlib import Path
 
+import ppo_cases
 import torch
 from accelerate import PartialState
 from accelerate.commands.launch import _validate_launch_command, launch_command_parser
 from accelerate.utils import DistributedType, prepare_multi_gpu_env
 from conftest import ROOT, run_recipe
-from test_ppo_distributed import run as run_ppo
 from trl import DPOTrainer, RewardTrainer, SFTTrainer  # noqa: F401 - imported where they are first asked for
 
 
 def in_two_processes(engine, stages, folder):
-    """Runs stages, each `[recipe, option, ...]` or of `test_ppo_distributed`, by `configs/accelerate/{engine}.yaml`."""
+    """Runs stages, each `[recipe, option, ...]` or of `ppo_cases`, by `configs/accelerate/{engine}.yaml`."""
     file = folder / f"{engine}.json"
     file.write_text(json.dumps(list(zip(free_ports(len(stages)), stages, strict=True))))
     config = ("--config_file", str(ROOT / f"configs/accelerate/{engine}.yaml"), "--num_processes", "2", __file__)
     arguments, *_ = _validate_launch_command(launch_command_parser().parse_args(config))
     command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "--standalone", __file__]
     environment = prepare_multi_gpu_env(arguments) | {"ACCELERATE_USE_CPU": str(engine == "ddp").lower()}
-    result = subprocess.run([*command, engine, str(file)], env=environment, capture_output=True, text=True, timeout=240)
+    result = subprocess.run([*command, engine, str(file)], env=environment, capture_output=True, text=True, timeout=400)
     assert result.returncode == 0, (result.stdout + result.stderr)[-20000:]
 
 
@@ -49,9 +49,9 @@ def free_ports(count):
 def run_stages(stages):
     """Runs stages in this process."""
     for recipe, *options in stages:
-        if recipe == "ppo_maths":
+        if recipe == "ppo_cases":
             folder, case, others = options
-            run_ppo(Path(folder), case, 2, use_cpu=False, **others)
+            ppo_cases.run(Path(folder), case, 2, **others)
         else:
             run_recipe(recipe, *options)
 

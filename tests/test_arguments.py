@@ -219,6 +219,11 @@ def test_data_on_the_command_line_are_in_place_of_those_of_the_file(tmp_path):
     text = "datasets: [{path: b.jsonl}]\ntest_split_size: 3\n"
     data, *_ = parse(tmp_path, text, "--dataset_name", "c.csv", "--eval_datasets", "d.csv")
     assert (data.dataset_name, data.datasets, data.test_split_size) == ("c.csv", [], None)
+    text = "dataset_name: a.function\ndataset_arguments: {rows: 3}\ncolumn_mapping: {q: prompt}\n"
+    data, *_ = parse(tmp_path, text, "--dataset_name", "c.csv")
+    assert (data.dataset_name, data.dataset_arguments, data.column_mapping) == ("c.csv", None, {"q": "prompt"})
+    data, *_ = parse(tmp_path, text, "--dataset_name", "a.function")
+    assert data.dataset_arguments == {"rows": 3}
     message = refusal(tmp_path, "datasets: [{path: b.jsonl}]\ndataset_name: c.csv\n")
     assert "my.yaml: Set either `dataset_name` or `datasets`: both are set" in message
 

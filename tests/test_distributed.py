@@ -9,10 +9,10 @@ from rlhf_recipes.ppo import PPOConfig
 
 import pytest
 import torch
+from ppo_cases import AGAIN, CASES, assert_the_update_of_one, read, run
 from processes import in_two_processes, run_stages
 from safetensors.torch import load_file
 from small_ppo import moved, save_base, save_reward
-from test_ppo_distributed import AGAIN, assert_the_update_of_one
 
 SGD = ("--optim", "sgd", "--learning_rate", 0.1)  # Adam makes full steps of gradients that are nothing but rounding
 SHORT = (*SGD, "--max_steps", 4, "--logging_steps", 1, "--warmup_steps", 0, "--eval_strategy", "no", "--save_strategy", "no")
@@ -56,37 +56,51 @@ def sharded_stages(folder, processes):
     ]
 
 
-def both(tmp_path_factory, engine, of):
-    """The folders of one process and of two."""
-    one, two = tmp_path_factory.mktemp(f"one_{engine}"), tmp_path_factory.mktemp(engine)
-    run_stages(of(one, 1))
-    in_two_processes(engine, of(two, 2), two)
-    return one, two
+def cases(folder, names, unbroken, *steps, **options):
+    """PPO on completions that are given; then on its own, unbroken, and gone on with from each of these steps."""
+    folder.mkdir()
+    save_reward(folder / "reward", save_base(folder / "base"))
+    runs = [(name, name, options) for name in names]
+    runs += [("unbroken", unbroken, options | AGAIN)]
+    for step in steps:
+        checkpoint = str(folder / "unbroken" / f"checkpoint-{step}")
+        runs += [(f"broken-{step}", unbroken, options | AGAIN | {"checkpoint": checkpoint})]
+    return [["ppo_cases", str(folder / name), case, others] for name, case, others in runs]
 
 
 @pytest.fixture(scope="module")
 def shared_out(tmp_path_factory):
-    return both(tmp_path_factory, "ddp", stages)
+    """The folders of one process and of two, by DDP."""
+    one, two = tmp_path_factory.mktemp("one_ddp"), tmp_path_factory.mktemp("ddp")
+    run_stages(stages(one, 1))
+    in_two_processes("ddp", [*stages(two, 2), *cases(two / "cases", CASES, "adapter", 3, 11)], two)
+    return one, two
 
 
 @pytest.fixture(scope="module")
 def sharded(tmp_path_factory):
-    return both(tmp_path_factory, "fsdp", sharded_stages)
+    """And by FSDP, which Accelerate would not have on CPUs; there its two processes sample completions of different lengths."""
+    one, two = tmp_path_factory.mktemp("one_fsdp"), tmp_path_factory.mktemp("fsdp")
+    run_stages(sharded_stages(one, 1))
+    ppo = cases(two / "cases", ("shared", "whole"), "shared", 11, use_cpu=False)
+    for _, _, _, options in ppo[2:]:
+        options["terse"] = True
+    in_two_processes("fsdp", [*sharded_stages(two, 2), *ppo], two)
+    return one, two
 
 
 @pytest.fixture(scope="module")
-def sharded_ppo(tmp_path_factory):
-    """Of the updates of two processes, of a run of theirs and of the same, broken off."""
-    folder = tmp_path_factory.mktemp("sharded_ppo")
+def alone(tmp_path_factory):
+    """Runs a case of PPO in this process, once, in the folder that it returns."""
+    folder = tmp_path_factory.mktemp("alone")
     save_reward(folder / "reward", save_base(folder / "base"))
-    runs = [["ppo_maths", str(folder / case), case, {}] for case in ("shared", "whole")]
-    terse = AGAIN | {"terse": True}
-    runs += [["ppo_maths", str(folder / "unbroken"), "shared", terse]]
-    runs += [
-        ["ppo_maths", str(folder / "broken"), "shared", terse | {"checkpoint": str(folder / "unbroken" / "checkpoint-11")}]
-    ]
-    in_two_processes("fsdp", runs, folder)
-    return folder
+
+    def run_once(case):
+        if not (folder / case).exists():
+            run(folder / case, case, 1)
+        return folder
+
+    return run_once
 
 
 def assert_same_adapters(one, two, *stages):
@@ -129,16 +143,36 @@ def test_fsdp_gives_what_one_process_gives(sharded):
     assert fingerprints[0] == fingerprints[1]
 
 
+# --- PPO ---------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_ddp_gives_the_update_of_one(shared_out, alone, case):
+    assert_the_update_of_one(shared_out[1] / "cases", alone(case), case)
+
+
 @pytest.mark.parametrize("case", ["shared", "whole"])
-def test_fsdp_gives_the_update_of_one(sharded_ppo, tmp_path, case):
-    for name in ("base", "reward"):
-        (tmp_path / name).symlink_to(sharded_ppo / name)
-    assert_the_update_of_one(sharded_ppo, tmp_path, case)
+def test_fsdp_gives_the_update_of_one(sharded, alone, case):
+    assert_the_update_of_one(sharded[1] / "cases", alone(case), case)
 
 
-def test_a_sharded_run_of_ppo_resumed_is_the_unbroken_one(sharded_ppo):
+@pytest.mark.parametrize("step", [3, 11])
+def test_a_run_of_two_processes_resumed_is_the_unbroken_one(shared_out, step):
+    """In the first round of the data, and in the second, each of them between a rollout and its last update."""
+    whole, broken = (shared_out[1] / "cases" / name for name in ("unbroken", f"broken-{step}"))
+    assert read(whole)["kl"][-1] == read(broken)["kl"][-1]
+    files = ("adapter_model.safetensors", "critic.safetensors", "checkpoint-14/rollout-0.safetensors")
+    for file in (*files, "checkpoint-14/rollout-1.safetensors"):
+        assert not moved(load_file(whole / file), load_file(broken / file)), f"resumed at step {step}: {file}"
+    # each process samples answers of its own
+    rollouts = [load_file(whole / f"checkpoint-14/rollout-{rank}.safetensors") for rank in (0, 1)]
+    assert not torch.equal(*(rollout["0/prompt_ids"] for rollout in rollouts))
+
+
+def test_a_sharded_run_of_ppo_resumed_is_the_unbroken_one(sharded):
     for file in ("adapter_model.safetensors", "critic.safetensors"):
-        assert not moved(load_file(sharded_ppo / "unbroken" / file), load_file(sharded_ppo / "broken" / file)), file
+        whole, broken = (sharded[1] / "cases" / name / file for name in ("unbroken", "broken-11"))
+        assert not moved(load_file(whole), load_file(broken)), file
 
 
 # --- What an engine cannot do ------------------------------------------------------------------------------

@@ -70,12 +70,14 @@ def save_adapter(folder, seed, size=0.1):
 
 @pytest.fixture(scope="module")
 def runs(tmp_path_factory):
-    """An SFT policy, and a PPO run with two checkpoints and a record."""
+    """An SFT policy, and a PPO run with two checkpoints, half a one and a record."""
     folder = tmp_path_factory.mktemp("runs")
     save_adapter(folder / "sft", 1)
     save_adapter(folder / "ppo", 2)
-    for step in (10, 2):
+    for step in (10, 2, 11):
         save_adapter(folder / "ppo" / f"checkpoint-{step}", 2, size=0.01 * step)
+        if step != 11:  # that one is of a run that was killed as it wrote it
+            (folder / "ppo" / f"checkpoint-{step}" / "trainer_state.json").write_text("{}")
     log = [{"step": step, "score": step / 10, "kl": 0.1} for step in range(5)]
     (folder / "ppo" / "recipe.json").write_text(json.dumps({"recipe": "ppo", "log": log}))
     return folder
@@ -730,7 +732,7 @@ def test_the_recipe_measures_every_policy(evaluated):
     assert metrics["policies"]["best-of-4"]["rewards"]["Abstention"]["difference"]["mean"] > 0
 
 
-def test_the_frontier_is_that_of_the_checkpoints_in_order(evaluated):
+def test_the_frontier_is_that_of_the_whole_checkpoints_in_order(evaluated):
     frontier = evaluated[0]["frontier"]
     (points,) = frontier["runs"].values()
     assert [point["step"] for point in points] == [2, 10]
@@ -958,7 +960,8 @@ def test_a_reward_model_scores_and_chooses_and_its_own_evaluation_is_shown(tmp_p
     from rlhf_recipes.roles import load_reward
 
     options = ("--max_steps", 2, "--per_device_train_batch_size", 4, "--save_strategy", "no", "--eval_strategy", "no")
-    status, message = launch("reward", "--output_dir", tmp_path / "reward", *options)
+    rows = ("--dataset_arguments", '{"rows": 32, "k": 4}')
+    status, message = launch("reward", "--output_dir", tmp_path / "reward", *options, *rows)
     assert status == 0, message
     tokenizer = AutoTokenizer.from_pretrained(BASE)
     model = AutoModelForCausalLM.from_pretrained(BASE)

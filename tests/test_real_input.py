@@ -23,8 +23,8 @@ lora_alpha: 32
 lora_dropout: 0.0
 lora_target_modules: all-linear
 dataset_name: {shared}/data/{data}.jsonl.gz
-dataset_train_split: "train[:1000]"
-test_split_size: 100
+dataset_train_split: "train[:950]"
+test_split_size: 50
 bad_rows: drop
 max_length: 128
 long_rows: drop

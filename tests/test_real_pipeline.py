@@ -30,14 +30,15 @@ def folder(tmp_path_factory, shared, benches):
     )
     small = {
         "sft": {
-            "datasets": [{"path": instructions, "split": "train[:400]"}, {"path": hh, "split": "train[:100]"}],
+            "datasets": [{"path": instructions, "split": "train[:320]"}, {"path": hh, "split": "train[:80]"}],
             "num_train_epochs": 1,
+            "eval_strategy": "no",
         },
-        "reward": {"num_train_epochs": 2, "dataset_train_split": "train[:320]"},
-        "judge": {"num_train_epochs": 2, "dataset_train_split": "train[475:675]"},
+        "reward": {"num_train_epochs": 2, "eval_strategy": "steps", "eval_steps": 1000, "dataset_train_split": "train[:320]"},
+        "judge": {"num_train_epochs": 2, "eval_strategy": "no", "dataset_train_split": "train[475:635]"},
         "ppo": {
             "per_device_train_batch_size": 48,
-            "max_steps": 16,
+            "max_steps": 12,
             "max_completion_length": 24,
             "warmup_steps": 2,
             "value_warmup_steps": 2,
@@ -48,7 +49,7 @@ def folder(tmp_path_factory, shared, benches):
         "dpo": {"num_train_epochs": 1, "dataset_train_split": "train[:160]", "eval_strategy": "no"},
         "evaluate": {
             "policies": {"sft": "{sft}", "dpo": "{dpo}", "ppo": "{ppo}"},
-            "eval_datasets": [{"path": str(shared / "data" / "preferences.1100.jsonl.gz"), "split": "train[950:1010]"}],
+            "eval_datasets": [{"path": str(shared / "data" / "preferences.1100.jsonl.gz"), "split": "train[950:990]"}],
             "max_completion_length": 24,
             "num_answers": 2,
             "frontier": [],

@@ -587,6 +587,8 @@ def frontier(measurement: Measurement, seed: int) -> dict[str, Any] | None:
 def _run_points(measurement: Measurement, run: Path, seed: int) -> list[dict[str, Any]]:
     points = []
     for checkpoint in sorted(checkpoints_in(run), key=step_of):
+        if not (checkpoint / "trainer_state.json").is_file():  # written last: of a killed run, half a checkpoint
+            continue
         require_adapter(str(checkpoint), "frontier")
         name = f"frontier: {checkpoint}"  # a policy may be called checkpoint-10 too
         measurement.bench.add(name, str(checkpoint), "frontier")
