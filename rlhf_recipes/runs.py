@@ -314,11 +314,14 @@ def train(trainer: Trainer, checkpoint: str | None) -> None:
 
 
 def _keep_card(trainer: Trainer) -> None:
-    """Keeps the card of an earlier result as long as that is there: TRL writes its own at every checkpoint."""
+    """Keeps the card of an earlier result as long as that is there: TRL writes its own at every checkpoint.
+
+    That one is for the Hub. As TRL writes it, it takes a folder `trackio` for the package, and fails; ours comes in the end.
+    """
     create = trainer.create_model_card
 
     def create_model_card(*arguments: Any, **options: Any) -> None:
-        if not (Path(trainer.args.output_dir) / RECIPE).exists():
+        if trainer.args.push_to_hub and not (Path(trainer.args.output_dir) / RECIPE).exists():
             create(*arguments, **options)
 
     trainer.create_model_card = create_model_card

@@ -1,5 +1,6 @@
 """Settings of the whole test suite: offline, quiet, and one thread a process."""
 
+import gc
 import os
 import runpy
 import sys
@@ -30,6 +31,12 @@ LONG += ("test_documents.py", "test_pipeline.py", "test_real_input.py", "test_ki
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """The long ones first."""
     items.sort(key=lambda item: LONG.index(item.path.name) if item.path.name in LONG else len(LONG))
+
+
+def pytest_collection_finish() -> None:
+    """What is imported stays: collections of garbage, of which each run of a recipe makes several, need not look at it."""
+    gc.collect()
+    gc.freeze()
 
 
 @pytest.fixture(autouse=True, scope="session")

@@ -248,3 +248,13 @@ def test_the_log_is_that_of_the_run_and_of_a_resumed_one_too(launch, config, tmp
 
 def test_a_line_of_the_log_is_json_whatever_the_value():
     assert json.loads(_log_line({"kl": float("nan"), "loss": float("inf"), "step": 1})) == {"kl": None, "loss": None, "step": 1}
+
+
+def test_a_folder_of_a_trackers_name_is_not_taken_for_the_tracker(config, launch, tmp_path, monkeypatch):
+    """Where a recipe is launched from, Python finds modules, and folders too."""
+    for name in ("trackio", "wandb"):
+        (tmp_path / name).mkdir()
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "path", [entry for entry in sys.path if entry != str(tmp_path)])
+    status, error = launch("sft", "--config", config("sft"), "--save_strategy", "steps", "--save_steps", 1)
+    assert status == 0, error
