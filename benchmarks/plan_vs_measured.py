@@ -21,8 +21,8 @@ from pathlib import Path
 from typing import Any
 
 from rlhf_recipes import runs
-from rlhf_recipes.pipeline.planning import plan_file
-from rlhf_recipes.plan.stages import GIB, Plan
+from rlhf_recipes.pipeline.planning import arguments_in
+from rlhf_recipes.plan.stages import GIB, Plan, plan_stage
 
 import torch
 import yaml
@@ -226,7 +226,7 @@ def compare(config: PretrainedConfig, variant: dict[str, Any], stages: list[str]
         for stage in filter(run.__contains__, STAGES):
             path = folder / f"{stage}.yaml"
             path.write_text(yaml.safe_dump(arguments(stage, folder, variant, gpu)))
-            (plan,) = plan_file(path, ROOT / "recipes", triton=gpu)
+            plan = plan_stage(*arguments_in(path, ROOT / "recipes", triton=gpu))
             command = [sys.executable, __file__, "--measure", stage, str(path)]
             result = subprocess.run(command, capture_output=True, text=True)
             if result.returncode:

@@ -10,8 +10,7 @@ answer, `/help` the rest. Lines may come through a pipe. Start it with `python`:
 from rlhf_recipes.arguments import ChatArguments, parse_arguments
 from rlhf_recipes.chat import Chat
 from rlhf_recipes.evaluation.measure import load_named_rewards
-from rlhf_recipes.evaluation.policies import load_bench, read_policies
-from rlhf_recipes.models import load_tokenizer
+from rlhf_recipes.evaluation.policies import load_bench, load_tokenizer_of, read_policies
 from rlhf_recipes.sampling import refuse_best_of
 from rlhf_recipes.terminal import user_errors
 
@@ -30,8 +29,7 @@ def main() -> None:
     refuse_best_of(policies)
 
     # Every policy and every reward model as an adapter on one base
-    taught = next((policy.folder for policy in policies.values() if policy.folder), None)
-    tokenizer = load_tokenizer(model_args, chat_args, start_from=taught)
+    tokenizer = load_tokenizer_of(policies, model_args, chat_args)
     bench = load_bench(model_args, chat_args, policies, tokenizer)
     rewards = load_named_rewards(chat_args.rewards, bench)
 

@@ -13,6 +13,7 @@ from rlhf_recipes.arguments import DataArguments, PolicyArguments, explained, pa
 from rlhf_recipes.data import load_data
 from rlhf_recipes.dpo import DPOConfig, DPOTrainer
 from rlhf_recipes.models import load_policy, load_tokenizer, without_what_is_done
+from rlhf_recipes.publishing import publish
 from rlhf_recipes.runs import (
     RunMeter,
     checkpoint_to_resume,
@@ -65,6 +66,7 @@ def main() -> None:
     write_record(trainer, meter, *groups, data=data.report, recipe="dpo", parents=parents)
     trainer.accelerator.print(f"The policy is in {training_args.output_dir}")
     end(trainer)
+    publish(training_args)
 
 
 if __name__ == "__main__":

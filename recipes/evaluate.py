@@ -21,10 +21,9 @@ from rlhf_recipes.evaluation.measure import (
     held_out_prompts,
     load_named_rewards,
 )
-from rlhf_recipes.evaluation.policies import load_bench, read_policies
+from rlhf_recipes.evaluation.policies import load_bench, load_tokenizer_of, read_policies
 from rlhf_recipes.evaluation.report import write_report
 from rlhf_recipes.evaluation.results import collect
-from rlhf_recipes.models import load_tokenizer
 from rlhf_recipes.runs import check_writable
 from rlhf_recipes.terminal import user_errors
 
@@ -45,8 +44,7 @@ def main() -> None:
 
     # Data: prompts that no stage was trained on
     rows = held_out_prompts(data_args, evaluate_args)
-    taught = next((policy.folder for policy in policies.values() if policy.folder), None)
-    tokenizer = load_tokenizer(model_args, evaluate_args, start_from=taught)
+    tokenizer = load_tokenizer_of(policies, model_args, evaluate_args)
     rows, _ = check_lengths(rows, tokenizer, evaluate_args.max_prompt_length, never_cut(data_args.long_rows), "eval")
     texts = load_texts(evaluate_args.ptx_dataset, data_args.bad_rows) if evaluate_args.ptx_dataset else None
     print(f"{len(rows)} prompts, {len(policies)} policies: {', '.join(policies)}", flush=True)

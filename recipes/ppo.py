@@ -13,6 +13,7 @@ from rlhf_recipes.arguments import DataArguments, PPOArguments, explained, parse
 from rlhf_recipes.data import load_data, load_texts, never_cut
 from rlhf_recipes.models import load_policy, load_tokenizer, without_what_is_done
 from rlhf_recipes.ppo import PPOConfig, PPOTrainer
+from rlhf_recipes.publishing import publish
 from rlhf_recipes.rewards import SavedReward, load_rewards, paths_of
 from rlhf_recipes.runs import (
     RunMeter,
@@ -75,6 +76,7 @@ def main() -> None:
     trainer.print_samples()
     trainer.accelerator.print(f"The policy is in {training_args.output_dir}")
     end(trainer)
+    publish(training_args)
 
 
 if __name__ == "__main__":

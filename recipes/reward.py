@@ -14,6 +14,7 @@ from rlhf_recipes.arguments import DataArguments, RewardArguments, explained, pa
 from rlhf_recipes.data import demonstrations_of
 from rlhf_recipes.evaluation.rewards import measure_and_scale, summary, write_evaluation
 from rlhf_recipes.models import release_memory, without_what_is_done
+from rlhf_recipes.publishing import publish
 from rlhf_recipes.reward import RankingTrainer, load_reward_model
 from rlhf_recipes.reward_stage import (
     checkpoints_to_resume,
@@ -83,6 +84,7 @@ def main() -> None:
     finish(training_args, members, reward_args)
     print(*(summary(name, result) for name, result in results.items()), sep="\n")
     print(f"The reward model is in {training_args.output_dir}")
+    publish(training_args)
 
 
 if __name__ == "__main__":

@@ -11,8 +11,7 @@ from dataclasses import asdict
 
 from rlhf_recipes.arguments import DataArguments, SampleArguments, parse_arguments
 from rlhf_recipes.data import check_lengths, load_data, never_cut
-from rlhf_recipes.evaluation.policies import load_bench, read_policies
-from rlhf_recipes.models import load_tokenizer
+from rlhf_recipes.evaluation.policies import load_bench, load_tokenizer_of, read_policies
 from rlhf_recipes.sampling import GroupFile, refuse_best_of, sample_groups
 from rlhf_recipes.terminal import user_errors
 
@@ -33,8 +32,7 @@ def main() -> None:
 
     # Data
     rows = load_data(data_args, "prompt", evaluate=False, seed=sample_args.seed).train
-    taught = next((policy.folder for policy in policies.values() if policy.folder), None)
-    tokenizer = load_tokenizer(model_args, sample_args, start_from=taught)
+    tokenizer = load_tokenizer_of(policies, model_args, sample_args)
     rows, _ = check_lengths(rows, tokenizer, sample_args.max_prompt_length, never_cut(data_args.long_rows), "train")
     arguments = asdict(sample_args) | asdict(data_args) | asdict(model_args) | {"rows": len(rows)}
     file = GroupFile(arguments.pop("output_dir"), arguments)

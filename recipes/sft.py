@@ -10,6 +10,7 @@ it with the tokenizer, the chat template and `recipe.json`, which says what was 
 from rlhf_recipes.arguments import DataArguments, explained, parse_arguments
 from rlhf_recipes.data import load_data
 from rlhf_recipes.models import keep_adapter_in_fp32, load_model, load_tokenizer, without_what_is_done
+from rlhf_recipes.publishing import publish
 from rlhf_recipes.runs import RunMeter, checkpoint_to_resume, end, evaluate_at_end, save_policy, train, write_record
 from rlhf_recipes.terminal import user_errors
 
@@ -52,6 +53,7 @@ def main() -> None:
     write_record(trainer, meter, model_args, training_args, data_args, data=data.report, recipe="sft")
     trainer.accelerator.print(f"The model is in {training_args.output_dir}")
     end(trainer)
+    publish(training_args)
 
 
 if __name__ == "__main__":

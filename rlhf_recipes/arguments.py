@@ -698,6 +698,8 @@ def _refuse_unusable(values: dict[str, Any], where: str) -> None:
             raise RecipeError(f"{where}: {key}: {error}") from error
     if values.get("eval_on_start") and values.get("eval_strategy", "no") == "no":
         raise RecipeError(f"{where}: eval_on_start: there is nothing to evaluate on under `eval_strategy: no`: set `steps`")
+    if values.get("hub_strategy") in ("checkpoint", "all_checkpoints"):
+        raise RecipeError(f"{where}: hub_strategy: a result is uploaded when it is whole, and no checkpoint is: leave it out")
     if values.get("truncation_mode") == "keep_end":
         raise RecipeError(
             f"{where}: truncation_mode: keep_end cuts off where prompts begin: raise `max_length`, or drop long rows"

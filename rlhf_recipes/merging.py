@@ -10,25 +10,23 @@ import shutil
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import Any
 
 from rlhf_recipes.arguments import MergeArguments
-from rlhf_recipes.cards import lineage, shown, write_card
+from rlhf_recipes.cards import lineage, write_card
 from rlhf_recipes.errors import RecipeError, first_line
 from rlhf_recipes.evaluation.policies import Bench, Placement, require_adapter
-from rlhf_recipes.models import check_vocabulary, load_architecture, load_model, release_memory
+from rlhf_recipes.models import adapter_config, check_vocabulary, load_model, release_memory
+from rlhf_recipes.publishing import for_others, repository_of, upload
 from rlhf_recipes.records import RECIPE, REWARD, read_json, write_json
-from rlhf_recipes.reward import quiet
+from rlhf_recipes.reward import load_classifier
 from rlhf_recipes.roles import HEAD, check_tokenizer, encode, load_reward, load_whole_reward
 from rlhf_recipes.runs import versions
 
 import torch
-from huggingface_hub import HfApi
 from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors import SafetensorError
 from torch import Tensor
 from transformers import (
-    AutoModelForSequenceClassification,
     GenerationConfig,
     PreTrainedModel,
     PreTrainedTokenizerBase,
@@ -98,10 +96,10 @@ def adapter_and_base(arguments: MergeArguments, model: ModelConfig) -> tuple[boo
     if (folder / "config.json").is_file() and not (folder / "adapter_config.json").is_file():
         raise RecipeError(f"adapter: {folder} holds a whole model: there is nothing to merge")
     require_adapter(arguments.adapter, "adapter")
-    config = read_json(folder / "adapter_config.json")
+    config = adapter_config(folder, "adapter")
     if model.model_name_or_path is None:
-        model = replace(model, model_name_or_path=config.get("base_model_name_or_path"))
-    return config.get("task_type") == "SEQ_CLS", model
+        model = replace(model, model_name_or_path=config.base_model_name_or_path)
+    return config.task_type == "SEQ_CLS", model
 
 
 def merge_policy(arguments: MergeArguments, model_args: ModelConfig, tokenizer: PreTrainedTokenizerBase, folder: Path) -> _Said:
@@ -132,13 +130,13 @@ def merge_reward(arguments: MergeArguments, model_args: ModelConfig, tokenizer: 
         RecipeError: as `load_model` and `load_reward`; if the adapter is not finite.
     """
     placement = Placement(arguments.trust_remote_code)
-    with quiet():  # the head is the adapter's
-        base, missing = load_architecture(AutoModelForSequenceClassification, model_args, placement, num_labels=1)
-    if lost := missing - {f"{HEAD}.weight"}:
-        raise RecipeError(f"model_name_or_path: {base.name_or_path}: its files lack {', '.join(sorted(lost)[:3])}")
+    base, _ = load_classifier(model_args, placement)  # whose head is the adapter's
     _check_whole(base, tokenizer)
-    targets = read_json(Path(arguments.adapter) / "adapter_config.json").get("target_modules")
-    place = get_peft_model(base, LoraConfig(r=1, target_modules=targets), adapter_name="unused")
+    targets = adapter_config(arguments.adapter, "adapter").target_modules
+    try:
+        place = get_peft_model(base, LoraConfig(r=1, target_modules=targets), adapter_name="unused")
+    except ValueError as error:
+        raise RecipeError(f"adapter: {arguments.adapter}: target_modules: {first_line(error)}: name its base") from error
     reward = load_reward(place, arguments.adapter, "reward", tokenizer)
     values = reward.score(**_batch(tokenizer))[:, None]
     merged = _merged(place, arguments.adapter, "reward")
@@ -313,51 +311,15 @@ def describe(folder: Path, arguments: MergeArguments, model_args: ModelConfig, f
         "arguments": {type(group).__name__: asdict(group) for group in (arguments, model_args)},
     }
     with _writing(arguments.output_dir):
-        write_json(folder / RECIPE, _for_others(record))
+        write_json(folder / RECIPE, for_others(record))
         write_card(folder, arguments.hub_model_id or arguments.output_dir)
-
-
-def _for_others(value: Any, key: str = "") -> Any:
-    """A record as it may be read elsewhere: without the folders of this machine, and without what opens doors."""
-    if isinstance(value, dict):
-        return {name: _for_others(item, name) for name, item in value.items()}
-    if isinstance(value, list | tuple):
-        return [_for_others(item, key) for item in value]
-    if key.split("_")[-1] in ("token", "password", "secret") and key != "eos_token" and isinstance(value, str):
-        return "<not shown>"
-    return shown(value) if isinstance(value, str) else value
 
 
 def push(arguments: MergeArguments) -> str:
     """Uploads what is in `output_dir`, as it was checked; returns its address.
 
     Raises:
-        RecipeError: if the Hub cannot be reached or refuses, or the repository holds weights that would be loaded in place of
-            these, or with them; what was merged stays.
+        RecipeError: as `upload`.
     """
-    folder = arguments.output_dir
-    repository = arguments.hub_model_id or Path(folder).resolve().name
-    try:
-        api = HfApi()
-        url = api.create_repo(repository, private=arguments.hub_private_repo, exist_ok=True)
-        _refuse_other_weights(api.list_repo_files(url.repo_id), Path(folder), url.repo_id)
-        api.upload_folder(repo_id=url.repo_id, folder_path=folder, commit_message="Merged by rlhf-recipes")
-    except RecipeError:
-        raise
-    except Exception as error:  # the client's own, the network's and the disk's have no class in common; none is lost here
-        raise RecipeError(
-            f"push_to_hub: {repository}: {first_line(error)}; the merged model is in {folder}: log in by `hf auth login`, and "
-            f"upload it with `hf upload {repository} {folder}`"
-        ) from error
-    return str(url)
-
-
-def _refuse_other_weights(there: list[str], folder: Path, repository: str) -> None:
-    """Of a model in one file and one in shards Transformers takes the first, and an adapter goes on top of either."""
-    of_weights = ("*.safetensors", "*.safetensors.index.json", "*.bin", "*.bin.index.json", "adapter_config.json")
-    left = [name for name in there if any(map(Path(name).match, of_weights)) and not (folder / name).exists()]
-    if left:
-        raise RecipeError(
-            f"push_to_hub: {repository} holds weights of another model ({', '.join(sorted(left)[:3])}), which would be loaded "
-            f"in place of these or with them: name another `hub_model_id`, or delete them there. The model is in {folder}"
-        )
+    repository = repository_of(arguments.output_dir, arguments.hub_model_id)
+    return upload(arguments.output_dir, repository, arguments.hub_private_repo)

@@ -64,17 +64,13 @@ PLAIN_CHAT_TEMPLATE = (
 
 def resolve_path(name: str) -> str:
     """The folder of a package's data for a dotted path such as `rlhf_recipes.tiny.base`; any other name unchanged."""
-    package, _, folder = name.rpartition(".")
-    if Path(name).exists() or "/" in name or not all(part.isidentifier() for part in name.split(".")) or not package:
+    package, *folders = name.split(".")
+    if Path(name).exists() or not folders or not all(part.isidentifier() for part in (package, *folders)):
         return name
-    try:
-        spec = importlib.util.find_spec(package)
-    except ModuleNotFoundError:
-        return name
-    if spec is None or not spec.submodule_search_locations:
-        return name
-    path = Path(next(iter(spec.submodule_search_locations))) / folder
-    return str(path) if path.is_dir() else name
+    spec = importlib.util.find_spec(package)  # of what is within it, this would run code, and adapters name their base
+    places = spec.submodule_search_locations if spec else None
+    path = Path(next(iter(places), ""), *folders) if places else None
+    return str(path) if path and path.is_dir() else name
 
 
 ADAPTER = "adapter_model.safetensors"
@@ -145,7 +141,8 @@ def adapter_config(folder: str | Path, where: str = "") -> PeftConfig:
     path = Path(folder) / "adapter_config.json"
     named = f"{where}: {path}" if where else path
     if not path.is_file():
-        raise RecipeError(f"{where or folder}: {folder} holds no adapter (no adapter_config.json)")
+        place = f"{where}: {folder}" if where else folder
+        raise RecipeError(f"{place} holds no adapter (no adapter_config.json): train it first, or name another")
     content = read_json(path)
     for key in ("r", "lora_alpha", "lora_dropout"):
         value = content.get(key, 1)
@@ -261,19 +258,15 @@ def load_policy(
         RecipeError: as in `load_model`; if there is no such adapter, or it was trained on another base; if the base has no
             embedding for some of the tokenizer's words.
     """
-    if start_from is not None and not (Path(start_from) / "adapter_config.json").is_file():
-        raise RecipeError(
-            f"start_from: {start_from} holds no adapter (no adapter_config.json): train it first, or name another"
-        )
+    config = adapter_config(start_from, "start_from") if start_from is not None else None
     model = load_model(arguments, training)
     check_vocabulary(model, tokenizer)
-    if start_from is None:
+    if config is None:
         return model
     if not arguments.use_peft:
         raise RecipeError(
             f"start_from: {start_from} is an adapter: set `use_peft: true`, or merge it and name the result as model"
         )
-    config = adapter_config(start_from, "start_from")
     refuse_reward_adapter(f"start_from: {start_from}", config.task_type)
     check_base(f"start_from: {start_from}", config.base_model_name_or_path, read_json(Path(start_from) / RECIPE), model)
     return put_adapter(model, start_from, "default", "start_from", trainable=True)
@@ -595,12 +588,14 @@ def release_memory() -> None:
 
 
 def without_what_is_done(training: TrainingConfig) -> TrainingConfig:
-    """The arguments for the trainer: a copy without those that `load_model` and `load_tokenizer` have honoured.
+    """The arguments for the trainer: a copy without those that are honoured elsewhere. The original goes into `recipe.json`.
 
-    The trainer would warn of the one, and clone the template once more by the other. The original goes into `recipe.json`.
+    The trainer would warn of what `load_model` has read, and clone the template of `load_tokenizer` once more. And it would
+    upload at every checkpoint, for which it writes what is half trained over an earlier result: `publish` does so in the end.
     """
     rest = copy.copy(without_compilation(training))
     rest.model_init_kwargs = rest.chat_template_path = None
+    rest.push_to_hub = False
     return rest
 
 

@@ -42,7 +42,10 @@ def write_text(path: Path, text: str) -> None:
     """Writes a file so that `path` holds either all of it or what it held before."""
     partial = path.with_name(f".{path.name}.partial")
     try:
-        partial.write_text(text, encoding="utf-8")
+        with partial.open("w", encoding="utf-8") as file:
+            file.write(text)
+            file.flush()
+            os.fsync(file.fileno())  # or the new name might reach the disk before what it names
         os.replace(partial, path)
     except OSError as error:
         error.filename = error.filename or str(path)  # which the system does not say where a disk is full

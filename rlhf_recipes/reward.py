@@ -42,6 +42,7 @@ from torch import Tensor, nn
 from transformers import AutoModelForSequenceClassification, PreTrainedModel, PreTrainedTokenizerBase, set_seed
 from trl import ModelConfig, RewardConfig, RewardTrainer, get_peft_config
 from trl.data_utils import get_dataset_column_names
+from trl.trainer.base_config import _BaseConfig as TrainingConfig
 from trl.trainer.reward_trainer import DataCollatorForPreference
 from trl.trainer.utils import global_then_local_main_first, pad
 
@@ -262,11 +263,8 @@ def load_reward_model(
             base, or with `use_peft: false`.
     """
     set_seed(training.seed)
-    with quiet():
-        model, missing = load_architecture(AutoModelForSequenceClassification, arguments, training, num_labels=1)
-    _install_head(model, fresh=f"{HEAD}.weight" in missing, revision=arguments.model_revision)
-    if lost := missing - {f"{HEAD}.weight"}:
-        raise RecipeError(f"model_name_or_path: {model.name_or_path}: its files lack {', '.join(sorted(lost)[:3])}")
+    model, fresh = load_classifier(arguments, training)
+    _install_head(model, fresh, arguments.model_revision)
     check_vocabulary(model, tokenizer)
     model.config.get_text_config().pad_token_id = tokenizer.pad_token_id
     if not arguments.use_peft:
@@ -278,6 +276,22 @@ def load_reward_model(
             check_tokenizer(Path(parent), tokenizer)
         return _continue_adapter(model, Path(parent))
     return _new_adapter(model, get_peft_config(arguments))
+
+
+def load_classifier(arguments: ModelConfig, training: TrainingConfig) -> tuple[PreTrainedModel, bool]:
+    """The base as a sequence classifier with one label, and whether its files lack the head, which then is random.
+
+    Raises:
+        RecipeError: as in `load_model`; for an architecture without such a head; if the files lack anything else.
+    """
+    with quiet():
+        model, missing = load_architecture(AutoModelForSequenceClassification, arguments, training, num_labels=1)
+    head = getattr(model, HEAD, None)
+    if not isinstance(head, nn.Linear) or head.out_features != 1 or head.bias is not None:
+        raise RecipeError(f"{model.name_or_path}: {type(model).__name__} has no head `{HEAD}` of one output: it cannot be used")
+    if lost := missing - {f"{HEAD}.weight"}:
+        raise RecipeError(f"model_name_or_path: {model.name_or_path}: its files lack {', '.join(sorted(lost)[:3])}")
+    return model, bool(missing)
 
 
 def _new_adapter(model: PreTrainedModel, config: LoraConfig) -> PeftModel:
@@ -296,9 +310,7 @@ def _new_adapter(model: PreTrainedModel, config: LoraConfig) -> PeftModel:
 
 
 def _install_head(model: PreTrainedModel, fresh: bool, revision: str | None) -> None:
-    old = getattr(model, HEAD, None)
-    if not isinstance(old, nn.Linear) or old.out_features != 1 or old.bias is not None:
-        raise RecipeError(f"{model.name_or_path}: {type(model).__name__} has no head `{HEAD}` of one output: it cannot be used")
+    old = getattr(model, HEAD)
     head = ScalarHead(old.in_features)
     if fresh:
         nn.init.normal_(head.weight, std=(old.in_features + 1) ** -0.5)
@@ -309,8 +321,6 @@ def _install_head(model: PreTrainedModel, fresh: bool, revision: str | None) -> 
 
 def _continue_adapter(model: PreTrainedModel, parent: Path) -> PeftModel:
     """A new reward adapter with the weights of a parent that was trained on the same base for another task."""
-    if not (parent / "adapter_config.json").is_file():
-        raise RecipeError(f"{parent} holds no adapter to start from (no adapter_config.json)")
     config = adapter_config(parent, "start_from")
     if config.peft_type != "LORA":
         raise RecipeError(f"{parent}: only a LoRA adapter can be started from, and this is {config.peft_type}")

@@ -160,7 +160,7 @@ def finish(training: RewardConfig, members: Sequence[RewardConfig], arguments: R
     how each member was trained stands in its own.
     """
     output = Path(training.output_dir)
-    records = [finish_record(member.output_dir) for member in members]
+    records = [finish_record(member) for member in members]
     if len(members) == 1:
         return
     names = [Path(member.output_dir).name for member in members]

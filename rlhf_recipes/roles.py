@@ -431,15 +431,11 @@ def _adapter_config(folder: Path) -> LoraConfig:
     Raises:
         RecipeError: if there is none in the folder, or one of another kind.
     """
-    path = folder / "adapter_config.json"
-    if not path.is_file():
-        raise RecipeError(f"{folder} holds no adapter (no adapter_config.json)")
-    content = read_json(path)
-    if (kind := content.get("peft_type")) != "LORA":
-        raise RecipeError(f"{folder}: a reward adapter is LoRA (peft_type LORA), and this is {kind}")
-    if (task := content.get("task_type")) != "SEQ_CLS":
-        raise RecipeError(f"{folder}: a reward adapter has task_type SEQ_CLS, and this one has {task}: it is no reward model")
     config = adapter_config(folder)
+    if config.peft_type != "LORA":
+        raise RecipeError(f"{folder}: a reward adapter is LoRA (peft_type LORA), and this is {config.peft_type.value}")
+    if (task := config.task_type) != "SEQ_CLS":
+        raise RecipeError(f"{folder}: a reward adapter has task_type SEQ_CLS, and this one has {task}: it is no reward model")
     others = set(config.modules_to_save or ()) - _HEAD_NAMES
     if others:
         raise RecipeError(
@@ -468,12 +464,16 @@ def _add_adapter(
 ) -> None:
     config.task_type, config.modules_to_save, config.inference_mode = None, None, True
     with _state_kept(model):
-        if isinstance(model, PeftModel):
-            model.add_adapter(name, config)
-        else:
-            with warnings.catch_warnings():  # several adapters on one base are what roles are
-                warnings.filterwarnings("ignore", message="Already found a `peft_config`")
-                inject_adapter_in_model(config, model, adapter_name=name)
+        try:
+            if isinstance(model, PeftModel):
+                model.add_adapter(name, config)
+            else:
+                with warnings.catch_warnings():  # several adapters on one base are what roles are
+                    warnings.filterwarnings("ignore", message="Already found a `peft_config`")
+                    inject_adapter_in_model(config, model, adapter_name=name)
+        except Exception as error:  # PEFT and PyTorch have many ways to say so
+            raise RecipeError(f"{folder} does not fit {base_name(model)}: {first_line(error)}") from error
+        if not isinstance(model, PeftModel):
             weights = {key.removeprefix(PREFIX): weight for key, weight in weights.items()}
         cast_adapter_dtype(model, name)  # to fp32, before the weights come in
         fill_adapter(model, weights, name, folder)
@@ -691,11 +691,16 @@ def _read_ensemble(stored: Any, folder: Path) -> tuple[list[str], str, float]:
     except (TypeError, KeyError) as error:
         expected = "expected members, combine and uncertainty_coef"
         raise RecipeError(f"{folder / REWARD}: ensemble: {expected}, found {stored}") from error
-    if not isinstance(names, list) or not all(isinstance(name, str) and name not in ("", ".", "..") for name in names):
-        raise RecipeError(f"{folder / REWARD}: ensemble: members: must be a list of folders, and is {names}")
+    if not isinstance(names, list) or not all(map(_is_name, names)):
+        raise RecipeError(f"{folder / REWARD}: ensemble: members: must be a list of names of folders, and is {names}")
     if missing := [name for name in names if not (folder / name).is_dir()]:
         raise RecipeError(f"{folder / REWARD}: the member {missing[0]} is not there: train the ensemble again")
     return names, combine, coefficient
+
+
+def _is_name(value: Any) -> bool:
+    """Of a folder in another, and nowhere else."""
+    return isinstance(value, str) and value not in ("", "..") and Path(value).name == value
 
 
 def store_normalisation(folder: str | Path, scores: Sequence[float] | Tensor) -> Normalisation:

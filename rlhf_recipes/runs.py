@@ -30,6 +30,7 @@ from rlhf_recipes.models import (
     refuse_not_finite,
     resolve_path,
 )
+from rlhf_recipes.publishing import repository_of
 from rlhf_recipes.records import LOG, PENDING, RECIPE, read_json, write_json, write_text
 from rlhf_recipes.tracking import begin_tracking, complaint_of_tracker
 from rlhf_recipes.yaml_files import read_yaml
@@ -41,6 +42,7 @@ from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState,
 from trl import ModelConfig
 
 ARGUMENTS = "arguments.json"
+STATE = "trainer_state.json"  # of a checkpoint, written last
 PACKAGES = ("rlhf-recipes", "torch", "trl", "transformers", "peft", "bitsandbytes", "datasets", "accelerate", "evaluate")
 
 
@@ -150,7 +152,7 @@ def write_record(
 ) -> None:
     """Writes `recipe.json` into the trainer's output folder: arguments, versions, seed, lineage, data and cost of the run.
 
-    And, over TRL's, a model card that says so.
+    And a model card that says so.
 
     Args:
         trainer: the trainer, after training.
@@ -187,13 +189,14 @@ def write_record(
         record["run"] = (read_json(output / PENDING) or read_json(output / RECIPE) or record)["run"]
     write_json(output / PENDING, record)
     if not pending:
-        finish_record(output)
+        finish_record(training)
 
 
-def finish_record(output: str | Path) -> dict[str, Any]:
-    """Gives a pending record its name, by which the stage is done, and returns it; the card is written over TRL's."""
-    os.replace(Path(output) / PENDING, Path(output) / RECIPE)
-    write_card(output)
+def finish_record(training: TrainingArguments) -> dict[str, Any]:
+    """Gives a pending record its name, by which the stage is done, and returns it; the model card is written."""
+    output = Path(training.output_dir)
+    os.replace(output / PENDING, output / RECIPE)
+    write_card(output, repository_of(output, training.hub_model_id) if training.push_to_hub else None)
     return read_json(Path(output) / RECIPE)
 
 
@@ -295,7 +298,7 @@ def train(trainer: Trainer, checkpoint: str | None) -> None:
     counts = Counts(trainer, checkpoint)
     trainer.add_callback(counts)
     _leave_arguments(trainer)
-    _keep_card(trainer)
+    trainer.create_model_card = lambda *_, **__: None  # which TRL writes at every checkpoint over that of an earlier result
     if checkpoint:
         _explain_resumption(trainer, checkpoint)
         state, args = _state_of(Path(checkpoint)), trainer.args
@@ -313,20 +316,6 @@ def train(trainer: Trainer, checkpoint: str | None) -> None:
         trainer.train(resume_from_checkpoint=checkpoint)
 
 
-def _keep_card(trainer: Trainer) -> None:
-    """Keeps the card of an earlier result as long as that is there: TRL writes its own at every checkpoint.
-
-    That one is for the Hub. As TRL writes it, it takes a folder `trackio` for the package, and fails; ours comes in the end.
-    """
-    create = trainer.create_model_card
-
-    def create_model_card(*arguments: Any, **options: Any) -> None:
-        if trainer.args.push_to_hub and not (Path(trainer.args.output_dir) / RECIPE).exists():
-            create(*arguments, **options)
-
-    trainer.create_model_card = create_model_card
-
-
 def _leave_arguments(trainer: Trainer) -> None:
     """Has the arguments of the run stand beside a checkpoint before it is whole: on others it is not gone on from."""
     save = trainer._save_rng_state
@@ -341,7 +330,7 @@ def _leave_arguments(trainer: Trainer) -> None:
 
 
 def _state_of(checkpoint: Path) -> TrainerState:
-    path = checkpoint / "trainer_state.json"
+    path = checkpoint / STATE
     try:
         state = TrainerState.load_from_json(str(path))
         for name in _NUMBERS:
@@ -438,7 +427,8 @@ def save_policy(trainer: Trainer) -> None:
     """
     config = trainer.model.generation_config
     ends = config.eos_token_id if isinstance(config.eos_token_id, list) else [config.eos_token_id]
-    config.eos_token_id = list(dict.fromkeys([trainer.processing_class.eos_token_id, *filter(None, ends)]))
+    ends = [trainer.processing_class.eos_token_id, *(end for end in ends if end is not None)]
+    config.eos_token_id = list(dict.fromkeys(ends))
     save_result(trainer, config.save_pretrained)
 
 
@@ -475,13 +465,11 @@ def save_result(trainer: Trainer, save_more: Callable[[str], Any] | None = None)
             os.replace(path, output / path.name)
         whole.rmdir()
     trainer.accelerator.wait_for_everyone()
-    if trainer.args.push_to_hub:
-        trainer.save_model()
 
 
 def remove_checkpoint(checkpoint: Path) -> None:
     """Removes a checkpoint; first of all that by which it is whole."""
-    (checkpoint / "trainer_state.json").unlink(missing_ok=True)
+    (checkpoint / STATE).unlink(missing_ok=True)
     shutil.rmtree(checkpoint)
 
 
@@ -568,7 +556,7 @@ def step_of(checkpoint: Path) -> int:
 def _is_whole(checkpoint: Path) -> bool:
     """Whether all of a checkpoint is there; the trainer writes its state last, and a killed one may leave half of it."""
     try:
-        json.loads((checkpoint / "trainer_state.json").read_text(encoding="utf-8"))
+        json.loads((checkpoint / STATE).read_text(encoding="utf-8"))
     except (OSError, ValueError, RecursionError):
         return False
     engines = ("optimizer*", "global_step*")  # of PyTorch and FSDP, of DeepSpeed

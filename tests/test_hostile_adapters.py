@@ -11,9 +11,10 @@ import shutil
 import sys
 from pathlib import Path
 
-from rlhf_recipes.arguments import parse_arguments
+from rlhf_recipes.arguments import MergeArguments, parse_arguments
 from rlhf_recipes.errors import RecipeError
 from rlhf_recipes.evaluation.policies import Bench
+from rlhf_recipes.merging import adapter_and_base, merge_policy, merge_reward
 from rlhf_recipes.models import load_model, load_policy, load_tokenizer
 from rlhf_recipes.plan.models import load_config
 from rlhf_recipes.ppo.critic import FILE as CRITIC
@@ -250,6 +251,34 @@ def test_odd_configs(folder, base, stages, change, said):
     assert re.search(said, message or ""), message
     with pytest.raises(RecipeError):
         Bench(make_model(), make_tokenizer()).add("sft", str(copy), "policies: sft")
+    with pytest.raises(RecipeError):
+        merged(folder, copy, None if "base_model_name_or_path" in change else base)
+    assert "antigravity" not in sys.modules
+
+
+def merged(folder: Path, adapter: Path, base: Path | None) -> None:
+    """Merges an adapter; without a base, into the one that it names."""
+    arguments = MergeArguments(adapter=str(adapter), output_dir=str(folder / "merged"))
+    is_reward, model = adapter_and_base(arguments, ModelConfig(str(base) if base else None, dtype="float32"))
+    (merge_reward if is_reward else merge_policy)(arguments, model, make_tokenizer(), folder / "merged")
+
+
+@pytest.mark.parametrize("change", [{"target_modules": ["nobody"]}, {"r": 10**6}, {"lora_dropout": "x"}, {"r": 0}])
+def test_odd_configs_of_a_reward_model(folder, base, stages, change):
+    copy = copied(folder, stages["reward"])
+    path = copy / "adapter_config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | change))
+    assert str(copy) in (judge(folder, base, copy) or "")
+    with pytest.raises(RecipeError, match=str(copy)):
+        merged(folder, copy, base)
+
+
+def test_the_base_that_an_adapter_names_is_not_looked_for_by_importing(folder, stages):
+    copy = copied(folder, stages["sft"])
+    path = copy / "adapter_config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"base_model_name_or_path": "antigravity.x.y"}))
+    with pytest.raises(RecipeError, match=r"model_name_or_path: antigravity\.x\.y"):
+        merged(folder, copy, None)
     assert "antigravity" not in sys.modules
 
 

@@ -8,6 +8,7 @@ import shutil
 from rlhf_recipes import merging
 from rlhf_recipes.cards import lineage, write_card
 from rlhf_recipes.models import base_of, fingerprint, load_model, resolve_path
+from rlhf_recipes.publishing import for_others
 from rlhf_recipes.records import REWARD, write_json
 from rlhf_recipes.roles import load_reward, load_whole_reward, write_reward_record
 from rlhf_recipes.tiny import splits
@@ -396,17 +397,17 @@ def test_what_was_checked_is_what_is_uploaded(merge, policy, monkeypatch):
         calls.append(("create_repo", repo_id, options))
         return RepoUrl(f"https://huggingface.co/someone/{repo_id}")
 
-    def upload_folder(self, **options):
-        calls.append(("upload_folder", options["repo_id"], sorted(os.listdir(options["folder_path"]))))
+    def create_commit(self, repo_id, operations, **options):
+        calls.append(("create_commit", repo_id, [operation.path_in_repo for operation in operations]))
 
     monkeypatch.setattr(HfApi, "create_repo", create_repo)
-    monkeypatch.setattr(HfApi, "upload_folder", upload_folder)
-    monkeypatch.setattr(HfApi, "list_repo_files", lambda self, repo_id: [".gitattributes", "model.safetensors"])
+    monkeypatch.setattr(HfApi, "create_commit", create_commit)
+    monkeypatch.setattr(HfApi, "list_repo_files", lambda self, repo_id, **_: [".gitattributes", "model.safetensors"])
     status, error, output = merge(policy, "--push_to_hub", "true", "--hub_model_id", "mine", "--hub_private_repo", "true")
     assert status == 0, error
     assert calls == [
         ("create_repo", "mine", {"private": True, "exist_ok": True}),
-        ("upload_folder", "someone/mine", sorted(os.listdir(output))),
+        ("create_commit", "someone/mine", sorted(os.listdir(output))),
     ]
     assert 'model="mine"' in (output / "README.md").read_text()
 
@@ -414,8 +415,8 @@ def test_what_was_checked_is_what_is_uploaded(merge, policy, monkeypatch):
 @pytest.mark.parametrize("other", ["adapter_config.json", "model-00001-of-00002.safetensors", "pytorch_model.bin"])
 def test_weights_of_another_model_in_the_repository_are_not_mixed_with_these(merge, policy, monkeypatch, other):
     monkeypatch.setattr(HfApi, "create_repo", lambda self, repo_id, **options: RepoUrl(f"https://huggingface.co/a/{repo_id}"))
-    monkeypatch.setattr(HfApi, "list_repo_files", lambda self, repo_id: ["README.md", other])
-    monkeypatch.setattr(HfApi, "upload_folder", lambda self, **options: pytest.fail("was uploaded"))
+    monkeypatch.setattr(HfApi, "list_repo_files", lambda self, repo_id, **_: ["README.md", other])
+    monkeypatch.setattr(HfApi, "create_commit", lambda self, *_, **__: pytest.fail("was uploaded"))
     status, error, output = merge(policy, "--push_to_hub", "true", "--hub_model_id", "mine")
     assert status == 2
     assert f"push_to_hub: a/mine holds weights of another model ({other}), " in error
@@ -427,7 +428,7 @@ def test_the_record_of_a_merged_model_tells_no_folder_of_this_machine(merge, pol
     text = (output / "recipe.json").read_text()
     assert str(policy.parent) not in text
     assert resolve_path(NAME) not in text
-    assert merging._for_others({"model_init_kwargs": {"token": "hf_secret"}, "eos_token": "</s>"}) == {
+    assert for_others({"model_init_kwargs": {"token": "hf_secret"}, "eos_token": "</s>"}) == {
         "model_init_kwargs": {"token": "<not shown>"},
         "eos_token": "</s>",
     }

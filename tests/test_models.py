@@ -1,6 +1,7 @@
 """Loading: 4-bit gradients that stay exact, tokenizers whose EOS is learnt and is not PAD, and refusals."""
 
 import shutil
+import sys
 
 from rlhf_recipes import models
 from rlhf_recipes.errors import RecipeError
@@ -93,8 +94,16 @@ def test_auto_dtype_goes_with_4_bits():
 
 def test_dotted_path_is_a_folder_of_the_package():
     assert resolve_path(BASE).endswith("rlhf_recipes/tiny/base")
-    for name in ("Qwen/Qwen3-0.6B", "gpt2", "no.such.package", "rlhf_recipes.tiny.nothing", "rlhf_recipes.models.x"):
+    for name in (
+        "Qwen/Qwen3-0.6B",
+        "gpt2",
+        "no.such.package",
+        "rlhf_recipes.tiny.nothing",
+        "rlhf_recipes.models.x",
+        "antigravity.x.y",
+    ):
         assert resolve_path(name) == name
+    assert "this" not in sys.modules, "an adapter may name any base"
 
 
 def save_tokenizer(folder, **changes):

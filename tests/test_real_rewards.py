@@ -24,7 +24,7 @@ def evaluation_and_record(folder):
 
 
 @pytest.mark.parametrize(("name", "train_on"), [("hh_pairs", "pairs"), (RANKINGS, "rankings")])
-def test_human_preferences_are_learnt_from(launch, tmp_path, shared, bench, name, train_on):
+def test_what_is_trained_and_measured_on_are_the_rows_that_people_compared(launch, tmp_path, shared, bench, name, train_on):
     options = {"train_on": train_on, "max_length": 128, "max_steps": 8, "logging_steps": 1, "learning_rate": 2e-3}
     if name == "hh_pairs":
         options["eval_datasets"] = [{"path": str(shared / "data" / "hh_pairs.eval.jsonl.gz"), "split": "train[:40]"}]
@@ -34,7 +34,6 @@ def test_human_preferences_are_learnt_from(launch, tmp_path, shared, bench, name
     result, record = evaluation_and_record(tmp_path)
 
     data, _ = bench.load_as_recipe(config)
-    assert len(data.train) <= 32, "few enough to be seen again"
     assert record["data"]["eval"]["rows"] == len(data.eval)
     compared = len(list(bench.pairs_of(data.eval)))
     assert result["accuracy"]["n"] == result["calibration"]["n"] == compared > 0

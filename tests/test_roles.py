@@ -472,6 +472,10 @@ def test_ensemble_without_its_record_or_a_member_is_refused(ensemble, tokenizer)
     write_ensemble_record(ensemble, ["member-0", "member-7"], "mean", 1.0)
     with pytest.raises(RecipeError, match=r"reward\.json: the member member-7 is not there"):
         load_saved_rewards(ensemble, policy(), tokenizer)
+    for elsewhere in ("../ensemble/member-0", str(ensemble / "member-0"), "..", ""):
+        write_ensemble_record(ensemble, ["member-0", elsewhere], "mean", 1.0)
+        with pytest.raises(RecipeError, match=r"reward\.json: ensemble: members: must be a list of names of folders"):
+            load_saved_rewards(ensemble, policy(), tokenizer)
     (ensemble / "reward.json").write_text('{"ensemble": ["member-0"]}')
     with pytest.raises(RecipeError, match=r"reward\.json: ensemble: must be a mapping, and is \[\"member-0\"\]"):
         load_saved_rewards(ensemble, policy(), tokenizer)

@@ -191,11 +191,15 @@ def _json_rows(path: str) -> Iterator[dict[str, Any]]:
         first = next((line for line in file if line.strip()), "")
         file.seek(0)
         if first.lstrip().startswith("["):
-            rows = _parsed(file.read())
+            text = file.read()
+            rows, escaped = _parsed(text), "\\u" in text
             texts = all(isinstance(row, str) for row in rows)  # which `datasets` calls `text`
-            yield from (_row({"text": row} if texts else row, f"row {number}") for number, row in enumerate(rows, 1))
+            for number, row in enumerate(rows, 1):
+                yield _row({"text": row} if texts else row, escaped, f"row {number}")
         else:
-            yield from (_row(_parsed(line, number), f"line {number}") for number, line in enumerate(file, 1) if line.strip())
+            for number, line in enumerate(file, 1):
+                if line.strip():
+                    yield _row(_parsed(line, number), "\\u" in line, f"line {number}")
 
 
 def _parsed(text: str, line: int | None = None) -> Any:
@@ -223,11 +227,13 @@ def _finite(text: str) -> float:
     return number
 
 
-def _row(row: Any, place: str) -> dict[str, Any]:
+def _row(row: Any, escaped: bool, place: str) -> dict[str, Any]:
+    """A row, if it is one; `escaped` is whether letters may be written as their numbers, and so as half of one."""
     if not isinstance(row, dict):
         raise _BadFileError(f"{place} is no row: expected a mapping of columns to values, found {json.dumps(row)[:40]}.")
     try:
-        json.dumps(row, ensure_ascii=False).encode()
+        if escaped:  # otherwise the file's decoding would have refused it
+            json.dumps(row, ensure_ascii=False).encode()
     except UnicodeEncodeError as error:
         letter = error.object[error.start]
         raise _BadFileError(f"{place} has the letter {letter!r}, half of a pair, which no text can hold.") from error

@@ -31,7 +31,7 @@ from rlhf_recipes.models import base_of
 from rlhf_recipes.records import holds_result
 from rlhf_recipes.rewards import SavedReward, ask, checked, load_rewards
 from rlhf_recipes.roles import load_saved_rewards
-from rlhf_recipes.runs import checkpoints_in, step_of
+from rlhf_recipes.runs import STATE, checkpoints_in, step_of
 
 import numpy as np
 from datasets import Dataset
@@ -587,7 +587,7 @@ def frontier(measurement: Measurement, seed: int) -> dict[str, Any] | None:
 def _run_points(measurement: Measurement, run: Path, seed: int) -> list[dict[str, Any]]:
     points = []
     for checkpoint in sorted(checkpoints_in(run), key=step_of):
-        if not (checkpoint / "trainer_state.json").is_file():  # written last: of a killed run, half a checkpoint
+        if not (checkpoint / STATE).is_file():  # of a killed run, half a checkpoint
             continue
         require_adapter(str(checkpoint), "frontier")
         name = f"frontier: {checkpoint}"  # a policy may be called checkpoint-10 too

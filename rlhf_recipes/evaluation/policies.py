@@ -14,6 +14,7 @@ from rlhf_recipes.models import (
     check_base,
     check_vocabulary,
     load_model,
+    load_tokenizer,
     put_adapter,
     refuse_reward_adapter,
 )
@@ -166,6 +167,18 @@ class Bench:
         """The model, with this policy's adapter alone active within, in eval mode."""
         with playing(self.model, self._adapters[name]):
             yield self.model
+
+
+def load_tokenizer_of(
+    policies: dict[str, Policy], model: ModelConfig, arguments: EvaluateArguments | SampleArguments | ChatArguments
+) -> PreTrainedTokenizerBase:
+    """The tokenizer of the first policy that has an adapter, else that of the base; `Bench.add` refuses policies of others.
+
+    Raises:
+        RecipeError: as in `load_tokenizer`.
+    """
+    taught = next((policy.folder for policy in policies.values() if policy.folder), None)
+    return load_tokenizer(model, arguments, start_from=taught)
 
 
 def load_bench(

@@ -3,7 +3,6 @@
 import contextlib
 import itertools
 import json
-import os
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
@@ -11,6 +10,7 @@ from typing import Any
 from rlhf_recipes.errors import RecipeError
 from rlhf_recipes.labels.groups import Group, group_of, read_rows
 from rlhf_recipes.labels.store import Label, Store
+from rlhf_recipes.records import write_text
 
 Rows = list[dict[str, Any]]
 Ranked = list[tuple[Group, Label]]
@@ -188,17 +188,12 @@ def _is_export(path: Path) -> bool:
 
 
 def _write_rows(path: Path, rows: Rows) -> int | None:
-    """Writes a file so that `path` holds either all of it or what it held before; how many rows, None for a file removed."""
+    """Writes a file of rows; how many they are, None for a file removed."""
     if not rows and path.stem != "labels":
         existed = path.exists()
         path.unlink(missing_ok=True)
         return None if existed else 0
-    partial = path.with_name(f".{path.name}.partial")
-    with partial.open("w", encoding="utf-8") as file:
-        file.writelines(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(partial, path)
+    write_text(path, "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
     return len(rows)
 
 

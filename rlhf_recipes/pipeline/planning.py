@@ -6,23 +6,8 @@ from rlhf_recipes.engines import refuse_one_gpus_arithmetic
 from rlhf_recipes.errors import RecipeError
 from rlhf_recipes.pipeline.reading import RECIPES, checked_card, found, read_stages
 from rlhf_recipes.plan.arguments import resolve
-from rlhf_recipes.plan.stages import Arguments, Plan, can_be_planned, plan_stage
+from rlhf_recipes.plan.stages import Arguments, can_be_planned
 from rlhf_recipes.yaml_files import read_yaml
-
-
-def plan_file(config: Path, recipes: Path, recipe: str | None = None, triton: bool = True) -> list[Plan]:
-    """The plans of the stages in a YAML file.
-
-    Args:
-        config: of a pipeline, or of one recipe.
-        recipes: the folder of the recipes.
-        recipe: of which it is; None: that of the file's name.
-        triton: whether for a GPU; a CPU is for comparison.
-
-    Raises:
-        RecipeError: as the recipes would, and for what cannot be planned.
-    """
-    return [plan_stage(stage) for stage in arguments_in(config, recipes, recipe, triton)]
 
 
 def card_in(config: Path) -> float | None:
@@ -41,10 +26,10 @@ def arguments_in(
     """The arguments of those stages in a YAML file that can be planned, with what `gpu_memory` chooses where a pipeline has it.
 
     Args:
-        config: as in `plan_file`.
-        recipes: as in `plan_file`.
-        recipe: as in `plan_file`.
-        triton: as in `plan_file`.
+        config: of a pipeline, or of one recipe, with those that it `needs`.
+        recipes: the folder of the recipes.
+        recipe: of which the file is; None: that of its name.
+        triton: whether for a GPU; a CPU is for comparison.
         card: GB, in place of a pipeline's `gpu_memory`.
 
     Raises:

@@ -38,7 +38,7 @@ class Pipeline:
     """The stages of a YAML file, and the folder that remembers how far they have come.
 
     Parameters:
-        folder: of the whole; a stage without an `output_dir` of the pipeline's gets a folder in it, by its name.
+        folder: of the whole; each stage has one of its name in it, unless its `arguments` name another `output_dir`.
         stages: in order.
         recipes: the folder of the recipes.
         accelerate_config: a file of `accelerate config` that every stage is launched with, or None.

@@ -133,11 +133,6 @@ def quantised_bytes(weights: int, bits: int, nested: bool) -> float:
     return weights * (bits + scales) / 8
 
 
-def lora_parameters(sides: list[tuple[int, int]], rank: int) -> int:
-    """Weights of LoRA on matrices of these sides: an (in, r) and an (r, out) for each (Hu et al., 2022)."""
-    return sum(rank * (inputs + outputs) for inputs, outputs in sides)
-
-
 def optimizer_bytes(optimizer: str, trainable: int, width: int = 4) -> float:
     """Bytes of an optimizer's state.
 

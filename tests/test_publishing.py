@@ -1,0 +1,70 @@
+"""What a stage uploads: once, when it is whole, and nothing that is of this machine alone."""
+
+import json
+
+import pytest
+from huggingface_hub import HfApi, RepoUrl
+
+SMALL = ("--max_steps", 2, "--save_steps", 1, "--per_device_train_batch_size", 4, "--eval_strategy", "no")
+DATA = {"sft": '{"rows": 16}', "reward": '{"rows": 16, "k": 4}'}
+PUSH = ("--push_to_hub", "true", "--hub_model_id", "me/mine")
+
+
+@pytest.fixture
+def uploads(monkeypatch):
+    """Commits, in the place of the Hub: file -> content, or None of a file that is named."""
+    found = []
+
+    def create_commit(self, repo_id, operations, **options):
+        contents = {one.path_in_repo: one.path_or_fileobj for one in operations}
+        found.append({name: value if isinstance(value, bytes) else None for name, value in contents.items()})
+
+    monkeypatch.setattr(HfApi, "create_repo", lambda self, name, **_: RepoUrl(f"https://huggingface.co/{name}"))
+    monkeypatch.setattr(HfApi, "list_repo_files", lambda self, name, **_: ["adapter_config.json"])
+    monkeypatch.setattr(HfApi, "create_commit", create_commit)
+    return found
+
+
+def test_a_result_is_uploaded_when_it_is_whole(launch, uploads, tmp_path):
+    """Over what an earlier run of the same kind has left in the repository."""
+    output = tmp_path / "mine"
+    status, error = launch("sft", *SMALL, "--dataset_arguments", DATA["sft"], "--output_dir", output, *PUSH)
+    assert status == 0, error
+    (files,) = uploads
+    here = {path.relative_to(output).as_posix() for path in output.rglob("*") if path.is_file()}
+    left = {name for name in here - files.keys() if not name.startswith("checkpoint-")}
+    assert files.keys() <= here
+    assert left == {"training_args.bin"}
+    record = json.loads(files["recipe.json"])
+    assert str(tmp_path) in (output / "recipe.json").read_text()
+    assert str(tmp_path) not in files["recipe.json"].decode()
+    assert record["recipe"] == "sft"
+    assert record["arguments"]["SFTConfig"]["push_to_hub"] is True
+    assert '"me/mine"' in (output / "README.md").read_text()
+
+
+def test_members_of_an_ensemble_go_with_it(launch, uploads, tmp_path, monkeypatch):
+    monkeypatch.setattr(HfApi, "list_repo_files", lambda self, name, **_: [".gitattributes"])
+    run = (*SMALL, "--ensemble_size", 2, "--dataset_arguments", DATA["reward"], "--output_dir", tmp_path / "mine")
+    status, error = launch("reward", *run, *PUSH)
+    assert status == 0, error
+    (files,) = uploads
+    members = {f"member-{number}/{name}" for number in (0, 1) for name in ("adapter_model.safetensors", "recipe.json")}
+    assert members | {"reward.json", "recipe.json"} <= files.keys()
+    assert not any("checkpoint-" in name or name.endswith(".bin") for name in files)
+    assert all(str(tmp_path) not in (content or b"").decode() for content in files.values())
+
+
+def test_a_hub_that_cannot_be_reached_takes_nothing_away(launch, tmp_path):
+    run = (*SMALL, "--dataset_arguments", DATA["sft"], "--output_dir", tmp_path / "mine", "--push_to_hub", "true")
+    status, error = launch("sft", *run)
+    assert status == 2
+    assert "push_to_hub: mine: " in error
+    assert f"upload it with `hf upload mine {tmp_path / 'mine'}`" in error
+    assert json.loads((tmp_path / "mine" / "recipe.json").read_text())["run"]["steps"] == 2
+
+
+def test_checkpoints_are_not_uploaded(launch, tmp_path):
+    status, error = launch("sft", *SMALL, *PUSH, "--hub_strategy", "all_checkpoints", "--output_dir", tmp_path)
+    assert status == 2
+    assert "command line: hub_strategy: a result is uploaded when it is whole" in error
