@@ -84,11 +84,11 @@ def ended(process, seconds):
 
 
 def full_disk(recipe, folder):
-    """Lets this process write small files alone, or if it writes no others, only what is not written as a whole."""
+    """Lets this process write small files alone, or if it writes no others, none."""
     if recipe in ("sft", "reward", "dpo", "ppo"):
         resource.setrlimit(resource.RLIMIT_FSIZE, (200_000, 200_000))
     else:
-        Path.write_text = refusing(Path.write_text, errno.ENOSPC, folder)
+        io.open = refusing(io.open, errno.ENOSPC, folder, in_writing)
 
 
 def read_only(folder):
@@ -96,7 +96,12 @@ def read_only(folder):
     for name in ("mkdir", "replace", "unlink"):
         setattr(os, name, refusing(getattr(os, name), errno.EROFS, folder))
     os.open = refusing(os.open, errno.EROFS, folder, lambda flags=0, *_, **__: flags & (os.O_WRONLY | os.O_RDWR | os.O_CREAT))
-    io.open = refusing(io.open, errno.EROFS, folder, lambda mode="r", *_, **__: set(mode) & set("wax+"))
+    io.open = refusing(io.open, errno.EROFS, folder, in_writing)
+
+
+def in_writing(mode="r", *_, **__):
+    """Whether a file that is opened in this mode can be written."""
+    return set(mode) & set("wax+")
 
 
 def refusing(function, code, folder, writes=lambda *_, **__: True):
