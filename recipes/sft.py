@@ -31,6 +31,8 @@ def main() -> None:
     cuts = not training_args.packing or training_args.packing_strategy == "bfd"  # the other ways to pack split long rows
     data = data.fitted(tokenizer, training_args.max_length if cuts else None, data_args.long_rows)
     PartialState().print(f"{len(data.train)} rows to train on, {len(data.eval or ())} to evaluate on")
+    if "messages" in data.train.column_names and not training_args.assistant_only_loss:
+        PartialState().print("Every turn is learnt, the user's too; with `assistant_only_loss: true`, the assistant's alone")
 
     # Model: the base, and by `use_peft` a fresh adapter on it
     model = load_model(model_args, training_args)

@@ -70,8 +70,8 @@ def upload(
         raise
     except Exception as error:  # the client's own, the network's and the disk's have no class in common; none is lost here
         raise RecipeError(
-            f"push_to_hub: {repository}: {first_line(error)}; the result is in {folder}: log in by `hf auth login`, and "
-            f"upload it with `hf upload {repository} {folder}`"
+            f"push_to_hub: {repository}: {first_line(error)}; the result is in {folder}. With a network, and after `hf auth "
+            f"login`, upload it with `hf upload {repository} {folder} --exclude 'checkpoint-*'` (recipe.json names folders)"
         ) from error
     return str(url)
 

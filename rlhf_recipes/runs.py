@@ -223,6 +223,8 @@ def checkpoint_to_resume(training: TrainingArguments, *arguments: Any) -> str | 
     check_writable(output)
     if wanted in (None, False, "false", "False"):
         refuse_unfinished(output)
+        if (output / RECIPE).exists():
+            PartialState().print(f"{output} holds a finished run, which this one will replace")
         return None
     if wanted not in (True, "true", "True"):
         if not _is_whole(Path(wanted)):

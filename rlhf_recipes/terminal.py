@@ -18,6 +18,8 @@ def user_errors() -> Iterator[None]:
     before: a process may run several recipes. A lack of memory, whatever it is raised as, is said with what to change,
     and so is a disk that is full or may not be written to. After a Ctrl-C what is kept is said, and the status is 130.
     """
+    with contextlib.suppress(AttributeError):  # of what stands in its place in notebooks
+        sys.stdout.reconfigure(line_buffering=True)  # in a file too, where it goes between the lines of stderr
     tokens = (ORIGIN, ORIGIN.set("")), (LAUNCHED, LAUNCHED.set(None))
     try:
         yield

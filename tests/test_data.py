@@ -313,6 +313,7 @@ BAD = [
     ({"messages": [user("a"), bot(" "), user("b"), bot("c")]}, "sft", "empty turn"),
     ({"messages": [user("a"), bot("b"), user("c")]}, "sft", "do not end with an assistant turn"),
     ({"messages": [user("a"), {"role": "narrator", "content": "b"}, bot("c")]}, "sft", "unknown role 'narrator'"),
+    ({"messages": [user("a"), {"role": "bot", "content": "b"}]}, "sft", "unknown role 'bot' (known are system, user"),
     ({"messages": [user("a"), {"role": "system", "content": "b"}, bot("c")]}, "sft", "a system turn that is not first"),
     ({"messages": [user("a"), bot("b") | {"tool_calls": [{"name": "f"}]}]}, "sft", "tool calls"),
     ({"messages": "a"}, "sft", "do not end with an assistant turn"),
@@ -707,6 +708,12 @@ def test_conversion_that_changes_is_not_taken_from_a_cache(write, monkeypatch):
     assert load(path, "sft").train._fingerprint == before
     monkeypatch.setattr(rows, "_SOURCE", rows._SOURCE + "# changed")
     assert load(path, "sft").train._fingerprint != before
+
+
+@pytest.mark.parametrize("sign", [";", "\t"])
+def test_a_csv_file_without_commas_is_named(tmp_path, sign):
+    (tmp_path / "a.csv").write_text(f"prompt{sign}completion\na{sign}b, c\n")
+    assert f"the header has no comma, and {sign!r} between its names" in failure(str(tmp_path / "a.csv"), "sft")
 
 
 def test_other_split_of_a_file_is_refused(write):

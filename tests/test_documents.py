@@ -157,8 +157,9 @@ def write_data(folder):
     for name in ("mine", "demonstrations"):
         (folder / "data" / f"{name}.csv").write_text(questions)
     prompts = [{"prompt": f"Who is number {number}?"} for number in range(40)]
-    write_lines(folder / "data" / "questions.jsonl", prompts)
-    write_lines(folder / "data" / "preferences.jsonl", [{**row, "chosen": "It is I.", "rejected": "No."} for row in prompts])
+    questions = [{"instruction": row["prompt"]} for row in prompts]
+    write_lines(folder / "data" / "questions.jsonl", questions)
+    write_lines(folder / "data" / "preferences.jsonl", [{**row, "chosen": "It is I.", "rejected": "No."} for row in questions])
     write_lines(folder / "groups.jsonl", [{**row, "completions": ["I.", "You.", "She."]} for row in prompts[:4]])
 
 

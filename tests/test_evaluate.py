@@ -909,7 +909,7 @@ def made_up_metrics(**changes):
 def test_the_verdict_says_what_lies_inside_the_noise():
     sentences = verdict(made_up_metrics(proxy=(1.0, 0.5, 1.5), gold=(0.1, -0.1, 0.3)))
     assert sentences[0] == "Judged by gold, not told apart from sft: ppo (40% [30%, 55%])."
-    assert "proxy +1.00 [+0.50, +1.50]; gold, not trained against +0.10 [-0.10, +0.30] (inside the noise)" in sentences[1]
+    assert "proxy +1.00 [+0.50, +1.50]; gold (not trained against) +0.10 [-0.10, +0.30] (inside the noise)" in sentences[1]
     assert sentences[-1].startswith("Inside the noise, as differences from sft: ppo: score by gold, length. Looked at: scores,")
     assert not any("over-optimised" in sentence for sentence in sentences)
 
@@ -946,7 +946,7 @@ def test_a_win_by_the_judge_that_a_policy_was_made_for_is_marked():
 def test_whether_a_policy_was_trained_against_a_reward_is_said_of_each():
     chosen = {"best_of": {"policy": "sft", "n": 4, "reward": "proxy"}}
     _, dpo, ppo, best, *_ = judged("proxy", dpo={}, ppo={}, best=chosen)
-    assert dpo.startswith("dpo against sft: proxy, not trained against +1.00")
+    assert dpo.startswith("dpo against sft: proxy (not trained against) +1.00")
     assert ppo.startswith("ppo against sft: proxy +1.00")
     assert best.startswith("best against sft: proxy +1.00")
 

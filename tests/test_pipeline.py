@@ -242,8 +242,10 @@ def test_a_stage_that_is_not_there_cannot_be_chosen(project):
         pipeline(["stf"])
 
 
-def test_each_stage_is_launched_by_accelerate(project, tmp_path):
+@pytest.mark.parametrize("config", [None, "engine.yaml"])
+def test_each_stage_is_launched_by_accelerate_where_that_is_configured(project, tmp_path, monkeypatch, config):
     """With a recipe that only tells what it was given, in a process of its own."""
+    monkeypatch.delenv("ACCELERATE_DYNAMO_BACKEND", raising=False)
     recipes = tmp_path / "recipes"
     recipes.mkdir()
     (recipes / "sft.py").write_text(
@@ -251,14 +253,14 @@ def test_each_stage_is_launched_by_accelerate(project, tmp_path):
         "values = yaml.safe_load(open(sys.argv[2]))\n"
         "folder = pathlib.Path(values['output_dir'])\n"
         "folder.mkdir()\n"
-        "told = {'argv': sys.argv[3:], 'cpu': os.environ.get('ACCELERATE_USE_CPU')}\n"
+        "told = {'argv': sys.argv[3:], 'accelerate': 'ACCELERATE_DYNAMO_BACKEND' in os.environ}\n"
         "(folder / 'told.json').write_text(json.dumps(told))\n"
     )
-    write(stages=[{"name": "sft", "config": "sft.yaml"}])
+    write(stages=[{"name": "sft", "config": "sft.yaml"}], accelerate_config=config)
     read_pipeline(Path("pipeline.yaml"), recipes).run()
     told = json.loads(Path("runs/sft/told.json").read_text())
     assert told["argv"] == []
-    assert told["cpu"].lower() == "true"
+    assert told["accelerate"] == bool(config)
 
 
 def wait_for(path):

@@ -88,15 +88,22 @@ def never_cut(long_rows: str) -> str:
 
 
 def _warn_of_plain_prompts(dataset: Dataset, tokenizer: PreTrainedTokenizerBase, where: str) -> None:
-    """Says so where prompts are texts, and the stage whose tokenizer this is was taught conversations."""
+    """Says so where prompts are texts: what demonstrations of them teach, and where an earlier stage taught conversations."""
+    if "prompt" not in dataset.column_names or not isinstance(dataset[0]["prompt"], str):
+        return
     record = read_json(Path(tokenizer.name_or_path) / RECIPE)
     taught = record.get("data", {}).get("train", {}).get("conversational")
-    if taught and "prompt" in dataset.column_names and isinstance(dataset[0]["prompt"], str):
+    if taught:
         logger.warning(
             "%s: the prompts are plain texts, and %s was taught conversations: its chat template is not used, and the answers "
             "may be nonsense. With `column_mapping: {prompt: instruction}` the prompts become conversations",
             where,
             tokenizer.name_or_path,
+        )
+    elif "completion" in dataset.column_names and where == "train":
+        logger.warning(
+            "train: `prompt` and `completion` are plain texts: one follows the other as it stands, without the chat template. "
+            "For questions and answers: `column_mapping: {prompt: instruction, completion: output}`"
         )
 
 

@@ -329,9 +329,9 @@ def _sft_rows(row: dict[str, Any]) -> list[dict[str, Any]]:
             raise _BadRowError("empty text")
         return [row]
     if "messages" in row:
+        _check_order(row["messages"])
         if not row["messages"] or row["messages"][-1]["role"] != "assistant":
             raise _BadRowError("messages that do not end with an assistant turn")
-        _check_order(row["messages"])
         if not _last_text(row["messages"]):
             raise _BadRowError("empty completion")
         return [row]
@@ -433,7 +433,7 @@ def _check_order(messages: list[dict[str, str]]) -> None:
     for place, message in enumerate(messages):
         role = message["role"]
         if role not in ("system", "user", "assistant", "tool"):
-            raise _BadRowError(f"unknown role {role!r}")
+            raise _BadRowError(f"unknown role {role!r} (known are system, user, assistant, tool)")
         if role == "system" and place:
             raise _BadRowError("a system turn that is not first")
         if role == before and role != "tool":

@@ -166,7 +166,7 @@ def _opened(path: str, newline: str) -> TextIO:
 
 
 def _check_csv(path: str) -> None:
-    """Refuses what pandas would read into the wrong columns: longer rows than the header, or a name that stands there twice.
+    """Refuses what pandas would read into the wrong columns: no commas, longer rows than the header, a name twice.
 
     It looks at the first row only: where a later one is longer, pandas says so.
     """
@@ -179,6 +179,8 @@ def _check_csv(path: str) -> None:
         csv.field_size_limit(limit)
     if twice := [name for name, count in Counter(header).items() if name and count > 1]:  # spreadsheets add empty ones
         raise _BadFileError(f"the header names the column `{twice[0]}` twice: rename one of them.")
+    if len(header) == 1 and (other := next((sign for sign in (";", "\t") if sign in header[0]), None)):
+        raise _BadFileError(f"the header has no comma, and {other!r} between its names: save it with commas between cells.")
     if len(first) > len(header):
         raise _BadFileError(
             f"row 1 has {len(first)} cells, and the header names {len(header)} columns: quote cells that hold a comma."

@@ -56,7 +56,7 @@ def _rewards(name: str, metrics: dict[str, Any]) -> str | None:
     changes = []
     for reward, result in metrics["policies"][name]["rewards"].items():
         if result and result.get("difference"):
-            held_out = "" if _made_for(name, reward, metrics) else ", not trained against"
+            held_out = "" if _made_for(name, reward, metrics) else " (not trained against)"
             changes.append(f"{reward}{held_out} {_change(result['difference'])}")
     return f"{name} against {metrics['compare_with']}: {'; '.join(changes)}." if changes else None
 

@@ -107,7 +107,8 @@ def read_rows(path: Path) -> Iterator[tuple[int, Any]]:
                 if line.strip():
                     yield number, _parse(line, f"{path}: row {number}")
     except FileNotFoundError:
-        raise RecipeError(f"{path}: there is no such file (looked in {path.absolute().parent})") from None
+        place = path.absolute().parent
+        raise RecipeError(f"{path}: there is no such file (looked in {place}); recipes/sample.py writes groups.jsonl") from None
     except (OSError, UnicodeDecodeError) as error:
         raise RecipeError(f"{path}: cannot be read as a JSONL file ({error})") from error
 

@@ -26,7 +26,9 @@ from rlhf_recipes.records import LOG, read_json, write_json, write_text
 from rlhf_recipes.runs import checkpoints_in, remove_checkpoint
 from rlhf_recipes.sampling import discard
 
+import torch
 import yaml
+from accelerate.commands.config import default_config_file
 
 STATE, LOCK = "pipeline.json", "pipeline.lock"
 LOG_TAIL = 30  # lines of a failed stage's output that are shown
@@ -217,10 +219,16 @@ class Pipeline:
         text = f"# Written by recipes/pipeline.py\n{yaml.safe_dump(stage.values, sort_keys=False)}"
         write_text(config, text)
         self._remember(stage, begun=stage.fingerprint)
-        engine = ["--config_file", self.accelerate_config] if self.accelerate_config else []
-        command = [sys.executable, "-m", "accelerate.commands.launch", "--quiet", *engine]
+        command = [sys.executable, *self._launcher()]
         command += [str(self.recipes / f"{stage.recipe}.py"), "--config", str(config)]
         return [*command, "--resume_from_checkpoint", "true"] if goes_on and stage.recipe in TRAINERS else command
+
+    def _launcher(self) -> list[str]:
+        """Accelerate's, where there is anything to launch: a configuration, or several GPUs; a Ctrl-C is a traceback there."""
+        if not (self.accelerate_config or Path(default_config_file).is_file() or torch.accelerator.device_count() > 1):
+            return []
+        config = ["--config_file", self.accelerate_config] if self.accelerate_config else []
+        return ["-m", "accelerate.commands.launch", "--quiet", *config]
 
     def _remember(self, stage: Stage, **what: Any) -> None:
         """In place of what was known: a stage that has begun anew is no longer done."""
