@@ -366,6 +366,25 @@ def test_data_that_are_not_there_are_found_before_the_first_stage_runs(project):
     check_arguments(pipeline(), Path("pipeline.yaml"))
 
 
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        ("", r"late\.jsonl: the file is empty"),
+        ('{"question": "a"}\n', r"late\.jsonl: the columns are question, but a stage on preference data needs one of: chosen"),
+        ('{"prompt": "a", \n', r"late\.jsonl: line 1 is not valid JSON"),
+    ],
+)
+def test_data_of_which_a_stage_can_make_nothing_are_found_before_the_first_one_runs(project, content, message):
+    Path("late.jsonl").write_text(content)
+    values = yaml.safe_load(Path("pipeline.yaml").read_text())
+    arguments = values["stages"][2]["arguments"]
+    for changed in ({"datasets": [{"path": "late.jsonl"}]}, {"dataset_name": "late.jsonl"}):
+        values["stages"][2]["arguments"] = arguments | changed
+        write(stages=values["stages"])
+        with pytest.raises(RecipeError, match=rf"stages: dpo .*: {message}"):
+            check_arguments(pipeline(), Path("pipeline.yaml"))
+
+
 def test_files_in_a_folder_that_is_named_are_inputs_too(project, launched):
     Path("rows").mkdir()
     Path("rows/one.jsonl").write_text("{}")

@@ -6,6 +6,6 @@ stage trains on, `splits` joins the parts, and `lengths` looks at `max_length`.
 
 from rlhf_recipes.data.kinds import Kind
 from rlhf_recipes.data.lengths import check_lengths, never_cut
-from rlhf_recipes.data.splits import Data, demonstrations_of, load_data, load_texts
+from rlhf_recipes.data.splits import Data, check_source, demonstrations_of, load_data, load_texts
 
-__all__ = ["Data", "Kind", "check_lengths", "demonstrations_of", "load_data", "load_texts", "never_cut"]
+__all__ = ["Data", "Kind", "check_lengths", "check_source", "demonstrations_of", "load_data", "load_texts", "never_cut"]

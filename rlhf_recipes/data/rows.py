@@ -64,12 +64,9 @@ class _BadRowError(Exception):
 
 def convert(part: Part, kind: Kind) -> Converted:
     """Read every row of a part into the columns of `kind`; bad rows are taken out and listed."""
-    if not len(part.dataset):
-        raise RecipeError(f"{part.label} has no rows.")
-    columns = part.dataset.column_names
+    shape, columns = shape_of(part, kind), part.dataset.column_names
     if own := {_ROW, _PROBLEM} & {*columns}:
         raise RecipeError(f"{part.label}: the column `{own.pop()}` has a name of ours: give it another with `column_mapping`")
-    shape = _shape(part, kind)
     if kind == "ranking" and "margin" in columns:
         raise RecipeError(
             f"{part.label}: rankings have no `margin`: set `train_on: pairs` to use the column, or leave it out with `columns`"
@@ -135,7 +132,14 @@ def _warn_of_ignored_keys(part: Part, used: list[str]) -> None:
         logger.warning("%s: of the messages, %s is not used", part.label, ", ".join(sorted(ignored)))
 
 
-def _shape(part: Part, kind: Kind) -> str:
+def shape_of(part: Part, kind: Kind) -> str:
+    """The shape that the columns of a part make, of those that `kind` can be made of.
+
+    Raises:
+        RecipeError: if they make none, or there are no rows.
+    """
+    if not len(part.dataset):
+        raise RecipeError(f"{part.label} has no rows.")
     columns = set(part.dataset.column_names)
     for shape in ACCEPTED[kind]:
         if any(columns.issuperset(needed) for needed in SHAPES[shape]):

@@ -105,6 +105,11 @@ def has_splits(path: str) -> bool:
     return not _format(path) and not (Path(path) / "state.json").is_file()
 
 
+def is_file(path: str) -> bool:
+    """Whether a source is a single file, by its name."""
+    return _format(path) is not None
+
+
 def require_file(path: str) -> None:
     """Refuses a source whose name is that of a file, where there is none."""
     if _format(path) and not Path(path).is_file():

@@ -10,8 +10,8 @@ from typing import Any
 from rlhf_recipes.arguments import DataArguments, DatasetSource
 from rlhf_recipes.data.kinds import SHOWN, Kind
 from rlhf_recipes.data.lengths import check_lengths, never_cut
-from rlhf_recipes.data.rows import Converted, convert
-from rlhf_recipes.data.sources import Part, UnknownSplitError, has_splits, open_source
+from rlhf_recipes.data.rows import Converted, convert, shape_of
+from rlhf_recipes.data.sources import Part, UnknownSplitError, has_splits, is_file, open_source, require_file
 from rlhf_recipes.errors import RecipeError, first_line
 
 from datasets import Dataset, Features, concatenate_datasets
@@ -144,6 +144,22 @@ def _train_sources(arguments: DataArguments) -> list[DatasetSource]:
     if arguments.datasets:
         return arguments.datasets
     return [_named_source(arguments, arguments.dataset_train_split)]
+
+
+def check_source(source: DatasetSource, kind: Kind | None) -> None:
+    """Reads a local file, so that what is wrong with it is found before anything is trained; what is none is left alone.
+
+    Args:
+        source: of the data.
+        kind: what a stage makes of it; None: only look whether it is there.
+
+    Raises:
+        RecipeError: if it is missing or cannot be read, has no rows, or none of the columns that are needed.
+    """
+    require_file(source.path)
+    if kind and is_file(source.path):
+        for part in open_source(source):
+            shape_of(part, kind)
 
 
 def _named_source(arguments: DataArguments, split: str) -> DatasetSource:

@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from rlhf_recipes.arguments import DatasetSource, parse_values
-from rlhf_recipes.data.sources import require_file
+from rlhf_recipes.data import Kind, check_source
 from rlhf_recipes.errors import RecipeError, nearest
 from rlhf_recipes.evaluation.report import METRICS, PAGE
 from rlhf_recipes.evaluation.seeds import write_summary
@@ -32,6 +32,8 @@ from accelerate.commands.config import default_config_file
 
 STATE, LOCK = "pipeline.json", "pipeline.lock"
 LOG_TAIL = 30  # lines of a failed stage's output that are shown
+_KINDS: dict[str, Kind] = {"sft": "sft", "reward": "preference", "dpo": "preference", "ppo": "prompt", "sample": "prompt"}
+_KINDS |= {"evaluate": "prompt"}
 PULSE = 30  # seconds after which stages that run side by side are said to be at work
 
 
@@ -273,7 +275,7 @@ def read_pipeline(config: Path, recipes: Path, only: list[str] | None = None) ->
 
 
 def check_arguments(pipeline: Pipeline, config: Path) -> None:
-    """Parses the arguments of every stage as its recipe will, so that a misspelt key of the last is not found after the others.
+    """Parses the arguments of every stage as its recipe will, and reads its local files: a fault of the last is found at once.
 
     Args:
         pipeline: the pipeline.
@@ -284,10 +286,11 @@ def check_arguments(pipeline: Pipeline, config: Path) -> None:
     """
     recipes = {stage.recipe: pipeline.recipes / f"{stage.recipe}.py" for stage in pipeline.stages}
     types_of = {name: runpy.run_path(str(recipe), run_name="stage")["ARGUMENTS"] for name, recipe in recipes.items()}
+    folders, seen = [stage.folder for stage in (*pipeline.stages, *pipeline.unselected)], set()
     for stage in pipeline.stages:
         try:
             groups = parse_values(recipes[stage.recipe], *types_of[stage.recipe], values=stage.values)
-            _require_data(groups, [other.folder for other in (*pipeline.stages, *pipeline.unselected)])
+            _check_data(stage.recipe, groups, folders, seen)
         except RecipeError as error:
             raise RecipeError(f"{config}: stages: {stage.name} (its YAML file with its `arguments`): {error}") from error
 
@@ -301,10 +304,21 @@ def progress(stage: Stage) -> str:
         return f"{stage.name}: at work"
 
 
-def _require_data(groups: Sequence[Any], folders: Sequence[Path]) -> None:
-    """Refuses files of data that are not there, and that no stage will write into its folder."""
-    for name, value in ((name, value) for group in groups for name, value in vars(group).items()):
-        sources = [entry.path for entry in value if isinstance(entry, DatasetSource)] if isinstance(value, list) else []
-        for path in [value] if name == "dataset_name" and value else sources:
-            if not any(Path(path).absolute().is_relative_to(folder.absolute()) for folder in folders):
-                require_file(path)
+def _check_data(recipe: str, groups: Sequence[Any], folders: Sequence[Path], seen: set[str]) -> None:
+    """Refuses files of data that are not there, or of which a stage can make nothing, but for what others will write."""
+    for group in groups:
+        for source, kind in _sources_of(group, _KINDS.get(recipe)):
+            written = any(Path(source.path).absolute().is_relative_to(folder.absolute()) for folder in folders)
+            if not written and (known := f"{source} {kind}") not in seen:
+                check_source(source, kind)
+                seen.add(known)
+
+
+def _sources_of(group: Any, kind: Kind | None) -> Iterator[tuple[DatasetSource, Kind | None]]:
+    """The data that a dataclass of arguments names; `kind` of those that the stage is for."""
+    for name, value in vars(group).items():
+        if name == "dataset_name" and value:
+            yield DatasetSource(path=value, column_mapping=group.column_mapping), kind
+        for entry in value if isinstance(value, list) else ():
+            if isinstance(entry, DatasetSource):
+                yield entry, kind if name in ("datasets", "eval_datasets") else None
