@@ -10,7 +10,7 @@ answer, `/help` the rest. Lines may come through a pipe. Start it with `python`:
 from rlhf_recipes.arguments import ChatArguments, parse_arguments
 from rlhf_recipes.chat import Chat
 from rlhf_recipes.evaluation.measure import load_named_rewards
-from rlhf_recipes.evaluation.policies import load_bench, load_tokenizer_of, read_policies
+from rlhf_recipes.evaluation.policies import load_bench, load_tokenizer_of, read_policies, taught_plain_text
 from rlhf_recipes.sampling import refuse_best_of
 from rlhf_recipes.terminal import user_errors
 
@@ -27,6 +27,8 @@ def main() -> None:
         return
     policies = read_policies(chat_args.policies)
     refuse_best_of(policies)
+    if plain := taught_plain_text(policies):
+        print(f"Taught plain text, and asked here through a chat template, which makes nonsense likely: {', '.join(plain)}")
 
     # Every policy and every reward model as an adapter on one base
     tokenizer = load_tokenizer_of(policies, model_args, chat_args)

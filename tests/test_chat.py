@@ -2,6 +2,7 @@
 
 import functools
 import io
+import json
 import os
 import pty
 import re
@@ -17,7 +18,7 @@ from rlhf_recipes.chat import Chat, read_lines
 from rlhf_recipes.errors import RecipeError
 from rlhf_recipes.evaluation.answers import log_probs
 from rlhf_recipes.evaluation.measure import load_named_rewards
-from rlhf_recipes.evaluation.policies import load_bench, read_policies
+from rlhf_recipes.evaluation.policies import load_bench, read_policies, taught_plain_text
 from rlhf_recipes.models import load_tokenizer, resolve_path
 
 import pytest
@@ -346,6 +347,17 @@ def test_ctrl_c_stops_the_answer_and_not_the_program(talk):
 
 
 POLICIES = ("--policies", '{"base": null, "b": null}')
+
+
+def test_who_was_taught_plain_text_is_named(tmp_path):
+    for name, conversational in (("plain", False), ("talks", True)):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "adapter_config.json").write_text("{}")
+        (tmp_path / name / "recipe.json").write_text(json.dumps({"data": {"train": {"conversational": conversational}}}))
+    (tmp_path / "unknown").mkdir()
+    (tmp_path / "unknown" / "adapter_config.json").write_text("{}")
+    policies = {"base": None} | {name: str(tmp_path / name) for name in ("plain", "talks", "unknown")}
+    assert taught_plain_text(read_policies(policies)) == ["plain"]
 
 
 def test_a_script_talks_through_a_pipe(launch, monkeypatch):

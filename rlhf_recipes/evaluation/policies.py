@@ -169,6 +169,13 @@ class Bench:
             yield self.model
 
 
+def taught_plain_text(policies: dict[str, Policy]) -> list[str]:
+    """The names of those that were trained on plain text, by their records: a chat template says nothing to them."""
+    records = {name: read_json(Path(policy.folder) / RECIPE) for name, policy in policies.items() if policy.folder}
+    data = {name: (record.get("data") or {}).get("train") or {} for name, record in records.items()}
+    return [name for name, train in data.items() if train.get("conversational") is False]
+
+
 def load_tokenizer_of(
     policies: dict[str, Policy], model: ModelConfig, arguments: EvaluateArguments | SampleArguments | ChatArguments
 ) -> PreTrainedTokenizerBase:
