@@ -434,7 +434,7 @@ def test_parents_that_cannot_be_started_from(tmp_path, tokenizer, sft_adapter):
     def load(parent, **options):
         return load_reward_model(model_config(**options), training, tokenizer, parent=parent)
 
-    with pytest.raises(RecipeError, match="start_from: .* holds no adapter"):
+    with pytest.raises(RecipeError, match=r"start_from: .* holds no adapter"):
         load(tmp_path)
     with pytest.raises(RecipeError, match="with `use_peft: true` only"):
         load(sft_adapter, use_peft=False)
