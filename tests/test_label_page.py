@@ -494,11 +494,16 @@ def test_a_lost_answer_does_not_make_two_labels_nor_lose_what_was_changed_since(
     site = serve([group(1), group(2)])
     page = visit(site.url, "anna")
 
-    def lose(route):
-        route.fetch()
-        route.abort()
+    lost = [True, True, False]  # one route for all, since a browser may be late to take one off and put the next one on
 
-    page.route("**/api/label", lose, times=1)
+    def lose(route):
+        if lost.pop(0):
+            route.fetch()
+            route.abort()
+        else:
+            route.continue_()
+
+    page.route("**/api/label", lose)
     press_answer(page, "one")
     page.keyboard.press("0")
     page.keyboard.press("Enter")
@@ -508,7 +513,6 @@ def test_a_lost_answer_does_not_make_two_labels_nor_lose_what_was_changed_since(
     done(page, 1)  # the server knows
     page.keyboard.press("u")
     done(page, 0)
-    page.route("**/api/label", lose, times=1)
     page.keyboard.press("Enter")
     expect(page.get_by_role("alert").nth(0)).to_contain_text("NOT saved")
     page.keyboard.press("c")
