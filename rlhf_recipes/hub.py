@@ -10,6 +10,7 @@ from huggingface_hub.errors import (
     EntryNotFoundError,
     GatedRepoError,
     HfHubHTTPError,
+    HFValidationError,
     LocalEntryNotFoundError,
     RepositoryNotFoundError,
     RevisionNotFoundError,
@@ -51,6 +52,12 @@ def why_not_loaded(name: str, error: BaseException, kind: str = "model") -> str:
         lacking = f"the Hub could not be reached{asked}, and the cache of this machine does not have it"
         return f"{here}{lacking}. {_by_hand(name, kind)}"
     return first_line(error)
+
+
+def is_of_the_hub(error: BaseException) -> bool:
+    """Whether the Hub, the way to it or the disk is at fault, and not this code; they have no class in common."""
+    of = OSError | HFValidationError | RuntimeError  # the last of hf_xet, which uploads large files
+    return any(isinstance(cause, of) or _is_unreachable(cause) for cause in causes(error))
 
 
 def _is_unreachable(error: BaseException) -> bool:

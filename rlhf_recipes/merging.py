@@ -15,7 +15,7 @@ from rlhf_recipes.arguments import MergeArguments
 from rlhf_recipes.cards import lineage, write_card
 from rlhf_recipes.errors import RecipeError, first_line
 from rlhf_recipes.evaluation.policies import Bench, Placement, require_adapter
-from rlhf_recipes.models import adapter_config, check_vocabulary, load_model, release_memory
+from rlhf_recipes.models import adapter_config, check_vocabulary, fitting, load_model, release_memory
 from rlhf_recipes.publishing import for_others, repository_of, upload
 from rlhf_recipes.records import RECIPE, REWARD, read_json, write_json
 from rlhf_recipes.reward import load_classifier
@@ -133,10 +133,8 @@ def merge_reward(arguments: MergeArguments, model_args: ModelConfig, tokenizer: 
     base, _ = load_classifier(model_args, placement)  # whose head is the adapter's
     _check_whole(base, tokenizer)
     targets = adapter_config(arguments.adapter, "adapter").target_modules
-    try:
+    with fitting(f"adapter: {arguments.adapter}", base):
         place = get_peft_model(base, LoraConfig(r=1, target_modules=targets), adapter_name="unused")
-    except ValueError as error:
-        raise RecipeError(f"adapter: {arguments.adapter}: target_modules: {first_line(error)}: name its base") from error
     reward = load_reward(place, arguments.adapter, "reward", tokenizer)
     values = reward.score(**_batch(tokenizer))[:, None]
     merged = _merged(place, arguments.adapter, "reward")

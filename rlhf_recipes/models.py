@@ -14,7 +14,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from rlhf_recipes.errors import RecipeError, first_line
+from rlhf_recipes.errors import RecipeError, first_line, lack_of_memory
 from rlhf_recipes.hub import why_not_loaded
 from rlhf_recipes.machine import check_bitsandbytes
 from rlhf_recipes.records import RECIPE, read_json
@@ -67,10 +67,12 @@ def resolve_path(name: str) -> str:
     package, *folders = name.split(".")
     if Path(name).exists() or not folders or not all(part.isidentifier() for part in (package, *folders)):
         return name
-    spec = importlib.util.find_spec(package)  # of what is within it, this would run code, and adapters name their base
-    places = spec.submodule_search_locations if spec else None
-    path = Path(next(iter(places), ""), *folders) if places else None
-    return str(path) if path and path.is_dir() else name
+    try:
+        spec = importlib.util.find_spec(package)  # of what is within it, this would run code, and adapters name their base
+    except ValueError:  # of `__main__`
+        return name
+    places = (spec.submodule_search_locations if spec else None) or ()
+    return next((str(path) for place in places if (path := Path(place, *folders)).is_dir()), name)
 
 
 ADAPTER = "adapter_model.safetensors"
@@ -176,18 +178,31 @@ def put_adapter(
     """
     config, weights = adapter_config(folder, where), read_weights(Path(folder) / ADAPTER)
     check_ranks(config, weights, f"{where}: {folder}")
-    try:
+    with fitting(f"{where}: {folder}", model):
         if isinstance(model, PeftModel):
             model.load_adapter(str(folder), name, is_trainable=trainable)
         else:
             with warnings.catch_warnings():  # what is missing is said below
                 warnings.filterwarnings("ignore", message="Found missing adapter keys")
                 model = PeftModel.from_pretrained(model, str(folder), name, is_trainable=trainable)
-    except Exception as error:  # PEFT and PyTorch have many ways to say so
-        reason = (str(error).strip() or type(error).__name__).splitlines()[-1].strip()
-        raise RecipeError(f"{where}: {folder} does not fit {base_name(model)}: {reason}") from error
     check_all_there(model, name, weights, f"{where}: {folder}")
     return model
+
+
+@contextlib.contextmanager
+def fitting(adapter: str, model: torch.nn.Module) -> Iterator[None]:
+    """Says of an adapter that PEFT cannot put on a model that it does not fit.
+
+    Raises:
+        RecipeError: with what PEFT or PyTorch said. A lack of memory stays what it is.
+    """
+    try:
+        yield
+    except Exception as error:  # they have many ways to say so, which configurations that anybody may have edited all find
+        if lack_of_memory(error):
+            raise
+        reason = (str(error).strip() or type(error).__name__).splitlines()[-1].strip()
+        raise RecipeError(f"{adapter} does not fit {base_name(model)}: {reason}") from error
 
 
 def check_ranks(config: PeftConfig, weights: Mapping[str, torch.Tensor], where: str) -> None:

@@ -7,6 +7,7 @@ from typing import Any
 
 from rlhf_recipes.cards import shown
 from rlhf_recipes.errors import RecipeError, first_line
+from rlhf_recipes.hub import is_of_the_hub
 from rlhf_recipes.records import PENDING, RECIPE, read_json
 
 from huggingface_hub import CommitOperationAdd, HfApi
@@ -66,9 +67,9 @@ def upload(
         kept = [name for name in names if not any(fnmatch(part, of) for part in name.parts for of in _NOT_FOR_OTHERS)]
         operations = [CommitOperationAdd(name.as_posix(), _content(folder / name)) for name in kept]
         api.create_commit(url.repo_id, operations, commit_message="From rlhf-recipes", revision=revision)
-    except RecipeError:
-        raise
-    except Exception as error:  # the client's own, the network's and the disk's have no class in common; none is lost here
+    except Exception as error:
+        if not is_of_the_hub(error):
+            raise
         raise RecipeError(
             f"push_to_hub: {repository}: {first_line(error)}; the result is in {folder}. With a network, and after `hf auth "
             f"login`, upload it with `hf upload {repository} {folder} --exclude 'checkpoint-*'` (recipe.json names folders)"

@@ -65,6 +65,16 @@ def holds_result(folder: str | Path) -> bool:
     return any((Path(folder) / name).is_file() for name in names)
 
 
+def taught_conversations(folder: str | Path) -> bool | None:
+    """Whether what the stage in a folder was trained on were conversations; None where no record says so.
+
+    Raises:
+        RecipeError: as `read_json`.
+    """
+    train = (read_json(Path(folder) / RECIPE).get("data") or {}).get("train") or {}
+    return train.get("conversational")
+
+
 def read_json(path: Path) -> dict[str, Any]:
     """The mapping in a JSON file, or nothing where there is no such file, as beside adapters that TRL alone trained.
 

@@ -23,6 +23,7 @@ from rlhf_recipes.models import (
     base_of,
     check_base,
     check_ranks,
+    fitting,
     keep_gradients_exact,
     pass_of_trunk,
     read_weights,
@@ -464,15 +465,13 @@ def _add_adapter(
 ) -> None:
     config.task_type, config.modules_to_save, config.inference_mode = None, None, True
     with _state_kept(model):
-        try:
+        with fitting(str(folder), model):
             if isinstance(model, PeftModel):
                 model.add_adapter(name, config)
             else:
                 with warnings.catch_warnings():  # several adapters on one base are what roles are
                     warnings.filterwarnings("ignore", message="Already found a `peft_config`")
                     inject_adapter_in_model(config, model, adapter_name=name)
-        except Exception as error:  # PEFT and PyTorch have many ways to say so
-            raise RecipeError(f"{folder} does not fit {base_name(model)}: {first_line(error)}") from error
         if not isinstance(model, PeftModel):
             weights = {key.removeprefix(PREFIX): weight for key, weight in weights.items()}
         cast_adapter_dtype(model, name)  # to fp32, before the weights come in

@@ -197,7 +197,7 @@ def finish_record(training: TrainingArguments) -> dict[str, Any]:
     output = Path(training.output_dir)
     os.replace(output / PENDING, output / RECIPE)
     write_card(output, repository_of(output, training.hub_model_id) if training.push_to_hub else None)
-    return read_json(Path(output) / RECIPE)
+    return read_json(output / RECIPE)
 
 
 def versions() -> dict[str, str]:

@@ -571,6 +571,15 @@ def test_plain_prompts_for_a_policy_that_was_taught_conversations_are_warned_of(
     assert ("was taught conversations" in caplog.text) == warned
 
 
+@pytest.mark.parametrize("mapping", [{}, {"prompt": "instruction", "completion": "output"}])
+def test_demonstrations_in_plain_text_are_said_to_be_that(write, tokenizer, caplog, mapping):
+    """The remedy that the message names is one."""
+    path = write([{"prompt": "Where?", "completion": "Here."}])
+    data = load_data(DataArguments(dataset_name=str(path), column_mapping=mapping or None), "sft", evaluate=False, seed=0)
+    data.fitted(tokenizer, None, "truncate")
+    assert ("plain texts: one follows the other as it stands" in caplog.text) == (not mapping)
+
+
 def test_truncated_and_unusable_rows_are_told_apart(tokenizer, caplog):
     # The end-of-text token counts where TRL adds it
     lengths = [(3, 5), (3, 6), (3, 7), (9, 1), (10, 1), (11, 1)]

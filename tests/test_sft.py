@@ -7,6 +7,7 @@ from rlhf_recipes.models import fingerprint, resolve_path
 
 import pytest
 import torch
+from conftest import run_recipe
 from peft import PeftModel
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
@@ -306,3 +307,14 @@ def test_output_folder_that_cannot_be_written_is_found_out_at_the_start(launch, 
     status, error = launch("sft", *SMALL, *NO_EVAL, "--output_dir", tmp_path / "file" / "out")
     assert status == 2
     assert "out: cannot be written to (Not a directory)" in error
+
+
+def test_what_is_learnt_of_talks_and_what_a_run_replaces_is_said(tmp_path, capsys):
+    talk = [{"role": role, "content": "a"} for role in ("user", "assistant")]
+    (tmp_path / "talks.jsonl").write_text(json.dumps({"messages": talk}) + "\n")
+    options = ("--dataset_name", tmp_path / "talks.jsonl", "--max_steps", 1, *NO_EVAL, "--output_dir", tmp_path / "out")
+    for others in ((), ("--assistant_only_loss", "true")):
+        run_recipe("sft", *options, *others)
+        printed = capsys.readouterr().out
+        assert ("Every turn is learnt, the user's too" in printed) == (not others)
+        assert (f"{tmp_path / 'out'} holds a finished run, which this one will replace" in printed) == bool(others)

@@ -3,12 +3,11 @@
 import itertools
 import logging
 import math
-from pathlib import Path
 from typing import Any
 
 from rlhf_recipes.data.kinds import BATCH, SHOWN
 from rlhf_recipes.errors import RecipeError, first_line
-from rlhf_recipes.records import RECIPE, read_json
+from rlhf_recipes.records import taught_conversations
 
 from datasets import Dataset
 from jinja2 import TemplateError
@@ -91,9 +90,7 @@ def _warn_of_plain_prompts(dataset: Dataset, tokenizer: PreTrainedTokenizerBase,
     """Says so where prompts are texts: what demonstrations of them teach, and where an earlier stage taught conversations."""
     if "prompt" not in dataset.column_names or not isinstance(dataset[0]["prompt"], str):
         return
-    record = read_json(Path(tokenizer.name_or_path) / RECIPE)
-    taught = record.get("data", {}).get("train", {}).get("conversational")
-    if taught:
+    if taught_conversations(tokenizer.name_or_path):
         logger.warning(
             "%s: the prompts are plain texts, and %s was taught conversations: its chat template is not used, and the answers "
             "may be nonsense. With `column_mapping: {prompt: instruction}` the prompts become conversations",

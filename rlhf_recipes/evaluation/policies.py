@@ -18,7 +18,7 @@ from rlhf_recipes.models import (
     put_adapter,
     refuse_reward_adapter,
 )
-from rlhf_recipes.records import RECIPE, holds_result, read_json
+from rlhf_recipes.records import RECIPE, holds_result, read_json, taught_conversations
 from rlhf_recipes.roles import NO_ADAPTER, check_tokenizer, playing
 
 from accelerate import PartialState
@@ -171,9 +171,7 @@ class Bench:
 
 def taught_plain_text(policies: dict[str, Policy]) -> list[str]:
     """The names of those that were trained on plain text, by their records: a chat template says nothing to them."""
-    records = {name: read_json(Path(policy.folder) / RECIPE) for name, policy in policies.items() if policy.folder}
-    data = {name: (record.get("data") or {}).get("train") or {} for name, record in records.items()}
-    return [name for name, train in data.items() if train.get("conversational") is False]
+    return [name for name, policy in policies.items() if policy.folder and taught_conversations(policy.folder) is False]
 
 
 def load_tokenizer_of(

@@ -107,8 +107,7 @@ def read_rows(path: Path) -> Iterator[tuple[int, Any]]:
                 if line.strip():
                     yield number, _parse(line, f"{path}: row {number}")
     except FileNotFoundError:
-        place = path.absolute().parent
-        raise RecipeError(f"{path}: there is no such file (looked in {place}); recipes/sample.py writes groups.jsonl") from None
+        raise RecipeError(f"{path}: there is no such file (looked in {path.absolute().parent})") from None
     except (OSError, UnicodeDecodeError) as error:
         raise RecipeError(f"{path}: cannot be read as a JSONL file ({error})") from error
 

@@ -128,7 +128,7 @@ def read_stages(config: Path, recipes: Path, card: float | None = None, must_fit
         raise RecipeError(f"{config}: seeds: must be a list of whole numbers, none of them twice")
     jobs = _whole(values, "jobs", "how many stages may run side by side", config)
     launch = _accelerate_config(values, config, recipes)
-    engine = read_engine(launch or default_config_file) if launch or Path(default_config_file).is_file() else Engine()
+    engine = read_engine(launch) if launch else Engine()
     card = checked_card(values.get("gpu_memory") if card is None else card, str(config))
     if card is not None:
         with _named(str(config)):
@@ -157,10 +157,10 @@ def checked_card(card: Any, where: str) -> float | None:
 
 
 def _accelerate_config(values: dict[str, Any], config: Path, recipes: Path) -> str | None:
-    """The file that stages are launched with, or None for the one that accelerate finds."""
+    """The file that stages are launched with: without one, that of `accelerate config`; None where there is neither."""
     named = values.get("accelerate_config")
     if named is None:
-        return None
+        return str(default_config_file) if Path(default_config_file).is_file() else None
     if isinstance(named, str) and (path := found(named, recipes)).is_file():
         return str(path)
     raise RecipeError(

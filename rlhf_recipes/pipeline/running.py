@@ -28,7 +28,6 @@ from rlhf_recipes.sampling import discard
 
 import torch
 import yaml
-from accelerate.commands.config import default_config_file
 
 STATE, LOCK = "pipeline.json", "pipeline.lock"
 LOG_TAIL = 30  # lines of a failed stage's output that are shown
@@ -227,7 +226,7 @@ class Pipeline:
 
     def _launcher(self) -> list[str]:
         """Accelerate's, where there is anything to launch: a configuration, or several GPUs; a Ctrl-C is a traceback there."""
-        if not (self.accelerate_config or Path(default_config_file).is_file() or torch.accelerator.device_count() > 1):
+        if not self.accelerate_config and torch.accelerator.device_count() < 2:
             return []
         config = ["--config_file", self.accelerate_config] if self.accelerate_config else []
         return ["-m", "accelerate.commands.launch", "--quiet", *config]
@@ -275,7 +274,9 @@ def read_pipeline(config: Path, recipes: Path, only: list[str] | None = None) ->
 
 
 def check_arguments(pipeline: Pipeline, config: Path) -> None:
-    """Parses the arguments of every stage as its recipe will, and reads its local files: a fault of the last is found at once.
+    """Parses the arguments of every stage as its recipe will, and reads the local data of those that are not done.
+
+    So a misspelt key or an empty file of the last stage is not found after hours of the others.
 
     Args:
         pipeline: the pipeline.
@@ -290,7 +291,8 @@ def check_arguments(pipeline: Pipeline, config: Path) -> None:
     for stage in pipeline.stages:
         try:
             groups = parse_values(recipes[stage.recipe], *types_of[stage.recipe], values=stage.values)
-            _check_data(stage.recipe, groups, folders, seen)
+            if pipeline.status(stage) != "done":
+                _check_data(stage.recipe, groups, folders, seen)
         except RecipeError as error:
             raise RecipeError(f"{config}: stages: {stage.name} (its YAML file with its `arguments`): {error}") from error
 
