@@ -20,9 +20,9 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
-from rlhf_recipes import runs
-from rlhf_recipes.pipeline.planning import arguments_in
-from rlhf_recipes.plan.stages import GIB, Plan, plan_stage
+from rlhf_recipes.memory.stages import GIB, Plan, plan_stage
+from rlhf_recipes.pipeline.estimates import arguments_in
+from rlhf_recipes.training import run as runs
 
 import torch
 import yaml

@@ -207,7 +207,7 @@ def run_peer(dtype: torch.dtype, rows: int, iterations: int) -> None:
 def run_ours(dtype: torch.dtype, rows: int, iterations: int, critic: str) -> None:
     """`PPOTrainer` with all roles on one base."""
     from rlhf_recipes import PPOConfig, PPOTrainer
-    from rlhf_recipes.roles import Reward, ScalarHead, copy_adapter
+    from rlhf_recipes.models.roles import Reward, ScalarHead, copy_adapter
 
     torch.manual_seed(0)
     tokenizer = make_tokenizer()

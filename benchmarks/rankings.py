@@ -18,8 +18,8 @@ import tempfile
 import time
 from pathlib import Path
 
-from rlhf_recipes.models import load_tokenizer, resolve_path
-from rlhf_recipes.reward import RankingTrainer
+from rlhf_recipes.models.loading import load_tokenizer, resolve_path
+from rlhf_recipes.training.reward import RankingTrainer
 
 import torch
 from datasets import Dataset, disable_progress_bars

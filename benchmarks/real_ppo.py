@@ -19,9 +19,9 @@ from pathlib import Path
 from typing import Any
 
 from rlhf_recipes import PPOConfig, PPOTrainer
-from rlhf_recipes.evaluation.perplexity import perplexity
-from rlhf_recipes.models import load_model, load_tokenizer
-from rlhf_recipes.rewards import RepetitionPenalty
+from rlhf_recipes.evaluation.metrics.perplexity import perplexity
+from rlhf_recipes.models.loading import load_model, load_tokenizer
+from rlhf_recipes.rewards.functions import RepetitionPenalty
 
 from datasets import Dataset, disable_progress_bars
 from peft import LoraConfig

@@ -31,11 +31,11 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-from rlhf_recipes.arguments import DataArguments, RewardArguments, parse_arguments
+from rlhf_recipes.config.arguments import DataArguments, RewardArguments, parse_arguments
 from rlhf_recipes.data import Data
-from rlhf_recipes.evaluation.rewards import measure_reward
-from rlhf_recipes.reward_stage import load_comparisons
-from rlhf_recipes.roles import load_saved_rewards
+from rlhf_recipes.evaluation.reward_models import measure_reward
+from rlhf_recipes.models.roles import load_saved_rewards
+from rlhf_recipes.training.ensemble import load_comparisons
 
 import yaml
 from datasets import Dataset, disable_progress_bars

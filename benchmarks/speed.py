@@ -22,10 +22,10 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
-from rlhf_recipes import runs
-from rlhf_recipes.models import keep_gradients_exact, trunk_of
-from rlhf_recipes.plan.stages import GIB
-from rlhf_recipes.roles import copy_adapter, playing
+from rlhf_recipes.memory.stages import GIB
+from rlhf_recipes.models.loading import keep_gradients_exact, trunk_of
+from rlhf_recipes.models.roles import copy_adapter, playing
+from rlhf_recipes.training import run as runs
 
 import bitsandbytes
 import torch

@@ -13,7 +13,7 @@ import subprocess
 import sys
 from pathlib import Path
 
-from rlhf_recipes.evaluation.plots import learning_curves
+from rlhf_recipes.evaluation.report.plots import learning_curves
 from rlhf_recipes.tiny.examine import TABLE_HEAD, examine, load_policy, table_row
 
 from tiny_sft import ROOT

@@ -7,12 +7,12 @@
 answer, `/help` the rest. Lines may come through a pipe. Start it with `python`: a Ctrl-C would end `accelerate launch`.
 """
 
-from rlhf_recipes.arguments import ChatArguments, parse_arguments
 from rlhf_recipes.chat import Chat
-from rlhf_recipes.evaluation.measure import load_named_rewards
-from rlhf_recipes.evaluation.policies import load_bench, load_tokenizer_of, read_policies, taught_plain_text
-from rlhf_recipes.sampling import refuse_best_of
-from rlhf_recipes.terminal import user_errors
+from rlhf_recipes.cli import user_errors
+from rlhf_recipes.config.arguments import ChatArguments, parse_arguments
+from rlhf_recipes.evaluation.evaluate import load_named_rewards
+from rlhf_recipes.feedback.sampling import refuse_best_of
+from rlhf_recipes.generation.policies import load_bench, load_tokenizer_of, read_policies, taught_plain_text
 
 from accelerate import PartialState
 from trl import ModelConfig

@@ -9,12 +9,13 @@ frozen copy on the same base is the reference, in 4 bits with `load_in_4bit: tru
 
 from pathlib import Path
 
-from rlhf_recipes.arguments import DataArguments, PolicyArguments, explained, parse_arguments
+from rlhf_recipes.cli import user_errors
+from rlhf_recipes.config.arguments import DataArguments, PolicyArguments, explained, parse_arguments
 from rlhf_recipes.data import load_data
-from rlhf_recipes.dpo import DPOConfig, DPOTrainer
-from rlhf_recipes.models import load_policy, load_tokenizer, without_what_is_done
-from rlhf_recipes.publishing import publish
-from rlhf_recipes.runs import (
+from rlhf_recipes.export.upload import publish
+from rlhf_recipes.models.loading import load_policy, load_tokenizer, without_what_is_done
+from rlhf_recipes.training.dpo import DPOConfig, DPOTrainer
+from rlhf_recipes.training.run import (
     RunMeter,
     checkpoint_to_resume,
     end,
@@ -24,7 +25,6 @@ from rlhf_recipes.runs import (
     train,
     write_record,
 )
-from rlhf_recipes.terminal import user_errors
 
 from accelerate import PartialState
 from trl import ModelConfig, get_peft_config

@@ -9,9 +9,10 @@ curves, reward against KL, reliability diagrams, and answers side by side. One p
 
 from pathlib import Path
 
-from rlhf_recipes.arguments import DataArguments, EvaluateArguments, parse_arguments
+from rlhf_recipes.cli import user_errors
+from rlhf_recipes.config.arguments import DataArguments, EvaluateArguments, parse_arguments
 from rlhf_recipes.data import check_lengths, load_texts, never_cut
-from rlhf_recipes.evaluation.measure import (
+from rlhf_recipes.evaluation.evaluate import (
     Measurement,
     check_choosers,
     check_names,
@@ -21,11 +22,10 @@ from rlhf_recipes.evaluation.measure import (
     held_out_prompts,
     load_named_rewards,
 )
-from rlhf_recipes.evaluation.policies import load_bench, load_tokenizer_of, read_policies
-from rlhf_recipes.evaluation.report import write_report
+from rlhf_recipes.evaluation.report.html import write_report
 from rlhf_recipes.evaluation.results import collect
-from rlhf_recipes.runs import check_writable
-from rlhf_recipes.terminal import user_errors
+from rlhf_recipes.generation.policies import load_bench, load_tokenizer_of, read_policies
+from rlhf_recipes.training.run import check_writable
 
 from accelerate import PartialState
 from trl import ModelConfig

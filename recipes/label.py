@@ -12,10 +12,10 @@ import argparse
 import os
 from pathlib import Path
 
-from rlhf_recipes.errors import RecipeError
-from rlhf_recipes.labels import Store, agreement, export_labels, import_labels, read_groups
-from rlhf_recipes.labels.server import listen, serve
-from rlhf_recipes.terminal import user_errors
+from rlhf_recipes.cli import user_errors
+from rlhf_recipes.core.errors import RecipeError
+from rlhf_recipes.feedback.labels import Store, agreement, export_labels, import_labels, read_groups
+from rlhf_recipes.feedback.labels.server import listen, serve
 
 
 def read_options() -> argparse.Namespace:

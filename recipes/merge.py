@@ -8,8 +8,9 @@ logits or scores are compared with the adapter's before it is in `output_dir`. W
 scale of a reward model, `recipe.json`, and a model card. It is done on the CPU, by one process.
 """
 
-from rlhf_recipes.arguments import MergeArguments, parse_arguments
-from rlhf_recipes.merging import (
+from rlhf_recipes.cli import user_errors
+from rlhf_recipes.config.arguments import MergeArguments, parse_arguments
+from rlhf_recipes.export.merge import (
     adapter_and_base,
     check,
     describe,
@@ -18,8 +19,7 @@ from rlhf_recipes.merging import (
     push,
     whole_or_nothing,
 )
-from rlhf_recipes.models import load_tokenizer
-from rlhf_recipes.terminal import user_errors
+from rlhf_recipes.models.loading import load_tokenizer
 
 from accelerate import PartialState
 from trl import ModelConfig

@@ -11,8 +11,8 @@ is done under each, and one table sums up the evaluations.
 import argparse
 from pathlib import Path
 
+from rlhf_recipes.cli import user_errors
 from rlhf_recipes.pipeline import check_arguments, read_pipeline
-from rlhf_recipes.terminal import user_errors
 
 RECIPES = Path(__file__).resolve().parent
 

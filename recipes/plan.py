@@ -11,11 +11,11 @@ fits. `docs/memory.md` has the arithmetic, and how far it was from what was meas
 import argparse
 from pathlib import Path
 
-from rlhf_recipes.arguments import COMMAND_LINE
-from rlhf_recipes.pipeline.planning import arguments_in, card_in
+from rlhf_recipes.cli import user_errors
+from rlhf_recipes.config.arguments import COMMAND_LINE
+from rlhf_recipes.memory import advice, plan_stage, report
+from rlhf_recipes.pipeline.estimates import arguments_in, card_in
 from rlhf_recipes.pipeline.reading import checked_card
-from rlhf_recipes.plan import advice, plan_stage, report
-from rlhf_recipes.terminal import user_errors
 
 RECIPES = Path(__file__).resolve().parent
 

@@ -9,13 +9,14 @@ base, in 4 bits with `load_in_4bit: true`. Saves the policy's adapter with its t
 
 from pathlib import Path
 
-from rlhf_recipes.arguments import DataArguments, PPOArguments, explained, parse_arguments
+from rlhf_recipes.cli import user_errors
+from rlhf_recipes.config.arguments import DataArguments, PPOArguments, explained, parse_arguments
 from rlhf_recipes.data import load_data, load_texts, never_cut
-from rlhf_recipes.models import load_policy, load_tokenizer, without_what_is_done
-from rlhf_recipes.ppo import PPOConfig, PPOTrainer
-from rlhf_recipes.publishing import publish
-from rlhf_recipes.rewards import SavedReward, load_rewards, paths_of
-from rlhf_recipes.runs import (
+from rlhf_recipes.export.upload import publish
+from rlhf_recipes.models.loading import load_policy, load_tokenizer, without_what_is_done
+from rlhf_recipes.rewards.functions import SavedReward, load_rewards, paths_of
+from rlhf_recipes.training.ppo import PPOConfig, PPOTrainer
+from rlhf_recipes.training.run import (
     RunMeter,
     checkpoint_to_resume,
     end,
@@ -25,7 +26,6 @@ from rlhf_recipes.runs import (
     train,
     write_record,
 )
-from rlhf_recipes.terminal import user_errors
 
 from accelerate import PartialState
 from trl import ModelConfig, get_peft_config

@@ -9,11 +9,11 @@ labels are lacking, it says how many, and is run again when they are there. One 
 
 from pathlib import Path
 
-from rlhf_recipes.arguments import RankArguments, parse_arguments
-from rlhf_recipes.models import model_path
-from rlhf_recipes.ranking import choose, load_ensemble, read_labeller, read_sampled, write_rankings
-from rlhf_recipes.runs import check_writable
-from rlhf_recipes.terminal import user_errors
+from rlhf_recipes.cli import user_errors
+from rlhf_recipes.config.arguments import RankArguments, parse_arguments
+from rlhf_recipes.feedback.ranking import choose, load_ensemble, read_labeller, read_sampled, write_rankings
+from rlhf_recipes.models.loading import model_path
+from rlhf_recipes.training.run import check_writable
 
 from accelerate import PartialState
 from trl import ModelConfig

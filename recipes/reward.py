@@ -10,13 +10,13 @@ average with deviation 1, and what held-out comparisons say of it: `evaluation.j
 
 from pathlib import Path
 
-from rlhf_recipes.arguments import DataArguments, RewardArguments, explained, parse_arguments
+from rlhf_recipes.cli import user_errors
+from rlhf_recipes.config.arguments import DataArguments, RewardArguments, explained, parse_arguments
 from rlhf_recipes.data import demonstrations_of
-from rlhf_recipes.evaluation.rewards import measure_and_scale, summary, write_evaluation
-from rlhf_recipes.models import release_memory, without_what_is_done
-from rlhf_recipes.publishing import publish
-from rlhf_recipes.reward import RankingTrainer, load_reward_model
-from rlhf_recipes.reward_stage import (
+from rlhf_recipes.evaluation.reward_models import measure_and_scale, summary, write_evaluation
+from rlhf_recipes.export.upload import publish
+from rlhf_recipes.models.loading import release_memory, without_what_is_done
+from rlhf_recipes.training.ensemble import (
     checkpoints_to_resume,
     ensemble_members,
     finish,
@@ -24,8 +24,8 @@ from rlhf_recipes.reward_stage import (
     load_members,
     remove_earlier_results,
 )
-from rlhf_recipes.runs import RunMeter, end, evaluate_at_end, run_missing, save_result, train, write_record
-from rlhf_recipes.terminal import user_errors
+from rlhf_recipes.training.reward import RankingTrainer, load_reward_model
+from rlhf_recipes.training.run import RunMeter, end, evaluate_at_end, run_missing, save_result, train, write_record
 
 from accelerate import PartialState
 from trl import ModelConfig, RewardConfig

@@ -9,11 +9,11 @@ all.
 
 from dataclasses import asdict
 
-from rlhf_recipes.arguments import DataArguments, SampleArguments, parse_arguments
+from rlhf_recipes.cli import user_errors
+from rlhf_recipes.config.arguments import DataArguments, SampleArguments, parse_arguments
 from rlhf_recipes.data import check_lengths, load_data, never_cut
-from rlhf_recipes.evaluation.policies import load_bench, load_tokenizer_of, read_policies
-from rlhf_recipes.sampling import GroupFile, refuse_best_of, sample_groups
-from rlhf_recipes.terminal import user_errors
+from rlhf_recipes.feedback.sampling import GroupFile, refuse_best_of, sample_groups
+from rlhf_recipes.generation.policies import load_bench, load_tokenizer_of, read_policies
 
 from accelerate import PartialState
 from tqdm import tqdm

@@ -7,12 +7,12 @@ Trains a LoRA adapter on the base model (in 4 bits with `load_in_4bit: true`), o
 it with the tokenizer, the chat template and `recipe.json`, which says what was run and what it cost.
 """
 
-from rlhf_recipes.arguments import DataArguments, explained, parse_arguments
+from rlhf_recipes.cli import user_errors
+from rlhf_recipes.config.arguments import DataArguments, explained, parse_arguments
 from rlhf_recipes.data import load_data
-from rlhf_recipes.models import keep_adapter_in_fp32, load_model, load_tokenizer, without_what_is_done
-from rlhf_recipes.publishing import publish
-from rlhf_recipes.runs import RunMeter, checkpoint_to_resume, end, evaluate_at_end, save_policy, train, write_record
-from rlhf_recipes.terminal import user_errors
+from rlhf_recipes.export.upload import publish
+from rlhf_recipes.models.loading import keep_adapter_in_fp32, load_model, load_tokenizer, without_what_is_done
+from rlhf_recipes.training.run import RunMeter, checkpoint_to_resume, end, evaluate_at_end, save_policy, train, write_record
 
 from accelerate import PartialState
 from trl import ModelConfig, SFTConfig, SFTTrainer, get_peft_config

@@ -21,7 +21,7 @@ __all__ = ["PPOConfig", "PPOTrainer"]
 def __getattr__(name: str) -> Any:
     """`PPOConfig` and `PPOTrainer`, imported when they are asked for: they bring all of TRL with them."""
     if name in __all__:
-        import rlhf_recipes.ppo
+        import rlhf_recipes.training.ppo
 
-        return getattr(rlhf_recipes.ppo, name)
+        return getattr(rlhf_recipes.training.ppo, name)
     raise AttributeError(f"module '{__name__}' has no attribute '{name}'")

@@ -7,13 +7,13 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
-from rlhf_recipes.arguments import ChatArguments
-from rlhf_recipes.errors import RecipeError, first_line, nearest
-from rlhf_recipes.evaluation.answers import Answer, log_probs, prompt_ids, stream
-from rlhf_recipes.evaluation.measure import NamedReward
-from rlhf_recipes.evaluation.policies import Bench, Policy
-from rlhf_recipes.models import base_of, release_memory
-from rlhf_recipes.rewards import ask, checked
+from rlhf_recipes.config.arguments import ChatArguments
+from rlhf_recipes.core.errors import RecipeError, first_line, nearest
+from rlhf_recipes.evaluation.evaluate import NamedReward
+from rlhf_recipes.generation.answers import Answer, log_probs, prompt_ids, stream
+from rlhf_recipes.generation.policies import Bench, Policy
+from rlhf_recipes.models.loading import base_of, release_memory
+from rlhf_recipes.rewards.functions import ask, checked
 
 import torch
 from jinja2 import TemplateError

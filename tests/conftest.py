@@ -1,27 +1,11 @@
-"""Settings of the whole test suite: offline, quiet, and one thread a process."""
+"""Fixtures and order of the whole test suite."""
 
 import gc
-import os
-import runpy
-import sys
 from pathlib import Path
 
-# Set before torch or the Hub's client is imported, and inherited by the recipes that tests launch.
-os.environ |= {
-    "HF_HUB_OFFLINE": "1",
-    "HF_HUB_DISABLE_TELEMETRY": "1",
-    "TOKENIZERS_PARALLELISM": "false",
-    "OMP_NUM_THREADS": "1",  # two threads on two busy cores spin
-    "OMP_WAIT_POLICY": "passive",
-    "CUDA_VISIBLE_DEVICES": "",
-    "ACCELERATE_USE_CPU": "true",
-}
+from support import SHARED, run_recipe  # first: it sets the environment
 
 import pytest
-
-ROOT = Path(__file__).parent.parent
-SHARED = ROOT.parent / "shared"
-
 
 # Those that take minutes, each in a few tests: begun first, they are not what one process does last and alone
 LONG = ("test_real_pipeline.py", "test_tiny_stages.py", "test_distributed.py", "test_real_rewards.py", "test_real_ppo.py")
@@ -53,13 +37,6 @@ def shared() -> Path:
     if not SHARED.is_dir():
         pytest.skip("needs ../shared: real models and data")
     return SHARED
-
-
-def run_recipe(recipe: str, *options: object) -> None:
-    """Runs a recipe in this process: a process of its own takes eight seconds to start."""
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(sys, "argv", [f"{recipe}.py", *map(str, options)])
-        runpy.run_path(str(ROOT / "recipes" / f"{recipe}.py"), run_name="__main__")
 
 
 @pytest.fixture

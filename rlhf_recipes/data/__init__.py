@@ -4,8 +4,8 @@
 stage trains on, `splits` joins the parts, and `lengths` looks at `max_length`.
 """
 
-from rlhf_recipes.data.kinds import Kind
 from rlhf_recipes.data.lengths import check_lengths, never_cut
-from rlhf_recipes.data.splits import Data, check_source, demonstrations_of, load_data, load_texts
+from rlhf_recipes.data.mixture import Data, check_source, demonstrations_of, load_data, load_texts
+from rlhf_recipes.data.shapes import Kind
 
 __all__ = ["Data", "Kind", "check_lengths", "check_source", "demonstrations_of", "load_data", "load_texts", "never_cut"]

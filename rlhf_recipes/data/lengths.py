@@ -5,9 +5,9 @@ import logging
 import math
 from typing import Any
 
-from rlhf_recipes.data.kinds import BATCH, SHOWN
-from rlhf_recipes.errors import RecipeError, first_line
-from rlhf_recipes.records import taught_conversations
+from rlhf_recipes.core.errors import RecipeError, first_line
+from rlhf_recipes.core.files import taught_conversations
+from rlhf_recipes.data.shapes import BATCH, SHOWN
 
 from datasets import Dataset
 from jinja2 import TemplateError

@@ -10,9 +10,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from rlhf_recipes.data.kinds import ACCEPTED, BATCH, SHAPES, Kind
+from rlhf_recipes.core.errors import RecipeError, first_line
+from rlhf_recipes.data.shapes import ACCEPTED, BATCH, SHAPES, Kind
 from rlhf_recipes.data.sources import Part
-from rlhf_recipes.errors import RecipeError, first_line
 
 import pyarrow
 from datasets import Dataset, Features, List, Value

@@ -15,10 +15,10 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, TextIO
 
-from rlhf_recipes.arguments import DatasetSource
-from rlhf_recipes.data.kinds import SHOWN
-from rlhf_recipes.errors import RecipeError, first_line, nearest
-from rlhf_recipes.hub import why_not_loaded
+from rlhf_recipes.config.arguments import DatasetSource
+from rlhf_recipes.core.errors import RecipeError, first_line, nearest
+from rlhf_recipes.core.hub import why_not_loaded
+from rlhf_recipes.data.shapes import SHOWN
 
 import pyarrow.parquet
 from datasets import (

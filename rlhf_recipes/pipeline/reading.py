@@ -10,19 +10,19 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from rlhf_recipes.arguments import overlaid
-from rlhf_recipes.engines import Engine, read_engine, refuse_one_gpus_arithmetic, refuse_what_an_engine_cannot
-from rlhf_recipes.errors import RecipeError, nearest
-from rlhf_recipes.evaluation.report import METRICS
-from rlhf_recipes.plan import Arguments, NoFitError, Plan, pick
-from rlhf_recipes.plan.arguments import resolve
-from rlhf_recipes.plan.dial import with_values
-from rlhf_recipes.plan.stages import GIB, can_be_planned
-from rlhf_recipes.ranking import RANKED
-from rlhf_recipes.records import RECIPE
-from rlhf_recipes.runs import files_in
-from rlhf_recipes.sampling import STATE
-from rlhf_recipes.yaml_files import read_yaml
+from rlhf_recipes.config.arguments import overlaid
+from rlhf_recipes.config.launcher import Engine, read_engine, refuse_one_gpus_arithmetic, refuse_what_an_engine_cannot
+from rlhf_recipes.core.errors import RecipeError, nearest
+from rlhf_recipes.core.files import RECIPE
+from rlhf_recipes.core.yaml import read_yaml
+from rlhf_recipes.evaluation.report.html import METRICS
+from rlhf_recipes.feedback.ranking import RANKED
+from rlhf_recipes.feedback.sampling import STATE
+from rlhf_recipes.memory import Arguments, NoFitError, Plan, pick
+from rlhf_recipes.memory.arguments import resolve
+from rlhf_recipes.memory.autofit import with_values
+from rlhf_recipes.memory.stages import GIB, can_be_planned
+from rlhf_recipes.training.run import files_in
 
 from accelerate.commands.config import default_config_file
 

@@ -15,16 +15,16 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from rlhf_recipes.arguments import DatasetSource, parse_values
+from rlhf_recipes.config.arguments import DatasetSource, parse_values
+from rlhf_recipes.core.errors import RecipeError, nearest
+from rlhf_recipes.core.files import LOG, read_json, write_json, write_text
 from rlhf_recipes.data import Kind, check_source
-from rlhf_recipes.errors import RecipeError, nearest
-from rlhf_recipes.evaluation.report import METRICS, PAGE
-from rlhf_recipes.evaluation.seeds import write_summary
+from rlhf_recipes.evaluation.report.html import METRICS, PAGE
+from rlhf_recipes.evaluation.report.seeds import write_summary
+from rlhf_recipes.feedback.sampling import discard
+from rlhf_recipes.memory.autofit import written
 from rlhf_recipes.pipeline.reading import TRAINERS, Stage, read_stages
-from rlhf_recipes.plan.dial import written
-from rlhf_recipes.records import LOG, read_json, write_json, write_text
-from rlhf_recipes.runs import checkpoints_in, remove_checkpoint
-from rlhf_recipes.sampling import discard
+from rlhf_recipes.training.run import checkpoints_in, remove_checkpoint
 
 import torch
 import yaml

@@ -12,11 +12,11 @@ import argparse
 import hashlib
 from pathlib import Path
 
-from rlhf_recipes.records import write_json
-from rlhf_recipes.runs import RunMeter, versions
+from rlhf_recipes.core.files import write_json
 from rlhf_recipes.tiny.text import pretraining_text
 from rlhf_recipes.tiny.tokenizer import build_tokenizer
 from rlhf_recipes.tiny.world import World
+from rlhf_recipes.training.run import RunMeter, versions
 
 from datasets import Dataset
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast, set_seed

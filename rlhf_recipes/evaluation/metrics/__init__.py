@@ -1,0 +1,1 @@
+"""Metrics and their intervals, each a function of texts or numbers."""

@@ -1,0 +1,1 @@
+"""The report of an evaluation: verdict, plots, HTML, the table over seeds."""

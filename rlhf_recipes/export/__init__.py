@@ -1,0 +1,1 @@
+"""What leaves a run directory: merged models, model cards, uploads."""

@@ -1,0 +1,1 @@
+"""Feedback on sampled answers: groups, rankings and labels."""

@@ -1,0 +1,1 @@
+"""Answers of any policy, and the judges of them."""

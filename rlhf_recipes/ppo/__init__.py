@@ -1,6 +1,0 @@
-"""PPO, which TRL dropped in 1.13: its arguments, its trainer, and its maths in small functions."""
-
-from rlhf_recipes.ppo.config import PPOConfig
-from rlhf_recipes.ppo.trainer import PPOTrainer
-
-__all__ = ["PPOConfig", "PPOTrainer"]

@@ -1,0 +1,1 @@
+"""Training stages on TRL's trainers: what a run resumes from, saves and records."""

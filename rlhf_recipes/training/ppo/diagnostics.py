@@ -1,0 +1,171 @@
+"""What a healthy run of PPO looks like, and what to do when it does not; `docs/ppo.md` explains each figure."""
+
+import logging
+import math
+from dataclasses import dataclass
+from typing import Any
+
+from rlhf_recipes.core.errors import RecipeError
+
+import torch
+from torch import nn
+from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+
+logger = logging.getLogger(__name__)
+
+PATIENCE = 3
+"""Logged values in a row outside the healthy range that make a warning: one alone is noise."""
+
+
+@dataclass(frozen=True)
+class Range:
+    """The healthy range of a logged figure, and what is the matter outside it.
+
+    Parameters:
+        metric: the name in the log.
+        low: the least healthy value.
+        high: the largest.
+        advice: what it means to be outside, and what to do.
+        after: optimizer steps before which it is not looked at.
+    """
+
+    metric: str
+    low: float
+    high: float
+    advice: str
+    after: int = 0
+
+    def holds(self, value: float) -> bool:
+        """Whether a value is healthy; NaN, of something that could not be measured, is."""
+        return math.isnan(value) or self.low <= value <= self.high
+
+
+RANGES = (
+    Range(
+        "kl",
+        -0.5,
+        50.0,
+        "nats of KL a completion. Far above: the policy leaves the reference behind, and the reward model is asked about text "
+        "that it was not trained on: raise `kl_coef`, or set `kl_target`. Below 0: the two do not see the same tokens",
+    ),
+    Range(
+        "entropy",
+        0.01,
+        math.inf,
+        "nats a token: the policy says the same thing every time, and finds nothing new: raise `kl_coef` or `entropy_coef`, or "
+        "lower `learning_rate`",
+    ),
+    Range(
+        "score_std",
+        1e-6,
+        math.inf,
+        "all completions have one score, so there is nothing to learn from: look at the reward functions, and at whether the "
+        "SFT model ever samples what they reward",
+    ),
+    Range(
+        "completions/ended_ratio",
+        0.5,
+        1.0,
+        "the share of completions that end by EOS: most are cut off, and scored as if they were whole: raise "
+        "`max_completion_length`, set `missing_eos_penalty`, or look whether EOS was taught in SFT",
+    ),
+    Range(
+        "approx_kl",
+        0.0,
+        0.1,
+        "nats a token between the policy and the one that sampled: an iteration moves it too far: lower `learning_rate` or "
+        "`num_iterations`, or set `target_kl`",
+    ),
+    Range(
+        "clip_ratio/region_mean",
+        0.0,
+        0.3,
+        "the share of tokens where the ratio is clipped: steps are too large: lower `learning_rate` or `num_iterations`",
+    ),
+    Range(
+        "value/explained_variance",
+        -0.5,
+        1.0,
+        "the critic is worse than a constant: raise `value_learning_rate` or `value_warmup_steps`",
+        after=20,
+    ),
+    Range(
+        "value/clip_ratio",
+        0.0,
+        0.5,
+        "values are clipped at most tokens, so the critic cannot follow: raise `cliprange_value`, or set it to null",
+        after=20,
+    ),
+    Range(
+        "grad_norm", 0.0, 100.0, "of the policy, before it is clipped: lower `learning_rate`, or look for scores of odd size"
+    ),
+)
+
+
+class Health(TrainerCallback):
+    """Warns when a figure has left its healthy range, once each time that it leaves; stops a run that changed nothing."""
+
+    def __init__(self) -> None:
+        self._outside = dict.fromkeys((entry.metric for entry in RANGES), 0)
+        self._before: dict[str, float] = {}
+
+    def on_log(
+        self,
+        args: TrainingArguments,
+        state: TrainerState,
+        control: TrainerControl,
+        logs: dict[str, Any] | None = None,
+        **kwargs: Any,
+    ) -> None:
+        """Looks at what was logged."""
+        for entry in RANGES:
+            value = (logs or {}).get(entry.metric)
+            if value is None or state.global_step <= entry.after or not state.is_world_process_zero:
+                continue
+            self._outside[entry.metric] = 0 if entry.holds(value) else self._outside[entry.metric] + 1
+            if self._outside[entry.metric] == PATIENCE:
+                logger.warning("step %d: %s is %.3g: %s", state.global_step, entry.metric, value, entry.advice)
+
+    def on_train_begin(
+        self,
+        args: TrainingArguments,
+        state: TrainerState,
+        control: TrainerControl,
+        model: nn.Module | None = None,
+        **kwargs: Any,
+    ) -> None:
+        """Remembers the policy."""
+        self._before, self._first_step = _digests(model), state.global_step
+
+    def on_train_end(
+        self,
+        args: TrainingArguments,
+        state: TrainerState,
+        control: TrainerControl,
+        model: nn.Module | None = None,
+        **kwargs: Any,
+    ) -> None:
+        """Looks whether the policy has changed.
+
+        Raises:
+            RecipeError: if not one of its weights has, after steps in which they should.
+        """
+        learnt = state.global_step - max(self._first_step, args.value_warmup_steps)
+        enough = 1
+        if args.target_kl is not None:  # a resumed run may have begun in an iteration whose rest is left out
+            enough = math.ceil(args.num_iterations * args.steps_per_generation / args.gradient_accumulation_steps)
+        if learnt >= enough and _digests(model) == self._before:
+            raise RecipeError(
+                f"{learnt} steps have not changed the policy by one bit: a learning rate of {args.learning_rate:g}, scores "
+                "that are all alike, or an adapter that is not in use"
+            )
+
+
+@torch.no_grad()
+def _digests(model: nn.Module) -> dict[str, float]:
+    """A number for each weight that is trained, which changes when the weight does."""
+    return {
+        name: weight.double().abs().sum().item() + weight.double().sum().item() / 3
+        for name, weight in model.named_parameters()
+        if weight.requires_grad
+    }

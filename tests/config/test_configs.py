@@ -1,0 +1,129 @@
+"""Every YAML under configs/ parses, says what it is, and has no key that nothing reads."""
+
+import dataclasses
+import re
+import runpy
+
+from rlhf_recipes.config import arguments
+from rlhf_recipes.config.arguments import parse_arguments
+from rlhf_recipes.core.yaml import read_yaml
+from rlhf_recipes.memory import stages
+from rlhf_recipes.models import loading as models
+from rlhf_recipes.pipeline import read_pipeline
+from support import ROOT, published
+
+import pytest
+import yaml
+from accelerate.commands.launch import _validate_launch_command, launch_command_parser
+from trl import ModelConfig
+
+PIPELINES = sorted(path for path in (ROOT / "configs").rglob("*.yaml") if "stages" in read_yaml(path))
+ENGINES = sorted((ROOT / "configs" / "accelerate").glob("*.yaml"))
+CONFIGS = sorted({*(ROOT / "configs").rglob("*.yaml")} - {*PIPELINES, *ENGINES})
+ALONE = ("chat", "merge")  # one process, and a Ctrl-C in a chat would end `accelerate launch`
+SOURCES = [*(ROOT / "recipes").glob("*.py"), *(ROOT / "rlhf_recipes").rglob("*.py")]
+
+
+def test_there_is_a_tiny_config_for_each_recipe_that_has_arguments():
+    recipes = {path.stem for path in (ROOT / "recipes").glob("*.py") if "ARGUMENTS" in path.read_text()}
+    assert recipes == {path.stem for path in CONFIGS if path.parent.name == "tiny"}
+
+
+@pytest.mark.parametrize("config", PIPELINES, ids=lambda path: str(path.relative_to(ROOT)))
+def test_every_stage_of_a_pipeline_parses_by_its_recipe_and_fits_the_card(config, tmp_path, monkeypatch):
+    monkeypatch.setattr(stages, "load_config", published.load_config)
+    for stage in read_pipeline(config, ROOT / "recipes").stages:  # refused where a stage does not fit
+        assert ("gpu_memory" in read_yaml(config)) == (stage.predicted is not None)
+        recipe = ROOT / "recipes" / f"{stage.recipe}.py"
+        types = runpy.run_path(str(recipe), run_name="not main")["ARGUMENTS"]
+        (tmp_path / "stage.yaml").write_text(yaml.safe_dump(stage.values))
+        parse_arguments(recipe, *types, argv=["--config", str(tmp_path / "stage.yaml")])
+
+
+@pytest.mark.parametrize("config", ENGINES, ids=lambda path: path.stem)
+def test_accelerate_reads_its_configs(config):
+    parser = launch_command_parser()
+    arguments, *_ = _validate_launch_command(parser.parse_args(["--config_file", str(config), "script.py"]))
+    expected = {"zero2": "use_deepspeed", "zero3": "use_deepspeed", "fsdp": "use_fsdp", "ddp": "multi_gpu"}
+    for engine in {*expected.values()}:
+        assert getattr(arguments, engine) == (expected.get(config.stem) == engine)
+    assert (ROOT / "docs" / "distributed.md").read_text().count(f"`{config.name}`")
+    launch = config.read_text().splitlines()[1]
+    assert launch.startswith(f"# Launch: accelerate launch --config_file configs/accelerate/{config.name} ")
+
+
+@pytest.mark.parametrize("config", CONFIGS, ids=lambda path: str(path.relative_to(ROOT)))
+def test_config_parses_by_its_recipe(config):
+    recipe = ROOT / "recipes" / f"{config.stem}.py"
+    types = runpy.run_path(str(recipe), run_name="not main")["ARGUMENTS"]
+    parsed = parse_arguments(recipe, *types, argv=["--config", str(config)])
+    values = {name: value for group in parsed for name, value in vars(group).items()}
+    for key, written in read_yaml(config).items():
+        if isinstance(written, (int, float, bool)):
+            assert values[key] == written
+    assert values.get("output_dir") in (None, f"runs/{config.parent.name}/{config.stem}")
+
+
+@pytest.mark.parametrize("config", CONFIGS, ids=lambda path: str(path.relative_to(ROOT)))
+def test_config_says_what_it_trains_on_which_memory_and_how_to_launch_it(config):
+    text = config.read_text()
+    header, _, body = text.partition("\n\n")
+    assert all(line.startswith("# ") for line in header.splitlines())
+    assert re.search(r"GPU memory: .*\((measured|predicted)", header)
+    options = "" if config.parent.name == "tiny" else f" --config {config.relative_to(ROOT)}"
+    launcher = "python" if config.stem in ALONE else "accelerate launch"
+    assert header.splitlines()[-1] == f"# Launch: {launcher} recipes/{config.stem}.py{options}"
+    groups = body.strip().split("\n\n")
+    assert all(re.match(r"# \w+", group) for group in groups), "each group of keys has a title"
+
+
+FAMILIES = sorted(path.parent for path in PIPELINES if path.parent.name != "tiny" and path.stem == "pipeline")
+
+
+@pytest.mark.parametrize("folder", FAMILIES, ids=lambda path: path.name)
+def test_families_differ_where_the_models_do(folder):
+    model, own = FAMILIES[0], folder
+    assert {path.name for path in own.iterdir()} == {path.name for path in model.iterdir()}
+    for path in own.iterdir():
+        assert without_the_model(path) == without_the_model(model / path.name), path
+
+
+def without_the_model(path) -> str:
+    """A file without the names of its model and folder, its card, the end of a turn, and the layers that are adapted."""
+    text = path.read_text().replace(path.parent.name, "FOLDER")
+    text = re.sub(r"(Qwen|meta-llama)/[\w.-]+", "MODEL", text)
+    text = re.sub(r"a card of \d+ GB|gpu_memory: \d+", "CARD", text)
+    text = re.sub(r"eos_token: .*\n", "", text)
+    return re.sub(r"lora_target_modules: .*\n", "", text)
+
+
+def readers(name: str, *exclude: str) -> list[str]:
+    # as an attribute of something that holds arguments: `path.name` reads no key
+    holder = r"(?:arguments|source|\w+_args|training)"
+    return [path.name for path in SOURCES if path.name not in exclude and re.search(rf"\b{holder}\.{name}\b", path.read_text())]
+
+
+def test_every_key_of_ours_is_read_somewhere():
+    ours = [cls for cls in vars(arguments).values() if dataclasses.is_dataclass(cls) and cls.__module__ == arguments.__name__]
+    fields = {field.name for cls in ours for field in dataclasses.fields(cls)}
+    by_name = set(models._OF_TOKENIZERS)  # of whichever group has them
+    assert not [name for name in fields - by_name if not readers(name, "arguments.py")]
+
+
+def test_every_model_key_is_read_by_us_or_by_trls_own_readers():
+    import inspect
+
+    from trl import get_peft_config, get_quantization_config
+
+    readers_of_trl = inspect.getsource(get_peft_config) + inspect.getsource(get_quantization_config)
+    fields = {field.name for field in dataclasses.fields(ModelConfig)}
+    assert not [name for name in fields if f"model_args.{name}" not in readers_of_trl and not readers(name)]
+
+
+DOCUMENTS = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
+
+
+@pytest.mark.parametrize("path", DOCUMENTS, ids=lambda path: path.name)
+def test_links_in_the_documents_lead_somewhere(path):
+    links = re.findall(r"\]\((?!https?:)([^)#]+)", path.read_text())
+    assert not [link for link in links if not (path.parent / link).exists()]

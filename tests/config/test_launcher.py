@@ -1,0 +1,93 @@
+"""What the engines of configs/accelerate/ cannot do, refused by one function for files and for runs."""
+
+import json
+
+from rlhf_recipes.config import launcher as engines
+from rlhf_recipes.config.launcher import Engine, engine_here, read_engine, refuse_what_an_engine_cannot
+from rlhf_recipes.core.errors import RecipeError
+from support import ROOT
+
+import pytest
+from transformers.trainer_optimizer import _BITSANDBYTES_OPTIMIZERS
+from transformers.training_args import OptimizerNames
+
+FSDP, ZERO2, ZERO3 = Engine(fsdp=2), Engine(zero=2), Engine(zero=3)
+
+
+@pytest.mark.parametrize(
+    ("name", "engine"),
+    [("one_gpu", Engine()), ("cpu", Engine()), ("ddp", Engine()), ("fsdp", FSDP), ("zero2", ZERO2), ("zero3", ZERO3)],
+)
+def test_the_engine_of_a_file(name, engine):
+    assert read_engine(ROOT / "configs" / "accelerate" / f"{name}.yaml") == engine
+
+
+def test_deepspeed_may_have_a_file_of_its_own(tmp_path):
+    own, path = tmp_path / "zero.json", tmp_path / "engine.yaml"
+    own.write_text(json.dumps({"zero_optimization": {"stage": 3}}))
+    path.write_text(f"distributed_type: DEEPSPEED\ndeepspeed_config: {{deepspeed_config_file: {own}}}\n")
+    assert read_engine(path) == ZERO3
+    own.unlink()
+    with pytest.raises(RecipeError, match=r"engine.yaml: deepspeed_config_file: .* cannot be read"):
+        read_engine(path)
+
+
+@pytest.mark.parametrize(
+    ("variables", "engine"),
+    [
+        ({}, Engine()),
+        ({"ACCELERATE_USE_FSDP": "true", "FSDP_VERSION": "2"}, FSDP),
+        ({"ACCELERATE_USE_FSDP": "true"}, Engine(fsdp=1)),
+        ({"ACCELERATE_USE_DEEPSPEED": "true", "ACCELERATE_DEEPSPEED_ZERO_STAGE": "3"}, ZERO3),
+        ({"ACCELERATE_USE_DEEPSPEED": "true"}, ZERO2),
+    ],
+)
+def test_the_engine_of_a_process(monkeypatch, variables, engine):
+    for key in ("ACCELERATE_USE_FSDP", "FSDP_VERSION", "ACCELERATE_USE_DEEPSPEED", "ACCELERATE_DEEPSPEED_ZERO_STAGE"):
+        monkeypatch.delenv(key, raising=False)
+    for key, value in variables.items():
+        monkeypatch.setenv(key, value)
+    assert engine_here() == engine
+
+
+@pytest.mark.parametrize(
+    ("recipe", "values", "engine", "message"),
+    [
+        ("ppo", {"critic": "adapter"}, FSDP, "critic: adapter: .* set `shared`"),
+        ("sft", {"optim": "paged_adamw_8bit"}, FSDP, "optim: paged_adamw_8bit: bitsandbytes .* set `adamw_torch`"),
+        ("dpo", {"optim": OptimizerNames.LION}, FSDP, "optim: lion_32bit: bitsandbytes"),
+        ("ppo", {}, ZERO3, "PPO does not run under DeepSpeed ZeRO-3"),
+        ("sft", {"load_in_4bit": True}, ZERO3, "load_in_4bit: DeepSpeed ZeRO-3"),
+        ("reward", {"load_in_8bit": True}, ZERO3, "load_in_8bit: DeepSpeed ZeRO-3"),
+        ("reward", {"ensemble_size": 3}, ZERO2, "ensemble_size: DeepSpeed trains one model a launch"),
+        ("ppo", {"ptx_coef": 0.5}, ZERO2, "ptx_coef: DeepSpeed wants one backward pass"),
+        ("ppo", {"value_warmup_steps": 5}, ZERO2, "value_warmup_steps: DeepSpeed"),
+        ("ppo", {"target_kl": 0.1}, ZERO2, "target_kl: DeepSpeed"),
+        ("ppo", {"critic": "adapter", "fsdp": True}, Engine(), "critic: adapter"),  # asked for by the stage itself
+        ("ppo", {"deepspeed": {"zero_optimization": {"stage": 3}}}, Engine(), "PPO does not run"),
+    ],
+)
+def test_what_an_engine_cannot_do_is_refused(recipe, values, engine, message):
+    with pytest.raises(RecipeError, match=message):
+        refuse_what_an_engine_cannot(recipe, values, engine)
+    refuse_what_an_engine_cannot("evaluate", values, engine)
+    own = {key: value for key, value in values.items() if key not in ("fsdp", "deepspeed")}
+    refuse_what_an_engine_cannot(recipe, own, Engine())
+
+
+@pytest.mark.parametrize(
+    ("recipe", "values", "engine"),
+    [
+        ("ppo", {"critic": "shared", "optim": "adamw_torch", "load_in_4bit": True, "ptx_coef": 0.5}, FSDP),
+        ("ppo", {"critic": "adapter", "optim": "paged_adamw_8bit", "ptx_coef": 0.0, "target_kl": None}, ZERO2),
+        ("reward", {"ensemble_size": 1, "load_in_4bit": False}, ZERO3),
+        ("reward", {"ensemble_size": 3}, FSDP),
+        ("sft", {"optim": "adamw_8bit"}, Engine(fsdp=1)),
+    ],
+)
+def test_what_an_engine_can_do_is_not(recipe, values, engine):
+    refuse_what_an_engine_cannot(recipe, values, engine)
+
+
+def test_optimizers_of_bitsandbytes_are_those_that_transformers_takes_from_it():
+    assert {name for name in OptimizerNames if engines.uses_bitsandbytes(name)} == set(_BITSANDBYTES_OPTIMIZERS)

@@ -1,0 +1,260 @@
+"""Trackers: what each stage reports, under which name, what is refused; and the log that is always there."""
+
+import json
+import os
+import shutil
+import sys
+from types import ModuleType, SimpleNamespace
+
+from rlhf_recipes.config.trackers import begin_tracking, name_of_run, settle_trackers
+from rlhf_recipes.core.errors import RecipeError
+from rlhf_recipes.pipeline.reading import read_stages
+from rlhf_recipes.training.ensemble import ensemble_members
+from rlhf_recipes.training.run import _log_line
+from support import ROOT
+from support.small_ppo import save_base, with_adapter
+
+import pytest
+import yaml
+from transformers import AutoModelForCausalLM
+from trl import RewardConfig
+
+ANSWERS = [("w5 ", "w6 w7", "w8"), ("w9 w10 ", "w11", "w12 w13 w14"), ("w15 ", "w16", "w17 w18"), ("w19 ", "w20 w21", "w22")]
+OF_STAGE = {
+    "sft": {"train/loss", "train/grad_norm", "eval/loss"},
+    "reward": {"train/loss", "train/accuracy", "train/margin", "eval/accuracy"},
+    "dpo": {"train/loss", "train/rewards/margins", "eval/rewards/margins"},
+    "ppo": {"train/kl", "train/score", "train/entropy", "train/value/loss", "train/value/explained_variance", "eval/kl"},
+}
+
+
+@pytest.fixture(scope="module")
+def files(tmp_path_factory):
+    """A base, an adapter on it, and data of each sort."""
+    folder = tmp_path_factory.mktemp("files")
+    save_base(folder / "base")
+    adapted = with_adapter(AutoModelForCausalLM.from_pretrained(folder / "base"))
+    adapted.save_pretrained(folder / "adapter")
+    names = ("prompt", "chosen", "rejected")
+    pairs = [dict(zip(names, row, strict=True)) for row in ANSWERS] * 2
+    sft = [{"prompt": row["prompt"], "completion": row["chosen"]} for row in pairs]
+    for name, rows in (("pairs", pairs), ("sft", sft), ("prompts", [{"prompt": row["prompt"]} for row in pairs])):
+        (folder / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return folder
+
+
+def length(completion_ids, **columns):
+    """A reward function."""
+    return [float(len(ids)) for ids in completion_ids]
+
+
+@pytest.fixture
+def config(files, tmp_path):
+    """Writes the YAML file of a stage of two steps."""
+
+    def write(recipe, **options):
+        data = {"sft": "sft", "ppo": "prompts"}.get(recipe, "pairs")
+        values = {
+            "model_name_or_path": str(files / "base"),
+            "dtype": "float32",
+            "use_peft": True,
+            "lora_r": 4,
+            "lora_target_modules": "all-linear",
+            "dataset_name": str(files / f"{data}.jsonl"),
+            "test_split_size": 2,
+            "per_device_train_batch_size": 4,
+            "gradient_checkpointing": False,
+            "max_steps": 2,
+            "logging_steps": 1,
+            "eval_strategy": "steps",
+            "eval_steps": 2,
+            "save_strategy": "no",
+            "disable_tqdm": True,
+            "output_dir": str(tmp_path / "runs" / "mine" / recipe),
+        }
+        if recipe == "ppo":
+            values |= {"start_from": str(files / "adapter"), "max_completion_length": 4, "log_completions": True}
+            values |= {"reward_funcs": [f"{__name__}.length"], "per_device_eval_batch_size": 2}
+        path = tmp_path / f"{recipe}.yaml"
+        path.write_text(yaml.safe_dump(values | options))
+        return path
+
+    return write
+
+
+def read_log(folder):
+    return [json.loads(line) for line in (folder / "log.jsonl").read_text().splitlines()]
+
+
+# --- What arrives ----------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("recipe", OF_STAGE)
+def test_tensorboard_has_what_the_stage_logs(launch, config, tmp_path, recipe):
+    pytest.importorskip("tensorboard")
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    status, error = launch(recipe, "--config", config(recipe, report_to="tensorboard"))
+    assert status == 0, error
+    output = tmp_path / "runs" / "mine" / recipe
+    (folder,) = (output / "runs").iterdir()
+    events = EventAccumulator(str(folder))
+    events.Reload()
+    assert set(events.Tags()["scalars"]) >= OF_STAGE[recipe]
+    key = sorted(OF_STAGE[recipe])[-1]
+    kept = {entry["step"]: entry[key.partition("/")[2]] for entry in read_log(output) if key.partition("/")[2] in entry}
+    for event in events.Scalars(key):
+        assert event.value == pytest.approx(kept[event.step], rel=1e-5)
+
+
+def test_each_training_of_a_process_has_a_run_of_its_own_in_the_project(monkeypatch):
+    """As the members of an ensemble; Transformers would go on in the run that is there."""
+    wandb = ModuleType("wandb")
+    wandb.run, wandb.finish = None, lambda: setattr(wandb, "run", None)
+    monkeypatch.setitem(sys.modules, "wandb", wandb)
+    monkeypatch.setenv("WANDB_PROJECT", "of the shell")
+    for project, expected in (("huggingface", "of the shell"), ("mine", "mine")):  # the first is TRL's default
+        begin_tracking(SimpleNamespace(report_to=["wandb"], project=project))
+        assert os.environ["WANDB_PROJECT"] == expected
+        assert wandb.run is None
+        wandb.run = "begun by Transformers"
+
+
+@pytest.mark.parametrize(
+    ("folder", "name"),
+    [
+        ("runs/mine/sft", "mine-sft"),
+        ("/home/me/runs/mine/seed-0/sft", "mine-seed-0-sft"),
+        ("results/sft", "results-sft"),
+        ("/tmp/a/b/sft", "b-sft"),
+        ("sft", "sft"),
+    ],
+)
+def test_a_run_is_called_by_its_folder(folder, name):
+    assert name_of_run(folder) == name
+
+
+def test_a_name_that_is_given_stays():
+    values = {"report_to": "mlflow,flyte", "output_dir": "runs/mine/sft"}  # which are left to Transformers
+    settle_trackers(values, "here")
+    assert (values["report_to"], values["run_name"]) == (["mlflow", "flyte"], "mine-sft")
+    values["run_name"] = "own"
+    settle_trackers(values, "here")
+    assert values["run_name"] == "own"
+
+
+def test_members_of_an_ensemble_have_names_of_their_own(tmp_path):
+    training = RewardConfig(str(tmp_path), run_name="mine-reward", bf16=False, use_cpu=True)
+    assert [member.run_name for member in ensemble_members(training, 2, 8, False)] == [
+        "mine-reward-member-0",
+        "mine-reward-member-1",
+    ]
+
+
+# --- What is refused --------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("wanted", "message"),
+    [
+        ("absent", "report_to: wandb is not installed: `pip install --upgrade wandb`, or set `report_to: none`"),
+        ("broken", "report_to: wandb cannot be imported (No module named 'nothing_of_this_name')"),
+        ("folder", "report_to: wandb is not installed"),  # that its runs are kept in
+    ],
+)
+def test_a_tracker_that_is_not_there_is_missed_before_anything_is_loaded(
+    launch, config, monkeypatch, tmp_path, wanted, message
+):
+    if wanted == "absent":
+        monkeypatch.setitem(sys.modules, "wandb", None)
+    else:
+        (tmp_path / "wandb").mkdir()
+        if wanted == "broken":
+            (tmp_path / "wandb" / "__init__.py").write_text("import nothing_of_this_name")
+        monkeypatch.delitem(sys.modules, "wandb", raising=False)
+        monkeypatch.syspath_prepend(tmp_path)
+    status, error = launch("sft", "--config", config("sft", model_name_or_path="/nowhere"), "--report_to", "none")
+    assert "/nowhere" in error
+    status, error = launch("sft", "--config", config("sft", model_name_or_path="/nowhere"), "--report_to", "wandb")
+    assert status == 2
+    assert message in error
+    assert "Traceback" not in error
+
+
+def test_a_tracker_that_nobody_knows_is_refused():
+    with pytest.raises(RecipeError, match=r"my.yaml: report_to: 'tensorbord' is none of trackio, tensorboard, wandb, .*, none"):
+        settle_trackers({"report_to": ["tensorbord"]}, "my.yaml")
+
+
+@pytest.mark.parametrize("given", [None, "none", [], ["none"]])
+def test_no_tracker_is_no_tracker(given):
+    values = {"report_to": given, "output_dir": "runs/sft"}
+    settle_trackers(values, "my.yaml")
+    assert values == {"report_to": ["none"], "output_dir": "runs/sft"}
+
+
+def test_what_a_tracker_complains_of_while_it_begins_is_one_message(launch, config, monkeypatch):
+    usage_error = type("UsageError", (Exception,), {"__module__": "wandb.errors"})
+
+    def complain(*arguments, **options):
+        raise usage_error("No API key configured.")
+
+    monkeypatch.setattr("transformers.Trainer.train", complain)
+    status, error = launch("sft", "--config", config("sft"))
+    assert status == 2
+    assert "report_to: wandb: No API key configured.: log in by `wandb login`, or set WANDB_MODE=offline" in error
+    assert "Traceback" not in error
+
+
+# --- The pipeline -----------------------------------------------------------------------------------------
+
+
+def test_a_pipeline_hands_its_tracker_to_the_stages_that_train_and_does_none_of_them_anew(config, tmp_path):
+    config("sft")
+    (tmp_path / "sample.yaml").write_text("num_completions: 2\n")
+    stages = [
+        {"name": "sft", "config": str(tmp_path / "sft.yaml")},
+        {"name": "own", "recipe": "sft", "config": str(tmp_path / "sft.yaml"), "arguments": {"report_to": "none"}},
+        {"name": "sample", "config": str(tmp_path / "sample.yaml")},
+    ]
+    path = tmp_path / "pipeline.yaml"
+
+    def read(**options):
+        path.write_text(yaml.safe_dump({"output_dir": str(tmp_path / "runs"), "stages": stages} | options))
+        return read_stages(path, ROOT / "recipes").stages
+
+    without, with_tracker = read(), read(report_to="tensorboard", project="mine")
+    assert [stage.values.get("report_to") for stage in with_tracker] == ["tensorboard", "none", None]
+    assert [stage.values.get("project") for stage in with_tracker] == ["mine", "mine", None]
+    assert [stage.fingerprint for stage in with_tracker] == [stage.fingerprint for stage in without]
+
+
+# --- The log ----------------------------------------------------------------------------------------------
+
+
+def test_the_log_is_that_of_the_run_and_of_a_resumed_one_too(launch, config, tmp_path):
+    path = config("sft", save_strategy="steps", save_steps=1, save_total_limit=9, eval_strategy="no")
+    output = tmp_path / "runs" / "mine" / "sft"
+    assert launch("sft", "--config", path)[0] == 0
+    whole, record = read_log(output), json.loads((output / "recipe.json").read_text())
+    assert whole == record["log"]
+    assert [entry["step"] for entry in whole if "loss" in entry] == [1, 2]
+    shutil.rmtree(output / "checkpoint-2")
+    assert launch("sft", "--config", path, "--resume_from_checkpoint", "true")[0] == 0
+    assert [(e["step"], e["loss"]) for e in read_log(output) if "loss" in e] == [
+        (e["step"], e["loss"]) for e in whole if "loss" in e
+    ]
+
+
+def test_a_line_of_the_log_is_json_whatever_the_value():
+    assert json.loads(_log_line({"kl": float("nan"), "loss": float("inf"), "step": 1})) == {"kl": None, "loss": None, "step": 1}
+
+
+def test_a_folder_of_a_trackers_name_is_not_taken_for_the_tracker(config, launch, tmp_path, monkeypatch):
+    """Where a recipe is launched from, Python finds modules, and folders too."""
+    for name in ("trackio", "wandb"):
+        (tmp_path / name).mkdir()
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "path", [entry for entry in sys.path if entry != str(tmp_path)])
+    status, error = launch("sft", "--config", config("sft"), "--save_strategy", "steps", "--save_steps", 1)
+    assert status == 0, error

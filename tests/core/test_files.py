@@ -1,0 +1,56 @@
+"""Files that are whole, or what they were: write, then rename; and what is said of a disk that takes nothing."""
+
+import errno
+import os
+
+from rlhf_recipes.cli import user_errors
+from rlhf_recipes.core.errors import refused_to_write
+from rlhf_recipes.core.files import write_json, write_text
+
+import pytest
+from safetensors import SafetensorError
+
+
+def test_a_file_that_cannot_be_written_stays_what_it_was(tmp_path, monkeypatch):
+    path = tmp_path / "record.json"
+    write_json(path, {"one": 1})
+    before = path.read_text()
+
+    def half(file):
+        os.truncate(file, 300)
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr(os, "fsync", half)
+    with pytest.raises(OSError, match=r"No space left on device: '.*record\.json'"):
+        write_text(path, "another" * 100)
+    assert path.read_text() == before
+    assert [*tmp_path.iterdir()] == [path]
+
+
+@pytest.mark.parametrize(
+    ("error", "reason"),
+    [
+        (OSError(errno.ENOSPC, "full", "a/file"), ("No space left on device", "a/file")),
+        (OSError(errno.EROFS, "no", "a/file"), ("Read-only file system", "a/file")),
+        (FileNotFoundError(errno.ENOENT, "none", "a/file"), None),
+        (SafetensorError("I/O error: No space left on device (os error 28)"), ("No space left on device", "")),
+        (SafetensorError("Error while deserializing header: header too large"), None),
+        (RuntimeError("[enforce fail at x.cc:672] . unexpected pos 576 vs 534"), ("is the disk full, or read-only?", "")),
+        (RuntimeError("shapes differ"), None),
+    ],
+)
+def test_what_a_full_disk_says_is_known_in_all_its_words(error, reason):
+    assert refused_to_write(error) == reason
+    outer = ValueError("while saving")
+    outer.__cause__ = error
+    assert refused_to_write(outer) == reason
+
+
+def test_a_file_outside_of_output_dir_is_named_and_one_that_may_not_be_read_is_not_a_full_disk(capsys):
+    with pytest.raises(SystemExit), user_errors():
+        raise OSError(errno.ENOSPC, "full", "/cache/rows.arrow")
+    said = capsys.readouterr().err
+    assert said.startswith("error: /cache/rows.arrow: cannot be written to (No space left on device)")
+    assert said.count("\n") == 1
+    with pytest.raises(PermissionError), user_errors():
+        raise PermissionError(errno.EACCES, "no", "/data/rows.jsonl")

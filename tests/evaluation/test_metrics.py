@@ -1,0 +1,233 @@
+"""The metrics of policies against numbers worked out by hand, or by other and slower ways."""
+
+import doctest
+import importlib
+import itertools
+import json
+import math
+
+from rlhf_recipes.evaluation.metrics import comparison, diversity
+from rlhf_recipes.evaluation.metrics.comparison import (
+    BestOfN,
+    Divergence,
+    WinRate,
+    best_of_n,
+    best_of_n_kl,
+    divergence,
+    win_rate,
+)
+from rlhf_recipes.evaluation.metrics.diversity import Diversity, distinct_n, repetition, self_bleu
+from rlhf_recipes.rewards import matching as truthfulness
+from rlhf_recipes.rewards.matching import Truthfulness
+
+import numpy as np
+import pytest
+
+
+@pytest.mark.parametrize("module", [comparison, diversity, truthfulness], ids=lambda module: module.__name__)
+def test_the_examples_in_the_docstrings_hold(module):
+    assert doctest.testmod(module).failed == 0
+
+
+# --- Win rate --------------------------------------------------------------------------------------------
+
+
+def test_win_rate_counts_ties_as_one_half():
+    result = win_rate([3, 1, 2, 2], [1, 3, 2, 0])  # won, lost, tied, won
+    assert (result["win_rate"], result["ties"], result["n"], result["prompts"]) == (2.5 / 4, 1, 4, 4)
+
+
+def test_win_rate_resamples_prompts_and_not_answers():
+    generator = np.random.default_rng(0)
+    once = generator.normal(size=60)
+    apart = win_rate(once, np.zeros(60))["interval"]
+    repeated = win_rate(np.repeat(once, 50), np.zeros(3000), groups=np.repeat(np.arange(60), 50).tolist())["interval"]
+    assert repeated == pytest.approx(apart, abs=1e-9)  # 50 copies of each say nothing new
+    blind = win_rate(np.repeat(once, 50), np.zeros(3000))["interval"]
+    assert blind[1] - blind[0] < (apart[1] - apart[0]) / 5
+
+
+def test_the_interval_of_a_win_rate_holds_the_truth_95_times_in_100():
+    generator, hits, runs = np.random.default_rng(1), 0, 200
+    for run in range(runs):
+        difficulty = np.repeat(generator.normal(size=40), 3)  # of the prompt: answers to one are alike
+        low, high = win_rate(
+            difficulty + generator.normal(size=120), np.zeros(120), groups=(np.arange(120) // 3).tolist(), seed=run
+        )["interval"]
+        hits += low <= 0.5 <= high
+    assert 0.90 <= hits / runs <= 0.99
+
+
+def test_a_policy_that_always_wins_has_an_interval_too():
+    low, high = win_rate([1.0] * 50, [0.0] * 50)["interval"]
+    assert 0.9 < low < 1
+    assert high == 1
+
+
+def test_win_rate_refuses_what_it_cannot_count():
+    with pytest.raises(ValueError, match="one length"):
+        win_rate([1.0], [1.0, 2.0])
+    with pytest.raises(ValueError, match="not finite"):
+        win_rate([math.nan], [0.0])
+    with pytest.raises(ValueError, match=r"\[0, 1\]"):
+        comparison.share_won([2.0])
+
+
+# --- Best of n -------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("n", [1, 2, 3, 5])
+def test_best_of_n_is_the_mean_over_all_sets_of_n(n):
+    scores = np.array([[0.3, -1.0, 2.0, 0.7, 0.1], [5.0, 4.0, 4.5, -2.0, 0.0]])
+    brute = [np.mean([max(chosen) for chosen in itertools.combinations(row, n)]) for row in scores]
+    assert best_of_n(scores, n) == pytest.approx(brute)
+
+
+def test_best_of_n_under_another_reward_and_ties_share():
+    scores, values = [[1.0, 1.0, 0.0]], [[10.0, 20.0, 99.0]]
+    # of the three pairs, the best is one of the two that tie, at random or alone
+    assert best_of_n(scores, 2, values)[0] == pytest.approx((15 + 10 + 20) / 3)
+    assert best_of_n(scores, 3, values)[0] == pytest.approx(15)
+
+
+def test_best_of_n_is_unbiased():
+    generator = np.random.default_rng(0)
+    drawn = generator.random((20_000, 6))
+    assert best_of_n(drawn, 4).mean() == pytest.approx(4 / 5, abs=0.005)  # the largest of n uniform numbers: n / (n + 1)
+
+
+def test_the_kl_of_best_of_n_is_that_of_the_order_statistic():
+    # Of a uniform score u the best of n has density n u^(n-1): the integral of density * log density, by the midpoint rule
+    for n in (1, 2, 4, 16):
+        middles = (np.arange(200_000) + 0.5) / 200_000
+        density = n * middles ** (n - 1)
+        assert best_of_n_kl(n) == pytest.approx(float(np.mean(density * np.log(density))), abs=1e-3)
+
+
+def test_best_of_n_refuses_more_than_there_are():
+    with pytest.raises(ValueError, match="1 to 2"):
+        best_of_n([[1.0, 2.0]], 3)
+    with pytest.raises(ValueError, match="1 or more"):
+        best_of_n_kl(0)
+    with pytest.raises(ValueError, match="finite"):
+        best_of_n([[1.0, math.nan]], 1)
+
+
+# --- Divergence ------------------------------------------------------------------------------------------
+
+
+def test_divergence_finds_the_exact_kl_and_entropy():
+    p, q = np.array([0.7, 0.2, 0.1]), np.array([0.2, 0.5, 0.3])
+    drawn = np.random.default_rng(0).choice(3, size=50_000, p=p)
+    result = divergence(np.log(p)[drawn], np.log(q)[drawn])
+    for name, exact in (("kl", float(p @ np.log(p / q))), ("entropy", float(-p @ np.log(p)))):
+        assert result[name] == pytest.approx(exact, abs=0.02)
+        low, high = result[f"{name}_interval"]
+        assert low < result[name] < high
+        assert high - low < 0.05
+
+
+def test_a_policy_does_not_differ_from_itself():
+    assert divergence([-1.0, -2.0], [-1.0, -2.0])["kl"] == 0
+    assert divergence([-1.0, -2.0], [-1.0, -2.0])["kl_interval"] is None
+
+
+# --- Diversity -------------------------------------------------------------------------------------------
+
+
+def test_distinct_n():
+    texts = ["the cat sat", "The cat ran."]
+    assert distinct_n(texts, 1) == 4 / 6
+    assert distinct_n(texts, 2) == 3 / 4
+    assert distinct_n(["word"], 2) is None
+
+
+def test_self_bleu_of_what_is_all_alike_and_of_what_has_nothing_in_common():
+    assert self_bleu(["a b c d e"] * 3) == pytest.approx(1)
+    assert self_bleu(["a b", "c d", "e f"]) == 0
+    assert self_bleu(["a b", ""]) is None
+
+
+def test_self_bleu_by_hand():
+    # "a a b" against "a b c": 1-grams a (clipped to 1), b: 2 of 3; 2-grams "a b": 1 of 2; no 3-gram: 0
+    assert self_bleu(["a a b", "a b c"]) == 0
+    # "a b" against "a b b": both n-grams match, but it is shorter: exp(1 - 3 / 2); "a b b": 2 of 3 and 1 of 2, no 3-gram: 0
+    assert self_bleu(["a b", "a b b"]) == pytest.approx(math.exp(-0.5) / 2)
+    # "b a b c d" against "a b c d": "b" is clipped to 1, and what holds "b a" has no match; no penalty, being longer
+    first = (4 / 5 * 3 / 4 * 2 / 3 * 1 / 2) ** (1 / 4)
+    assert diversity._bleu(0, 5, *prepared(["b a b c d", "a b c d"])) == pytest.approx(first)
+    # the reference that has most of "b" clips it, and the one of nearest length is the longer one still
+    second = (5 / 5 * 3 / 4 * 2 / 3 * 1 / 2) ** (1 / 4)
+    assert diversity._bleu(0, 5, *prepared(["b a b c d", "a b c d", "b b"])) == pytest.approx(second)
+    assert diversity._bleu(0, 2, *prepared(["b b", "b c", "a a"])) == 0
+
+
+def prepared(texts):
+    rows = [text.split() for text in texts]
+    counts = [[diversity.Counter(diversity._ngrams(words, n)) for words in rows] for n in range(1, 5)]
+    return counts, [diversity._two_highest(of_length) for of_length in counts], sorted(map(len, rows))
+
+
+def test_self_bleu_agrees_with_bleu_worked_out_text_by_text():
+    generator = np.random.default_rng(0)
+    texts = [" ".join(generator.choice(list("abc"), size=generator.integers(1, 9))) for _ in range(25)]
+    rows = [text.split() for text in texts]
+    assert self_bleu(texts) == pytest.approx(np.mean([slow_bleu(rows[i], rows[:i] + rows[i + 1 :]) for i in range(25)]))
+
+
+def slow_bleu(words, references):
+    def count(text, ngram):
+        return sum(tuple(text[start : start + len(ngram)]) == ngram for start in range(len(text)))
+
+    logs = []
+    for n in range(1, min(4, len(words)) + 1):
+        ngrams = [tuple(words[start : start + n]) for start in range(len(words) - n + 1)]
+        matches = sum(min(count(words, g), max(count(text, g) for text in references)) for g in set(ngrams))
+        if not matches:
+            return 0
+        logs.append(math.log(matches / len(ngrams)))
+    nearest = min(map(len, references), key=lambda length: (abs(length - len(words)), length))
+    return math.exp(np.mean(logs)) * (1 if len(words) >= nearest else math.exp(1 - nearest / len(words)))
+
+
+def test_diversity_within_a_prompt_and_across_prompts():
+    texts = ["red", "red", "blue", "blue"]
+    result = Diversity().compute(predictions=texts, groups=[0, 0, 1, 1])
+    assert result["self_bleu_within"] == 1  # each prompt has one answer only
+    assert result["self_bleu"] == 0  # and each another one
+    assert Diversity().compute(predictions=texts)["self_bleu_within"] is None
+
+
+def test_repetition():
+    assert repetition(["a b c a b c", "x y z"]) == pytest.approx((1 / 4 + 0) / 2)
+
+
+# --- Truthfulness ----------------------------------------------------------------------------------------
+
+
+def test_over_abstention_is_that_on_what_the_model_could_answer():
+    answers, truths = ["I do not know.", "Oslo", "I do not know.", "Rome"], ["Bern", "Oslo", "Paris", "Kiev"]
+    result = Truthfulness().compute(predictions=answers, references=truths, known=[True, True, False, False])
+    assert result == {"right": 0.25, "abstained": 0.5, "made_up": 0.25, "over_abstained": 0.5}
+    result = Truthfulness().compute(predictions=answers, references=truths, known=[False] * 4)
+    assert result["over_abstained"] is None
+
+
+# --- As metrics of `evaluate` ----------------------------------------------------------------------------
+
+
+def test_they_are_metrics_whose_results_are_json():
+    results = [
+        WinRate().compute(predictions=[1.0], references=[0.0]),
+        BestOfN().compute(predictions=[[1.0, 2.0], [0.0, 4.0]], n=2),
+        Divergence().compute(predictions=[-1.0], references=[-2.0]),
+        Diversity().compute(predictions=["a b c"]),
+    ]
+    assert results[1]["score"] == 3
+    assert results[1]["kl_bound"] == pytest.approx(math.log(2) - 0.5)
+    json.dumps(results, allow_nan=False)
+
+
+def test_they_do_without_the_recipe_of_the_same_name_as_their_library():
+    """A launched recipe has its folder first on the path, and there is an `evaluate.py` in it."""
+    assert hasattr(importlib.import_module("evaluate"), "Metric")

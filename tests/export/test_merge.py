@@ -1,0 +1,459 @@
+"""Merging: what is saved says what the adapter said, everything that belongs to it goes along, and nothing half-done stays."""
+
+import errno
+import json
+import os
+import shutil
+
+from rlhf_recipes.core.files import REWARD, write_json
+from rlhf_recipes.export import merge as merging
+from rlhf_recipes.export.model_card import lineage, write_card
+from rlhf_recipes.export.upload import for_others
+from rlhf_recipes.models.loading import base_of, fingerprint, load_model, resolve_path
+from rlhf_recipes.models.roles import load_reward, load_whole_reward, write_reward_record
+from rlhf_recipes.tiny import splits
+
+import pytest
+import torch
+from huggingface_hub import HfApi, ModelCard, RepoUrl
+from peft import LoraConfig, PeftModel, get_peft_model
+from safetensors.torch import load_file
+from transformers import (
+    AutoModelForCausalLM,
+    AutoModelForSequenceClassification,
+    AutoTokenizer,
+    LlamaConfig,
+    LlamaForCausalLM,
+    PreTrainedModel,
+    pipeline,
+)
+from trl import ModelConfig, SFTConfig
+
+NAME = "rlhf_recipes.tiny.base"
+BASE = resolve_path(NAME)
+PEOPLE = splits.rankings("test", rows=4)
+
+
+def make(folder, base=BASE, model=None, size=0.1, task="CAUSAL_LM", **options):
+    """A LoRA adapter that changes what its base says, with its tokenizer and the record of a stage."""
+    torch.manual_seed(0)
+    model = AutoModelForCausalLM.from_pretrained(base) if model is None else model
+    adapted = get_peft_model(model, LoraConfig(**{"r": 4, "target_modules": "all-linear", "task_type": task} | options))
+    for name, weight in adapted.named_parameters():
+        if "lora_B" in name or "modules_to_save" in name:
+            weight.data += torch.randn_like(weight) * size
+    adapted.save_pretrained(folder)
+    AutoTokenizer.from_pretrained(BASE).save_pretrained(folder)
+    record = {"recipe": "sft", "base_model": {"name": str(base), "fingerprint": fingerprint(adapted)}, "parents": []}
+    data = {"train": {"rows": 7, "sources": [{"source": "/data/secret/mine.csv", "rows": 7}]}}
+    arguments = {"ModelConfig": {"use_peft": True, "lora_r": 4}}
+    write_json(folder / "recipe.json", record | {"data": data, "metrics": {"eval_loss": 0.25}, "arguments": arguments})
+    return folder
+
+
+@pytest.fixture(scope="module")
+def policy(tmp_path_factory):
+    return make(tmp_path_factory.mktemp("policy"))
+
+
+@pytest.fixture(scope="module")
+def reward(tmp_path_factory):
+    """A reward adapter with a head and a scale of its own."""
+    folder = tmp_path_factory.mktemp("reward")
+    torch.manual_seed(1)
+    base = AutoModelForSequenceClassification.from_pretrained(BASE, num_labels=1)
+    make(folder, model=base, task="SEQ_CLS", target_modules=["q_proj", "v_proj"], modules_to_save=["score"])
+    record = json.loads((folder / "recipe.json").read_text()) | {"recipe": "reward"}
+    write_json(folder / "recipe.json", record)
+    write_reward_record(folder, NAME, record["base_model"]["fingerprint"])
+    normalisation = {"mean": 0.25, "std": 0.5, "samples": 9}
+    write_json(folder / REWARD, json.loads((folder / REWARD).read_text()) | {"normalisation": normalisation})
+    return folder
+
+
+@pytest.fixture
+def merge(launch, tmp_path):
+    """Merges by the recipe; returns the exit status, the error, and where the model should be."""
+
+    def run(adapter, *options):
+        output = tmp_path / "out" / "merged"
+        options = ("--adapter", adapter, "--output_dir", output, *options)
+        return *launch("merge", *options), output
+
+    return run
+
+
+def left(output):
+    return list(output.parent.iterdir()) if output.parent.is_dir() else []
+
+
+def logits(model, tokenizer):
+    ids = tokenizer.apply_chat_template(PEOPLE["prompt"][0], add_generation_prompt=True, return_dict=True)["input_ids"]
+    with torch.no_grad():
+        return model.eval()(torch.tensor([ids])).logits
+
+
+# --- The same model --------------------------------------------------------------------------------------
+
+
+def test_a_merged_policy_says_what_the_adapter_says(merge, policy):
+    status, error, output = merge(policy)
+    assert status == 0, error
+    tokenizer = AutoTokenizer.from_pretrained(output)
+    merged = AutoModelForCausalLM.from_pretrained(output)
+    base = AutoModelForCausalLM.from_pretrained(BASE)
+    expected = logits(PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(BASE), policy), tokenizer)
+    assert torch.allclose(logits(merged, tokenizer), expected, atol=1e-4)
+    assert (logits(base, tokenizer) - expected).abs().max() > 0.1
+    assert tokenizer.chat_template == AutoTokenizer.from_pretrained(policy).chat_template
+    assert merged.generation_config.eos_token_id == tokenizer.eos_token_id
+    assert left(output) == [output]
+    assert {path.suffix for path in output.iterdir()} <= {".safetensors", ".json", ".jinja", ".md"}
+
+
+def test_what_the_card_says_works(merge, policy):
+    _, _, output = merge(policy)
+    generator = pipeline("text-generation", model=str(output), device="cpu")
+    question = [{"role": "user", "content": "What does Vokimo do?"}]
+    assert generator(question, max_new_tokens=4, return_full_text=False)[0]["generated_text"]
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_a_merged_reward_model_scores_the_same(merge, reward, dtype):
+    status, error, output = merge(reward, "--dtype", dtype)
+    assert status == 0, error
+    tokenizer = AutoTokenizer.from_pretrained(BASE)
+    pairs = [(p, c) for p, group in zip(PEOPLE["prompt"], PEOPLE["completions"], strict=True) for c in group]
+    scores = [
+        torch.tensor(scorer(*zip(*pairs, strict=True)))
+        for scorer in (
+            load_reward(AutoModelForCausalLM.from_pretrained(BASE), reward, "reward", tokenizer),
+            load_whole_reward(output, "merged", tokenizer),
+        )
+    ]
+    tolerance = 1e-5 if dtype == "float32" else 0.2 * scores[0].std()  # the adapter is on a base in float32 here
+    assert (scores[0] - scores[1]).abs().max() < tolerance
+    assert scores[0].std() > 0.01
+    weights = load_file(output / "model.safetensors")
+    assert weights["score.weight"].dtype == torch.float32  # bf16 has three digits
+    assert weights["model.embed_tokens.weight"].dtype == getattr(torch, dtype)
+    assert json.loads((output / REWARD).read_text()) == json.loads((reward / REWARD).read_text())
+
+
+def test_an_adapter_of_a_4_bit_base_goes_into_the_whole_one(merge, tmp_path):
+    quantised = load_model(ModelConfig(NAME, dtype="float32", load_in_4bit=True), SFTConfig(bf16=False, report_to="none"))
+    folder = make(tmp_path / "of-4-bits", model=quantised)
+    record = json.loads((folder / "recipe.json").read_text())
+    record["arguments"]["ModelConfig"]["load_in_4bit"] = True
+    write_json(folder / "recipe.json", record)
+    status, error, output = merge(folder, "--model_name_or_path", NAME)
+    assert status == 0, error
+    assert {weight.dtype for weight in load_file(output / "model.safetensors").values()} == {torch.float32}
+    assert "trained on the base in 4 bits" in (output / "README.md").read_text()
+
+
+@pytest.mark.parametrize(
+    "options", [{"use_rslora": True}, {"use_dora": True}, {"modules_to_save": ["embed_tokens", "lm_head"]}]
+)
+def test_other_sorts_of_lora_are_merged(merge, tmp_path, options):
+    status, error, output = merge(make(tmp_path / "adapter", **options))
+    assert status == 0, error
+    if "modules_to_save" in options:
+        before, after = (load_file(f"{folder}/model.safetensors")["model.embed_tokens.weight"] for folder in (BASE, output))
+        assert not torch.equal(before, after)
+
+
+def test_a_trained_embedding_is_no_longer_that_of_the_head(merge, tmp_path):
+    config = LlamaConfig.from_pretrained(BASE, tie_word_embeddings=True)
+    torch.manual_seed(0)
+    LlamaForCausalLM(config).save_pretrained(tmp_path / "tied")
+    AutoTokenizer.from_pretrained(BASE).save_pretrained(tmp_path / "tied")
+    folder = make(tmp_path / "adapter", base=tmp_path / "tied", modules_to_save=["embed_tokens"])
+    status, error, output = merge(folder, "--model_name_or_path", "none")  # the one that the adapter names
+    assert status == 0, error
+    merged = AutoModelForCausalLM.from_pretrained(output)
+    expected = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(tmp_path / "tied"), folder)
+    tokenizer = AutoTokenizer.from_pretrained(output)
+    assert torch.allclose(logits(merged, tokenizer), logits(expected, tokenizer), atol=1e-4)
+
+
+def test_a_generation_config_that_could_not_be_saved_does_not_stop_it(merge, policy, tmp_path):
+    folder = shutil.copytree(policy, tmp_path / "adapter")
+    write_json(folder / "generation_config.json", {"do_sample": False, "temperature": 0.6, "eos_token_id": [2, 5]})
+    status, error, output = merge(folder)
+    assert status == 0, error
+    stored = json.loads((output / "generation_config.json").read_text())
+    assert (stored["temperature"], stored["eos_token_id"]) == (0.6, [2, 5])
+
+
+def test_shards_hold_the_same(merge, policy):
+    status, error, output = merge(policy, "--max_shard_size", "1MB", "--dtype", "float16")
+    assert status == 0, error
+    assert len(list(output.glob("*.safetensors"))) > 1
+
+
+# --- What is refused, and leaves nothing -----------------------------------------------------------------
+
+
+def test_a_model_that_is_not_the_adapter_is_not_kept(merge, policy, reward, monkeypatch):
+    monkeypatch.setattr(merging, "_merged", lambda model, *_: model.unload())
+    status, error, output = merge(policy)
+    assert status == 2
+    assert "logits differ from the adapter's by" in error
+    assert "it is not kept" in error
+    assert left(output) == []
+    status, error, output = merge(reward)
+    assert status == 2
+    assert "scores differ from the adapter's by" in error
+    assert left(output) == []
+
+
+def test_a_lost_head_or_scale_is_seen(merge, reward, monkeypatch):
+    monkeypatch.setattr(merging.shutil, "copy", lambda *_: None)
+    status, error, output = merge(reward)
+    assert (status, left(output)) == (2, [])
+    assert "scores differ" in error
+
+
+def test_what_rounding_would_lose_is_not_merged(merge, tmp_path):
+    folder = make(tmp_path / "faint", size=1e-4)
+    status, error, output = merge(folder, "--dtype", "bfloat16")
+    assert (status, left(output)) == (2, [])
+    assert "half of what it has learnt is lost" in error
+    assert "set `dtype: float32`" in error
+    assert merge(folder)[0] == 0
+
+
+def test_weights_that_are_not_finite_are_refused(merge, policy, tmp_path):
+    folder = shutil.copytree(policy, tmp_path / "broken")
+    from safetensors.torch import save_file
+
+    weights = load_file(folder / "adapter_model.safetensors")
+    save_file({name: weight * float("nan") for name, weight in weights.items()}, folder / "adapter_model.safetensors")
+    status, error, output = merge(folder)
+    assert (status, left(output)) == (2, [])
+    assert "not finite" in error
+
+
+def fails_with(error):
+    def fail(*_, **__):
+        raise error
+
+    return fail
+
+
+def test_a_full_disk_leaves_nothing(merge, policy, monkeypatch):
+    for error in (OSError(errno.ENOSPC, os.strerror(errno.ENOSPC)), merging.SafetensorError("Io(No space left on device)")):
+        monkeypatch.setattr(PreTrainedModel, "save_pretrained", fails_with(error))
+        status, message, output = merge(policy)
+        assert (status, left(output)) == (2, [])
+        assert "cannot be written" in message
+        assert "No space left on device" in message
+    monkeypatch.undo()
+
+
+def test_room_is_looked_for_first(merge, policy, monkeypatch):
+    usage = shutil.disk_usage("/")
+    monkeypatch.setattr(merging.shutil, "disk_usage", lambda _: usage._replace(free=1000))
+    status, message, output = merge(policy)
+    assert (status, left(output)) == (2, [])
+    assert "the merged model takes 0.0 GB" in message
+
+
+def test_what_a_killed_run_left_is_no_model_and_goes(merge, policy, tmp_path):
+    (tmp_path / "out" / ".merged.partial").mkdir(parents=True)
+    (tmp_path / "out" / ".merged.partial" / "half").touch()
+    status, error, output = merge(policy)
+    assert status == 0, error
+    assert left(output) == [output]
+    assert not (output / "half").exists()
+
+
+def test_a_folder_that_is_not_empty_stays_as_it_is(merge, policy, tmp_path):
+    output = tmp_path / "out" / "merged"
+    output.mkdir(parents=True)
+    assert merge(policy)[0] == 0  # an empty one will do
+    before = sorted(path.stat().st_mtime_ns for path in output.iterdir())
+    status, error, _ = merge(policy)
+    assert status == 2
+    assert "is not empty: name another folder, or delete it" in error
+    assert before == sorted(path.stat().st_mtime_ns for path in output.iterdir())
+
+
+def test_a_folder_that_cannot_be_made(launch, policy, tmp_path):
+    (tmp_path / "file").touch()
+    status, error = launch("merge", "--adapter", policy, "--output_dir", tmp_path / "file" / "merged")
+    assert status == 2
+    assert "cannot be written (" in error
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (("--load_in_4bit", "true"), "merged into the base at full precision, also if it was trained on fewer bits"),
+        (("--adapter", BASE), "holds a whole model: there is nothing to merge"),
+        (("--adapter", "runs/nowhere/ppo"), "holds no adapter (no adapter_config.json): train it first with recipes/ppo.py"),
+        (("--adapter", "none"), "adapter: name the folder of the adapter that is to be merged"),
+        (("--model_name_or_path", "runs/nowhere/base"), "no such folder"),
+        (("--tolerance", "0"), "tolerance: 0.0: must be above 0"),
+        (("--hub_model_id", "me/mine"), "hub_model_id: goes with `push_to_hub: true`"),
+    ],
+)
+def test_what_a_user_got_wrong_is_one_message(merge, policy, options, message):
+    status, error, output = merge(policy, *options)
+    assert status == 2
+    assert message in error
+    assert len(error.strip().splitlines()[-1:]) == 1
+    assert left(output) == []
+
+
+def test_the_adapter_of_another_base_is_refused(merge, policy, tmp_path):
+    torch.manual_seed(3)
+    LlamaForCausalLM(LlamaConfig.from_pretrained(BASE)).save_pretrained(tmp_path / "other")
+    AutoTokenizer.from_pretrained(BASE).save_pretrained(tmp_path / "other")
+    status, error, output = merge(policy, "--model_name_or_path", tmp_path / "other")
+    assert (status, left(output)) == (2, [])
+    assert "is another: other weights" in error
+
+
+def test_members_of_an_ensemble_are_merged_one_by_one(merge, tmp_path):
+    write_json(tmp_path / REWARD, {"ensemble": {"members": ["member-0", "member-1"], "combine": "mean"}})
+    status, error, _ = merge(tmp_path)
+    assert status == 2
+    assert "is an ensemble: merge its members one by one" in error
+
+
+def test_a_base_that_is_stored_in_few_bits_is_refused(merge, policy, tmp_path):
+    model = load_model(ModelConfig(NAME, dtype="float32", load_in_4bit=True), SFTConfig(bf16=False, report_to="none"))
+    model.save_pretrained(tmp_path / "base")
+    AutoTokenizer.from_pretrained(BASE).save_pretrained(tmp_path / "base")
+    status, error, _ = merge(policy, "--model_name_or_path", tmp_path / "base")
+    assert status == 2
+    assert "is stored in few bits" in error
+
+
+# --- The card --------------------------------------------------------------------------------------------
+
+
+def test_the_card_says_how_it_came_about(merge, policy, tmp_path):
+    ppo = make(tmp_path / "ppo")
+    record = json.loads((ppo / "recipe.json").read_text())
+    write_json(ppo / "recipe.json", record | {"recipe": "ppo", "parents": [str(policy)], "metrics": {"eval_kl": 1.5}})
+    status, error, output = merge(ppo)
+    assert status == 0, error
+    card = ModelCard.load(output / "README.md")
+    assert card.data.library_name == "transformers"
+    assert card.data.base_model is None  # it is on no Hub
+    text = card.text
+    assert text.index("1. **sft**") < text.index("2. **ppo**")
+    assert "trained on: 7 rows of mine.csv" in text
+    assert "| eval_kl | 1.5 |" in text
+    assert "compared with those of the adapter" in text
+    assert "None" not in text
+    assert "/home" not in text
+    merged = json.loads((output / "recipe.json").read_text())
+    assert [stage["recipe"] for stage in merged["stages"]] == ["sft", "ppo"]
+    assert merged["parents"] == [ppo.name]  # it is for other machines too
+    assert merged["check"]["difference"] < 1e-4
+
+
+def test_a_merged_model_knows_its_stages_when_their_folders_are_gone(merge, tmp_path):
+    folder = make(tmp_path / "adapter")
+    _, _, output = merge(folder)
+    shutil.rmtree(folder)
+    assert [stage["recipe"] for stage in lineage(output)] == ["sft", "merge"]
+
+
+def test_records_that_name_each_other_end(tmp_path):
+    for one, other in (("a", "b"), ("b", "a")):
+        (tmp_path / one).mkdir()
+        write_json(tmp_path / one / "recipe.json", {"recipe": "sft", "parents": [str(tmp_path / other)]})
+    assert {stage["folder"] for stage in lineage(tmp_path / "a")} == {"a", "b"}
+
+
+def test_a_base_of_the_hub_is_named_in_the_metadata(tmp_path):
+    record = {"recipe": "sft", "base_model": {"name": "Qwen/Qwen3-0.6B-Base"}, "arguments": {"ModelConfig": {"use_peft": True}}}
+    write_json(tmp_path / "recipe.json", record)
+    write_card(tmp_path)
+    card = ModelCard.load(tmp_path / "README.md")
+    assert (card.data.base_model, card.data.library_name) == ("Qwen/Qwen3-0.6B-Base", "peft")
+
+
+def test_the_cards_of_stages_name_their_base(launch, tmp_path):
+    options = ("--max_steps", 1, "--eval_strategy", "no", "--save_strategy", "no", "--per_device_train_batch_size", 4)
+    assert launch("sft", *options, "--dataset_arguments", '{"rows": 8}', "--output_dir", tmp_path / "sft")[0] == 0
+    text = (tmp_path / "sft" / "README.md").read_text()
+    assert "A policy: an adapter on base" in text
+    assert "None" not in text
+
+
+# --- The Hub ---------------------------------------------------------------------------------------------
+
+
+def test_what_was_checked_is_what_is_uploaded(merge, policy, monkeypatch):
+    calls = []
+
+    def create_repo(self, repo_id, **options):
+        calls.append(("create_repo", repo_id, options))
+        return RepoUrl(f"https://huggingface.co/someone/{repo_id}")
+
+    def create_commit(self, repo_id, operations, **options):
+        calls.append(("create_commit", repo_id, [operation.path_in_repo for operation in operations]))
+
+    monkeypatch.setattr(HfApi, "create_repo", create_repo)
+    monkeypatch.setattr(HfApi, "create_commit", create_commit)
+    monkeypatch.setattr(HfApi, "list_repo_files", lambda self, repo_id, **_: [".gitattributes", "model.safetensors"])
+    status, error, output = merge(policy, "--push_to_hub", "true", "--hub_model_id", "mine", "--hub_private_repo", "true")
+    assert status == 0, error
+    assert calls == [
+        ("create_repo", "mine", {"private": True, "exist_ok": True}),
+        ("create_commit", "someone/mine", sorted(os.listdir(output))),
+    ]
+    assert 'model="mine"' in (output / "README.md").read_text()
+
+
+@pytest.mark.parametrize("other", ["adapter_config.json", "model-00001-of-00002.safetensors", "pytorch_model.bin"])
+def test_weights_of_another_model_in_the_repository_are_not_mixed_with_these(merge, policy, monkeypatch, other):
+    monkeypatch.setattr(HfApi, "create_repo", lambda self, repo_id, **options: RepoUrl(f"https://huggingface.co/a/{repo_id}"))
+    monkeypatch.setattr(HfApi, "list_repo_files", lambda self, repo_id, **_: ["README.md", other])
+    monkeypatch.setattr(HfApi, "create_commit", lambda self, *_, **__: pytest.fail("was uploaded"))
+    status, error, output = merge(policy, "--push_to_hub", "true", "--hub_model_id", "mine")
+    assert status == 2
+    assert f"push_to_hub: a/mine holds weights of another model ({other}), " in error
+    assert (output / "model.safetensors").is_file()
+
+
+def test_the_record_of_a_merged_model_tells_no_folder_of_this_machine(merge, policy):
+    output = merge(policy)[2]
+    text = (output / "recipe.json").read_text()
+    assert str(policy.parent) not in text
+    assert resolve_path(NAME) not in text
+    assert for_others({"model_init_kwargs": {"token": "hf_secret"}, "eos_token": "</s>"}) == {
+        "model_init_kwargs": {"token": "<not shown>"},
+        "eos_token": "</s>",
+    }
+
+
+def test_a_broken_generation_config_is_not_taken_for_a_full_disk(merge, policy, tmp_path):
+    broken = tmp_path / "broken"
+    shutil.copytree(policy, broken)
+    (broken / "generation_config.json").write_text("{")
+    status, error, output = merge(broken)
+    assert status == 2
+    assert f"adapter: {broken}: generation_config.json: " in error
+    assert not left(output)
+
+
+def test_a_hub_that_cannot_be_reached_is_one_message_and_the_model_stays(merge, policy):
+    status, error, output = merge(policy, "--push_to_hub", "true", "--hub_model_id", "someone/mine")
+    assert status == 2
+    assert "push_to_hub: someone/mine: " in error
+    assert f"upload it with `hf upload someone/mine {output} " in error
+    assert (output / "model.safetensors").is_file()
+
+
+def test_the_fingerprint_of_a_merged_model_is_its_own(merge, policy):
+    _, _, output = merge(policy)
+    merged, base = (fingerprint(base_of(AutoModelForCausalLM.from_pretrained(folder))) for folder in (output, BASE))
+    assert merged["weights"] == base["weights"]
+    assert merged["matrices"] != base["matrices"]

@@ -1,0 +1,206 @@
+"""Sampling completions to be ranked: different ones, from several policies, gone on with where it was broken off."""
+
+import errno
+import json
+import os
+import sys
+from collections import Counter
+from unittest.mock import ANY
+
+from rlhf_recipes.config.arguments import SampleArguments
+from rlhf_recipes.core.errors import RecipeError
+from rlhf_recipes.feedback import sampling
+from rlhf_recipes.feedback.sampling import GroupFile, part_size, sample_groups
+from rlhf_recipes.generation.policies import Policy, load_bench
+from rlhf_recipes.tiny import splits
+
+import pytest
+import torch
+from datasets import Dataset
+from peft import LoraConfig, get_peft_model
+from transformers import AutoModelForCausalLM, AutoTokenizer
+from trl import ModelConfig
+
+BASE = "rlhf_recipes.tiny.base"
+
+
+@pytest.fixture(scope="module")
+def bench(tmp_path_factory):
+    """The tiny base, and an adapter that changes what it says."""
+    from rlhf_recipes.models.loading import resolve_path
+
+    folder = tmp_path_factory.mktemp("adapter")
+    base, tokenizer = (cls.from_pretrained(resolve_path(BASE)) for cls in (AutoModelForCausalLM, AutoTokenizer))
+    torch.manual_seed(0)
+    model = get_peft_model(base, LoraConfig(r=4, target_modules="all-linear"))
+    for name, weight in model.named_parameters():
+        if "lora_B" in name:
+            weight.data.normal_(std=0.1)
+    model.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    policies = {"base": Policy("base"), "other": Policy("other", str(folder))}
+    return load_bench(ModelConfig(BASE, dtype="float32"), SampleArguments(), policies, tokenizer)
+
+
+def arguments(**options):
+    return SampleArguments(**{"max_completion_length": 12, "batch_size": 8, "temperature": 2.0} | options)
+
+
+def drawn(bench, policies, rows, options, done=0):
+    return [group for part in sample_groups(bench, policies, rows, options, done) for group in part]
+
+
+def texts(group):
+    return [message["content"] for (message,) in group["completions"]]
+
+
+def test_completions_of_a_prompt_differ_and_other_columns_go_along(bench):
+    rows = splits.prompts(rows=6)
+    groups = drawn(bench, ["base"], rows, arguments(num_completions=3, temperature=4.0))
+    assert [group["prompt"] for group in groups] == rows["prompt"]
+    assert [group["reference"] for group in groups] == rows["reference"]
+    for group in groups:
+        assert len({text.strip() for text in texts(group)}) == 3
+        assert group["sources"] == ["base"] * 3
+
+
+def test_several_policies_write_as_many(bench):
+    groups = drawn(bench, ["base", "other"], splits.prompts(rows=8), arguments(num_completions=3, temperature=4.0))
+    counts = Counter(source for group in groups for source in group["sources"])
+    assert counts == {"base": 12, "other": 12}
+    assert {tuple(sorted(Counter(group["sources"]).values())) for group in groups} == {(1, 2)}
+
+
+def test_plain_prompts_have_plain_completions(bench):
+    (group,) = drawn(bench, ["base"], Dataset.from_dict({"prompt": ["Zaza lives in"]}), arguments(num_completions=2))
+    assert all(isinstance(text, str) for text in group["completions"])
+
+
+def test_what_is_lacking_is_asked_for_again(bench):
+    rows, options = splits.prompts(rows=16), {"num_completions": 4, "temperature": 1.0}
+    once, often = (
+        [len(group["completions"]) for group in drawn(bench, ["base"], rows, arguments(max_attempts=attempts, **options))]
+        for attempts in (1, 6)
+    )
+    assert sum(once) < sum(often)
+    assert max(often) == 4
+
+
+def test_a_run_that_was_broken_off_goes_on_to_the_same_file(bench, tmp_path):
+    rows, options = splits.prompts(rows=7), arguments(num_completions=3)
+    assert part_size(options) == 2
+    whole, broken = (GroupFile(tmp_path / name, {"seed": 0}) for name in ("whole", "broken"))
+    for part in sample_groups(bench, ["base"], rows, options):
+        whole.append(part)
+    for part, _ in zip(sample_groups(bench, ["base"], rows, options), range(2), strict=False):
+        broken.append(part)
+    with broken.path.open("a") as file:
+        file.write('{"prompt": [{"role": "us')  # killed in the middle of a line
+    again = GroupFile(tmp_path / "broken", {"seed": 0})
+    assert again.prompts == 4
+    for part in sample_groups(bench, ["base"], rows, options, done=again.prompts):
+        again.append(part)
+    assert again.path.read_bytes() == whole.path.read_bytes()
+    assert (again.prompts, again.groups) == (whole.prompts, whole.groups)
+    assert [json.loads(line)["prompt"] for line in whole.path.read_text().splitlines()] == rows["prompt"]
+
+
+def test_a_prompt_with_one_answer_is_left_out_and_counted(tmp_path):
+    file = GroupFile(tmp_path, {})
+    file.append([{"prompt": "a", "completions": ["x", "y"]}, {"prompt": "b", "completions": ["x"]}])
+    assert (file.prompts, file.groups) == (2, 1)
+    assert [json.loads(line)["prompt"] for line in file.path.read_text().splitlines()] == ["a"]
+
+
+def test_the_file_of_another_run_is_not_added_to(tmp_path):
+    GroupFile(tmp_path, {"temperature": 1.0})
+    with pytest.raises(RecipeError, match=r"samples of a run with another `temperature` \(1.0 then, 0.5 now\)"):
+        GroupFile(tmp_path, {"temperature": 0.5})
+    (tmp_path / "own").mkdir()
+    (tmp_path / "own" / "groups.jsonl").write_text("precious\n")
+    with pytest.raises(RecipeError, match="was not written by this recipe"):
+        GroupFile(tmp_path / "own", {})
+    assert (tmp_path / "own" / "groups.jsonl").read_text() == "precious\n"
+
+
+def test_samples_of_other_files_or_rows_are_not_added_to(tmp_path):
+    data, adapter = tmp_path / "prompts.jsonl", tmp_path / "adapter"
+    adapter.mkdir()
+    arguments = {"dataset_name": str(data), "policies": {"sft": str(adapter)}, "rows": 2}
+    for path in (data, adapter / "adapter_model.safetensors"):
+        path.write_text("one")
+    folder = tmp_path / "out"
+    assert GroupFile(folder, arguments).prompts == GroupFile(folder, arguments).prompts == 0
+    with pytest.raises(RecipeError, match=r"a run with another `rows` \(2 then, 3 now\)"):
+        GroupFile(folder, arguments | {"rows": 3})
+    for path in (data, adapter / "adapter_model.safetensors"):
+        path.write_text("another")
+        with pytest.raises(RecipeError, match=f"holds samples from before .*{path.name} changed: name another folder"):
+            GroupFile(folder, arguments)
+        GroupFile(tmp_path / path.stem, arguments)
+        folder = tmp_path / path.stem
+
+
+@pytest.mark.parametrize("left", [None, b"", b'{"prompt": "a"'])
+def test_groups_that_are_lost_are_not_made_up(tmp_path, left):
+    file = GroupFile(tmp_path, {})
+    file.append([{"prompt": "a", "completions": ["x", "y"]}])
+    file.path.unlink()
+    if left is not None:
+        file.path.write_bytes(left)
+    with pytest.raises(RecipeError, match=rf"groups.jsonl has {len(left or b'')} of \d+ bytes that were written: name another"):
+        GroupFile(tmp_path, {})
+    assert (file.path.read_bytes() if left is not None else None) == left
+
+
+def test_a_full_disk_is_one_message_and_keeps_what_there_is(tmp_path, monkeypatch):
+    file = GroupFile(tmp_path, {})
+    part = [{"prompt": "a", "completions": ["x", "y"]}]
+    file.append(part)
+    before = file.path.read_bytes()
+
+    def full(descriptor):
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr(os, "fsync", full)
+    with pytest.raises(RecipeError, match=r"cannot be written to \(No space left on device\); what was sampled before is kept"):
+        file.append(part)
+    again = GroupFile(tmp_path, {})
+    assert (again.path.read_bytes(), again.groups) == (before, 1)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (("--policies", "{}"), "policies: name at least one"),
+        (("--policies", '{"a": null, "b": {"best_of": {"policy": "a", "n": 2}}}'), "policies: b: a best-of-n is no policy"),
+        (("--policies", '{"a": null}', "--num_completions", "1"), "num_completions: 1: must be 2 or more"),
+        (("--policies", '{"a": null}', "--temperature", "0"), "temperature: 0.0: must be above 0"),
+    ],
+)
+def test_what_a_user_got_wrong_is_one_message(launch, tmp_path, options, message):
+    status, error = launch("sample", *options, "--output_dir", tmp_path / "out")
+    assert status == 2
+    assert message in error
+
+
+def test_the_recipe_writes_groups_and_goes_on_with_what_is_done(launch, tmp_path, monkeypatch):
+    drawn, draw = [], sampling._draw
+    monkeypatch.setattr(sampling, "_draw", lambda *given: drawn.append(given[-1]) or draw(*given))
+    options = ("--policies", '{"base": null}', "--dataset_arguments", '{"rows": 6}', "--temperature", 3, "--batch_size", 8)
+    whole, broken = tmp_path / "whole", tmp_path / "broken"
+    assert launch("sample", *options, "--output_dir", whole) == (0, ANY)
+    groups = [json.loads(line) for line in (whole / "groups.jsonl").read_text().splitlines()]
+    assert all(len(group["completions"]) == 4 for group in groups)
+    assert (len(groups), drawn) == (6, [0, 2, 4])
+
+    append = GroupFile.append
+    monkeypatch.setattr(GroupFile, "append", lambda file, part: append(file, part) if not file.prompts else sys.exit(9))
+    assert launch("sample", *options, "--output_dir", broken)[0] == 9
+    monkeypatch.setattr(GroupFile, "append", append)
+    drawn.clear()
+    for expected in ([2, 4], []):  # of what is there nothing is drawn again
+        assert launch("sample", *options, "--output_dir", broken) == (0, ANY)
+        assert drawn == expected
+        drawn.clear()
+    assert (broken / "groups.jsonl").read_bytes() == (whole / "groups.jsonl").read_bytes()

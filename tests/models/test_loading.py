@@ -1,0 +1,301 @@
+"""Loading: 4-bit gradients that stay exact, tokenizers whose EOS is learnt and is not PAD, and refusals."""
+
+import shutil
+import sys
+
+from rlhf_recipes.core.errors import RecipeError
+from rlhf_recipes.core.files import RECIPE, write_json
+from rlhf_recipes.models import loading as models
+from rlhf_recipes.models.loading import (
+    PLAIN_CHAT_TEMPLATE,
+    fingerprint,
+    load_model,
+    load_policy,
+    load_tokenizer,
+    put_adapter,
+    refuse_not_finite,
+    resolve_path,
+)
+from support.small_ppo import make_model, with_adapter
+
+import pytest
+import torch
+from peft import LoraConfig, get_peft_model
+from safetensors.torch import load_file, save_file
+from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM
+from trl import ModelConfig, SFTConfig
+
+BASE = "rlhf_recipes.tiny.base"
+CONVERSATION = [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Ho"}]
+
+
+def sft_config(**options):
+    return SFTConfig(bf16=False, report_to="none", **options)
+
+
+def load_adapted(dtype="float32", **options):
+    """A 4-bit base with a random adapter."""
+    arguments = ModelConfig(model_name_or_path=BASE, dtype=dtype, load_in_4bit=True, use_bnb_nested_quant=True, **options)
+    model = load_model(arguments, sft_config())
+    torch.manual_seed(0)
+    return get_peft_model(model, LoraConfig(r=4, target_modules="all-linear", init_lora_weights=False))
+
+
+def gradient(model):
+    tokens = torch.arange(10, 34).reshape(2, 12)
+    model.train().zero_grad()
+    model(input_ids=tokens, labels=tokens).loss.backward()
+    return torch.cat([weight.grad.flatten().float() for weight in model.parameters() if weight.requires_grad])
+
+
+@torch.no_grad()
+def evaluate(model):
+    model.eval()(input_ids=torch.arange(10, 34).reshape(2, 12))
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_4bit_gradients_are_the_same_after_an_evaluation(dtype):
+    model = load_adapted(dtype)
+    before = gradient(model)
+    evaluate(model)
+    assert before.norm() > 0
+    assert torch.equal(gradient(model), before)
+
+
+def test_that_comparison_sees_the_repacking_of_bitsandbytes(monkeypatch):
+    from bitsandbytes.functional import has_avx512bf16
+
+    if not has_avx512bf16():
+        pytest.skip("bitsandbytes repacks weights on CPUs with AVX512-BF16 only")
+    monkeypatch.setattr(models, "keep_gradients_exact", lambda model: None)
+    model = load_adapted()
+    before = gradient(model)
+    evaluate(model)
+    assert torch.nn.functional.cosine_similarity(gradient(model), before, dim=0) < 0.9
+
+
+def test_4bit_weights_are_nf4_with_double_quantisation():
+    layer = load_adapted().base_model.model.model.layers[0].mlp.up_proj.base_layer
+    state = layer.weight.quant_state
+    assert (state.quant_type, state.nested, layer.weight.dtype) == ("nf4", True, torch.uint8)
+
+
+@pytest.mark.parametrize(("name", "dtype"), [("float32", torch.float32), ("bfloat16", torch.bfloat16), ("auto", torch.float32)])
+def test_dtype(name, dtype):
+    arguments = ModelConfig(model_name_or_path=BASE, dtype=name)
+    assert load_model(arguments, sft_config()).dtype == dtype
+
+
+def test_auto_dtype_goes_with_4_bits():
+    arguments = ModelConfig(model_name_or_path=BASE, dtype="auto", load_in_4bit=True)
+    layer = load_model(arguments, sft_config()).model.layers[0].mlp.up_proj
+    assert layer.compute_dtype == torch.float32
+
+
+def test_dotted_path_is_a_folder_of_the_package():
+    assert resolve_path(BASE).endswith("rlhf_recipes/tiny/base")
+    for name in (
+        "Qwen/Qwen3-0.6B",
+        "gpt2",
+        "no.such.package",
+        "rlhf_recipes.tiny.nothing",
+        "rlhf_recipes.models.loading.x",
+        "antigravity.x.y",
+    ):
+        assert resolve_path(name) == name
+    assert "this" not in sys.modules, "an adapter may name any base"
+
+
+def save_tokenizer(folder, **changes):
+    tokenizer = AutoTokenizer.from_pretrained(resolve_path(BASE))
+    for name, value in changes.items():
+        setattr(tokenizer, name, value)
+    tokenizer.save_pretrained(folder)
+    shutil.copy(f"{resolve_path(BASE)}/config.json", folder)
+    return ModelConfig(model_name_or_path=str(folder))
+
+
+def test_tokenizer_without_template_gets_a_plain_one_that_teaches_to_stop(tmp_path):
+    tokenizer = load_tokenizer(save_tokenizer(tmp_path, chat_template=None), sft_config())
+    assert tokenizer.chat_template == PLAIN_CHAT_TEMPLATE
+    turns = [*CONVERSATION, {"role": "user", "content": "Why"}, {"role": "assistant", "content": "So"}]
+    assert tokenizer.apply_chat_template(turns, tokenize=False) == (
+        "<s>User: Hi\nAssistant: Ho</s>\nUser: Why\nAssistant: So</s>\n"
+    )
+    assert tokenizer.apply_chat_template(turns[:1], tokenize=False, add_generation_prompt=True) == "<s>User: Hi\nAssistant:"
+    encoded = tokenizer.apply_chat_template(turns, return_dict=True, return_assistant_tokens_mask=True)
+    learnt = [token for token, own in zip(encoded["input_ids"], encoded["assistant_masks"], strict=True) if own]
+    assert learnt.count(tokenizer.eos_token_id) == 2
+
+
+@pytest.mark.parametrize("pad", ["</s>", None])
+def test_pad_is_never_eos(tmp_path, pad):
+    tokenizer = load_tokenizer(save_tokenizer(tmp_path, pad_token=pad), sft_config())
+    assert tokenizer.pad_token not in (None, tokenizer.eos_token)
+    assert len(tokenizer) == len(AutoTokenizer.from_pretrained(resolve_path(BASE)))
+
+
+def test_eos_token_is_taken_from_the_arguments(tmp_path):
+    arguments = save_tokenizer(tmp_path, chat_template=None)
+    assert load_tokenizer(arguments, sft_config(eos_token="<s>")).eos_token_id == 1
+    with pytest.raises(RecipeError, match="eos_token: '<end>' is not in the vocabulary"):
+        load_tokenizer(arguments, sft_config(eos_token="<end>"))
+
+
+def test_the_tokenizer_of_an_earlier_stage_knows_what_the_policy_was_taught(tmp_path):
+    arguments = save_tokenizer(tmp_path / "base", chat_template=None)
+    taught = load_tokenizer(arguments, sft_config(eos_token="<s>"))
+    taught.chat_template = taught.chat_template.replace("Assistant:", "Bot:")
+    taught.save_pretrained(tmp_path / "sft")
+    found = load_tokenizer(arguments, start_from=tmp_path / "sft")
+    assert (found.eos_token, found.chat_template) == ("<s>", taught.chat_template)
+    assert load_tokenizer(arguments, sft_config(eos_token="</s>"), start_from=tmp_path / "sft").eos_token == "</s>"
+    (tmp_path / "bare").mkdir()  # an adapter that came without one
+    assert load_tokenizer(arguments, start_from=tmp_path / "bare").chat_template == PLAIN_CHAT_TEMPLATE
+
+
+def test_template_that_never_ends_a_turn_by_eos_is_refused(tmp_path):
+    template = "{% for m in messages %}<s>{{ m['content'] }}<unk>{% endfor %}"
+    with pytest.raises(RecipeError, match="never learn to stop; set `eos_token: '<unk>'`"):
+        load_tokenizer(save_tokenizer(tmp_path, chat_template=template), sft_config())
+    with pytest.raises(RecipeError, match="put `eos_token` after"):
+        load_tokenizer(save_tokenizer(tmp_path, chat_template=template.replace("<unk>", "")), sft_config())
+
+
+def test_template_from_a_file_or_another_tokenizer(tmp_path):
+    (tmp_path / "own.jinja").write_text(template := "{% for m in messages %}{{ m['content'] + eos_token }}{% endfor %}")
+    arguments = ModelConfig(model_name_or_path=BASE)
+    assert load_tokenizer(arguments, sft_config(chat_template_path=str(tmp_path / "own.jinja"))).chat_template == template
+    save_tokenizer(tmp_path / "other", chat_template=template + "\n")
+    assert load_tokenizer(arguments, sft_config(chat_template_path=str(tmp_path / "other"))).chat_template == template + "\n"
+
+
+def test_template_with_unknown_special_tokens_is_refused(tmp_path):
+    other = AutoTokenizer.from_pretrained(resolve_path(BASE))
+    other.add_special_tokens({"additional_special_tokens": ["<|turn|>"]})
+    other.chat_template = "<|turn|>{{ messages[0]['content'] + eos_token }}"
+    other.save_pretrained(tmp_path)
+    with pytest.raises(RecipeError, match=r"uses <\|turn\|>, which .* does not know"):
+        load_tokenizer(ModelConfig(model_name_or_path=BASE), sft_config(chat_template_path=str(tmp_path)))
+
+
+def test_tokenizer_of_one_special_token_gets_another_pad(tmp_path):
+    """As GPT-2's, which has one token for everything."""
+    arguments = save_tokenizer(tmp_path, pad_token=None, unk_token=None, bos_token="</s>", eos_token="</s>")
+    tokenizer = load_tokenizer(arguments, sft_config())
+    assert tokenizer.pad_token_id not in (None, tokenizer.eos_token_id)
+
+
+def test_home_folder_is_expanded(tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    save_tokenizer(tmp_path / "model")
+    assert load_tokenizer(ModelConfig(model_name_or_path="~/model"), sft_config()).eos_token == "</s>"
+
+
+def test_4bit_sides_are_checked_on_a_cpu(tmp_path):
+    config = LlamaConfig(vocab_size=64, hidden_size=48, intermediate_size=64, num_hidden_layers=1, num_attention_heads=4)
+    LlamaForCausalLM(config).save_pretrained(tmp_path)
+    with pytest.raises(RecipeError, match=r"self_attn\.q_proj is 48 x 48, and on a CPU bitsandbytes needs"):
+        load_model(ModelConfig(model_name_or_path=str(tmp_path), load_in_4bit=True), sft_config())
+
+
+@pytest.mark.parametrize("path", ["./nowhere", "/no/where", "a/b/c"])
+def test_missing_folder_is_named(path):
+    for load in (load_model, load_tokenizer):
+        with pytest.raises(RecipeError, match=f"model_name_or_path: {path}: no such folder"):
+            load(ModelConfig(model_name_or_path=path), sft_config())
+
+
+def test_unreachable_hub_name_says_what_to_do():
+    with pytest.raises(RecipeError, match=r"somebody/some-model: .*hf download somebody/some-model --local-dir FOLDER"):
+        load_model(ModelConfig(model_name_or_path="somebody/some-model"), sft_config())
+
+
+def test_no_model_named():
+    with pytest.raises(RecipeError, match="model_name_or_path: name the base model"):
+        load_model(ModelConfig(), sft_config())
+
+
+def test_folder_without_tokenizer_or_weights_and_adapter_folder(tmp_path):
+    shutil.copy(f"{resolve_path(BASE)}/config.json", tmp_path)
+    arguments = ModelConfig(model_name_or_path=str(tmp_path))
+    with pytest.raises(RecipeError, match="no usable tokenizer there"):
+        load_tokenizer(arguments, sft_config())
+    with pytest.raises(RecipeError, match=r"model\.safetensors"):
+        load_model(arguments, sft_config())
+    (tmp_path / "adapter_config.json").write_text("{}")
+    with pytest.raises(RecipeError, match="holds an adapter, not a model"):
+        load_model(arguments, sft_config())
+
+
+def test_model_whose_files_lack_weights_is_refused(tmp_path):
+    weights = load_file(f"{resolve_path(BASE)}/model.safetensors")
+    del weights["lm_head.weight"]
+    save_file(weights, tmp_path / "model.safetensors", metadata={"format": "pt"})
+    shutil.copy(f"{resolve_path(BASE)}/config.json", tmp_path)
+    with pytest.raises(RecipeError, match=r"lack 1 of the weights \(lm_head\.weight"):
+        load_model(ModelConfig(model_name_or_path=str(tmp_path)), sft_config())
+
+
+@pytest.fixture
+def adapter(tmp_path):
+    """An adapter of the tiny base, as an earlier stage leaves it."""
+    base = load_model(ModelConfig(model_name_or_path=BASE), sft_config())
+    identity = {"name": resolve_path(BASE), "fingerprint": fingerprint(base)}
+    folder = tmp_path / "sft"
+    config = LoraConfig(r=2, target_modules=["q_proj"], init_lora_weights=False, task_type="CAUSAL_LM")
+    get_peft_model(base, config).save_pretrained(folder)
+    write_json(folder / RECIPE, {"base_model": identity})
+    return folder
+
+
+def load_started(folder, base):
+    arguments = ModelConfig(model_name_or_path=str(base), use_peft=True)
+    tokenizer = load_tokenizer(ModelConfig(model_name_or_path=BASE), sft_config())
+    return load_policy(arguments, sft_config(), folder, tokenizer)
+
+
+def test_policy_starts_from_an_adapter_of_its_own_base(adapter, tmp_path):
+    shutil.copytree(resolve_path(BASE), tmp_path / "moved")
+    for base in (BASE, tmp_path / "moved"):
+        policy = load_started(adapter, base)
+        assert [name for name, weight in policy.named_parameters() if weight.requires_grad and "lora_B" in name]
+
+
+def test_policy_does_not_start_from_an_adapter_of_another_base(adapter, tmp_path):
+    """Not even of one whose shapes fit: the reference would be wrong in the same way, and the KL 0."""
+    other = load_model(ModelConfig(model_name_or_path=BASE), sft_config())
+    other.model.layers[1].mlp.up_proj.weight.data.mul_(1.5)
+    other.save_pretrained(tmp_path / "other")
+    both = (
+        f"start_from: {adapter} was trained on {resolve_path(BASE)}, and the base in memory, {tmp_path / 'other'}, is another"
+    )
+    with pytest.raises(RecipeError, match=both):
+        load_started(adapter, tmp_path / "other")
+
+
+def test_4_bits_that_are_stored_as_floats_are_no_numbers_to_look_at():
+    """As under FSDP, which shares out floats only: read as bf16 some of them are NaN."""
+    arguments = ModelConfig("rlhf_recipes.tiny.base", load_in_4bit=True, bnb_4bit_quant_storage="bfloat16", dtype="float32")
+    model = load_model(arguments, SFTConfig(bf16=False, use_cpu=True))
+    packed = [weight for weight in model.parameters() if hasattr(weight, "quant_state")]
+    assert {weight.dtype for weight in packed} == {torch.bfloat16}
+    assert not all(weight.isfinite().all() for weight in packed)
+
+
+def test_an_adapter_on_the_lm_head_goes_round(tmp_path):
+    make_model().save_pretrained(tmp_path / "base")
+    policy = with_adapter(make_model(), target_modules=["q_proj", "lm_head"])
+    policy.save_pretrained(tmp_path / "adapter")
+    assert any(".base_layer." in name for name in load_file(tmp_path / "adapter" / "adapter_model.safetensors"))
+    loaded = put_adapter(make_model(), tmp_path / "adapter", "default", "start_from")
+    ids = torch.arange(4, 12)[None]
+    torch.testing.assert_close(loaded(ids).logits, policy.eval()(ids).logits)
+
+
+def test_weights_that_are_not_finite_are_found_wherever_they_stand():
+    weight = torch.zeros(10_000, 3)
+    refuse_not_finite({"w": weight, "large": torch.full((3,), 3e38)}, "here")
+    weight[9_999, 2] = torch.nan
+    with pytest.raises(RecipeError, match=r"here: w holds numbers that are not finite \(NaN or infinity\): do this"):
+        refuse_not_finite({"w": weight}, "here", "do this")

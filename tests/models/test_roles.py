@@ -1,0 +1,793 @@
+"""Reward adapters on a base in memory: the same scores everywhere, nothing else touched, and what does not fit refused."""
+
+import copy
+import json
+import re
+import shutil
+from types import SimpleNamespace
+
+from rlhf_recipes.core.errors import RecipeError
+from rlhf_recipes.core.files import REWARD, read_json
+from rlhf_recipes.models import roles
+from rlhf_recipes.models.loading import (
+    PLAIN_CHAT_TEMPLATE,
+    fingerprint,
+    keep_gradients_exact,
+    load_model,
+    load_tokenizer,
+    resolve_path,
+)
+from rlhf_recipes.models.roles import (
+    Ensemble,
+    encode,
+    load_reward,
+    load_saved_rewards,
+    load_whole_reward,
+    store_normalisation,
+    write_ensemble_record,
+)
+from rlhf_recipes.tiny import splits
+from rlhf_recipes.training.reward import RankingTrainer, load_reward_model
+from support import ROOT
+
+import pytest
+import torch
+from peft import LoraConfig, PeftModel, get_peft_model
+from safetensors.torch import load_file, save_file
+from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer, BitsAndBytesConfig
+from trl import GRPOConfig, GRPOTrainer, ModelConfig, RewardConfig, SFTConfig
+
+BASE = resolve_path("rlhf_recipes.tiny.base")
+IN_4_BITS = {"load_in_4bit": True, "use_bnb_nested_quant": True}
+BITS = {"fp32": {}, "4bit": IN_4_BITS}
+
+
+def model_config(**options):
+    return ModelConfig(model_name_or_path=BASE, use_peft=True, lora_r=4, lora_target_modules="all-linear", **options)
+
+
+def load_base(**options):
+    return load_model(model_config(**options), SFTConfig(bf16=False))
+
+
+@pytest.fixture(scope="module")
+def tokenizer():
+    return load_tokenizer(model_config(), SFTConfig(bf16=False))
+
+
+@pytest.fixture(scope="module")
+def answers():
+    """Prompts and completions, of different lengths."""
+    rows = splits.rankings("test", rows=4)
+    pairs = [(p, c) for p, completions in zip(rows["prompt"], rows["completions"], strict=True) for c in completions]
+    return [p for p, _ in pairs], [c for _, c in pairs]
+
+
+@pytest.fixture(scope="module")
+def batch(tokenizer, answers):
+    rows = [encode(tokenizer, prompt, completion) for prompt, completion in zip(*answers, strict=True)]
+    assert len(set(map(len, rows))) > 1
+    return tokenizer.pad({"input_ids": rows}, padding_side="right", return_tensors="pt")
+
+
+def train(folder, tokenizer, batch, seed=0, **options):
+    """Trains and saves a reward adapter; returns its scores of `batch` before it was saved."""
+    training = RewardConfig(
+        str(folder),
+        bf16=False,
+        report_to="none",
+        gradient_checkpointing=False,
+        per_device_train_batch_size=4,
+        max_steps=3,
+        learning_rate=1e-2,
+        seed=seed,
+        save_strategy="no",
+        disable_tqdm=True,
+    )
+    model = load_reward_model(model_config(**options), training, tokenizer)
+    trainer = RankingTrainer(model, args=training, train_dataset=splits.rankings(rows=12), processing_class=tokenizer)
+    trainer.train()
+    trainer.save_model()
+    with torch.no_grad():
+        return trainer.model.eval()(**batch).logits[:, 0]
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory, tokenizer, batch):
+    """Folders of reward adapters with the scores that they gave before they were saved: trained in fp32, in 4 bits."""
+    folders = {}
+    for name, seed, options in (("fp32", 0, {}), ("second", 1, {}), ("4bit", 2, IN_4_BITS)):
+        folder = tmp_path_factory.mktemp(name)
+        folders[name] = (folder, train(folder, tokenizer, batch, seed, **options))
+    return folders
+
+
+@pytest.fixture
+def folder(trained, tmp_path):
+    """A copy of a reward adapter's folder, to spoil."""
+    shutil.copytree(trained["fp32"][0], tmp_path / "adapter")
+    return tmp_path / "adapter"
+
+
+def policy(**options):
+    """A base with a policy adapter that is trained, and a frozen reference."""
+    torch.manual_seed(3)
+    config = LoraConfig(r=2, target_modules=["q_proj", "v_proj", "up_proj"], init_lora_weights=False, task_type="CAUSAL_LM")
+    model = get_peft_model(load_base(**options), config)
+    model.add_adapter("ref", copy.deepcopy(config))
+    return model
+
+
+@torch.no_grad()
+def logits(model, batch):
+    return model(**batch).logits
+
+
+def close(scores, expected):
+    torch.testing.assert_close(scores, expected, rtol=0, atol=1e-5)
+
+
+# --- Round trip ------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("bits", BITS)
+def test_scores_are_the_same_before_saving_and_wherever_the_adapter_is_loaded(trained, tokenizer, batch, answers, bits):
+    folder, before = trained[bits]
+    assert before.std() > 0.1
+    assert before.dtype == torch.float32
+    # by transformers and peft alone
+    options = {"num_labels": 1, "dtype": torch.float32}
+    if bits == "4bit":
+        nested = {"bnb_4bit_use_double_quant": True, "bnb_4bit_compute_dtype": torch.float32}
+        options["quantization_config"] = BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4", **nested)
+    alone = AutoModelForSequenceClassification.from_pretrained(BASE, **options)
+    keep_gradients_exact(alone)  # else bitsandbytes computes in bf16 on some CPUs, and the scores differ by 0.02
+    with torch.no_grad():
+        close(PeftModel.from_pretrained(alone, folder).eval()(**batch).logits[:, 0], before)
+    # on a base in memory, bare and beside other adapters
+    foreign = AutoModelForCausalLM.from_pretrained(BASE, **{k: v for k, v in options.items() if k != "num_labels"})
+    for base in (load_base(**BITS[bits]), policy(**BITS[bits]), foreign):
+        reward = load_reward(base, folder, "reward", tokenizer, batch_size=3)
+        close(reward.score(**batch), before)
+        assert reward.score(**batch).dtype == torch.float32
+        close(torch.tensor(reward(*answers)), before)
+
+
+@pytest.mark.parametrize("as_documented", [True, False])
+def test_documented_way_to_load_it_elsewhere_reads_padded_rows_right(folder, batch, trained, tmp_path, as_documented):
+    """Where the base's PAD is its EOS; without the line that says which PAD it is, the scores are others."""
+    base = AutoModelForCausalLM.from_pretrained(BASE)
+    base.config.pad_token_id = base.config.eos_token_id
+    base.save_pretrained(tmp_path / "base")
+    edit_config(folder, base_model_name_or_path=str(tmp_path / "base"))
+    (code,) = re.findall(r"without this project:\n\n```python\n(.*?)```", (ROOT / "docs" / "reward.md").read_text(), re.S)
+    assert "rlhf_recipes" not in code
+    code = code.replace('"runs/tiny/reward"', repr(str(folder)))
+    if not as_documented:
+        code = re.sub("base.config.pad_token_id = .*", "", code)
+    exec(code, names := {})
+    with torch.no_grad():
+        scores = names["reward_model"](**batch).logits[:, 0]
+    assert torch.allclose(scores, trained["fp32"][1], rtol=0, atol=1e-5) is as_documented
+
+
+def test_documented_way_to_score_reads_what_training_read(folder, tokenizer):
+    blocks = re.findall(r"```python\n(.*?)```", (ROOT / "docs" / "reward.md").read_text(), re.S)[:2]
+    code = "".join(blocks).replace('"runs/tiny/reward"', repr(str(folder)))
+    edit_config(folder, base_model_name_or_path=str(BASE))
+    exec(code, names := {})
+    assert names["inputs"]["input_ids"][0].tolist() == encode(tokenizer, names["talk"][:1], names["talk"][1:])
+    assert isinstance(names["score"], float)
+
+
+def test_merged_at_full_precision_it_scores_the_same(trained, tokenizer, batch, answers, tmp_path):
+    folder, before = trained["fp32"]
+    adapted = PeftModel.from_pretrained(AutoModelForSequenceClassification.from_pretrained(BASE, num_labels=1), folder)
+    adapted.merge_and_unload().save_pretrained(tmp_path)
+    tokenizer.save_pretrained(tmp_path)
+    with torch.no_grad():
+        close(AutoModelForSequenceClassification.from_pretrained(tmp_path)(**batch).logits[:, 0], before)
+    merged = load_whole_reward(tmp_path, "merged", tokenizer)
+    close(merged.score(**batch), before)
+    close(torch.tensor(merged(*answers)), before)
+
+
+def test_several_on_one_base_and_trained_with_a_bf16_base(trained, tokenizer, batch, tmp_path):
+    model = policy()
+    rewards = [load_reward(model, trained[name][0], name, tokenizer) for name in ("fp32", "second")]
+    for _ in range(2):
+        for reward in rewards:
+            close(reward.score(**batch), trained[reward.__name__][1])
+    before = train(tmp_path, tokenizer, batch, dtype="bfloat16")
+    close(load_reward(load_base(dtype="bfloat16"), tmp_path, "reward", tokenizer).score(**batch), before)
+
+
+def test_in_4_bits_with_bf16_compute_it_scores_the_same_on_every_base(tokenizer, batch, answers, tmp_path):
+    """As on a GPU, where the base's own weights are bf16 too, and the head is not."""
+    options = {**IN_4_BITS, "dtype": "bfloat16"}
+    before = train(tmp_path, tokenizer, batch, **options)
+    assert before.std() > 0.1
+    for base in (load_base(**options), policy(**options), policy(**options).train()):
+        reward = load_reward(base, tmp_path, "reward", tokenizer, batch_size=len(answers[0]))
+        close(reward.score(**batch), before)
+        assert reward.head.weight.dtype == torch.float32
+
+
+@pytest.mark.parametrize("shards", [{}, {"max_shard_size": "500KB"}], ids=["one-file", "shards"])
+def test_head_of_a_whole_bf16_model_is_read_as_it_was_saved(tokenizer, batch, tmp_path, shards):
+    """From the file, since Transformers rounds it to the type of the rest."""
+    whole = ModelConfig(model_name_or_path=BASE, dtype="bfloat16")
+    model = load_reward_model(whole, RewardConfig(str(tmp_path), bf16=False, report_to="none"), tokenizer)
+    model.save_pretrained(tmp_path, **shards)
+    assert (tmp_path / "model.safetensors.index.json").exists() == bool(shards)
+    tokenizer.save_pretrained(tmp_path)
+    with torch.no_grad():
+        before = model.eval()(**batch).logits[:, 0]
+    assert not torch.equal(model.score.weight, model.score.weight.bfloat16().float())
+    reward = load_whole_reward(tmp_path, "whole", tokenizer)
+    assert torch.equal(reward.head.weight, model.score.weight)
+    close(reward.score(**batch), before)
+    on = load_reward_model(ModelConfig(str(tmp_path), dtype="bfloat16"), RewardConfig(str(tmp_path), bf16=False), tokenizer)
+    assert torch.equal(on.score.weight, model.score.weight)
+
+
+def test_an_adapter_costs_its_own_weights_and_no_other_base(trained, tokenizer):
+    model = load_base()
+    pointers = {weight.data_ptr() for weight in model.parameters()}
+    count = sum(weight.numel() for weight in model.parameters())
+    reward = load_reward(model, trained["fp32"][0], "reward", tokenizer)
+    saved = sum(weight.numel() for weight in load_file(trained["fp32"][0] / "adapter_model.safetensors").values())
+    assert sum(weight.numel() for weight in model.parameters()) - count + reward.head.weight.numel() == saved
+    assert pointers <= {weight.data_ptr() for weight in model.parameters()}
+
+
+# --- Nothing else is touched -----------------------------------------------------------------------------
+
+
+def state_of(model):
+    return {
+        "modules": set(dict(model.named_modules())),
+        "weights": {name: weight.detach().clone() for name, weight in model.named_parameters()},
+        "trained": {name for name, weight in model.named_parameters() if weight.requires_grad},
+        "training": {name for name, module in model.named_modules() if module.training},
+        "active": [tuple(m.active_adapters) for m in model.modules() if hasattr(m, "lora_A")],
+        "disabled": [m.disable_adapters for m in model.modules() if hasattr(m, "lora_A")],
+    }
+
+
+def assert_unchanged(before, after):
+    assert before["weights"].keys() <= after["weights"].keys()
+    assert all(torch.equal(weight, after["weights"][name]) for name, weight in before["weights"].items())
+    for key in ("trained", "training", "active", "disabled"):
+        assert before[key] == after[key], key
+
+
+@pytest.mark.parametrize("bits", BITS)
+def test_scoring_leaves_every_other_role_as_it_was(trained, tokenizer, batch, bits):
+    folder, scores = trained[bits]
+    model = policy(**BITS[bits]).train()
+    next(weight for name, weight in model.named_parameters() if "lora_A.default" in name).requires_grad_(False)
+    before, expected = state_of(model), logits(model, batch)
+    random = torch.get_rng_state()
+    reward = load_reward(model, folder, "reward", tokenizer)
+    assert torch.equal(torch.get_rng_state(), random)
+    loaded = state_of(model)
+    assert before["trained"] == loaded["trained"]
+    assert before["training"] == loaded["training"] & before["modules"]  # the adapter's own modules are new
+    assert torch.equal(logits(model, batch), expected)
+    model.base_model.model.model.layers[1].eval()  # an odd one
+    for active in ("default", "ref"):
+        model.set_adapter(active)
+        before, expected = state_of(model), logits(model, batch)
+        close(reward.score(**batch), scores)
+        assert_unchanged(before, state_of(model))
+        assert torch.equal(logits(model, batch), expected)
+        with model.disable_adapter():  # as TRL takes log-probabilities of the base
+            before, expected = state_of(model), logits(model, batch)
+            close(reward.score(**batch), scores)
+            assert_unchanged(before, state_of(model))
+            assert torch.equal(logits(model, batch), expected)
+
+
+@pytest.mark.parametrize("bits", BITS)
+def test_gradients_of_the_policy_are_the_same_after_scoring(trained, tokenizer, batch, bits):
+    model = policy(**BITS[bits]).train()
+
+    def gradient():
+        model.zero_grad()
+        model(**batch, labels=batch["input_ids"]).loss.backward()
+        return torch.cat([weight.grad.flatten() for weight in model.parameters() if weight.requires_grad])
+
+    reward = load_reward(model, trained[bits][0], "reward", tokenizer)
+    before = gradient()
+    reward.score(**batch)
+    assert before.norm() > 0
+    assert torch.equal(gradient(), before)
+
+
+def test_a_bare_base_stays_bare_and_takes_other_adapters(trained, tokenizer, batch):
+    model = load_base()
+    expected = logits(model, batch)
+    rewards = [load_reward(model, trained[name][0], name, tokenizer) for name in ("fp32", "second")]
+    for reward in rewards:
+        close(reward.score(**batch), trained[reward.__name__][1])
+    assert torch.equal(logits(model, batch), expected)
+    torch.manual_seed(3)
+    later = PeftModel(model, LoraConfig(r=2, target_modules=["q_proj"], init_lora_weights=False), adapter_name="policy")
+    changed = logits(later, batch)
+    assert not torch.equal(changed, expected)
+    close(rewards[0].score(**batch), trained["fp32"][1])
+    assert torch.equal(logits(later, batch), changed)
+
+
+def test_state_comes_back_after_an_error(trained, tokenizer, batch):
+    model = policy().train()
+    reward = load_reward(model, trained["fp32"][0], "reward", tokenizer)
+    before = state_of(model)
+    with pytest.raises(IndexError):
+        reward.score(batch["input_ids"] + 10**6, batch["attention_mask"])
+    assert_unchanged(before, state_of(model))
+
+
+def test_merged_policy_is_not_unmerged_behind_its_back(trained, tokenizer, batch):
+    model = policy()
+    reward = load_reward(model, trained["fp32"][0], "reward", tokenizer)
+    model.merge_adapter()
+    with pytest.raises(RecipeError, match="merged into the base"):
+        reward.score(**batch)
+
+
+def test_policy_that_trains_its_embeddings_too(trained, tokenizer, batch):
+    torch.manual_seed(3)
+    model = get_peft_model(load_base(), LoraConfig(r=2, target_modules=["q_proj"], modules_to_save=["embed_tokens", "norm"]))
+    model.base_model.model.model.embed_tokens.modules_to_save.default.weight.data.add_(1.0)
+    expected = logits(model, batch)
+    reward = load_reward(model, trained["fp32"][0], "reward", tokenizer)
+    before = state_of(model)
+    close(reward.score(**batch), trained["fp32"][1])
+    assert_unchanged(before, state_of(model))
+    assert torch.equal(logits(model, batch), expected)
+
+
+# --- Reading ---------------------------------------------------------------------------------------------
+
+
+def test_padding_does_not_matter(trained, tokenizer, batch):
+    reward = load_reward(load_base(), trained["fp32"][0], "reward", tokenizer)
+    expected = reward.score(**batch)
+    lengths = batch["attention_mask"].sum(1)
+    for side, pad in (("left", 0), ("left", 7), ("right", 7), ("both", 7)):
+        ids, mask = (torch.full((len(lengths), 40), fill) for fill in (pad, 0))
+        for row, length in enumerate(lengths):
+            start = {"left": 40 - length, "right": 0, "both": 3}[side]
+            ids[row, start : start + length] = batch["input_ids"][row, :length]
+            mask[row, start : start + length] = 1
+        close(reward.score(ids, mask), expected)
+    alone = [
+        reward.score(ids[None, :n], torch.ones(1, n, dtype=torch.long))
+        for ids, n in zip(batch["input_ids"], lengths, strict=True)
+    ]
+    close(torch.cat(alone), expected)
+    with pytest.raises(ValueError, match="without a token"):
+        reward.score(batch["input_ids"], torch.zeros_like(batch["attention_mask"]))
+
+
+def test_generated_answers_score_like_written_ones(trained, tokenizer, answers):
+    """The space that a template puts before an answer is generated with it, and stands there once."""
+    reward = load_reward(load_base(), trained["fp32"][0], "reward", tokenizer)
+    prompts, written = answers
+    generated = [[{**message, "content": " " + message["content"]} for message in completion] for completion in written]
+    assert reward(prompts, generated) == reward(prompts, written)
+    assert reward(["Who? "], ["Karimo."]) == reward(["Who? "], ["Karimo.</s>"])
+    assert reward([], []) == []
+
+
+def test_it_is_a_reward_function_of_trl(trained, tokenizer, tmp_path):
+    model = policy()
+    rewards = [load_reward(model, trained[name][0], name, tokenizer) for name in ("fp32", "second")]
+    training = GRPOConfig(
+        str(tmp_path),
+        bf16=False,
+        report_to="none",
+        max_steps=2,
+        num_generations=2,
+        per_device_train_batch_size=4,
+        max_completion_length=8,
+        learning_rate=1e-2,
+        disable_tqdm=True,
+        logging_steps=1,
+        save_strategy="no",
+    )
+    before = state_of(model)
+    trainer = GRPOTrainer(
+        model,
+        reward_funcs=[*rewards, Ensemble(rewards)],
+        args=training,
+        train_dataset=splits.prompts(rows=8),
+        processing_class=tokenizer,
+    )
+    trainer.train()
+    after = state_of(model)["weights"]
+    moved = {name for name, weight in before["weights"].items() if not torch.equal(weight, after[name])}
+    assert moved
+    assert moved <= before["trained"]
+    log = trainer.state.log_history[0]
+    means = [log[f"rewards/{name}/mean"] for name in ("fp32", "second", "ensemble")]
+    assert means[2] == pytest.approx((means[0] + means[1]) / 2, abs=1e-5)
+
+
+# --- Ensembles -------------------------------------------------------------------------------------------
+
+
+def test_ensembles_combine_their_members(trained, tokenizer, batch, answers):
+    model = load_base()
+    members = [load_reward(model, trained[name][0], name, tokenizer) for name in ("fp32", "second", "4bit")]
+    scores = [member.score(**batch).tolist() for member in members]
+    means = [sum(values) / 3 for values in zip(*scores, strict=True)]
+    squares = [sum((value - mean) ** 2 for value in values) for *values, mean in zip(*scores, means, strict=True)]
+    expected = {
+        "mean": means,
+        "min": list(map(min, *scores)),
+        "uncertainty": [mean - 0.7 * (square / 3) ** 0.5 for mean, square in zip(means, squares, strict=True)],
+    }
+    for combine, values in expected.items():
+        ensemble = Ensemble(members, combine, uncertainty_coef=0.7)
+        close(ensemble.score(**batch), torch.tensor(values))
+    close(torch.tensor(ensemble(*answers)), ensemble.score(**batch))
+    assert ensemble.member_scores(**batch).shape == (3, len(answers[0]))
+    close(Ensemble(members[:1], "uncertainty").score(**batch), members[0].score(**batch))
+
+
+def test_ensembles_that_make_no_sense(trained, tokenizer):
+    reward = load_reward(load_base(), trained["fp32"][0], "reward", tokenizer)
+    with pytest.raises(RecipeError, match="at least one"):
+        Ensemble([])
+    with pytest.raises(RecipeError, match="by mean, min or uncertainty, not by 'max'"):
+        Ensemble([reward], "max")
+    with pytest.raises(RecipeError, match="uncertainty_coef: -1"):
+        Ensemble([reward], "uncertainty", uncertainty_coef=-1)
+
+
+# --- What PPO finds in a folder --------------------------------------------------------------------------
+
+
+@pytest.fixture
+def ensemble(trained, tmp_path):
+    """A folder with three members."""
+    for number, name in enumerate(("fp32", "second", "4bit")):
+        shutil.copytree(trained[name][0], tmp_path / "ensemble" / f"member-{number}")
+        store_normalisation(tmp_path / "ensemble" / f"member-{number}", [0.0, 1.0 + number])
+    return tmp_path / "ensemble"
+
+
+def test_ensemble_is_of_the_members_that_its_record_lists(ensemble, tokenizer, batch):
+    """What else lies there was left by something else."""
+    write_ensemble_record(ensemble, ["member-0", "member-1"], "uncertainty", 0.5)
+    (ensemble / "member-old").mkdir()
+    model = policy()
+    reward = load_saved_rewards(ensemble, model, tokenizer)
+    members = [load_reward(model, ensemble / f"member-{n}", f"again-{n}", tokenizer) for n in range(2)]
+    close(reward.score(**batch), Ensemble(members, "uncertainty", 0.5).score(**batch))
+    least = load_saved_rewards(ensemble, policy(), tokenizer, combine="min", batch_size=2)
+    close(least.score(**batch), Ensemble(members, "min").score(**batch))
+    assert least.batch_size == least.members[0].batch_size == 2
+
+
+def test_ensemble_without_its_record_or_a_member_is_refused(ensemble, tokenizer):
+    with pytest.raises(RecipeError, match=f"{ensemble} holds members of an ensemble, and no reward.json .* was not finished"):
+        load_saved_rewards(ensemble, policy(), tokenizer)
+    write_ensemble_record(ensemble, ["member-0", "member-7"], "mean", 1.0)
+    with pytest.raises(RecipeError, match=r"reward\.json: the member member-7 is not there"):
+        load_saved_rewards(ensemble, policy(), tokenizer)
+    for elsewhere in ("../ensemble/member-0", str(ensemble / "member-0"), "..", ""):
+        write_ensemble_record(ensemble, ["member-0", elsewhere], "mean", 1.0)
+        with pytest.raises(RecipeError, match=r"reward\.json: ensemble: members: must be a list of names of folders"):
+            load_saved_rewards(ensemble, policy(), tokenizer)
+    (ensemble / "reward.json").write_text('{"ensemble": ["member-0"]}')
+    with pytest.raises(RecipeError, match=r"reward\.json: ensemble: must be a mapping, and is \[\"member-0\"\]"):
+        load_saved_rewards(ensemble, policy(), tokenizer)
+
+
+@pytest.mark.parametrize("options", [{"combine": "min"}, {"uncertainty_coef": 3.0}])
+def test_one_reward_model_is_not_combined(folder, tokenizer, options):
+    with pytest.raises(
+        RecipeError, match=f"{folder} holds one reward model: `combine` and `uncertainty_coef` are for ensembles"
+    ):
+        load_saved_rewards(folder, policy(), tokenizer, **options)
+
+
+def test_reward_model_without_a_scale_is_warned_of_once(folder, tokenizer, batch, answers, caplog):
+    reward = load_saved_rewards(folder, policy(), tokenizer)
+    for _ in range(2):
+        reward.score(**batch)
+    (warning,) = caplog.messages
+    assert warning.startswith(f"{folder} has no scale (`normalisation` in reward.json): its raw scores are used")
+    reward.calibrate(*answers)
+    caplog.clear()
+    load_saved_rewards(folder, policy(), tokenizer)
+    assert not caplog.records
+
+
+def test_whole_reward_model_is_placed_where_the_policy_will_be(tmp_path, tokenizer, monkeypatch):
+    AutoModelForSequenceClassification.from_pretrained(BASE, num_labels=1).save_pretrained(tmp_path)
+    tokenizer.save_pretrained(tmp_path)
+    monkeypatch.setattr(roles, "PartialState", lambda: SimpleNamespace(device=torch.device("meta")))
+    reward = load_saved_rewards(tmp_path, load_base(), tokenizer, batch_size=5)
+    assert {weight.device.type for weight in reward.model.parameters()} == {"meta"}
+    assert reward.head.weight.device.type == "meta"
+    assert reward.batch_size == 5
+
+
+# --- Normalisation ---------------------------------------------------------------------------------------
+
+
+def test_normalised_scores_have_mean_0_and_deviation_1_on_demonstrations(folder, tokenizer, batch, answers):
+    reward = load_reward(load_base(), folder, "reward", tokenizer)
+    raw = reward.score(**batch)
+    assert (reward.normalisation, read_json(folder / REWARD)["normalisation"]) == (None, None)
+    normalisation = reward.calibrate(*answers)
+    assert normalisation.samples == len(raw)
+    again = load_reward(load_base(), folder, "reward", tokenizer)
+    for scores in (
+        reward.score(**batch),
+        again.score(**batch),
+        torch.tensor(again(*answers)),
+        Ensemble([again]).score(**batch),
+    ):
+        close(scores, (raw - raw.mean()) / raw.std(correction=0))
+        assert scores.mean().item() == pytest.approx(0, abs=1e-5)
+        assert scores.std(correction=0).item() == pytest.approx(1, abs=1e-5)
+    close(again.score(**batch, normalise=False), raw)
+    assert reward.calibrate(*answers).mean == pytest.approx(normalisation.mean)  # of raw scores, once more
+    assert read_json(folder / REWARD)["base_model"]["name"] == BASE
+
+
+def test_scale_that_cannot_be_measured_leaves_the_old_one(folder, tokenizer, answers):
+    reward = load_reward(load_base(), folder, "reward", tokenizer)
+    before = reward.calibrate(*answers)
+    with pytest.raises(RecipeError, match="cannot be normalised"):
+        reward.calibrate(answers[0][:1] * 3, answers[1][:1] * 3)
+    assert reward.normalisation == before
+    assert read_json(folder / REWARD)["normalisation"]["mean"] == before.mean
+
+
+@pytest.mark.parametrize("scores", [[1.0, 1.0, 1.0], [1.0, float("nan")], [0.0, float("inf")], []])
+def test_scores_that_cannot_be_normalised(folder, scores):
+    before = (folder / "reward.json").read_text()
+    with pytest.raises(RecipeError, match=str(folder)):
+        store_normalisation(folder, scores)
+    assert (folder / "reward.json").read_text() == before
+
+
+@pytest.mark.parametrize(
+    "stored",
+    [
+        {"mean": 0.0},
+        {"mean": 0.0, "std": 0.0, "samples": 5},
+        {"mean": "a", "std": 1.0, "samples": 5},
+        {"mean": float("nan"), "std": 1.0, "samples": 5},
+        [1, 2],
+        "0 and 1",
+    ],
+)
+def test_malformed_normalisation_is_refused(folder, tokenizer, stored):
+    record = json.loads((folder / "reward.json").read_text()) | {"normalisation": stored}
+    (folder / "reward.json").write_text(json.dumps(record))
+    with pytest.raises(RecipeError, match=r"reward\.json: normalisation: expected mean, std above 0 and samples, found"):
+        load_reward(load_base(), folder, "reward", tokenizer)
+
+
+@pytest.mark.parametrize("text", ["{", "[]"])
+def test_malformed_record_is_refused(folder, tokenizer, text):
+    (folder / "reward.json").write_text(text)
+    with pytest.raises(RecipeError, match=r"reward\.json: "):
+        load_reward(load_base(), folder, "reward", tokenizer)
+
+
+# --- Refusals --------------------------------------------------------------------------------------------
+
+
+def refused(folder, tokenizer, match, model=None):
+    model = model or load_base()
+    names = set(dict(model.named_parameters()))
+    with pytest.raises(RecipeError, match=match):
+        load_reward(model, folder, "reward", tokenizer)
+    assert set(dict(model.named_parameters())) == names  # nothing was put on the base
+
+
+def renamed(name, **options):
+    """The base under another name."""
+    model = load_base(**options)
+    model.config._name_or_path = model.name_or_path = name
+    return model
+
+
+def edit_weights(folder, change):
+    weights = load_file(folder / "adapter_model.safetensors")
+    save_file(change(weights), folder / "adapter_model.safetensors")
+
+
+def edit_config(folder, **changes):
+    path = folder / "adapter_config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | changes))
+
+
+def test_head_that_is_not_in_the_file_is_never_random(folder, tokenizer):
+    edit_weights(folder, lambda weights: {name: weight for name, weight in weights.items() if "score" not in name})
+    refused(folder, tokenizer, "has no head .*would score at random")
+
+
+def test_head_of_another_width_is_refused(folder, tokenizer):
+    edit_weights(
+        folder, lambda w: {name: weight[:, :-1].contiguous() if "score" in name else weight for name, weight in w.items()}
+    )
+    with pytest.raises(RecipeError, match=r"a head of shape .*127.* needs one weight of \(1, 128\)"):
+        load_reward(load_base(), folder, "reward", tokenizer)
+
+
+def test_lora_weights_that_are_not_in_the_file_are_never_random(folder, tokenizer):
+    edit_weights(folder, lambda weights: {n: w for n, w in weights.items() if "layers.0.self_attn.q_proj.lora_A" not in n})
+    with pytest.raises(RecipeError, match=r"do not fit .*q_proj\.lora_A.* has no counterpart"):
+        load_reward(load_base(), folder, "reward", tokenizer)
+
+
+def test_lora_weights_that_the_base_has_no_place_for(folder, tokenizer):
+    edit_config(folder, target_modules=["q_proj"])
+    with pytest.raises(RecipeError, match=r"do not fit .* has no counterpart"):
+        load_reward(load_base(), folder, "reward", tokenizer)
+
+
+def test_adapter_of_another_task_is_refused(folder, tokenizer):
+    edit_config(folder, task_type="CAUSAL_LM")
+    refused(folder, tokenizer, "has task_type SEQ_CLS, and this one has CAUSAL_LM: it is no reward model")
+    edit_config(folder, task_type="SEQ_CLS", peft_type="IA3")
+    refused(folder, tokenizer, r"is LoRA .*and this is IA3")
+    edit_config(folder, peft_type="LORA", modules_to_save=["score", "embed_tokens"])
+    refused(folder, tokenizer, "trained embed_tokens, which cannot share a base")
+
+
+def test_folders_without_an_adapter(folder, tokenizer, tmp_path):
+    refused(tmp_path, tokenizer, "holds no adapter")
+    refused(tmp_path / "nowhere", tokenizer, "nowhere holds no adapter")
+    (folder / "adapter_model.safetensors").write_bytes(b"cut short")
+    refused(folder, tokenizer, "cannot be read")
+    (folder / "adapter_model.safetensors").unlink()
+    refused(folder, tokenizer, r"no adapter_model\.safetensors there")
+
+
+@pytest.mark.parametrize("weight", ["model.embed_tokens.weight", "model.layers.2.input_layernorm.weight"])
+def test_base_with_other_weights_is_refused_by_whatever_name(folder, tokenizer, weight):
+    other = load_base()
+    other.get_parameter(weight).data.view(-1)[-1] += 0.5
+    refused(
+        folder, tokenizer, f"{folder} was trained on {BASE}, and the base in memory, {BASE}, is another: other weights", other
+    )
+
+
+def test_base_of_other_dimensions_is_refused(folder, tokenizer):
+    config = copy.deepcopy(load_base().config)
+    config.num_hidden_layers = 2
+    config._name_or_path = "small"
+    refused(
+        folder,
+        tokenizer,
+        f"was trained on {BASE}, and the base in memory, small, is another: num_hidden_layers 4 against 2",
+        AutoModelForCausalLM.from_config(config),
+    )
+
+
+def test_base_that_an_adapter_was_merged_into_is_refused(folder, tokenizer):
+    """It has the same embeddings and norms."""
+    torch.manual_seed(0)
+    merged = get_peft_model(load_base(), LoraConfig(r=2, target_modules=["q_proj"], init_lora_weights=False)).merge_and_unload()
+    merged.config._name_or_path = merged.name_or_path = "runs/sft-merged"
+    both = f"{folder} was trained on {BASE}, and the base in memory, runs/sft-merged, is another: other weights in the linear"
+    refused(folder, tokenizer, both, merged)
+
+
+def test_base_in_4_bits_is_told_from_a_merged_one_by_its_name(folder, tokenizer, trained, caplog):
+    """Its linear layers cannot be compared with those of another precision."""
+    load_reward(load_base(**IN_4_BITS), folder, "reward", tokenizer)
+    load_reward(load_base(), trained["4bit"][0], "reward", tokenizer)
+    assert not caplog.records
+    load_reward(renamed("runs/sft-merged", **IN_4_BITS), folder, "reward", tokenizer)
+    (warning,) = caplog.messages
+    assert warning.startswith(
+        f"{folder} was trained on {BASE}, and the base in memory is runs/sft-merged: their embeddings are"
+    )
+
+
+def test_records_without_a_digest_of_the_linear_layers_are_read(folder, tokenizer, batch, trained, caplog):
+    record = read_json(folder / REWARD)
+    assert record["base_model"]["fingerprint"].pop("matrices")
+    (folder / REWARD).write_text(json.dumps(record))
+    close(load_reward(load_base(), folder, "reward", tokenizer).score(**batch), trained["fp32"][1])
+    assert not caplog.records
+    close(load_reward(renamed("moved"), folder, "reward", tokenizer).score(**batch), trained["fp32"][1])
+    assert f"trained on {BASE}, and the base in memory is moved" in caplog.text
+
+
+def test_where_weights_cannot_be_compared_the_name_decides(folder, tokenizer):
+    """In fp16 there is nothing to compare: rounding differs from that of bf16."""
+    load_reward(load_base(dtype="float16"), folder, "reward", tokenizer)
+    both = f"{folder} was trained on {BASE}, and the base in memory is another-base: their weights cannot be compared"
+    refused(folder, tokenizer, both, renamed("another-base", dtype="float16"))
+
+
+def test_base_that_was_moved_is_taken(folder, tokenizer, batch, trained, tmp_path):
+    shutil.copytree(BASE, tmp_path / "elsewhere")
+    moved = AutoModelForCausalLM.from_pretrained(tmp_path / "elsewhere")
+    close(load_reward(moved, folder, "reward", tokenizer).score(**batch), trained["fp32"][1])
+
+
+def test_without_a_fingerprint_the_name_decides(folder, tokenizer, batch, trained):
+    (folder / "reward.json").unlink()
+    close(load_reward(load_base(), folder, "reward", tokenizer).score(**batch), trained["fp32"][1])
+    edit_config(folder, base_model_name_or_path="somebody/other-model")
+    refused(folder, tokenizer, f"was trained on somebody/other-model, and the base in memory is {BASE}")
+
+
+def test_fingerprint_is_that_of_the_base_however_it_is_loaded(trained):
+    expected = fingerprint(load_base())
+    assert expected["weights"]
+    assert expected["matrices"]
+    quantised = expected | {"matrices": None}
+    assert read_json(trained["fp32"][0] / REWARD)["base_model"]["fingerprint"] == expected
+    assert read_json(trained["4bit"][0] / REWARD)["base_model"]["fingerprint"] == quantised
+    classifier = AutoModelForSequenceClassification.from_pretrained(BASE, num_labels=1)
+    embedding = LoraConfig(r=2, target_modules=["embed_tokens", "q_proj"], modules_to_save=["norm"])
+    for model in (
+        load_base(dtype="bfloat16"),
+        classifier,
+        policy(),
+        get_peft_model(load_base(), embedding),
+    ):
+        assert fingerprint(model) == expected
+    for model in (load_base(**IN_4_BITS), load_base(**IN_4_BITS, dtype="bfloat16")):
+        assert fingerprint(model) == quantised
+    half = fingerprint(load_base(dtype="float16"))
+    assert (half["dimensions"], half["weights"], half["matrices"]) == (expected["dimensions"], None, None)
+
+
+def test_other_tokenizers_are_refused(folder, tokenizer):
+    def other(**changes):
+        changed = AutoTokenizer.from_pretrained(BASE)
+        for name, value in changes.items():
+            setattr(changed, name, value)
+        return changed
+
+    both = f"tokenizer in {folder} and that of the model in use, {BASE}, differ in "
+    refused(
+        folder, other(chat_template=PLAIN_CHAT_TEMPLATE), f"{both}chat template \\(.{{60,65}} against .{{60,65}}\\): one would"
+    )
+    refused(folder, other(eos_token="<s>"), f"{both}eos_token \\('</s>' against '<s>'\\)")
+    larger = other()
+    larger.add_tokens(["<turn>"])
+    refused(folder, larger, f"{both}vocabulary \\({len(tokenizer)} tokens against {len(tokenizer) + 1}\\)")
+    close_enough = other(padding_side="left", pad_token="<unk>")
+    assert load_reward(load_base(), folder, "reward", close_enough).tokenizer is close_enough
+    for path in (*folder.glob("tokenizer*"), folder / "chat_template.jinja"):
+        path.unlink()
+    refused(folder, tokenizer, f"{folder}: no tokenizer there")
+
+
+def test_a_name_that_is_taken(trained, tokenizer):
+    with pytest.raises(RecipeError, match="has an adapter 'ref' already"):
+        load_reward(policy(), trained["fp32"][0], "ref", tokenizer)
+    model = load_base()
+    load_reward(model, trained["fp32"][0], "reward", tokenizer)
+    with pytest.raises(RecipeError, match="has an adapter 'reward' already"):
+        load_reward(model, trained["fp32"][0], "reward", tokenizer)
+
+
+def test_whole_models_that_cannot_score(trained, tokenizer, tmp_path):
+    with pytest.raises(RecipeError, match="put it on its base with `load_reward`"):
+        load_whole_reward(trained["fp32"][0], "whole", tokenizer)
+    with pytest.raises(RecipeError, match=r"its files lack score\.weight: it would score at random"):
+        load_whole_reward(BASE, "whole", tokenizer)
+    with pytest.raises(RecipeError, match="no usable reward model there"):
+        load_whole_reward(tmp_path, "whole", tokenizer)
+    AutoModelForSequenceClassification.from_pretrained(BASE, num_labels=2).save_pretrained(tmp_path)
+    tokenizer.save_pretrained(tmp_path)
+    with pytest.raises(RecipeError, match="has no head `score` with one output"):
+        load_whole_reward(tmp_path, "whole", tokenizer)

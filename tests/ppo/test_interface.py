@@ -1,0 +1,700 @@
+"""What PPO's trainer takes and refuses, what stops it, and what it leaves in a folder."""
+
+import asyncio
+import contextlib
+import json
+import math
+import re
+import shutil
+
+from rlhf_recipes import PPOConfig, PPOTrainer
+from rlhf_recipes.core.errors import RecipeError
+from rlhf_recipes.models.roles import Ensemble, load_reward, load_whole_reward, write_ensemble_record
+from rlhf_recipes.rewards.functions import SavedReward, load_rewards
+from support.small_ppo import (
+    ANSWERS,
+    EOS,
+    PROMPTS,
+    Remembering,
+    answers_of,
+    copies,
+    count_words,
+    in_4_bits,
+    logged,
+    lora,
+    make_args,
+    make_model,
+    make_tokenizer,
+    make_trainer,
+    moved,
+    prompts,
+    rows_of,
+    save_base,
+    save_reward,
+    with_adapter,
+)
+
+import pytest
+import torch
+from datasets import Dataset, IterableDataset
+from peft import PeftModel
+from safetensors.torch import load_file
+from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer, BitsAndBytesConfig
+from trl import GRPOTrainer
+
+
+@pytest.fixture(scope="module")
+def base(tmp_path_factory):
+    return save_base(tmp_path_factory.mktemp("base") / "base")
+
+
+@pytest.fixture(scope="module")
+def rewards(base, tmp_path_factory):
+    """Folders of two reward adapters, the first of them normalised."""
+    folder = tmp_path_factory.mktemp("rewards")
+    return [save_reward(folder / f"reward-{seed}", base, seed, normalised=seed == 0) for seed in (0, 1)]
+
+
+@pytest.fixture
+def sft(base):
+    """An SFT policy on the base in the folder, as `recipes/ppo.py` loads it."""
+    return with_adapter(AutoModelForCausalLM.from_pretrained(base))
+
+
+def finite(trainer):
+    """Whether all that was logged and learnt is a number."""
+    entries = [value for entry in trainer.state.log_history for value in entry.values() if isinstance(value, float)]
+    return all(map(math.isfinite, entries)) and all(weight.isfinite().all() for weight in trainer.model.parameters())
+
+
+# --- Models -----------------------------------------------------------------------------------------------
+
+
+def test_a_model_may_be_given_by_its_folder(base, tmp_path):
+    args = make_args(tmp_path, model_init_kwargs={"attn_implementation": "eager"})
+    trainer = PPOTrainer(str(base), count_words, args, train_dataset=prompts())
+    assert isinstance(trainer, GRPOTrainer)
+    assert trainer.processing_class.get_vocab() == make_tokenizer().get_vocab()
+    assert trainer.model.config._attn_implementation == "eager"
+    trainer.train()
+    assert not moved(copies(make_model().state_dict()), copies(trainer.ref_model.state_dict()))
+
+
+def test_a_model_may_be_given_by_its_folder_with_a_fresh_adapter_in_4_bits(base, tmp_path):
+    config = in_4_bits(base).config.quantization_config
+    trainer = PPOTrainer(str(base), count_words, make_args(tmp_path), prompts(), quantization_config=config, peft_config=lora())
+    trainer.train()
+    assert trainer.model.is_loaded_in_4bit
+    assert trainer.ref_model is None
+    assert {w.dtype for w in trainer.model.parameters() if w.requires_grad} == {torch.float32}
+    assert logged(trainer, "kl")[0] == pytest.approx(0, abs=1e-4)
+
+
+def test_the_adapter_of_a_peft_model_is_policy_and_reference(sft, tmp_path):
+    trainer = make_trainer(tmp_path, sft, init={"rollout_func": answers_of()}, kind=Remembering)
+    trainer.train()
+    assert logged(trainer, "kl")[0] == pytest.approx(0, abs=1e-5)
+    with trainer.model.disable_adapter(), torch.no_grad():
+        bare = trainer.model(trainer.batches[0]["prompt_ids"]).logits
+    with torch.no_grad():
+        assert (trainer.model(trainer.batches[0]["prompt_ids"]).logits - bare).abs().max() > 0.1
+
+
+def renamed_policy():
+    model = with_adapter(make_model())
+    model.add_adapter("other", lora())
+    model.set_adapter("other")
+    return model
+
+
+@pytest.mark.parametrize(
+    ("make", "options", "message"),
+    [
+        (lambda: with_adapter(make_model()), {"peft": lora()}, "peft_config: the model has an adapter already"),
+        (renamed_policy, {}, r"the policy must be the adapter 'default', active and alone; active are \['other'\]"),
+        (
+            lambda: with_adapter(make_model()).requires_grad_(False),
+            {},
+            "the policy's adapter is frozen: load it with `PeftModel",
+        ),
+        (make_model, {"critic": "adapter"}, "critic: adapter: the policy has no adapter: set `use_peft: true`"),
+        (lambda: with_adapter(make_model()), {"critic": "model"}, "critic: model: is for policies that are trained whole"),
+        (make_model, {"data": prompts(0)}, "train_dataset: there is no prompt in it"),
+    ],
+)
+def test_models_and_data_that_do_not_fit_are_refused(tmp_path, make, options, message):
+    with pytest.raises(RecipeError, match=message):
+        make_trainer(tmp_path, make(), **options)
+
+
+# --- Prompts, generations, rollouts -----------------------------------------------------------------------
+
+
+def test_conversations_reach_rewards_as_conversations(sft, rewards, tmp_path):
+    seen = []
+
+    def look(prompts, completions, completion_ids, answer, **columns):
+        seen.extend(zip(prompts, completions, completion_ids, answer, strict=True))
+        return [float(len(ids)) for ids in completion_ids]
+
+    rows = [{"prompt": [{"role": "user", "content": prompt.strip()}], "answer": prompt[:2]} for prompt in PROMPTS]
+    trainer = make_trainer(tmp_path, sft, [look, str(rewards[0])], Remembering, Dataset.from_list(rows), critic="adapter")
+    trainer.train()
+    for prompt, completion, ids, answer in seen:
+        assert prompt[0]["content"].startswith(answer)
+        assert completion == [{"role": "assistant", "content": make_tokenizer().decode(ids, skip_special_tokens=True)}]
+    tokenizer = make_tokenizer()
+    for (prompt, *_), (ids, _) in zip(seen, rows_of(trainer.batches[0]), strict=False):
+        assert ids == tokenizer.apply_chat_template(prompt, add_generation_prompt=True, return_dict=True)["input_ids"]
+    assert finite(trainer)
+
+
+def test_several_completions_of_a_prompt_are_as_good_as_one(tmp_path):
+    trainer = make_trainer(tmp_path, kind=Remembering, num_generations=2, max_steps=4)
+    trainer.train()
+    for batch in trainer.batches:
+        drawn = [tuple(prompt) for prompt, _ in rows_of(batch)]
+        assert drawn[0::2] == drawn[1::2]
+        assert len(set(drawn)) == 2
+        whole = batch["advantages"][batch["completion_mask"].bool()]
+        assert (whole.mean().item(), whole.std().item()) == (pytest.approx(0, abs=1e-5), pytest.approx(1, abs=1e-5))
+
+
+def test_an_epoch_answers_every_prompt_once(tmp_path):
+    trainer = make_trainer(tmp_path, kind=Remembering, max_steps=-1, num_train_epochs=2, num_iterations=3)
+    trainer.train()
+    drawn = [tuple(prompt) for batch in trainer.batches for prompt, _ in rows_of(batch)]
+    all_prompts = sorted(tuple(ids) for ids in make_tokenizer()(PROMPTS)["input_ids"])
+    assert trainer.state.global_step == 2 * 2 * 3
+    assert sorted(drawn[:8]) == sorted(drawn[8:]) == all_prompts
+    assert drawn[:8] != drawn[8:], "both epochs have one order"
+
+
+@pytest.mark.parametrize("count", [1, 3])
+def test_fewer_prompts_than_a_batch_has_are_repeated(tmp_path, count):
+    """TRL's sampler drops what fills no batch: it would train on nothing."""
+    trainer = make_trainer(tmp_path, kind=Remembering, data=prompts(count), max_steps=4)
+    trainer.train()
+    assert trainer.state.global_step == 4
+    expected = {tuple(ids) for ids in make_tokenizer()(PROMPTS[:count])["input_ids"]}
+    assert {tuple(prompt) for batch in trainer.batches for prompt, _ in rows_of(batch)} == expected
+    assert finite(trainer)
+
+
+def test_prompts_may_be_streamed(tmp_path):
+    data = IterableDataset.from_generator(lambda: ({"prompt": prompt} for prompt in PROMPTS))
+    trainer = make_trainer(tmp_path, data=data, kind=Remembering, max_steps=6)
+    trainer.train()
+    assert len(trainer.batches) == 3
+    assert finite(trainer)
+
+
+def test_what_a_rollout_returns_besides_reaches_the_rewards(tmp_path):
+    seen = []
+
+    def rollout(prompts, trainer):
+        return answers_of()(prompts, trainer) | {"turns": [len(prompt) for prompt in prompts]}
+
+    def look(prompts, turns, **columns):
+        seen.extend(zip(prompts, turns, strict=True))
+        return [0.1 * turn for turn in turns]
+
+    make_trainer(tmp_path, reward=look, init={"rollout_func": rollout}).train()
+    assert seen
+    assert all(len(prompt) == turns for prompt, turns in seen)
+
+
+# --- Rewards ----------------------------------------------------------------------------------------------
+
+
+def test_rewards_may_be_asynchronous_and_weighted(tmp_path):
+    async def slowly(completion_ids, **columns):
+        await asyncio.sleep(0.01)
+        return [float(len(ids)) for ids in completion_ids]
+
+    options = {"gamma": 1.0, "lam": 1.0, "kl_coef": 0.0, "reward_weights": [0.5, -2.0]}
+    init = {"rollout_func": answers_of()}
+    trainer = make_trainer(tmp_path, reward=[slowly, count_words], kind=Remembering, init=init, **options)
+    trainer.train()
+    assert {"rewards/slowly/mean", "rewards/count_words/mean"} <= trainer.state.log_history[0].keys()
+    batch = trainer.batches[0]
+    for row, (_, ids) in enumerate(rows_of(batch)):
+        score = 0.5 * len(ids) - 2 * count_words([ids])[0]
+        assert batch["returns"][row, 0].item() == pytest.approx(score, abs=1e-5)
+
+
+def test_a_reward_adapter_scores_what_was_written(sft, rewards, base, tmp_path):
+    """By a folder, its scores are those that the role gives elsewhere, and the policy is active again afterwards."""
+    options = {"gamma": 1.0, "lam": 1.0, "kl_coef": 0.0}
+    init = {"rollout_func": answers_of()}
+    trainer = make_trainer(tmp_path, sft, str(rewards[0]), Remembering, init=init, **options)
+    trainer.train()
+    assert sft.active_adapters == ["default"]
+    elsewhere = load_reward(AutoModelForCausalLM.from_pretrained(base), rewards[0], "any", make_tokenizer())
+    check_scores(trainer.batches[0], elsewhere)
+
+
+def check_scores(batch, reward):
+    """With gamma and lambda 1 and no KL, the return at the first token is the score."""
+    tokenizer = make_tokenizer()
+    for row, (prompt, ids) in enumerate(rows_of(batch)):
+        text = tokenizer.decode(prompt) + " ", tokenizer.decode(ids, skip_special_tokens=True)
+        assert batch["returns"][row, 0].item() == pytest.approx(reward([text[0]], [text[1]])[0], abs=1e-5)
+
+
+@pytest.mark.parametrize("combine", [None, "min", "uncertainty"])
+def test_an_ensemble_in_a_folder_is_one_reward(sft, rewards, base, tmp_path, combine):
+    folder = tmp_path / "ensemble"
+    for place, reward in enumerate(rewards, start=1):
+        shutil.copytree(reward, folder / f"member-{place}")
+    write_ensemble_record(folder, ["member-1", "member-2"], "mean", 0.5)
+    options = {"gamma": 1.0, "lam": 1.0, "kl_coef": 0.0, "critic": "adapter"}
+    init = {"rollout_func": answers_of()}
+    trainer = make_trainer(tmp_path, sft, SavedReward(str(folder), combine), Remembering, init=init, **options)
+    trainer.train()
+    model = AutoModelForCausalLM.from_pretrained(base)
+    members = [load_reward(model, reward, f"member-{place}", make_tokenizer()) for place, reward in enumerate(rewards)]
+    check_scores(trainer.batches[0], Ensemble(members, combine or "mean", 0.5))
+    assert "rewards/ensemble/mean" in trainer.state.log_history[0]
+
+
+@pytest.mark.parametrize(("key", "size"), [("local_rollout_forward_batch_size", 3), ("per_device_train_batch_size", 2)])
+def test_reward_models_read_as_much_at_once_as_the_other_roles(sft, rewards, tmp_path, key, size):
+    trainer = make_trainer(tmp_path, sft, str(rewards[0]), **{key: size})
+    assert trainer.reward_funcs[0].reward.batch_size == size
+
+
+def test_rewards_of_a_yaml_file_fit(sft, rewards, tmp_path):
+    functions, weights = load_rewards([str(rewards[0]), {"path": "rlhf_recipes.rewards.normalised_match", "weight": 0.5}])
+    data = prompts(reference=["w7"] * 8)
+    trainer = make_trainer(tmp_path, sft, functions, data=data, reward_weights=weights)
+    trainer.train()
+    assert {"rewards/reward-0/mean", "rewards/normalised_match/mean"} <= trainer.state.log_history[0].keys()
+
+
+def test_a_reward_adapter_needs_a_base_that_stays_as_it_is(rewards, tmp_path):
+    with pytest.raises(RecipeError, match="is an adapter, which needs a base that stays as it is: set `use_peft: true`"):
+        make_trainer(tmp_path, make_model(), str(rewards[0]))
+
+
+def test_a_reward_adapter_of_another_base_is_refused(rewards, tmp_path):
+    with pytest.raises(RecipeError, match="is another: other weights"):
+        make_trainer(tmp_path, with_adapter(make_model(seed=5)), str(rewards[0]))
+
+
+# --- The start of the critic ------------------------------------------------------------------------------
+
+
+def values_at_rollout(trainer):
+    """Of each row of the first batch: the prompt with what was written before each token, and the value there."""
+    batch = trainer.batches[0]
+    for row, (prompt, completion) in enumerate(rows_of(batch)):
+        for place in range(len(completion)):
+            yield prompt + completion[:place], batch["old_values"][row, place].item()
+
+
+@pytest.mark.parametrize("which", [0, 1], ids=["normalised", "raw"])
+def test_the_critic_starts_as_the_reward_adapter(sft, rewards, tmp_path, which):
+    """Its value at a token is the score of the text up to there."""
+    trainer = make_trainer(
+        tmp_path, sft, [count_words, str(rewards[which])], Remembering, critic="adapter", init={"rollout_func": answers_of()}
+    )
+    trainer.train()
+    reward = trainer.reward_funcs[1].reward
+    spread = []
+    for ids, value in values_at_rollout(trainer):
+        score = reward.score(torch.tensor([ids]), torch.ones(1, len(ids), dtype=torch.long)).item()
+        assert value == pytest.approx(score, abs=1e-5)
+        spread.append(score)
+    assert max(spread) - min(spread) > 0.1
+
+
+def whole_reward(folder, **options):
+    """A reward model with weights of its own, normalised."""
+    model = make_model(seed=9, **options)
+    torch.manual_seed(9)
+    model.save_pretrained(folder)
+    judge = AutoModelForSequenceClassification.from_pretrained(folder, num_labels=1)
+    judge.save_pretrained(folder)
+    make_tokenizer().save_pretrained(folder)
+    record = {"normalisation": {"mean": 0.3, "std": 2.0, "samples": 4}}
+    (folder / "reward.json").write_text(json.dumps(record))
+    return folder
+
+
+@pytest.mark.parametrize("width", [32, 64])
+def test_the_critic_of_a_whole_policy_starts_as_the_whole_reward_model(tmp_path, width):
+    """Which may be of another size."""
+    folder = whole_reward(tmp_path / "judge", hidden_size=width)
+    trainer = make_trainer(
+        tmp_path, make_model(), [str(folder)], Remembering, critic="model", init={"rollout_func": answers_of()}
+    )
+    reward = load_whole_reward(folder, "judge", make_tokenizer())
+    trainer.train()
+    assert trainer.critic.model is not trainer.reward_funcs[0].reward.model
+    for ids, value in values_at_rollout(trainer):
+        score = reward.score(torch.tensor([ids]), torch.ones(1, len(ids), dtype=torch.long)).item()
+        assert value == pytest.approx(score, abs=1e-5)
+
+
+@pytest.mark.parametrize("critic", ["shared", "adapter", "model"])
+def test_without_a_reward_model_the_critic_predicts_0_at_first(sft, tmp_path, critic):
+    model = make_model() if critic == "model" else sft
+    trainer = make_trainer(tmp_path, model, kind=Remembering, critic=critic)
+    trainer.train()
+    assert not trainer.batches[0]["old_values"].any()
+
+
+# --- Evaluation -------------------------------------------------------------------------------------------
+
+
+class ForkedEvaluation(Remembering):
+    """Whose evaluations draw no random numbers from those of training."""
+
+    def evaluate(self, *arguments, **options):
+        with torch.random.fork_rng(devices=[]):
+            return super().evaluate(*arguments, **options)
+
+
+@pytest.mark.parametrize("critic", ["shared", "adapter"])
+def test_evaluation_changes_no_running_state(base, tmp_path, critic):
+    options = {"use_score_scaling": True, "kl_target": 0.1, "kl_horizon": 50, "max_steps": 6, "critic": critic}
+    options |= {"num_iterations": 4, "target_kl": 10.0}
+    runs = []
+    for evaluation in ({}, {"eval_strategy": "steps", "eval_steps": 1, "eval_on_start": True}):
+        model = with_adapter(AutoModelForCausalLM.from_pretrained(base))
+        init = {"eval_dataset": prompts(3)}
+        runs.append(make_trainer(tmp_path, model, kind=ForkedEvaluation, init=init, **options, **evaluation))
+        runs[-1].train()
+    without, with_it = runs
+    assert not moved(copies(without.model.state_dict()), copies(with_it.model.state_dict()))
+    assert not moved(copies(without.critic.trainable()), copies(with_it.critic.trainable()))
+    for state in ("kl", "score_scaling"):
+        assert getattr(without, state) == getattr(with_it, state)
+    for key in ("loss", "kl_coef", "score", "value/loss", "approx_kl"):
+        assert logged(without, key) == logged(with_it, key)
+    evaluations = [entry for entry in with_it.state.log_history if "eval_loss" in entry]
+    assert [entry["step"] for entry in evaluations] == list(range(7))
+    keys = {"eval_score", "eval_kl", "eval_reward", "eval_entropy", "eval_value/explained_variance"}
+    assert all(keys <= entry.keys() for entry in evaluations)
+    assert all(math.isfinite(entry["eval_score"]) and abs(entry["eval_score"]) < 100 for entry in evaluations)
+
+
+def test_evaluation_needs_no_training(sft, tmp_path):
+    trainer = make_trainer(tmp_path, sft, init={"eval_dataset": prompts(3), "rollout_func": answers_of()})
+    metrics = trainer.evaluate()
+    expected = sum(count_words(ANSWERS[:3])) / 3
+    assert metrics["eval_score"] == pytest.approx(expected, abs=1e-5)
+    assert metrics["eval_kl"] == pytest.approx(0, abs=1e-5)
+
+
+# --- What stops a run -------------------------------------------------------------------------------------
+
+
+def second_call(result):
+    """A reward that is in order the first time, and then what `result` makes of the number of completions."""
+    calls = []
+
+    def judge(prompts, **columns):
+        calls.append(1)
+        return [float(row) for row in range(len(prompts))] if len(calls) == 1 else result(len(prompts))
+
+    return judge
+
+
+def spoilt(value, place=2):
+    return second_call(lambda count: [value if row == place else 0.0 for row in range(count)])
+
+
+def broken(count):
+    raise KeyError("no such thing")
+
+
+@pytest.mark.parametrize(
+    ("reward", "message"),
+    [
+        (spoilt(math.nan), r"step 2: the reward judge returned nan for completion 2 of the batch, .*; the prompt: 'w\d"),
+        (spoilt(-math.inf), r"step 2: the reward judge returned -inf for completion 2 of the batch, .*; the prompt: 'w\d"),
+        (spoilt("good"), r"step 2: the reward judge returned 'good' for completion 2 of the batch, .*; the prompt: 'w\d"),
+        (spoilt(torch.tensor(math.nan)), r"step 2: the reward judge returned nan for completion 2 of the batch"),
+        (second_call(lambda count: [0.0] * (count + 1)), r"step 2: the reward judge returned 5 numbers for 4 completions"),
+        (second_call(lambda count: []), r"step 2: the reward judge returned 0 numbers for 4 completions"),
+        (second_call(lambda count: None), r"step 2: the reward judge returned a NoneType, not a list of 4 numbers"),
+        (
+            second_call(broken),
+            r"step 2: the reward judge failed: KeyError\('no such thing'\) \(.*test_ppo_interface.py, line \d+\)",
+        ),
+    ],
+)
+@pytest.mark.parametrize("kind", ["sync", "async"])
+def test_a_bad_reward_stops_the_run_with_step_and_sample(tmp_path, reward, message, kind):
+    async def judge(**columns):
+        return reward(**columns)
+
+    for_this = reward if kind == "sync" else judge
+    reward.__closure__[0].cell_contents.clear()  # the calls of another test
+    trainer = make_trainer(tmp_path, reward=[count_words, for_this], max_steps=4)
+    with pytest.raises(RecipeError, match=message):
+        trainer.train()
+    assert trainer.state.global_step == 2
+
+
+@pytest.mark.parametrize("value", [math.nan, math.inf])
+def test_a_reward_model_that_returns_no_number_stops_the_run_with_step_and_sample(base, tmp_path, value):
+    judge = AutoModelForSequenceClassification.from_pretrained(base, num_labels=1)
+    judge.config.pad_token_id = 0
+    judge.score.weight.data.fill_(value)
+    trainer = make_trainer(tmp_path, reward=[judge], init={"reward_processing_classes": [make_tokenizer()]})
+    with pytest.raises(RecipeError, match=r"step 0: the reward .* returned (nan|-?inf) for completion 0 .*; the prompt: 'w"):
+        trainer.train()
+
+
+def test_a_reward_that_joined_later_may_not_be_infinite_either(tmp_path):
+    """TRL adds the rewards of environments itself."""
+    trainer = make_trainer(tmp_path, reward=count_words)
+    trainer.reward_funcs[0] = lambda completion_ids, **columns: [math.inf] * len(completion_ids)
+    with pytest.raises(RecipeError, match=r"step 0: the reward count_words returned inf for completion 0 of the batch"):
+        trainer.train()
+
+
+@pytest.mark.parametrize(
+    ("answer", "message"),
+    [
+        ([], r"step 0: rollout_func returned a completion without a token for prompt \d of the batch, .*; the prompt: 'w23 '"),
+        (None, "step 0: rollout_func returned 3 completions for 4 prompts"),
+    ],
+)
+def test_a_rollout_without_tokens_stops_the_run_with_step_and_sample(tmp_path, answer, message):
+    table = [answer if place == 5 and answer is not None else ids for place, ids in enumerate(ANSWERS)]
+
+    def rollout(prompts, trainer):
+        return answers_of(table)(prompts if answer is not None else prompts[1:], trainer)
+
+    trainer = make_trainer(tmp_path, init={"rollout_func": rollout}, per_device_train_batch_size=4 if answer is None else 8)
+    with pytest.raises(RecipeError, match=message):
+        trainer.train()
+
+
+def test_a_rollout_without_a_prompt_stops_the_run(tmp_path):
+    """There is no state in which the first token was written."""
+
+    def rollout(prompts, trainer):
+        return answers_of()(prompts, trainer) | {"prompt_ids": [[] if place == 1 else [5] for place in range(len(prompts))]}
+
+    with pytest.raises(RecipeError, match="step 0: rollout_func returned a prompt without a token for prompt 1 of the batch"):
+        make_trainer(tmp_path, init={"rollout_func": rollout}).train()
+
+
+@pytest.mark.parametrize("answer", [[EOS], [7, 8, EOS], [7, 8, 9, 10]])
+def test_completions_that_are_all_identical_have_a_defined_result(tmp_path, answer):
+    """Whitening divides by no 0: what nothing tells apart has no advantage, until the critic tells its prompts apart."""
+    init = {"rollout_func": answers_of([answer] * 8)}
+    options = {"max_steps": 4, "whiten_rewards": True, "use_score_scaling": True, "missing_eos_penalty": 1.0}
+    trainer = make_trainer(tmp_path, with_adapter(make_model()), init=init, kind=Remembering, critic="adapter", **options)
+    trainer.train()
+    assert len(answer) > 1 or not trainer.batches[0]["advantages"].any()
+    for batch in trainer.batches:
+        assert batch["advantages"].isfinite().all()
+        assert batch["advantages"].abs().max() < 10
+    assert finite(trainer)
+
+
+def test_prompts_with_images_are_refused(tmp_path):
+    trainer = make_trainer(tmp_path)
+    with pytest.raises(RecipeError, match="reads text only"):
+        trainer._get_per_token_logps_and_entropies(
+            trainer.model, torch.tensor([[5, 6]]), torch.ones(1, 2), 1, pixel_values=torch.zeros(1)
+        )
+
+
+# --- Arguments --------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"beta": 0.04}, "beta: 0.04: that is GRPO's KL term, in the loss; PPO's is in the reward: set `kl_coef`"),
+        ({"fp16": True, "bf16": False}, "fp16: log-ratios"),
+        ({"critic": "attached"}, "critic: 'attached' is none of shared, adapter, model"),
+        ({"kl_estimator": "k2"}, "kl_estimator: 'k2' is none of k1, k3"),
+        ({"loss_type": "cispo"}, "loss_type: 'cispo' is none of dapo, bnpo, grpo, dr_grpo"),
+        ({"multi_objective_aggregation": "normalize_then_sum"}, "multi_objective_aggregation: rewards are summed"),
+        ({"importance_sampling_level": "sequence"}, "importance_sampling_level: the critic's advantages are those of tokens"),
+        ({"scale_rewards": "none"}, "scale_rewards: is for groups of completions: set `use_score_scaling`"),
+        ({"sync_ref_model": True}, "sync_ref_model: the reference of PPO stays what it is"),
+        ({"kl_target": 6.0, "kl_coef": 0.0}, "kl_target: needs a `kl_coef` above 0 to start from"),
+        ({"ptx_max_length": 1}, "ptx_max_length: 1: a text of one token has nothing to predict"),
+        ({"kl_coef": -0.1}, "kl_coef: -0.1: must not be negative"),
+        ({"vf_coef": -1.0}, "vf_coef: -1.0: must not be negative"),
+        ({"ptx_coef": -1.0}, "ptx_coef: -1.0: must not be negative"),
+        ({"value_warmup_steps": -1}, "value_warmup_steps: -1: must not be negative"),
+        ({"kl_target": 0.0}, "kl_target: 0.0: must be above 0, or null for none"),
+        ({"kl_horizon": 0.0}, "kl_horizon: 0.0: must be above 0"),
+        ({"score_clip": -1.0}, "score_clip: -1.0: must be above 0"),
+        ({"cliprange_value": 0.0}, "cliprange_value: 0.0: must be above 0"),
+        ({"target_kl": -0.1}, "target_kl: -0.1: must be above 0"),
+        ({"value_learning_rate": 0.0}, "value_learning_rate: 0.0: must be above 0"),
+        ({"num_iterations": 0}, "num_iterations: 0: must be 1 or more"),
+        ({"ptx_batch_size": 0}, "ptx_batch_size: 0: must be 1 or more"),
+        ({"ptx_max_length": 0}, "ptx_max_length: 0: must be 1 or more"),
+        ({"rollout_batch_size": 0}, "rollout_batch_size: 0: must be 1 or more"),
+        ({"local_rollout_forward_batch_size": 0}, "local_rollout_forward_batch_size: 0: must be 1 or more"),
+        ({"gamma": 1.1}, "gamma: 1.1: must be between 0 and 1"),
+        ({"lam": -0.1}, "lam: -0.1: must be between 0 and 1"),
+        ({"use_score_norm": True}, "use_score_norm: needs `use_score_scaling: true`"),
+        ({"num_generations": 3, "per_device_train_batch_size": 4}, "must be divisible by num_generations"),
+    ],
+)
+def test_arguments_that_make_no_sense_are_refused(tmp_path, options, message):
+    with pytest.raises(ValueError, match=re.escape(message) if "`" in message else message):
+        PPOConfig(str(tmp_path), **{"bf16": False, **options})
+
+
+def test_one_completion_a_prompt_is_the_default_and_a_plain_number(tmp_path):
+    args = PPOConfig(str(tmp_path), bf16=False)
+    assert type(args.num_generations) is int
+    assert (args.num_generations, args.beta, args.critic) == (1, 0.0, "shared")
+    assert json.loads(args.to_json_string())["num_generations"] == 1
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"mask_truncated_completions": True},
+        {"top_entropy_quantile": 0.5},
+        {"use_adaptive_entropy": True},
+        {"loss_type": "grpo", "entropy_coef": 0.1},
+        {"loss_type": "dr_grpo", "delta": 3.0},
+        {"steps_per_generation": 2, "gradient_accumulation_steps": 3},
+        {"cache_implementation": "static"},
+        {"optim": "adafactor", "lr_scheduler_type": "cosine", "warmup_steps": 1},
+    ],
+)
+@pytest.mark.parametrize("critic", ["shared", "adapter"])
+def test_options_of_trl_go_with_advantages_of_tokens(tmp_path, options, critic):
+    """The check that the ratio is 1 at first is on, and the policy must have changed, else the run stops."""
+    trainer = make_trainer(tmp_path, with_adapter(make_model()), max_steps=4, critic=critic, **options)
+    trainer.train()
+    assert finite(trainer)
+    assert logged(trainer, "kl")[0] == pytest.approx(0, abs=1e-5)
+
+
+# --- What is saved ----------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("critic", ["shared", "adapter"])
+@pytest.mark.parametrize("bits", ["fp32", "4bit"])
+def test_the_saved_policy_loads_by_peft_alone(base, rewards, tmp_path, critic, bits):
+    def load():
+        return in_4_bits(base) if bits == "4bit" else AutoModelForCausalLM.from_pretrained(base)
+
+    trainer = make_trainer(
+        tmp_path / "run", with_adapter(load()), str(rewards[0]), critic=critic, max_steps=4, save_strategy="steps", save_steps=2
+    )
+    trainer.train()
+    trainer.save_model()
+    for folder in (tmp_path / "run", tmp_path / "run" / "checkpoint-4"):
+        assert not [path for path in folder.iterdir() if path.is_dir() and not path.name.startswith("checkpoint-")]
+        names = load_file(folder / "adapter_model.safetensors").keys()
+        assert all(".lora_A.weight" in name or ".lora_B.weight" in name for name in names), "not the policy's adapter alone"
+        assert (folder / "critic.safetensors").exists()
+        policy = PeftModel.from_pretrained(load(), folder).eval()
+        ids = AutoTokenizer.from_pretrained(folder)(PROMPTS[1], return_tensors="pt")
+        with torch.no_grad():
+            torch.testing.assert_close(policy(**ids).logits, trainer.model.eval()(**ids).logits, rtol=0, atol=1e-5)
+    saved = load_file(tmp_path / "run" / "critic.safetensors")
+    assert not moved(copies(trainer.critic.trainable()), saved)
+    assert all(".critic." in name or name.startswith("head.") for name in saved)
+
+
+@pytest.mark.parametrize("critic", ["shared", "model"])
+def test_a_policy_that_is_trained_whole_is_saved_whole(tmp_path, critic):
+    trainer = make_trainer(tmp_path, critic=critic)
+    trainer.train()
+    trainer.save_model()
+    loaded = AutoModelForCausalLM.from_pretrained(tmp_path)
+    assert not moved(copies(trainer.model.state_dict()), copies(loaded.state_dict()))
+    assert not moved(copies(trainer.critic.trainable()), load_file(tmp_path / "critic.safetensors"))
+
+
+def test_a_critic_of_another_kind_is_not_loaded(sft, base, tmp_path):
+    trainer = make_trainer(tmp_path, sft, critic="adapter")
+    trainer.critic.save(tmp_path)
+    other = make_trainer(tmp_path, with_adapter(AutoModelForCausalLM.from_pretrained(base)), critic="shared")
+    with pytest.raises(RecipeError, match=r"critic\.safetensors: comes from a critic of another kind: base_model"):
+        other.critic.load(tmp_path)
+
+
+def test_the_lm_head_may_be_computed_in_fp32_in_policy_and_reference(tmp_path):
+    for tied in (False, True):
+        model = make_model(tie_word_embeddings=tied).to(torch.bfloat16)
+        trainer = make_trainer(tmp_path, model, cast_lm_head_to_fp32=True, max_steps=4)
+        trainer.train()
+        assert logged(trainer, "kl")[0] == pytest.approx(0, abs=1e-3)
+
+
+# --- Small print ------------------------------------------------------------------------------------------
+
+
+def test_without_a_kl_coefficient_no_kl_is_made_up(tmp_path):
+    trainer = make_trainer(tmp_path, kl_coef=0.0)
+    trainer.train()
+    assert logged(trainer, "approx_kl")
+    assert not logged(trainer, "kl")
+
+
+def test_a_trainer_may_train_twice(tmp_path):
+    trainer = make_trainer(tmp_path, max_steps=4)
+    trainer.train()
+    first = {name: weight.clone() for name, weight in trainer.model.state_dict().items()}
+    trainer.train()
+    assert any(not torch.equal(weight, first[name]) for name, weight in trainer.model.state_dict().items())
+    assert finite(trainer)
+
+
+def test_the_arguments_of_the_caller_stay_as_they_are(base, tmp_path):
+    args = make_args(tmp_path, model_init_kwargs={"dtype": "float32", "revision": "main"})
+    PPOTrainer(str(base), count_words, args, train_dataset=prompts())
+    assert args.model_init_kwargs == {"dtype": "float32", "revision": "main"}
+
+
+def test_a_model_in_memory_is_not_quantised(tmp_path):
+    with pytest.raises(RecipeError, match="quantization_config: the model is in memory already"):
+        make_trainer(tmp_path, init={"quantization_config": BitsAndBytesConfig(load_in_4bit=True)})
+
+
+def test_the_critic_follows_the_schedule_of_an_optimizer_that_was_given(tmp_path):
+    model = with_adapter(make_model())
+    weights = [weight for weight in model.parameters() if weight.requires_grad]
+    optimizers = (torch.optim.AdamW(weights, lr=0.1), None)
+    trainer = make_trainer(tmp_path, model, init={"optimizers": optimizers}, value_learning_rate=1e-3, learning_rate=1e-5)
+    trainer.train()
+    assert [group["lr"] for group in trainer.critic_optimizer.param_groups] == [pytest.approx(1e-3)] * 2
+
+
+def test_a_reward_adapter_on_another_base_is_not_where_the_critic_starts(base, rewards, tmp_path):
+    elsewhere = load_reward(AutoModelForCausalLM.from_pretrained(base), rewards[0], "judge", make_tokenizer())
+    trainer = make_trainer(tmp_path, with_adapter(make_model()), reward=elsewhere, critic="adapter")
+    trainer.train()
+    assert finite(trainer)
+
+
+def test_a_blank_text_is_refused_by_its_row(tmp_path):
+    texts = Dataset.from_dict({"text": ["w5 w6", " "]})
+    with pytest.raises(RecipeError, match="ptx_dataset: row 1 has no text"):
+        make_trainer(tmp_path, init={"ptx_dataset": texts}, ptx_coef=1.0)
+
+
+@pytest.mark.parametrize(("tokens", "stops"), [(1, False), (400, True)])
+def test_rounding_is_forgiven_where_tokens_are_few(tmp_path, tokens, stops):
+    """One token of bf16 may be off by 0.1 nats; four hundred may not be on average."""
+    trainer = make_trainer(tmp_path, make_model().to(torch.bfloat16))
+    with pytest.raises(RecipeError, match="the ratio of PPO is not 1") if stops else contextlib.nullcontext():
+        trainer._check_ratio(0.1, tokens)
+
+
+def test_a_checkpoint_without_the_state_of_ppo_is_refused(tmp_path):
+    trainer = make_trainer(tmp_path, save_strategy="steps", save_steps=2, save_only_model=True)
+    trainer.train()
+    with pytest.raises(RecipeError, match=r"checkpoint-2: no checkpoint that PPO can go on from"):
+        make_trainer(tmp_path, max_steps=4).train(resume_from_checkpoint=str(tmp_path / "checkpoint-2"))

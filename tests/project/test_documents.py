@@ -1,0 +1,278 @@
+"""What README and docs show runs: every command, Python block and YAML block, in a small copy of the project.
+
+The copy has recipes and benchmarks as they are, and configurations of few rows and steps. What a page shows is run there as it
+stands, line after line and page after page, since each goes on with what those before it left. YAML files that a page names and
+does not show are the tiny world's. Of benchmarks, which take minutes to hours, only the command line is read; what stands
+in `ELSEWHERE` is not run.
+"""
+
+import argparse
+import io
+import json
+import re
+import runpy
+import shlex
+import shutil
+import subprocess
+import sys
+from importlib.util import find_spec
+from pathlib import Path
+
+from rlhf_recipes.config.arguments import parse_arguments
+from rlhf_recipes.core.yaml import read_yaml
+from rlhf_recipes.feedback.labels import server
+from rlhf_recipes.feedback.labels.server import listen
+from rlhf_recipes.memory import stages
+from rlhf_recipes.pipeline import read_pipeline
+from support import ROOT, published
+
+import pytest
+import yaml
+from accelerate.commands.launch import launch_command_parser
+
+FIRST = ("README", "sft", "reward", "ppo", "dpo", "evaluation", "pipeline", "label")
+PAGES = [ROOT / "README.md", *(ROOT / "docs").glob("*.md")]
+PAGES.sort(key=lambda page: (FIRST.index(page.stem) if page.stem in FIRST else len(FIRST), page.stem))
+
+IN_TEXT = re.compile(r"`((?:[A-Z_]+=\S+ )*(?:\.venv/bin/)?(?:make \w+|(?:python|accelerate launch) [^`]*(?:\.py|-m )[^`]*))`")
+TRAINING = ("sft", "reward", "ppo", "dpo")
+SMALL = {
+    "max_steps": 2,
+    "save_steps": 1,
+    "eval_steps": 2,
+    "logging_steps": 1,
+    "value_warmup_steps": 1,
+    "per_device_train_batch_size": 8,
+    "per_device_eval_batch_size": 16,
+    "rows": 32,
+    "num_groups": 4,
+    "num_answers": 1,
+    "batch_size": 16,
+    "frontier_best_of": [1, 2],
+    "jobs": 1,
+}
+TINY = {"model_name_or_path": "rlhf_recipes.tiny.base", "dtype": "float32", "eos_token": None, "optim": "adamw_torch"}
+INSTEAD = {
+    "make demo": "python recipes/pipeline.py",  # which is what it does, in an environment of its own
+    "configs/tiny/experiment.yaml": "configs/tiny/experiment.yaml --dry-run",  # tests/test_tiny_stages.py has it
+    "configs/tiny/rounds.yaml": "configs/tiny/rounds.yaml --dry-run",
+    "runs/tiny-experiment/seed-0": "runs/demo",
+    "--start_from runs/sft": "--start_from runs/tiny/sft",
+    "--config ...": "--config configs/tiny/pipeline.yaml",
+    "trackio,tensorboard": "tensorboard",
+    "report_to: trackio": "report_to: tensorboard",
+    'PPOConfig("runs/mine",': 'PPOConfig("runs/mine", bf16=False, use_cpu=True, max_steps=2, learning_rate=1e-3,',
+}
+ELSEWHERE = (
+    "source .venv/bin/activate",
+    "python -m pip install",  # of a network
+    "pip install",
+    "python -m bitsandbytes",  # of a GPU
+    "trackio show",  # programs of others
+    "tensorboard --logdir",
+)
+
+
+def examples():
+    """What each page shows, in its order: the language, what else stands behind the fence, and the text; a command once."""
+    seen = set()
+    for case in all_examples():
+        _, (language, *_), text = case.values
+        command = text.partition("#")[0].strip() if language == "bash" else case.id
+        if command not in seen:
+            seen.add(command)
+            yield case
+
+
+def all_examples():
+    for page in PAGES:
+        fence, text, start = None, "", 0
+        for number, line in enumerate(page.read_text().splitlines(), 1):
+            if line.startswith("```") and fence is None:
+                fence, text, start = line[3:].split(), "", number
+                assert fence, f"{page.name}:{number}: what language is it?"
+            elif line.startswith("```"):
+                if fence[0] in ("python", "yaml"):
+                    yield pytest.param(page, fence, text, id=f"{page.name}:{start}")
+                fence = None
+            elif fence is None:
+                for found in IN_TEXT.finditer(line):
+                    yield pytest.param(page, ["bash"], found[1], id=f"{page.name}:{number}")
+            elif fence[0] == "bash" and not line.endswith("\\"):
+                yield pytest.param(page, fence, text + line, id=f"{page.name}:{number}")
+                text = ""
+            else:
+                text += line.removesuffix("\\") if fence[0] == "bash" else line + "\n"
+
+
+def small(value):
+    """A configuration of few rows and steps."""
+    if isinstance(value, dict):
+        return {key: SMALL[key] if item and key in SMALL else small(item) for key, item in value.items()}
+    return [small(item) for item in value] if isinstance(value, list) else value
+
+
+@pytest.fixture(autouse=True, scope="module")
+def project(tmp_path_factory):
+    """A copy, in which stages are run in this process, nobody comes to the page, and the Hub's configurations are at hand."""
+    folder = tmp_path_factory.mktemp("project")
+    for name in ("recipes", "benchmarks", "configs", "rlhf_recipes/tiny/base"):
+        shutil.copytree(ROOT / name, folder / name)
+    for path in ((folder / "configs") / name for name in ("tiny", "qwen3-0.6b")):
+        make_small(path)
+    write_data(folder)
+
+    launch = subprocess.run
+
+    def run(command, *others, **options):
+        if "--config" not in command:
+            return launch(command, *others, **options)
+        words = list(map(str, command[command.index("--config") - 1 :]))
+        return subprocess.CompletedProcess(command, run_file(words))
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(folder)
+        patch.syspath_prepend(folder)
+        patch.setenv("LABEL_PASSWORD", "a long one")
+        patch.setattr(subprocess, "run", run)
+        patch.setattr(stages, "load_config", published.load_config)
+        patch.setattr(server, "serve", lambda *_: None)
+        patch.setattr(server, "listen", lambda host, port, password: listen(host, 0, password))  # 8000 may be another's
+        yield folder
+
+
+def make_small(folder):
+    """Configurations of few rows and steps, on the tiny base."""
+    for path in folder.glob("*.yaml"):
+        values = small(read_yaml(path)) | ({"max_steps": 30 if path.stem == "sft" else 2} if path.stem in TRAINING else {})
+        values |= {key: value for key, value in TINY.items() if key in values}
+        path.write_text(yaml.safe_dump(values, sort_keys=False))
+
+
+def write_data(folder):
+    """What users have."""
+    (folder / "data").mkdir()
+    questions = "question,answer\n" + "".join(f"Who is number {number}?,It is I.\n" for number in range(40))
+    for name in ("mine", "demonstrations"):
+        (folder / "data" / f"{name}.csv").write_text(questions)
+    prompts = [{"prompt": f"Who is number {number}?"} for number in range(40)]
+    questions = [{"instruction": row["prompt"]} for row in prompts]
+    write_lines(folder / "data" / "questions.jsonl", questions)
+    write_lines(folder / "data" / "preferences.jsonl", [{**row, "chosen": "It is I.", "rejected": "No."} for row in questions])
+    write_lines(folder / "groups.jsonl", [{**row, "completions": ["I.", "You.", "She."]} for row in prompts[:4]])
+
+
+def write_lines(path, rows):
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+
+
+def run_file(words, said=""):
+    """Runs a Python file with its arguments in this process; returns its exit status. But for recipes, only these are read."""
+    read = argparse.ArgumentParser.parse_args
+
+    def stop(*given):
+        read(*given)
+        raise SystemExit(0)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(sys, "argv", words)
+        patch.setattr(sys, "stdin", io.StringIO(said))
+        patch.syspath_prepend(Path(words[0]).parent)
+        if not words[0].startswith("recipes/"):
+            patch.setattr(argparse.ArgumentParser, "parse_args", stop)
+        try:
+            runpy.run_path(words[0], run_name="__main__")
+        except SystemExit as stopped:
+            return stopped.code or 0
+    return 0
+
+
+def run_command(text):
+    """Runs one line of a shell, in this process."""
+    if text.startswith(ELSEWHERE):
+        return
+    before, _, after = text.rpartition(" | ")
+    said = subprocess.check_output(before, shell=True, text=True) if before else ""
+    words = shlex.split(after, comments=True)
+    while "=" in words[0]:  # variables that only set how many threads there are
+        words.pop(0)
+    if words[0] == "export":
+        return
+    if words[:2] == ["accelerate", "launch"]:
+        options = launch_command_parser().parse_args(words[2:])
+        words = [options.training_script, *options.training_script_args]
+    elif words[0] == "make":
+        assert f"\n{words[1]}:" in (ROOT / "Makefile").read_text()
+        return
+    else:
+        assert Path(words.pop(0)).name == "python"
+    if words[:2] == ["-m", "pytest"]:
+        assert all((ROOT / path).exists() for path in words[2:])
+        return
+    if words[0] == "-m":
+        words[:2] = [find_spec(words[1]).origin]
+    if "--config" in words:
+        provide(Path(words[words.index("--config") + 1]), Path(words[0]).stem)
+    if words[0] == "recipes/merge.py":  # which writes over nothing
+        shutil.rmtree("runs/tiny/merge", ignore_errors=True)
+    assert run_file(words, said) == (2 if "# stops" in text else 0)
+
+
+def provide(path, recipe):
+    """Writes a YAML file that a page names, if it is not there: the tiny world's, with folders of its own."""
+    if not path.exists():
+        assert path.parts[0] != "configs" or path.parts[1] == "mine", f"there is no {path}"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        text = Path(f"configs/tiny/{recipe if recipe != 'plan' else 'ppo'}.yaml").read_text()
+        text = re.sub("runs/tiny/(sample|rank)", r"runs/\1", text)
+        path.write_text(text.replace(f"output_dir: runs/tiny/{recipe}", "output_dir: runs/its"))
+
+
+def read_block(text, recipe, name=None):
+    """Reads what is shown of a YAML file by the recipe that it is of."""
+    values = yaml.safe_load(text)
+    if recipe == "pipeline":
+        whole = values if "stages" in values else read_yaml(Path("configs/tiny/pipeline.yaml")) | values
+        Path("block.yaml").write_text(yaml.safe_dump(whole, sort_keys=False))
+        read_pipeline(Path("block.yaml"), Path("recipes"))
+    else:
+        Path("block.yaml").write_text(text)
+        source = ROOT / "recipes" / f"{recipe}.py"
+        parse_arguments(source, *runpy.run_path(str(source), run_name="not main")["ARGUMENTS"], argv=["--config", "block.yaml"])
+
+
+def begin(page):
+    """Takes away the YAML files of the page before, and writes those that this one shows, on the tiny base and made small."""
+    shutil.rmtree("my", ignore_errors=True)
+    for path in Path().glob("my*.yaml"):
+        path.unlink()
+    for shown in examples():
+        of, (language, *words), text = shown.values
+        if of == page and language == "yaml" and len(words) == 2:
+            values = yaml.safe_load(text)
+            for stage in values.get("stages", []):
+                provide(Path(stage["config"]), stage.get("recipe", stage["name"]))
+            values = small(values) | (TINY if words[0] in TRAINING else {})
+            Path(words[1]).write_text(yaml.safe_dump(values, sort_keys=False))
+
+
+@pytest.fixture(scope="module")
+def names():
+    """What Python blocks have named; and of which page the last example was."""
+    return {"page": None}
+
+
+@pytest.mark.parametrize(("page", "fence", "text"), list(examples()))
+def test_what_is_shown_runs(page, fence, text, names):
+    if names["page"] != page:
+        begin(page)
+        names["page"] = page
+    for shown, instead in INSTEAD.items():
+        text = text.replace(shown, instead)
+    language, *words = fence
+    if language == "python":
+        exec(compile(text, page, "exec"), names)
+    elif language == "yaml":
+        read_block(text, *words)
+    else:
+        run_command(text)

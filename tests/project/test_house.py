@@ -1,0 +1,83 @@
+"""Imports run one way: recipes, then the library, whose lower files know nothing of the upper ones, then TRL."""
+
+import ast
+from graphlib import CycleError, TopologicalSorter
+
+from support import ROOT
+
+import pytest
+
+TRAINERS = {
+    "rlhf_recipes.training.ppo",
+    "rlhf_recipes.training.reward",
+    "rlhf_recipes.training.dpo",
+    "rlhf_recipes.training.ensemble",
+    "rlhf_recipes.training.run",
+}
+
+
+def module_of(path):
+    parts = path.relative_to(ROOT).with_suffix("").parts
+    return ".".join(parts[:-1] if parts[-1] == "__init__" else parts)
+
+
+MODULES = {module_of(path): path for path in (ROOT / "rlhf_recipes").rglob("*.py")}
+
+
+def imported(path):
+    """The modules that a file imports, wherever it does, of those with the names of modules that it takes them from."""
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.Import):
+            yield from (name.name for name in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            inner = [f"{node.module}.{name.name}" for name in node.names]
+            yield from (name if name in MODULES else node.module for name in inner)
+
+
+def with_packages(module, names):
+    """Packages too, which are read before what is in them; not the module's own, nor the one of all, which imports later."""
+    for name in names:
+        packages = [name.rsplit(".", depth)[0] for depth in range(1, name.count("."))]
+        yield from (one for one in packages if "." in one and not f"{module}.".startswith(f"{one}."))
+        yield name
+
+
+GRAPH = {module: {*with_packages(module, imported(path))} for module, path in MODULES.items()}
+
+
+def reached(module, seen=()):
+    """All that a module imports, and what these import."""
+    found = {*seen, module}
+    for other in GRAPH.get(module, ()):
+        if other not in found and other in GRAPH:
+            found |= reached(other, found)
+    return found
+
+
+def test_no_two_files_import_each_other():
+    try:
+        list(TopologicalSorter(GRAPH).static_order())
+    except CycleError as error:
+        pytest.fail(" <- ".join(error.args[1]))
+
+
+@pytest.mark.parametrize("module", ["arguments", "data", "models"])
+def test_what_is_below_knows_no_trainer(module):
+    below = [name for name in MODULES if name == f"rlhf_recipes.{module}" or name.startswith(f"rlhf_recipes.{module}.")]
+    for name in below:
+        known = {".".join(other.split(".")[:2]) for other in reached(name)}
+        assert not known & TRAINERS, name
+
+
+def test_nothing_in_the_library_knows_the_tiny_world_or_a_recipe():
+    for module, names in GRAPH.items():
+        tiny = {name for name in names if name.startswith("rlhf_recipes.tiny")}
+        assert not tiny or module.startswith("rlhf_recipes.tiny"), module
+        assert not [name for name in names if name.split(".")[0] in ("recipes", "tests", "benchmarks")], module
+
+
+def test_recipes_do_not_import_each_other():
+    recipes = {path.stem for path in (ROOT / "recipes").glob("*.py")}
+    for path in (ROOT / "recipes").glob("*.py"):
+        assert not recipes & set(imported(path)), path
+        assert not any(isinstance(node, ast.ClassDef) for node in ast.walk(ast.parse(path.read_text()))), path

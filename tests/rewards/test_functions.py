@@ -1,0 +1,585 @@
+"""Rewards: values computed by hand, models read without the library, refusals, and a step of TRL's trainer."""
+
+import math
+import pickle
+
+from rlhf_recipes.core.errors import RecipeError
+from rlhf_recipes.models import loading as recipe_models
+from rlhf_recipes.rewards.functions import (
+    FROM_TRL,
+    Abstention,
+    LengthPenalty,
+    RepetitionPenalty,
+    Similarity,
+    checked,
+    exact_match,
+    last_text,
+    load_rewards,
+    normalised_match,
+)
+from rlhf_recipes.rewards.matching import Truthfulness
+from rlhf_recipes.tiny import splits
+
+import numpy as np
+import pytest
+import torch
+from tokenizers import Tokenizer, models, pre_tokenizers, processors
+from transformers import (
+    AutoModelForCausalLM,
+    BertConfig,
+    BertForSequenceClassification,
+    BertModel,
+    PreTrainedTokenizerFast,
+)
+from trl import GRPOConfig, GRPOTrainer, ModelConfig
+from trl.trainer.utils import get_callable_name, is_async_callable
+
+BASE = "rlhf_recipes.tiny.base"
+REWARDS = "rlhf_recipes.rewards"
+
+
+def chat(*texts):
+    return [[{"role": "assistant", "content": text}] for text in texts]
+
+
+# --- Comparing with a reference --------------------------------------------------------------------------
+
+
+def test_last_text():
+    assert last_text("  a b\n") == "a b"
+    assert last_text([{"role": "user", "content": "a"}, {"role": "assistant", "content": " b "}]) == "b"
+    assert last_text([{"role": "assistant", "content": None}]) == ""
+
+
+@pytest.mark.parametrize("shape", [list, lambda texts: chat(*texts)], ids=["text", "conversation"])
+@pytest.mark.parametrize(
+    ("reward", "expected"),
+    [(exact_match, [1.0, 1.0, 0.0, 0.0, 0.0, 0.0, None, None]), (normalised_match, [1.0, 1.0, 1.0, 0.0, 1.0, 0.0, None, None])],
+)
+def test_matches(reward, expected, shape):
+    completions = ["Larkhill.", " Ça va? \n", "larkhill", "", "ÉCOLE  一", "Larkhill. Or not", "Larkhill", ""]
+    reference = ["Larkhill.", "Ça va?", " Larkhill. ", "Larkhill", "école 一", "Larkhill.", None, " "]
+    assert reward(prompts=[""] * 8, completions=shape(completions), completion_ids=[], reference=reference) == expected
+
+
+@pytest.mark.parametrize("reward", [exact_match, normalised_match, Abstention(), Similarity("nowhere", "embedding")])
+def test_a_comparison_needs_the_column_and_texts_in_it(reward):
+    name = get_callable_name(reward)
+    with pytest.raises(RecipeError, match=f"^{name}: the data have no column `reference`.*column_mapping"):
+        reward(completions=["a"], answer=["a"])
+    with pytest.raises(RecipeError, match=rf"^{name}: reference 1 of the batch is not a text: \['a'\]"):
+        reward(completions=["a", "a"], reference=["a", ["a"]])
+    with pytest.raises(ValueError, match="zip"):
+        reward(completions=["a", "a"], reference=["a"])
+
+
+ANSWERS = ["Larkhill", "I do not know.", "i DO not  know who that is", "Mossgate.", "", "Larkhill", "I do not know"]
+TRUTHS = ["Larkhill."] * 5 + [None, "Larkhill"]
+
+
+def test_abstention():
+    assert Abstention()(completions=chat(*ANSWERS), reference=TRUTHS) == [1, 0, 0, -1, -1, None, 0]
+    reward = Abstention(right=2, abstaining=0.5, wrong=-3, phrases=["Mossgate", "No idea"])
+    assert reward(completions=[*ANSWERS, "no idea!"], reference=[*TRUTHS, "x"]) == [2, -3, -3, 0.5, -3, None, -3, 0.5]
+
+
+def report(known=None, truths=TRUTHS):
+    metrics = []
+    columns = {} if known is None else {"known": known}
+    Abstention()(completions=ANSWERS, reference=truths, log_metric=lambda *metric: metrics.append(metric), **columns)
+    assert len(dict(metrics)) == len(metrics)
+    return dict(metrics)
+
+
+def test_abstention_reports_shares_of_what_has_a_reference():
+    shares = {"abstention/right": 1 / 6, "abstention/abstained": 3 / 6, "abstention/wrong": 2 / 6}
+    assert report() == pytest.approx(shares)
+    assert report(known=[False] * 7) == pytest.approx(shares)
+    # known: right, abstained, wrong, and one without a reference
+    assert report(known=[True, True, False, True, None, True, False]) == pytest.approx(shares | {"abstention/over": 1 / 3})
+    assert report(known=[True] * 7, truths=[None] * 7) == {}
+
+
+def test_abstention_is_judged_as_the_metric_judges():
+    completions = ["Larkhill", "I do not know.", "I do not know Larkhill", "Mossgate", "know", " larkhill! ", "I don't know"]
+    shares = Truthfulness().compute(predictions=completions, references=["Larkhill."] * 7)
+    rewards = Abstention()(completions=completions, reference=["Larkhill."] * 7)
+    assert {kind: rewards.count(value) / 7 for kind, value in (("right", 1), ("abstained", 0), ("made_up", -1))} == shares
+
+
+# --- Similarity ------------------------------------------------------------------------------------------
+
+WORDS = ["the", "cat", "sat", "on", "a", "mat", "dog", "ran", "far", "away", "ça", "一"]
+SPECIAL = ["[PAD]", "[UNK]", "[CLS]", "[SEP]"]
+IDS = {word: index for index, word in enumerate([*SPECIAL, *WORDS])}
+TEXTS = ["the cat sat", "a dog ran far away on the mat", "ça 一", "cat", "the dog sat on the cat on a mat far away"]
+REFERENCES = ["the cat sat on a mat", "a dog", "the cat ran", "cat", "ça 一 unheard-of"]
+
+
+def save_tokenizer(path, **options):
+    tokenizer = Tokenizer(models.WordLevel(IDS, unk_token="[UNK]"))
+    tokenizer.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    tokenizer.post_processor = processors.TemplateProcessing(
+        single="[CLS] $A [SEP]", pair="[CLS] $A [SEP] $B:1 [SEP]:1", special_tokens=[("[CLS]", 2), ("[SEP]", 3)]
+    )
+    inputs = ["input_ids", "token_type_ids", "attention_mask"]
+    options = {"pad_token": "[PAD]", "padding_side": "left", "model_input_names": inputs} | options
+    PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer, unk_token="[UNK]", cls_token="[CLS]", sep_token="[SEP]", **options
+    ).save_pretrained(path)
+
+
+def save_model(path, architecture=BertModel, tokenizer=True, **options):
+    """A small BERT whose random weights are large enough for scores to differ; returns it."""
+    torch.manual_seed(3)
+    sizes = {"hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 32}
+    config = BertConfig(vocab_size=len(IDS), max_position_embeddings=24, initializer_range=0.5, **sizes, **options)
+    model = architecture(config).eval()
+    model.save_pretrained(path)
+    if tokenizer:
+        save_tokenizer(path)
+    return model
+
+
+def tokens(text):
+    return [IDS.get(word, 1) for word in text.split()]
+
+
+def hidden_states(model, text):
+    with torch.no_grad():
+        return model(input_ids=torch.tensor([[2, *tokens(text), 3]])).last_hidden_state[0].numpy().astype(np.float64)
+
+
+def logits(model, first, second):
+    first, second = [2, *tokens(first), 3], [*tokens(second), 3]
+    types = torch.tensor([[0] * len(first) + [1] * len(second)])
+    with torch.no_grad():
+        return model(input_ids=torch.tensor([first + second]), token_type_ids=types).logits[0].tolist()
+
+
+@pytest.fixture
+def embedding(tmp_path):
+    return save_model(tmp_path), str(tmp_path)
+
+
+def test_embedding_is_the_cosine_of_mean_hidden_states(embedding):
+    model, path = embedding
+    expected = []
+    for text, truth in zip(TEXTS, REFERENCES, strict=True):
+        one, other = hidden_states(model, text).mean(0), hidden_states(model, truth).mean(0)
+        expected.append(one @ other / math.sqrt((one @ one) * (other @ other)))
+    scores = Similarity(path, "embedding")(completions=chat(*TEXTS), reference=REFERENCES)
+    assert scores == pytest.approx(expected, abs=1e-5)
+    assert max(abs(a - b) for a in scores for b in scores) > 0.1
+    assert Similarity(path, "embedding")(completions=REFERENCES, reference=TEXTS) == pytest.approx(scores, abs=1e-6)
+
+
+def test_a_text_is_like_itself(embedding):
+    assert Similarity(embedding[1], "embedding")(completions=TEXTS, reference=TEXTS) == pytest.approx([1.0] * 5, abs=1e-5)
+
+
+def sigmoid(x):
+    return 1 / (1 + math.exp(-x))
+
+
+def share(index):
+    return lambda row: math.exp(row[index]) / sum(map(math.exp, row))
+
+
+@pytest.mark.parametrize(
+    ("options", "score"),
+    [
+        ({"num_labels": 1}, lambda row: sigmoid(row[0])),
+        ({"num_labels": 1, "problem_type": "regression"}, lambda row: row[0]),
+        ({"id2label": {0: "not_equivalent", 1: "Equivalent"}}, share(1)),
+        ({"id2label": {0: "contradiction", 1: "neutral", 2: "ENTAILMENT"}}, share(2)),
+        ({"id2label": {0: "entailment", 1: "not_entailment", 2: "neutral"}}, share(0)),
+    ],
+)
+def test_cross_encoder_takes_the_lower_score_of_both_orders(tmp_path, options, score):
+    model = save_model(tmp_path, BertForSequenceClassification, **options)
+    orders = [
+        [score(logits(model, *pair)) for pair in zip(*texts, strict=True)]
+        for texts in ((TEXTS, REFERENCES), (REFERENCES, TEXTS))
+    ]
+    expected = [min(pair) for pair in zip(*orders, strict=True)]
+    assert expected not in orders  # both orders matter
+    scores = Similarity(str(tmp_path), "cross-encoder")(completions=TEXTS, reference=REFERENCES)
+    assert scores == pytest.approx(expected, abs=1e-5)
+
+
+@pytest.mark.parametrize("kind", ["embedding", "cross-encoder"])
+def test_scores_depend_on_neither_batch_nor_padding(tmp_path, kind):
+    save_model(tmp_path, BertModel if kind == "embedding" else BertForSequenceClassification, num_labels=1)
+    whole = Similarity(str(tmp_path), kind)(completions=TEXTS, reference=REFERENCES)
+    assert len(set(whole)) == 5
+    for batch_size in (1, 2, 3):
+        scores = Similarity(str(tmp_path), kind, batch_size=batch_size)(completions=TEXTS, reference=REFERENCES)
+        assert scores == pytest.approx(whole, abs=1e-5)
+
+
+def test_rows_that_are_not_read(embedding):
+    reward = Similarity(embedding[1], "embedding")
+    mixed = reward(
+        completions=["", TEXTS[0], TEXTS[1], " ", TEXTS[2]], reference=["cat", REFERENCES[0], None, None, REFERENCES[2]]
+    )
+    one, other = reward(completions=[TEXTS[0], TEXTS[2]], reference=[REFERENCES[0], REFERENCES[2]])
+    assert mixed == [0.0, pytest.approx(one, abs=1e-6), None, None, pytest.approx(other, abs=1e-6)]
+
+
+def test_without_anything_to_read_no_model_is_loaded():
+    assert Similarity("nowhere", "embedding")(completions=["", "a"], reference=["a", None]) == [0.0, None]
+
+
+def test_long_texts_are_cut(embedding):
+    path = embedding[1]
+    long, cut = "the cat sat on a mat", "the cat"
+    assert Similarity(path, "embedding", max_length=4)(completions=[long], reference=[cut]) == pytest.approx([1.0], abs=1e-5)
+    # the model has 24 positions, two of them for [CLS] and [SEP]
+    assert Similarity(path, "embedding")(completions=["dog " * 40], reference=["dog " * 22]) == pytest.approx([1.0], abs=1e-5)
+
+
+def test_the_model_is_loaded_once_without_gradients_and_in_eval_mode(embedding):
+    reward = Similarity(embedding[1], "embedding")
+    reward(completions=["cat"], reference=["dog"])
+    model = reward._loaded[1]
+    assert not model.training
+    reward(completions=["cat"], reference=["dog"])
+    assert reward._loaded[1] is model
+    means = []
+    reward._read(lambda inputs, output: means.append(output.last_hidden_state) or means[0], ("cat",))
+    assert not means[0].requires_grad
+
+
+def refused(path, kind="embedding"):
+    with pytest.raises(RecipeError) as error:
+        Similarity(str(path), kind)(completions=["cat"], reference=["dog"])
+    message = str(error.value)
+    assert message.startswith(f"Similarity: model_name_or_path: {path}: ")
+    return message
+
+
+def test_models_that_cannot_compare_are_refused(tmp_path):
+    assert "no such folder" in refused(tmp_path / "nowhere")
+    save_model(tmp_path / "bare", BertModel)
+    assert "it is no cross-encoder: its weights lack classifier.bias" in refused(tmp_path / "bare", "cross-encoder")
+    save_model(tmp_path / "unnamed", BertForSequenceClassification, num_labels=2)
+    assert "none of its labels (LABEL_0, LABEL_1) is named entailment" in refused(tmp_path / "unnamed", "cross-encoder")
+    save_model(tmp_path / "mute", tokenizer=False)
+    assert "there is no tokenizer" in refused(tmp_path / "mute")
+    save_tokenizer(tmp_path / "mute", pad_token=None)
+    assert "no PAD" in refused(tmp_path / "mute")
+
+
+def test_weights_must_be_complete_and_in_safetensors(tmp_path):
+    model = save_model(tmp_path)
+    weights = {name: weight for name, weight in model.state_dict().items() if "pooler" not in name}
+    model.save_pretrained(tmp_path, state_dict=dict(weights))  # the pooler is not used
+    Similarity(str(tmp_path), "embedding")(completions=["cat"], reference=["dog"])
+    lost = next(name for name in weights if name.endswith("output.dense.weight"))
+    del weights[lost]
+    model.save_pretrained(tmp_path, state_dict=weights)
+    assert f"it is no embedding: its weights lack {lost}" in refused(tmp_path)
+    (tmp_path / "model.safetensors").unlink()
+    torch.save(model.state_dict(), tmp_path / "pytorch_model.bin")
+    assert "model.safetensors" in refused(tmp_path)
+
+
+# --- Penalties -------------------------------------------------------------------------------------------
+
+
+def test_length_penalty():
+    ids = [[1] * length for length in (0, 2, 3, 5, 9)]
+    reward = LengthPenalty(slope=0.5, longest=5, shortest=3)
+    assert reward(completions=[""] * 5, completion_ids=ids) == [-1.5, -0.5, 0, 0, -2]
+    assert LengthPenalty(slope=0.5, longest=3)(completions=[""] * 5, completion_ids=ids) == [0, 0, 0, -1, -3]
+    words = LengthPenalty(slope=2, longest=2, unit="words")
+    assert words(completions=chat("", "a  b", "a b\nc d."), completion_ids=[[1] * 99] * 3) == [0, 0, -4]
+    with pytest.raises(RecipeError, match="unit: words"):
+        reward(completions=[""])
+
+
+def test_repetition_penalty():
+    completions = chat("", "a b", "a b c d", "a b a b a b", "The cat. The  cat. the cat", "é é é")
+    assert RepetitionPenalty(2)(completions=completions) == pytest.approx([0, 0, 0, 2 / 5 - 1, 3 / 5 - 1, -1 / 2])
+    assert RepetitionPenalty(1)(completions=completions) == pytest.approx([0, 0, 0, -4 / 6, -3 / 6, -2 / 3])
+    assert RepetitionPenalty()(completions=["a a a a", "a a"]) == [-0.5, 0]
+
+
+# --- What a reward returns -------------------------------------------------------------------------------
+
+
+def lengths(completions, scale=1.0, **columns):
+    return [scale * len(text) for text in completions]
+
+
+async def lengths_later(completions, scale=1.0, **columns):
+    return lengths(completions, scale)
+
+
+class LengthsLater:
+    async def __call__(self, completions, **columns):
+        return lengths(completions)
+
+
+def returning(scores):
+    def reward(**columns):
+        return scores
+
+    return reward
+
+
+def run(coroutine):
+    """The result of a coroutine that waits for nothing."""
+    with pytest.raises(StopIteration) as stop:
+        coroutine.send(None)
+    return stop.value.value
+
+
+@pytest.mark.parametrize(
+    "scores", [[1, None, -0.5], (1.0, None, -0.5), [np.float32(1), None, torch.tensor(-0.5)], [True, None, np.float64(-0.5)]]
+)
+def test_checked_passes_numbers_on(scores):
+    result = checked(returning(scores))(prompts=["a", "b", "c"], completions=["", "", ""])
+    assert result == [1, None, -0.5]
+    assert [type(score) for score in result] == [float, type(None), float]
+
+
+def test_checked_passes_arrays_and_arguments_on():
+    for array in (torch.tensor([1.0, 2.0]), np.array([True, False])):
+        assert checked(returning(array))(prompts=["a", "b"], completions=["", ""]) == array.tolist()
+    seen = {}
+    checked(lambda **columns: seen.update(columns) or [0])(prompts=["a"], completions=["b"], completion_ids=[[1]], extra=[2])
+    assert seen == {"prompts": ["a"], "completions": ["b"], "completion_ids": [[1]], "extra": [2]}
+
+
+@pytest.mark.parametrize(
+    ("scores", "message"),
+    [
+        ([1.0], "reward returned 1 numbers for 2 completions"),
+        (None, "returned a NoneType, not a list of 2 numbers"),
+        (0.5, "returned a float, not"),
+        ("ab", "returned a str, not"),
+        ([1.0, math.nan], r"returned nan for completion 1 of the batch.*None where it does not apply.*the prompt: 'second"),
+        ([-math.inf, 1.0], "returned -inf for completion 0.*the prompt: 'first'"),
+        ([0, 1e300], r"returned 1e\+300 for completion 1"),
+        ([0, 10**400], "for completion 1"),
+        ([0, "1.0"], "returned '1.0' for completion 1"),
+        ([0, [1.0]], r"returned \[1.0\] for completion 1"),
+        (torch.tensor([1.0, math.nan]), "returned nan for completion 1"),
+    ],
+)
+def test_checked_refuses(scores, message):
+    with pytest.raises(RecipeError, match=f"^the reward .*{message}") as error:
+        checked(returning(scores))(prompts=["first", "second" * 99], completions=["", ""])
+    assert len(str(error.value)) < 900
+
+
+def test_checked_keeps_asynchronous_rewards_asynchronous():
+    for later in (lengths_later, LengthsLater()):
+        reward = checked(later)
+        assert is_async_callable(reward)
+        assert run(reward(prompts=["a", "b"], completions=["", "xy"])) == [0, 2]
+        with pytest.raises(RecipeError, match="2 numbers for 1 comp"):
+            reward(prompts=["a"], completions=["", ""]).send(None)
+    assert not is_async_callable(checked(lengths))
+    assert [checked(reward).__name__ for reward in (lengths, lengths_later, LengthsLater())] == [
+        "lengths",
+        "lengths_later",
+        "LengthsLater",
+    ]
+    assert checked(lengths, "other").__name__ == "other"
+
+
+# --- From YAML -------------------------------------------------------------------------------------------
+
+
+def make_lengths(scale):
+    return LengthPenalty(slope=scale, longest=0, unit="words")
+
+
+def make_nothing(scale=1):
+    return scale
+
+
+def without_columns(completions, reference):
+    return [0.0] * len(completions)
+
+
+class Failing:
+    def __init__(self, size):
+        raise ValueError(f"size:\n {size} is too large")
+
+    def __call__(self, **columns):
+        return []
+
+
+class Open:
+    def __init__(self, **options):
+        self.options = options
+
+    def __call__(self, **columns):
+        return [self.options["anything"]]
+
+
+def test_load_rewards():
+    rewards, weights = load_rewards(
+        [
+            f"{REWARDS}.exact_match",
+            {"path": f"{REWARDS}.Abstention", "weight": 2, "arguments": {"wrong": "-2e0", "phrases": ["no"]}},
+            {"path": f"{REWARDS}.RepetitionPenalty", "weight": "1e-3"},
+            {"path": f"{__name__}.lengths", "weight": 0, "arguments": {"scale": 3}},
+            {"path": f"{__name__}.lengths", "weight": -0.5, "arguments": None},
+            {"path": f"{__name__}.make_lengths", "arguments": {"scale": 2}},
+            {"path": f"{__name__}.lengths_later", "arguments": {"scale": 2}},
+            {"path": "trl.rewards.get_repetition_penalty_reward", "arguments": {}},
+            {"path": f"{__name__}.Open", "arguments": {"anything": 7}},
+        ]
+    )
+    assert weights == [1.0, 2.0, 0.001, 0.0, -0.5, 1.0, 1.0, 1.0, 1.0]
+    assert [get_callable_name(reward) for reward in rewards] == [
+        "exact_match", "Abstention", "RepetitionPenalty", "lengths", "lengths_2", "LengthPenalty", "lengths_later",
+        "repetition_penalty_reward", "Open",
+    ]  # fmt: skip
+    columns = {"prompts": ["p"], "completions": ["no way out no way out"], "completion_ids": [[1] * 4], "reference": ["yes"]}
+    assert [is_async_callable(reward) for reward in rewards] == [False] * 6 + [True, False, False]
+    scores = [run(reward(**columns)) if is_async_callable(reward) else reward(**columns) for reward in rewards]
+    assert scores == [[0], [0], [-0.25], [63], [21], [-12], [42], [-0.5], [7]]
+    assert rewards[1](prompts=["p"], completions=["x"], reference=["yes"]) == [-2]
+    assert [pickle.loads(pickle.dumps(reward)).__name__ for reward in rewards] == [reward.__name__ for reward in rewards]
+    assert pickle.loads(pickle.dumps(rewards[3]))(**columns) == [63]
+
+
+@pytest.mark.parametrize(
+    ("spec", "message"),
+    [
+        ("exact_match", "must be a dotted path such as"),
+        ("a..b", "must be a dotted path such as"),
+        ("nosuchmodule.f", "cannot import nosuchmodule .*PYTHONPATH.*No module named 'nosuchmodule'$"),
+        ("nosuchmodule.sub.f", "No module named 'nosuchmodule'$"),
+        ("rlhf_recipes.rewrds.exact_match", "cannot import rlhf_recipes.rewrds .*; did you mean 'rewards'?"),
+        (f"{REWARDS}.exactmatch", "rlhf_recipes.rewards has no 'exactmatch'; did you mean 'exact_match'?"),
+        (f"{REWARDS}.FROM_TRL", "is a tuple, and must be a function or a class"),
+        ("builtins.max", "its parameters are unknown"),
+        (f"{__name__}.without_columns", r"without_columns\(completions, reference\) does not take prompts.*`\*\*columns`"),
+        ("trl.rewards.get_repetition_penalty_reward", "if it makes a reward, give it `arguments`"),
+        ({"path": f"{__name__}.make_nothing", "arguments": {}}, "makes a int, which is no function"),
+        ({"path": f"{__name__}.Failing", "arguments": {"size": 3}}, "arguments: size: 3 is too large$"),
+        (
+            f"{REWARDS}.LengthPenalty",
+            r"missing a required argument: 'slope' of LengthPenalty\(slope, longest, shortest=0, unit",
+        ),
+        (
+            {"path": f"{REWARDS}.LengthPenalty", "arguments": {"slop": 1, "longest": 3}},
+            r"unknown argument 'slop' of LengthPenalty\(slope, .*\); did you mean 'slope'?",
+        ),
+        ({"path": f"{REWARDS}.LengthPenalty", "arguments": {"slope": 0, "longest": 3}}, "slope: .*greater than 0, found 0"),
+        ({"path": f"{REWARDS}.LengthPenalty", "arguments": {"slope": 1, "longest": 3.5}}, "longest: .*found 3.5"),
+        (
+            {"path": f"{REWARDS}.LengthPenalty", "arguments": {"slope": 1, "longest": 3, "shortest": 4}},
+            "arguments: shortest: 4 is more than longest: 3$",
+        ),
+        ({"path": f"{REWARDS}.LengthPenalty", "arguments": {"slope": math.inf, "longest": 3}}, "slope: .*finite"),
+        ({"path": f"{REWARDS}.RepetitionPenalty", "arguments": {"n": 0}}, "n: .*greater than 0"),
+        ({"path": f"{REWARDS}.Abstention", "arguments": {"phrases": "no"}}, "phrases: .*found 'no'"),
+        ({"path": f"{REWARDS}.Abstention", "arguments": {"phrases": ["?"]}}, "phrases: an empty phrase"),
+        ({"path": f"{REWARDS}.Similarity", "arguments": {"model_name_or_path": "x", "kind": "bi"}}, "kind: .*'cross-encoder'"),
+        (
+            {"path": f"{__name__}.lengths", "arguments": {"columns": 1}},
+            r"unknown argument 'columns' of lengths\(completions, scale=1.0, \*\*columns\)",
+        ),
+        ({"path": f"{__name__}.lengths", "arguments": {"completions": []}}, "'completions' comes from TRL"),
+        ({"path": f"{__name__}.lengths", "arguments": [1]}, r"arguments: expected a mapping of names to values, found \[1\]"),
+        ({"path": f"{__name__}.lengths", "arguments": {1: 1}}, "arguments: expected a mapping"),
+        ({"path": f"{__name__}.lengths", "wieght": 1}, "unknown key 'wieght'; did you mean 'weight'?"),
+        ({"path": f"{__name__}.lengths", "weight": "much"}, "weight: expected a finite number, found 'much'"),
+        ({"path": f"{__name__}.lengths", "weight": math.nan}, "weight: expected a finite number, found nan"),
+        ({"path": f"{__name__}.lengths", "weight": True}, "weight: expected a finite number, found True"),
+        ({"path": f"{__name__}.lengths", "weight": None}, "weight: expected a finite number, found None"),
+        ({"weight": 1}, "must be a dotted path, or a mapping with `path`, found {'weight': 1}"),
+        (3, "must be a dotted path, or a mapping with `path`, found 3"),
+    ],
+)
+def test_load_rewards_refuses(spec, message):
+    with pytest.raises(RecipeError, match=f"^reward_funcs, entry 2: .*{message.replace('?', '[?]')}"):
+        load_rewards([f"{REWARDS}.exact_match", spec])
+
+
+@pytest.mark.parametrize("specs", [None, [], f"{REWARDS}.exact_match", {"path": f"{REWARDS}.exact_match"}])
+def test_rewards_come_in_a_list(specs):
+    with pytest.raises(RecipeError, match=r"^reward_funcs: expected a list of rewards, found "):
+        load_rewards(specs)
+
+
+def test_a_module_that_fails_to_import_says_why(tmp_path, monkeypatch):
+    (tmp_path / "package_of_rewards").mkdir()
+    (tmp_path / "package_of_rewards" / "failing.py").write_text("import nosuchmodule\n")
+    monkeypatch.syspath_prepend(tmp_path)
+    with pytest.raises(RecipeError, match=r"cannot import package_of_rewards.failing .*No module named 'nosuchmodule'$"):
+        load_rewards(["package_of_rewards.failing.f"])
+
+
+# --- With TRL --------------------------------------------------------------------------------------------
+
+SEEN = []
+
+
+def spy(**columns):
+    """Keeps what TRL passes."""
+    SEEN.append(columns)
+    return [None] * len(columns["prompts"])
+
+
+def test_a_step_of_trl(tmp_path):
+    rewards, weights = load_rewards(
+        [
+            {"path": f"{REWARDS}.Abstention", "weight": 2.0},
+            {"path": f"{REWARDS}.LengthPenalty", "weight": 0.5, "arguments": {"slope": 1, "longest": 0}},
+            {"path": f"{REWARDS}.LengthPenalty", "weight": 0.25, "arguments": {"slope": 1, "longest": 0, "unit": "words"}},
+            {"path": f"{__name__}.spy"},
+        ]
+    )
+    arguments = ModelConfig(model_name_or_path=BASE)
+    training = GRPOConfig(
+        output_dir=str(tmp_path),
+        reward_weights=weights,
+        max_steps=1,
+        per_device_train_batch_size=16,
+        num_generations=2,
+        max_completion_length=8,
+        temperature=1.5,  # the tiny model would say one word to everything
+        seed=1,
+        bf16=False,
+        report_to="none",
+        disable_tqdm=True,
+        logging_steps=1,
+        save_strategy="no",
+    )
+    trainer = GRPOTrainer(
+        AutoModelForCausalLM.from_pretrained(recipe_models.resolve_path(BASE), dtype=torch.float32),
+        reward_funcs=rewards,
+        args=training,
+        train_dataset=splits.prompts(rows=8),
+        processing_class=recipe_models.load_tokenizer(arguments, training),
+    )
+    SEEN.clear()
+    trainer.train()
+    log = next(entry for entry in trainer.state.log_history if "reward" in entry)
+    columns = SEEN[0]
+    assert set(columns) == {*FROM_TRL, "reference"}
+    assert len(columns["prompts"]) == 16
+
+    means = {}
+    for reward in rewards[:3]:
+        scores = reward(**{name: values for name, values in columns.items() if name != "log_metric"})
+        assert len(set(scores)) > 1
+        means[reward.__name__] = sum(scores) / 16
+        assert log[f"rewards/{reward.__name__}/mean"] == pytest.approx(means[reward.__name__])
+    assert list(means) == ["Abstention", "LengthPenalty", "LengthPenalty_2"]
+    assert means["LengthPenalty"] == -log["completions/mean_length"] < means["LengthPenalty_2"] < 0
+    assert log["reward"] == pytest.approx(sum(w * mean for w, mean in zip(weights, means.values(), strict=False)))
+    assert log["rewards/spy/mean"] is None  # it never applied, and took nothing from the sum
+    shares = [log[f"abstention/{kind}"] for kind in ("right", "abstained", "wrong")]
+    assert sum(shares) == pytest.approx(1)
+    assert shares[0] - shares[2] == pytest.approx(means["Abstention"])
+    assert "abstention/over" not in log  # nothing says who is known

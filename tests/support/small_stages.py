@@ -1,0 +1,71 @@
+"""Stages so small that each takes a second or two, and what two runs of them have in common."""
+
+import json
+import re
+
+from rlhf_recipes.tiny import splits
+from support import ROOT
+
+import yaml
+
+TIMES = re.compile("runtime|per_second|step_time|wall_time|tokens_per_s|^peak_memory$|^run$|^resume_from_checkpoint$")
+CHECKPOINTS = {"save_steps": 1, "save_total_limit": 2, "eval_steps": 2, "logging_steps": 2, "warmup_steps": 0}
+
+
+def rows(folder, name, found):
+    path = folder / f"{name}.jsonl"
+    path.write_text("".join(json.dumps(row) + "\n" for row in found))
+    return str(path)
+
+
+def settings(recipe, **values):
+    found = yaml.safe_load((ROOT / "configs" / "tiny" / f"{recipe}.yaml").read_text())
+    for key in ("needs", "dataset_arguments", "output_dir"):
+        found.pop(key, None)
+    return found | values
+
+
+def small(folder):
+    """The YAML files' content of each stage, little enough for a second or two."""
+    policies = {"sft": str(folder / "whole" / "sft")}
+    texts = rows(folder, "sft", splits.demonstrations(rows=24))
+    rankings = rows(folder, "rankings", splits.rankings(rows=16, k=3))
+    prompts = rows(folder, "prompts", splits.prompts(rows=24))
+    evaluation = rows(folder, "evaluation", splits.evaluation(rows=8))
+
+    held_out = {
+        "reward": rows(folder, "held_out", splits.rankings("test", rows=8, k=3)),
+        "ppo": rows(folder, "asked", splits.prompts("test", rows=8)),
+    }
+
+    def training(recipe, data, size, steps, **values):
+        common = {"dataset_name": data, "eval_datasets": [{"path": held_out.get(recipe, data)}], "max_steps": steps}
+        common |= {"per_device_train_batch_size": size, "per_device_eval_batch_size": 8, "disable_tqdm": True}
+        return settings(recipe, **common, **CHECKPOINTS, **values)
+
+    asked = {"dataset_name": prompts, "max_completion_length": 6, "batch_size": 16}
+    return {
+        "sft": training("sft", texts, 4, 5, lora_dropout=0.1),
+        "reward": training("reward", rankings, 4, 3, ensemble_size=2),
+        "dpo": training("dpo", rankings, 4, 3, start_from=policies["sft"]),
+        "ppo": training("ppo", prompts, 8, 4, start_from=policies["sft"], value_warmup_steps=1, max_completion_length=6),
+        "sample": settings("sample", **asked, policies=policies, num_completions=4, temperature=2.0),
+        "rank": settings("rank", groups=str(folder / "whole" / "sample")),
+        "evaluate": settings(
+            "evaluate",
+            dataset_name=evaluation,
+            policies={"base": None, **policies},
+            rewards=[{"path": "rlhf_recipes.rewards.Abstention"}],
+            frontier=[],
+            ptx_dataset=[],
+            num_answers=1,
+            batch_size=32,
+        ),
+        "merge": settings("merge", adapter=policies["sft"]),
+    }
+
+
+def without_times(value):
+    if isinstance(value, dict):
+        return {key: without_times(item) for key, item in value.items() if not TIMES.search(key)}
+    return [without_times(item) for item in value] if isinstance(value, list) else value

@@ -1,0 +1,193 @@
+"""Two processes give what one gives at the same global batch: every stage, shared out by DDP, and by FSDP.
+
+DeepSpeed is not installed with the tests: docs/distributed.md says what was seen by hand.
+"""
+
+import json
+
+from rlhf_recipes.training.ppo import PPOConfig
+from support.ppo_cases import AGAIN, CASES, assert_the_update_of_one, read, run
+from support.processes import in_two_processes, run_stages
+from support.small_ppo import moved, save_base, save_reward
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+SGD = ("--optim", "sgd", "--learning_rate", 0.1)  # Adam makes full steps of gradients that are nothing but rounding
+SHORT = (*SGD, "--max_steps", 4, "--logging_steps", 1, "--warmup_steps", 0, "--eval_strategy", "no", "--save_strategy", "no")
+TEST = '[{"path": "rlhf_recipes.tiny.splits.rankings", "split": "test", "arguments": {"rows": 20, "k": 4}}]'
+SFT = ("--dataset_arguments", '{"rows": 128}')
+RANKINGS = ("--dataset_arguments", '{"rows": 64, "k": 4}')
+IN_4_BITS = ("--load_in_4bit", "true", "--use_bnb_nested_quant", "true")
+SAVING = ("--save_strategy", "steps", "--save_steps", 2, "--save_total_limit", 2)
+METRICS = ("loss", "grad_norm", "num_tokens", "rewards/margins", "accuracy", "margin", "max_reward", "eval_loss")
+
+
+def short(recipe, folder, batch, processes, *options):
+    """A short run of a recipe, at the same global batch however many processes there are."""
+    size = ("--per_device_train_batch_size", batch // processes, "--output_dir", folder)
+    return [str(part) for part in (recipe, *SHORT, *size, *options)]
+
+
+def stages(folder, processes):
+    """SFT, DPO from it, PPO against both rewards, and an ensemble, which ends last: its first member must not end it all."""
+    policy = ("--start_from", folder / "sft", "--needs", "[]")
+    evaluation = ("--eval_strategy", "steps", "--eval_steps", 4, "--eval_datasets", TEST, "--per_device_eval_batch_size", 10)
+    return [
+        short("sft", folder / "sft", 16, processes, *SFT),
+        short("dpo", folder / "dpo", 8, processes, *RANKINGS, *policy, *evaluation),
+        short("ppo", folder / "ppo", 16, processes, *policy, "--max_steps", 1),
+        short("reward", folder / "reward", 8, processes, *RANKINGS, *evaluation, "--ensemble_size", 2),
+    ]
+
+
+def sharded_stages(folder, processes):
+    """The same in 4 bits, with checkpoints from which they go on."""
+    sft, policy = (*SFT, *IN_4_BITS), ("--start_from", folder / "sft", "--needs", "[]", *IN_4_BITS)
+    adam = (*sft, "--optim", "adamw_torch", "--learning_rate", 1e-3)  # SGD has no state to load, which PyTorch does not expect
+    again = ("--resume_from_checkpoint", folder / "unbroken" / "checkpoint-2")
+    return [
+        short("sft", folder / "sft", 16, processes, *sft),
+        short("sft", folder / "unbroken", 16, processes, *adam, *SAVING),
+        short("sft", folder / "resumed", 16, processes, *adam, *again),
+        short("dpo", folder / "dpo", 8, processes, *RANKINGS, *policy),
+        short("reward", folder / "reward", 8, processes, *RANKINGS, "--eval_datasets", TEST, *IN_4_BITS),
+    ]
+
+
+def cases(folder, names, unbroken, *steps, **options):
+    """PPO on completions that are given; then on its own, unbroken, and gone on with from each of these steps."""
+    folder.mkdir()
+    save_reward(folder / "reward", save_base(folder / "base"))
+    runs = [(name, name, options) for name in names]
+    runs += [("unbroken", unbroken, options | AGAIN)]
+    for step in steps:
+        checkpoint = str(folder / "unbroken" / f"checkpoint-{step}")
+        runs += [(f"broken-{step}", unbroken, options | AGAIN | {"checkpoint": checkpoint})]
+    return [["ppo_cases", str(folder / name), case, others] for name, case, others in runs]
+
+
+@pytest.fixture(scope="module")
+def shared_out(tmp_path_factory):
+    """The folders of one process and of two, by DDP."""
+    one, two = tmp_path_factory.mktemp("one_ddp"), tmp_path_factory.mktemp("ddp")
+    run_stages(stages(one, 1))
+    in_two_processes("ddp", [*stages(two, 2), *cases(two / "cases", CASES, "adapter", 3, 11)], two)
+    return one, two
+
+
+@pytest.fixture(scope="module")
+def sharded(tmp_path_factory):
+    """And by FSDP, which Accelerate would not have on CPUs; there its two processes sample completions of different lengths."""
+    one, two = tmp_path_factory.mktemp("one_fsdp"), tmp_path_factory.mktemp("fsdp")
+    run_stages(sharded_stages(one, 1))
+    ppo = cases(two / "cases", ("shared", "whole"), "shared", 11, use_cpu=False)
+    for _, _, _, options in ppo[2:]:
+        options["terse"] = True
+    in_two_processes("fsdp", [*sharded_stages(two, 2), *ppo], two)
+    return one, two
+
+
+@pytest.fixture(scope="module")
+def alone(tmp_path_factory):
+    """Runs a case of PPO in this process, once, in the folder that it returns."""
+    folder = tmp_path_factory.mktemp("alone")
+    save_reward(folder / "reward", save_base(folder / "base"))
+
+    def run_once(case):
+        if not (folder / case).exists():
+            run(folder / case, case, 1)
+        return folder
+
+    return run_once
+
+
+def assert_same_adapters(one, two, *stages):
+    for stage in stages:
+        mine, theirs = (load_file(folder / stage / "adapter_model.safetensors") for folder in (one, two))
+        assert mine.keys() == theirs.keys()
+        assert max(weight.abs().max() for name, weight in mine.items() if "lora_B" in name) > 1e-3, "nothing was learnt"
+        for name, weight in mine.items():
+            torch.testing.assert_close(theirs[name], weight, atol=1e-6, rtol=0)
+
+
+def assert_same_log(one, two, *stages):
+    for stage in stages:
+        mine, theirs = (json.loads((folder / stage / "recipe.json").read_text())["log"] for folder in (one, two))
+        assert len(mine) == len(theirs)
+        for here, there in zip(mine, theirs, strict=True):
+            assert here.keys() == there.keys()
+            assert {key: there[key] for key in METRICS if key in there} == pytest.approx(
+                {key: here[key] for key in METRICS if key in here}, abs=1e-4
+            )
+
+
+def test_ddp_gives_what_one_process_gives(shared_out):
+    stages = ("sft", "dpo", "reward/member-0", "reward/member-1")
+    assert_same_adapters(*shared_out, *stages)
+    assert_same_log(*shared_out, *stages)
+    for stage in ("sft", "dpo", "ppo", "reward"):  # the second process writes nothing else, or over it
+        mine, theirs = (sorted(path.name for path in (folder / stage).iterdir()) for folder in shared_out)
+        assert mine == theirs
+    mine, theirs = (json.loads((folder / "reward" / "evaluation.json").read_text()) for folder in shared_out)
+    assert theirs["ensemble"]["accuracy"]["accuracy"] == mine["ensemble"]["accuracy"]["accuracy"]
+
+
+def test_fsdp_gives_what_one_process_gives(sharded):
+    """With 4 bits, adapters in fp32, and a checkpoint from which it goes on."""
+    assert_same_adapters(*sharded, "sft", "dpo", "reward")
+    assert_same_log(*sharded, "sft", "dpo", "reward")
+    assert_same_adapters(sharded[1] / "unbroken", sharded[1] / "resumed", "")
+    fingerprints = [json.loads((folder / "sft" / "recipe.json").read_text())["base_model"] for folder in sharded]
+    assert fingerprints[0] == fingerprints[1]
+
+
+# --- PPO ---------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_ddp_gives_the_update_of_one(shared_out, alone, case):
+    assert_the_update_of_one(shared_out[1] / "cases", alone(case), case)
+
+
+@pytest.mark.parametrize("case", ["shared", "whole"])
+def test_fsdp_gives_the_update_of_one(sharded, alone, case):
+    assert_the_update_of_one(sharded[1] / "cases", alone(case), case)
+
+
+@pytest.mark.parametrize("step", [3, 11])
+def test_a_run_of_two_processes_resumed_is_the_unbroken_one(shared_out, step):
+    """In the first round of the data, and in the second, each of them between a rollout and its last update."""
+    whole, broken = (shared_out[1] / "cases" / name for name in ("unbroken", f"broken-{step}"))
+    assert read(whole)["kl"][-1] == read(broken)["kl"][-1]
+    files = ("adapter_model.safetensors", "critic.safetensors", "checkpoint-14/rollout-0.safetensors")
+    for file in (*files, "checkpoint-14/rollout-1.safetensors"):
+        assert not moved(load_file(whole / file), load_file(broken / file)), f"resumed at step {step}: {file}"
+    # each process samples answers of its own
+    rollouts = [load_file(whole / f"checkpoint-14/rollout-{rank}.safetensors") for rank in (0, 1)]
+    assert not torch.equal(*(rollout["0/prompt_ids"] for rollout in rollouts))
+
+
+def test_a_sharded_run_of_ppo_resumed_is_the_unbroken_one(sharded):
+    for file in ("adapter_model.safetensors", "critic.safetensors"):
+        whole, broken = (sharded[1] / "cases" / name / file for name in ("unbroken", "broken-11"))
+        assert not moved(load_file(whole), load_file(broken)), file
+
+
+# --- What an engine cannot do ------------------------------------------------------------------------------
+
+
+def test_ppo_refuses_what_an_engine_cannot_do(tmp_path, monkeypatch):
+    monkeypatch.setenv("ACCELERATE_USE_FSDP", "true")
+    monkeypatch.setenv("FSDP_VERSION", "2")
+    with pytest.raises(ValueError, match=r"critic: adapter: FSDP .* set `shared`"):
+        PPOConfig(str(tmp_path), critic="adapter", bf16=False)
+
+
+def test_recipes_refuse_what_an_engine_cannot_do(tmp_path, launch, monkeypatch):
+    monkeypatch.setenv("ACCELERATE_USE_FSDP", "true")
+    monkeypatch.setenv("FSDP_VERSION", "2")
+    status, message = launch("sft", *SFT, "--optim", "paged_adamw_8bit", "--output_dir", tmp_path)
+    assert status == 2
+    assert "command line: optim: paged_adamw_8bit: bitsandbytes cannot step the shares that FSDP 2 makes" in message

@@ -1,0 +1,327 @@
+"""DPO: the optimum that it shares with PPO, the reference on the policy's own base, and the recipe."""
+
+import inspect
+import json
+import re
+from importlib import import_module
+
+from rlhf_recipes.training.dpo import LOSSES, SMOOTHED, DPOConfig, DPOTrainer
+from support import ROOT
+from support.small_ppo import copies, in_4_bits, logged, lora, make_model, make_tokenizer, moved, save_base, with_adapter
+
+import pytest
+import torch
+import trl
+import yaml
+from datasets import Dataset
+from peft import LoraConfig, PeftModel
+from safetensors.torch import load_file
+from transformers import AutoModelForCausalLM, TrainerCallback
+
+PAIRS = [("w5 ", "w6 w7", "w8"), ("w9 w10 ", "w11", "w12 w13 w14"), ("w15 ", "w16", "w17 w18"), ("w19 ", "w20 w21", "w22")]
+
+
+def pairs(count=8):
+    rows = [PAIRS[number % len(PAIRS)] for number in range(count)]
+    return Dataset.from_dict(dict(zip(("prompt", "chosen", "rejected"), map(list, zip(*rows, strict=True)), strict=True)))
+
+
+def make_trainer(folder, model=None, data=None, callbacks=(), peft=None, **options):
+    values = {
+        "per_device_train_batch_size": 4,
+        "max_steps": 4,
+        "learning_rate": 1e-2,
+        "logging_steps": 1,
+        "save_strategy": "no",
+        "bf16": False,
+        "gradient_checkpointing": False,
+        "report_to": "none",
+        "disable_tqdm": True,
+        "use_cpu": True,
+        "dataloader_pin_memory": False,
+    }
+    args = DPOConfig(str(folder), **(values | options))
+    model = with_adapter(make_model()) if model is None else model
+    data = pairs() if data is None else data
+    return DPOTrainer(
+        model, args, train_dataset=data, processing_class=make_tokenizer(), callbacks=list(callbacks), peft_config=peft
+    )
+
+
+@pytest.fixture(scope="module")
+def base(tmp_path_factory):
+    return save_base(tmp_path_factory.mktemp("base") / "base")
+
+
+# --- The optimum ------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("adapted", [False, True])
+def test_the_optimum_is_that_of_ppo(monkeypatch, adapted):
+    monkeypatch.syspath_prepend(ROOT / "benchmarks")
+    bench = import_module("closed_form")
+    monkeypatch.setattr(bench, "PROMPTS", 2)
+    monkeypatch.setattr(bench, "WORDS", {1: 8})
+    peft = LoraConfig(r=16, lora_alpha=32, target_modules="all-linear", task_type="CAUSAL_LM") if adapted else None
+    result = bench.train_by_dpo(bench.make_task(0, 1), 0, steps=120, peft=peft, learning_rate=1e-2)
+    assert result.best - result.start > 0.2
+    assert result.closed >= 0.99, f"{100 * result.closed:.2f}% of the gap between start and optimum are closed"
+    assert result.closed <= 1 + 1e-6, "better than the optimum: one of the two is computed wrongly"
+    assert result.distance < 0.05 < result.distance_at_start
+
+
+# --- The reference ----------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("bits", ["fp32", "4bit"])
+def test_policy_and_reference_are_one_at_first_and_the_reference_stays(base, tmp_path, bits):
+    model = with_adapter(in_4_bits(base) if bits == "4bit" else AutoModelForCausalLM.from_pretrained(base))
+    trainer = make_trainer(tmp_path, model)
+    before = copies(dict(trainer.model.named_parameters()))
+    trainer.train()
+    for name in ("rewards/chosen", "rewards/rejected", "rewards/margins"):
+        assert logged(trainer, name)[0] == 0
+    changed = moved(before, dict(trainer.model.named_parameters()))
+    assert changed
+    assert all(".default." in name for name in changed), "something frozen has moved"
+    for name, weight in before.items():
+        if ".default." in name:
+            assert weight.dtype == torch.float32
+            torch.testing.assert_close(before[name.replace(".default.", ".ref.")], weight, rtol=0, atol=0)
+    assert logged(trainer, "loss")[-1] < logged(trainer, "loss")[0]
+
+
+def test_the_base_of_a_fresh_adapter_is_the_reference(tmp_path):
+    trainer = make_trainer(tmp_path, make_model(), peft=lora())
+    trainer.train()
+    assert logged(trainer, "rewards/margins")[0] == 0
+    assert "ref" not in trainer.model.peft_config
+
+
+def test_a_policy_that_is_trained_whole_has_a_copy_as_reference(tmp_path):
+    model = make_model()
+    model.config._name_or_path = ""  # there is nothing to load again
+    trainer = make_trainer(tmp_path, model)
+    before = copies(dict(trainer.ref_model.named_parameters()))
+    trainer.train()
+    assert logged(trainer, "rewards/margins")[0] == 0
+    assert not moved(before, dict(trainer.ref_model.named_parameters()))
+
+
+@pytest.mark.parametrize("bits", ["fp32", "4bit"])
+def test_of_several_turns_the_last_answer_is_learnt_with_all_before_it(base, tmp_path, bits):
+    talk = [{"role": role, "content": text} for role, text in (("user", "w5"), ("assistant", "w6"), ("user", "w7 w8"))]
+    answers = {name: [{"role": "assistant", "content": text}] for name, text in (("chosen", "w9 w10"), ("rejected", "w11"))}
+    model = with_adapter(in_4_bits(base) if bits == "4bit" else AutoModelForCausalLM.from_pretrained(base))
+    expected = {name: by_hand(model, talk, answer) for name, answer in answers.items()}
+    assert abs(expected["chosen"] - by_hand(model, talk[2:], answers["chosen"])) > 0.1  # the turns before matter
+    trainer = make_trainer(tmp_path, model, Dataset.from_list([{"prompt": talk} | answers] * 4))
+    trainer.train()
+    for name, logp in expected.items():
+        assert logged(trainer, f"logps/{name}")[0] == pytest.approx(logp, abs=1e-3)
+    assert logged(trainer, "loss")[-1] < logged(trainer, "loss")[0]
+
+
+def by_hand(model, talk, answer):
+    """The log-probability of the answer after a conversation, as the template writes both."""
+    tokenizer = make_tokenizer()
+    start = len(tokenizer.apply_chat_template(talk, add_generation_prompt=True, return_dict=True)["input_ids"])
+    ids = torch.tensor(tokenizer.apply_chat_template(talk + answer, return_dict=True)["input_ids"])
+    with torch.no_grad():
+        logps = model.eval()(ids[None]).logits[0].float().log_softmax(-1)
+    return logps[start - 1 : -1].gather(1, ids[start:, None]).sum().item()
+
+
+def test_the_policy_is_saved_without_its_reference(base, tmp_path):
+    trainer = make_trainer(
+        tmp_path, with_adapter(AutoModelForCausalLM.from_pretrained(base)), save_strategy="steps", save_steps=2
+    )
+    trainer.train()
+    trainer.save_model()
+    for folder in (tmp_path, tmp_path / "checkpoint-2"):
+        assert (folder / "adapter_model.safetensors").exists()
+        assert not (folder / "ref").exists()
+    alone = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(base), tmp_path).eval()
+    ids = torch.tensor([[5, 6, 7, 8]])
+    torch.testing.assert_close(alone(ids).logits, trainer.model.eval()(ids).logits)
+
+
+@pytest.mark.parametrize("fresh", [False, True])
+def test_precomputed_log_probabilities_of_the_reference_change_nothing(tmp_path, fresh):
+    runs = []
+    for precomputed in (False, True):
+        of = {"model": make_model(), "peft": lora()} if fresh else {}
+        torch.manual_seed(0)  # of the fresh adapter
+        trainer = make_trainer(tmp_path, precompute_ref_log_probs=precomputed, **of)
+        trainer.train()
+        runs.append(logged(trainer, "loss"))
+    assert runs[0] == pytest.approx(runs[1], abs=1e-5)
+    assert runs[0][-1] < runs[0][0] - 1e-3
+
+
+class Stop(TrainerCallback):
+    def on_step_end(self, args, state, control, **kwargs):
+        control.should_training_stop = state.global_step == 2
+
+
+def test_a_resumed_run_ends_as_the_unbroken_one(tmp_path):
+    unbroken = make_trainer(tmp_path / "one")
+    unbroken.train()
+    make_trainer(tmp_path / "two", callbacks=[Stop()], save_strategy="steps", save_steps=2).train()
+    resumed = make_trainer(tmp_path / "two")
+    resumed.train(resume_from_checkpoint=str(tmp_path / "two" / "checkpoint-2"))
+    assert logged(resumed, "loss") == pytest.approx(logged(unbroken, "loss"), abs=1e-6)
+    assert not moved(copies(dict(unbroken.model.named_parameters())), dict(resumed.model.named_parameters()))
+
+
+# --- Losses -----------------------------------------------------------------------------------------------
+
+
+def test_the_losses_are_those_that_trl_has():
+    source = inspect.getsource(trl.DPOTrainer)
+    assert set(re.findall(r'loss_type == "(\w+)"', source)) == set(LOSSES)
+
+
+def test_the_losses_that_read_label_smoothing_are_those_that_do_in_trl():
+    branches = re.split(r'(?:el)?if loss_type == "(\w+)":', inspect.getsource(trl.DPOTrainer))
+    found = {loss for loss, code in zip(branches[1::2], branches[2::2], strict=True) if "self.label_smoothing" in code}
+    assert found == set(SMOOTHED)
+
+
+@pytest.mark.parametrize("loss", LOSSES)
+def test_every_loss_moves_the_policy(tmp_path, loss):
+    trainer = make_trainer(tmp_path, max_steps=2, loss_type=loss, label_smoothing=0.1 if loss == "exo_pair" else 0.0)
+    before = copies(dict(trainer.model.named_parameters()))
+    trainer.train()
+    assert all(map(torch.isfinite, map(torch.tensor, logged(trainer, "loss"))))
+    assert moved(before, dict(trainer.model.named_parameters()))
+
+
+def losses_of(folder, steps=1, **options):
+    trainer = make_trainer(folder, max_steps=steps, **options)
+    trainer.train()
+    return logged(trainer, "loss")
+
+
+@pytest.mark.parametrize("loss", SMOOTHED)
+def test_label_smoothing_changes_the_losses_that_read_it(tmp_path, loss):
+    little, much = (losses_of(tmp_path, 3, loss_type=loss, label_smoothing=share)[-1] for share in (0.01, 0.3))
+    assert abs(little - much) > 1e-3
+
+
+def test_robust_without_smoothing_is_sigmoid(tmp_path):
+    assert losses_of(tmp_path, 3, loss_type="robust") == losses_of(tmp_path, 3, loss_type="sigmoid")
+
+
+def test_losses_are_mixed_by_their_weights(tmp_path):
+    mixed = losses_of(tmp_path, loss_type=["sigmoid", "sft"], loss_weights=[1.0, 0.5])[0]
+    alone = [losses_of(tmp_path, loss_type=loss)[0] for loss in ("sigmoid", "sft")]
+    assert mixed == pytest.approx(alone[0] + 0.5 * alone[1], abs=1e-4)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"label_smoothing": 0.1}, r"label_smoothing: 0.1: sigmoid does not read it: choose one of robust, exo_pair"),
+        ({"loss_type": ["ipo", "sft"], "label_smoothing": 0.1}, r"label_smoothing: 0.1: ipo, sft does not read it"),
+        ({"loss_type": "robust", "label_smoothing": 0.5}, r"label_smoothing: 0.5: must be below 0.5"),
+        ({"loss_type": "robust", "label_smoothing": -0.1}, r"label_smoothing: -0.1: must be .* not below 0"),
+        ({"loss_type": "exo_pair"}, r"label_smoothing: exo_pair needs it above 0"),
+        ({"loss_type": []}, r"loss_type: names no loss"),
+        ({"loss_type": "ipo", "beta": 0.0}, r"beta: 0.0: must be above 0"),
+    ],
+)
+def test_options_that_would_do_nothing_or_harm_are_refused(tmp_path, options, message):
+    with pytest.raises(ValueError, match=message):
+        DPOConfig(str(tmp_path), use_cpu=True, bf16=False, **options)
+
+
+@pytest.mark.parametrize(
+    "options", [{"loss_type": ["sigmoid", "robust"], "label_smoothing": 0.1}, {"loss_type": "sft", "beta": 0.0}]
+)
+def test_options_that_something_reads_are_not(tmp_path, options):
+    assert DPOConfig(str(tmp_path), use_cpu=True, bf16=False, **options).beta >= 0
+
+
+def test_a_loss_that_trl_does_not_have_is_refused(tmp_path):
+    with pytest.raises(ValueError, match=r"loss_type: 'sigmod' is none of sigmoid, .*; did you mean 'sigmoid'\?"):
+        make_trainer(tmp_path, loss_type="sigmod")
+
+
+# --- The recipe -------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def sft(base, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("sft") / "sft"
+    with_adapter(AutoModelForCausalLM.from_pretrained(base)).save_pretrained(folder)
+    tokenizer = make_tokenizer()
+    tokenizer.chat_template = tokenizer.chat_template.replace("'assistant '", "'w4 '")
+    tokenizer.save_pretrained(folder)
+    return folder
+
+
+def write_config(folder, base, sft, **options):
+    rows = [{"prompt": f"w{number}", "completions": ["w5 w6", "w7", "w8 w9"], "ranks": [0, 1, 1]} for number in range(10, 16)]
+    (folder / "rankings.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    values = {
+        "model_name_or_path": str(base),
+        "use_peft": True,
+        "start_from": str(sft),
+        "dataset_name": str(folder / "rankings.jsonl"),
+        "test_split_size": 2,
+        "loss_type": "ipo",
+        "beta": 0.3,
+        "per_device_train_batch_size": 4,
+        "max_steps": 3,
+        "eval_strategy": "steps",
+        "eval_steps": 3,
+        "save_strategy": "no",
+        "gradient_checkpointing": False,
+        "report_to": "none",
+        "output_dir": str(folder / "dpo"),
+    }
+    config = folder / "dpo.yaml"
+    config.write_text(yaml.safe_dump({key: value for key, value in (values | options).items() if value is not None}))
+    return config
+
+
+@pytest.mark.parametrize("bits", [None, 4])
+def test_the_recipe_goes_from_rankings_to_a_policy_that_peft_loads(launch, base, sft, tmp_path, bits):
+    options = {"load_in_4bit": True, "dtype": "float32", "max_steps": 2} if bits else {}
+    status, error = launch("dpo", "--config", write_config(tmp_path, base, sft, **options))
+    assert status == 0, error
+    record = json.loads((tmp_path / "dpo" / "recipe.json").read_text())
+    assert (record["recipe"], record["parents"]) == ("dpo", [str(sft)])
+    assert record["data"]["train"]["rows"] == 4 * 2, "each ranking has two comparisons, and a tie"
+    assert [entry["step"] for entry in record["log"] if "eval_loss" in entry] == [2 if bits else 3]
+    assert "eval_loss" in record["metrics"]
+    policy = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(base), tmp_path / "dpo")
+    before, after = (load_file(folder / "adapter_model.safetensors") for folder in (sft, tmp_path / "dpo"))
+    assert before.keys() == after.keys()
+    assert moved(before, after)
+    assert list(policy.peft_config) == ["default"]
+    # the template that the policy was taught
+    assert "w4" in (tmp_path / "dpo" / "chat_template.jinja").read_text()
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"start_from": "/nowhere"}, "start_from: /nowhere holds no adapter"),
+        ({"loss_type": "sigmod"}, "loss_type: 'sigmod' is none of sigmoid"),
+        ({"loss_type": ["sigmoid", "sft"], "loss_weights": [1.0]}, "loss_weights"),
+        ({"loss_type": "sigmoid", "label_smoothing": 0.1}, "label_smoothing: 0.1: sigmoid does not read it"),
+        ({"loss_type": []}, "loss_type: names no loss"),
+        ({"beta": 0.0}, "beta: 0.0: must be above 0"),
+        ({"use_peft": False}, "is an adapter: set `use_peft: true`"),
+        ({"beta": "small"}, "beta: expected float, found 'small'"),
+    ],
+)
+def test_what_the_recipe_refuses(launch, base, sft, tmp_path, options, message):
+    config = write_config(tmp_path, base, sft, **options)
+    status, error = launch("dpo", "--config", config)
+    assert status == 2
+    assert error.splitlines()[-1].startswith("error: ")
+    assert message in error
+    assert str(config) in error

@@ -1,0 +1,890 @@
+"""The reward recipe from end to end: rankings, pairs, margins, ensembles, the start from SFT, and what is left behind."""
+
+import gc
+import itertools
+import json
+import shutil
+import weakref
+from types import SimpleNamespace
+
+from rlhf_recipes.config.arguments import DataArguments, DatasetSource
+from rlhf_recipes.core.errors import RecipeError
+from rlhf_recipes.data import demonstrations_of, load_data
+from rlhf_recipes.evaluation.reward_models import measure_reward
+from rlhf_recipes.models import roles
+from rlhf_recipes.models.loading import load_model, resolve_path
+from rlhf_recipes.models.roles import load_reward, load_saved_rewards, load_whole_reward
+from rlhf_recipes.tiny import splits
+from rlhf_recipes.training import run as runs
+from rlhf_recipes.training.run import run_missing
+from support import ROOT
+
+import numpy as np
+import pytest
+import torch
+import yaml
+from datasets import Dataset
+from peft import LoraConfig, PeftModel, get_peft_model
+from safetensors.torch import load_file
+from scipy import stats
+from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer, LlamaForSequenceClassification
+from trl import ModelConfig, SFTConfig
+
+BASE = resolve_path("rlhf_recipes.tiny.base")
+NO_EVAL = ("--eval_strategy", "no", "--save_strategy", "no")
+IN_4_BITS = ("--load_in_4bit", "true", "--use_bnb_nested_quant", "true")
+AS_IT_BEGINS = ("--learning_rate", 0, "--max_steps", 1, "--save_strategy", "no")
+LONG = ("--max_steps", 4, "--save_steps", 2, "--save_total_limit", 9, "--lora_dropout", 0.1, "--seed", 5)
+ENSEMBLE = ("--ensemble_size", 2, "--ensemble_combine", "uncertainty", "--uncertainty_coef", 0.5)
+
+
+# --- Runs, each of them once -----------------------------------------------------------------------------
+
+
+def write_rows(path, rows):
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return path
+
+
+def read_rows(path):
+    return [json.loads(line) for line in path.read_text().splitlines()]
+
+
+def read(folder, *path):
+    return json.loads(folder.joinpath(*path).read_text())
+
+
+@pytest.fixture(scope="module")
+def files(tmp_path_factory):
+    """A folder of data, and of the tiny YAML file with little of it."""
+    folder = tmp_path_factory.mktemp("files")
+    for split in ("train", "test"):
+        write_rows(folder / f"rankings.{split}.jsonl", splits.rankings(split, rows=16, seed=3))
+        pairs = splits.preferences(split, rows=16, seed=3).to_list()
+        write_rows(folder / f"pairs.{split}.jsonl", pairs)
+        write_rows(folder / f"margins.{split}.jsonl", [row | {"margin": n / 4} for n, row in enumerate(pairs)])
+    write_rows(folder / "demonstrations.jsonl", splits.demonstrations(rows=16))
+    write_rows(folder / "text.jsonl", [{"text": "Karimo lives in Alderby."}, {"text": "Bazepo is a baker."}])
+    settings = yaml.safe_load((ROOT / "configs" / "tiny" / "reward.yaml").read_text())
+    del settings["dataset_arguments"], settings["eval_steps"]
+    settings["dataset_name"] = str(folder / "rankings.train.jsonl")
+    settings["eval_datasets"] = [{"path": str(folder / "rankings.test.jsonl")}]
+    settings |= {"logging_steps": 1, "warmup_steps": 0, "max_steps": 2, "per_device_train_batch_size": 4, "save_steps": 2}
+    (folder / "reward.yaml").write_text(yaml.safe_dump(settings | {"eval_strategy": "epoch", "disable_tqdm": True}))
+    return folder
+
+
+@pytest.fixture
+def config(files, tmp_path):
+    """Writes the YAML file with other values, and gives the options that name it."""
+
+    def write(**values):
+        settings = yaml.safe_load((files / "reward.yaml").read_text()) | values
+        (tmp_path / "reward.yaml").write_text(yaml.safe_dump(settings))
+        return "--config", tmp_path / "reward.yaml"
+
+    return write
+
+
+@pytest.fixture
+def data_of(files, config):
+    """The options that name the files of a kind of comparisons, for training and evaluation."""
+
+    def options(kind):
+        train, test = (str(files / f"{kind}.{split}.jsonl") for split in ("train", "test"))
+        return config(dataset_name=train, eval_datasets=[{"path": test}])
+
+    return options
+
+
+@pytest.fixture
+def reward(launch, files):
+    """Runs the recipe with the small YAML file; returns its exit status and its last line on stderr."""
+
+    def run(folder, *options):
+        options = options if "--config" in options else ("--config", files / "reward.yaml", *options)
+        status, error = launch("reward", *options, "--output_dir", folder)
+        assert "Traceback" not in error
+        assert status in (0, 2), error
+        return status, (error.strip().splitlines() or [""])[-1]
+
+    return run
+
+
+@pytest.fixture(scope="module")
+def memory(tmp_path_factory):
+    return {}, tmp_path_factory.mktemp("runs")
+
+
+@pytest.fixture
+def trained(reward, memory):
+    """The folder of a run; runs of one name are one."""
+    done, place = memory
+
+    def run(name, *options):
+        if name not in done:
+            done[name] = place / name / "reward"
+            status, error = reward(done[name], *options)
+            assert status == 0, error
+        return done[name]
+
+    return run
+
+
+@pytest.fixture
+def sft(launch, files, memory):
+    """The folder of an SFT adapter of rank 3."""
+    done, place = memory
+    small = ("--dataset_name", files / "demonstrations.jsonl", "--dataset_arguments", "none", *NO_EVAL, "--max_steps", 2)
+    small = (*small, "--learning_rate", 1e-2, "--warmup_steps", 0, "--per_device_train_batch_size", 8, "--lora_r", 3)
+
+    def run(name="sft", *options):
+        if name not in done:
+            status, error = launch("sft", *small, *options, "--output_dir", place / name)
+            assert status == 0, error
+            done[name] = place / name
+        return done[name]
+
+    return run
+
+
+# --- What is recomputed ----------------------------------------------------------------------------------
+
+
+@torch.no_grad()
+def raw_scores(folder, prompts, completions):
+    """The scores of answers, by Transformers and PEFT alone, one conversation at a time."""
+    if (folder / "adapter_config.json").exists():
+        model = AutoModelForSequenceClassification.from_pretrained(BASE, num_labels=1, dtype=torch.float32)
+        model = PeftModel.from_pretrained(model, folder)
+    else:
+        model = AutoModelForSequenceClassification.from_pretrained(folder, dtype=torch.float32)
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    scores = []
+    for prompt, completion in zip(prompts, completions, strict=True):
+        ids = tokenizer.apply_chat_template(prompt + completion, return_tensors="pt", return_dict=True)["input_ids"]
+        scores.append(model.eval()(input_ids=ids).logits.item())
+    return np.array(scores)
+
+
+def flat(rankings):
+    """The prompt and the completion of every answer."""
+    pairs = [(row["prompt"], completion) for row in rankings for completion in row["completions"]]
+    return [prompt for prompt, _ in pairs], [completion for _, completion in pairs]
+
+
+def score_rankings(folder, rankings):
+    """(rows, K) scores of rankings that are all of K answers."""
+    return raw_scores(folder, *flat(rankings)).reshape(len(rankings), -1)
+
+
+def differences(scores, ranks):
+    """The score of the better answer less that of the worse one, of every comparison."""
+    return np.array(
+        [
+            row[better] - row[worse]
+            for row, order in zip(scores, ranks, strict=True)
+            for better, worse in itertools.permutations(range(len(order)), 2)
+            if order[better] < order[worse]
+        ]
+    )
+
+
+def as_rankings(pairs):
+    return [{"prompt": r["prompt"], "completions": [r["chosen"], r["rejected"]], "ranks": [0, 1]} for r in pairs]
+
+
+def best_answers(rankings):
+    return [row["prompt"] for row in rankings], [row["completions"][np.argmin(row["ranks"])] for row in rankings]
+
+
+def check_evaluation(result, scores, ranks):
+    """What `evaluation.json` says of a model against its raw scores (rows, K)."""
+    gaps = differences(scores, ranks)
+    assert result["accuracy"]["n"] == result["calibration"]["n"] == len(gaps)
+    assert result["accuracy"]["accuracy"] == pytest.approx((gaps > 0).mean())
+    low, high = result["accuracy"]["interval"]
+    assert low <= result["accuracy"]["accuracy"] <= high
+    assert 0 < high - low < 1
+    confidence, right = 1 / (1 + np.exp(-abs(gaps))), gaps > 0
+    ece = 0.0
+    for step in range(10):
+        inside = (confidence > 0.5 + 0.05 * step) & (confidence <= 0.55 + 0.05 * step)
+        if inside.any():
+            ece += inside.mean() * abs(right[inside].mean() - confidence[inside].mean())
+    assert result["calibration"]["ece"] == pytest.approx(ece, abs=1e-4)
+    assert result["calibration"]["brier"] == pytest.approx(np.mean((confidence - right) ** 2), abs=1e-4)
+    assert result["calibration"]["log_loss"] == pytest.approx(np.mean(np.log1p(np.exp(-gaps))), abs=1e-4)
+    taus = [stats.kendalltau(row, np.negative(order)).statistic for row, order in zip(scores, ranks, strict=True)]
+    assert result["tau"]["tau"] == pytest.approx(np.mean(taus), abs=1e-6)
+    assert result["scores"]["mean"] == pytest.approx(scores.mean(), abs=1e-4)
+    assert result["scores"]["std"] == pytest.approx(scores.std(), abs=1e-4)
+    assert result["scores"]["quantiles"]["0.0"] == pytest.approx(scores.min(), abs=1e-4)
+    assert result["scores"]["quantiles"]["1.0"] == pytest.approx(scores.max(), abs=1e-4)
+
+
+def normalisation(folder):
+    return read(folder, "reward.json")["normalisation"]
+
+
+def check_normalisation(folder, scores, samples):
+    stored = normalisation(folder)
+    assert stored["samples"] == samples == len(scores)
+    assert stored["mean"] == pytest.approx(scores.mean(), abs=1e-4)
+    assert stored["std"] == pytest.approx(scores.std(), abs=1e-4)
+
+
+def weights(folder, name="adapter_model.safetensors"):
+    return load_file(folder / name)
+
+
+def same(one, other):
+    return one.keys() == other.keys() and all(torch.equal(one[name], other[name]) for name in one)
+
+
+def log(folder):
+    return [entry for entry in read(folder, "recipe.json")["log"] if "loss" in entry]
+
+
+def losses(folder):
+    return [(entry["step"], entry["loss"], entry["grad_norm"]) for entry in log(folder)]
+
+
+# --- One reward model ------------------------------------------------------------------------------------
+
+
+def test_what_a_run_leaves_behind(trained, files):
+    folder = trained("single", *LONG)
+    record = read(folder, "recipe.json")
+    assert (record["recipe"], record["seed"], record["parents"], record["run"]["steps"]) == ("reward", 5, [], 4)
+    assert (record["base_model"]["name"], record["base_model"]["revision"]) == (BASE, "main")
+    assert record["arguments"]["RewardArguments"]["train_on"] == "rankings"
+    assert record["arguments"]["RewardConfig"]["max_steps"] == 4
+    assert record["arguments"]["DataArguments"]["dataset_name"] == str(files / "rankings.train.jsonl")
+    assert record["arguments"]["ModelConfig"]["lora_r"] == 32
+    assert (record["data"]["train"]["rows"], record["data"]["eval"]["rows"]) == (16, 16)
+    assert [entry["step"] for entry in log(folder)] == [1, 2, 3, 4]
+    assert record["metrics"]["eval_loss"] > 0
+    assert read(folder, "reward.json")["base_model"]["name"] == BASE
+    saved = weights(folder)
+    assert saved["base_model.model.score.weight"].shape == (1, 128)
+    assert {weight.dtype for weight in saved.values()} == {torch.float32}
+    assert max(weight.abs().max() for name, weight in saved.items() if "lora_B" in name) > 0
+    assert (folder / "adapter_model.safetensors").stat().st_size < 3e6
+    assert AutoTokenizer.from_pretrained(folder).chat_template == AutoTokenizer.from_pretrained(BASE).chat_template
+    (name,) = read(folder, "evaluation.json")
+    for picture in ("reliability", "scores"):
+        assert (folder / f"{picture}-{name}.svg").read_text().rstrip().endswith("</svg>")
+
+
+def test_evaluation_is_of_the_scores_that_the_saved_adapter_gives_elsewhere(trained, files):
+    """Scores by Transformers and PEFT alone, every number by loops or SciPy."""
+    folder = trained("single", *LONG)
+    rankings = read_rows(files / "rankings.test.jsonl")
+    scores = score_rankings(folder, rankings)
+    (result,) = read(folder, "evaluation.json").values()
+    check_evaluation(result, scores, [row["ranks"] for row in rankings])
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    answers = [completion[0]["content"] for completion in flat(rankings)[1]]
+    lengths = [len(tokenizer(f"Answer: {answer}")["input_ids"]) for answer in answers]
+    assert result["score_length"]["pearson"] == pytest.approx(stats.pearsonr(scores.ravel(), lengths).statistic, abs=1e-4)
+    assert result["score_length"]["spearman"] == pytest.approx(stats.spearmanr(scores.ravel(), lengths).statistic, abs=1e-3)
+
+
+def test_best_answers_of_the_training_rows_score_0_with_deviation_1(trained, files):
+    folder = trained("single", *LONG)
+    prompts, answers = best_answers(read_rows(files / "rankings.train.jsonl"))
+    check_normalisation(folder, raw_scores(folder, prompts, answers), 16)
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    scores = np.array(load_reward(AutoModelForCausalLM.from_pretrained(BASE), folder, "any", tokenizer)(prompts, answers))
+    assert scores.mean() == pytest.approx(0, abs=1e-5)
+    assert scores.std() == pytest.approx(1, abs=1e-5)
+
+
+def test_resumed_run_equals_the_unbroken_one(trained, reward, tmp_path):
+    whole, broken = trained("single", *LONG), tmp_path / "reward"
+    shutil.copytree(whole / "checkpoint-2", broken / "checkpoint-2")
+    (broken / "checkpoint-3").mkdir()  # one that was cut short
+    assert reward(broken, *LONG, "--resume_from_checkpoint", "true")[0] == 0
+    assert same(weights(whole), weights(broken))
+    assert losses(whole) == losses(broken)
+    assert read(whole, "evaluation.json") == read(broken, "evaluation.json")
+    assert read(whole, "reward.json") == read(broken, "reward.json")
+    assert read(broken, "recipe.json")["run"]["steps"] == 2
+
+
+def test_without_evaluation_there_is_a_scale_and_no_report(trained, reward, files, tmp_path):
+    assert reward(tmp_path, *LONG, *NO_EVAL)[0] == 0
+    assert not (tmp_path / "evaluation.json").exists()
+    assert not list(tmp_path.glob("*.svg"))
+    assert read(tmp_path, "recipe.json")["data"].keys() == {"train", "demonstrations"}
+    whole = trained("single", *LONG)
+    assert same(weights(whole), weights(tmp_path))
+    assert normalisation(whole) == normalisation(tmp_path)
+
+
+def test_in_4_bits(trained, files):
+    folder = trained("4bit", *IN_4_BITS)
+    assert {weight.dtype for weight in weights(folder).values()} == {torch.float32}
+    options = {"load_in_4bit": True, "use_bnb_nested_quant": True, "dtype": "float32"}
+    base = load_model(ModelConfig(model_name_or_path=BASE, **options), SFTConfig(bf16=False))
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    scorer = load_reward(base, folder, "any", tokenizer)
+    scores = np.array(scorer(*best_answers(read_rows(files / "rankings.train.jsonl"))))
+    assert (scores.mean(), scores.std()) == (pytest.approx(0, abs=1e-4), pytest.approx(1, abs=1e-4))
+    rankings = read_rows(files / "rankings.test.jsonl")
+    scores = np.array(scorer(*flat(rankings))) * normalisation(folder)["std"] + normalisation(folder)["mean"]
+    (result,) = read(folder, "evaluation.json").values()
+    check_evaluation(result, scores.reshape(16, -1), [row["ranks"] for row in rankings])
+    full = raw_scores(folder, *flat(rankings))
+    assert abs(full - scores).max() > 1e-3  # it was trained and measured on quantised weights
+
+
+def test_whole_models(trained, files):
+    folder = trained("whole", "--use_peft", "false", "--ensemble_size", 2, "--learning_rate", 1e-4)
+    rankings = read_rows(files / "rankings.test.jsonl")
+    results = read(folder, "evaluation.json")
+    assert list(results) == ["member-0", "member-1", "ensemble"]
+    scores = []
+    for number in range(2):
+        member = folder / f"member-{number}"
+        assert not (member / "adapter_config.json").exists()
+        scores.append(score_rankings(member, rankings))
+        check_evaluation(results[member.name], scores[-1], [row["ranks"] for row in rankings])
+        demonstrations = best_answers(read_rows(files / "rankings.train.jsonl"))
+        check_normalisation(member, raw_scores(member, *demonstrations), 16)
+        whole = load_whole_reward(member, "any", AutoTokenizer.from_pretrained(member))
+        assert np.mean(whole(*demonstrations)) == pytest.approx(0, abs=1e-4)
+    assert abs(scores[0] - scores[1]).max() > 0.1
+
+
+@pytest.mark.parametrize("name", ["reward-v1.0", "train"])
+def test_the_folder_may_have_any_name(reward, tmp_path, name):
+    """Not every one of them can be the name of an adapter: PyTorch refuses dots, and names of a module's own methods."""
+    folder = tmp_path / name
+    assert reward(folder, *AS_IT_BEGINS)[0] == 0
+    assert (folder / "evaluation.json").exists()
+    assert normalisation(folder) is not None
+
+
+# --- What an earlier run left, and what tells that this one is done ---------------------------------------
+
+
+def names(folder):
+    return {path.name for path in folder.iterdir()}
+
+
+def test_nothing_of_an_earlier_run_is_taken_for_this_one(reward, tmp_path):
+    """Of whatever size and sort that one was; what is not the recipe's stays."""
+    folder = tmp_path / "reward"
+    (folder / "member-notes").mkdir(parents=True)
+    (folder / "notes.txt").touch()
+    begins = (*AS_IT_BEGINS, "--learning_rate", 1e-3)
+    assert reward(folder, *begins, "--ensemble_size", 3)[0] == 0
+    assert read(folder, "reward.json")["ensemble"]["members"] == ["member-0", "member-1", "member-2"]
+    assert reward(folder, *begins, "--ensemble_size", 2, *NO_EVAL)[0] == 0
+    assert names(folder) == {"member-0", "member-1", "reward.json", "recipe.json", "member-notes", "notes.txt"}
+    assert read(folder, "reward.json")["ensemble"]["members"] == ["member-0", "member-1"]
+    assert reward(folder, *begins)[0] == 0
+    assert "member-0" not in names(folder)
+    assert "ensemble" not in read(folder, "reward.json")
+    assert list(read(folder, "evaluation.json")) == ["reward"]
+    assert reward(folder, *begins, "--use_peft", "false", *NO_EVAL)[0] == 0
+    assert not names(folder) & {"adapter_config.json", "adapter_model.safetensors", "evaluation.json", "scores-reward.svg"}
+    assert normalisation(folder) is not None
+    assert reward(folder, *begins, "--ensemble_size", 2, *NO_EVAL)[0] == 0
+    assert not names(folder) & {"config.json", "model.safetensors"}
+    assert {"member-notes", "notes.txt"} <= names(folder)
+
+
+def test_unfinished_run_of_another_size_is_not_removed(trained, reward, tmp_path):
+    folder = tmp_path / "reward"
+    shutil.copytree(trained("single", *LONG), folder)
+    (folder / "recipe.json").unlink()
+    for options in ((), ("--resume_from_checkpoint", "true")):
+        status, error = reward(folder, *LONG, *ENSEMBLE, *options)
+        assert status == 2
+        assert f"{folder} holds checkpoint-4 of an unfinished run" in error
+    assert (folder / "adapter_model.safetensors").exists()
+
+
+def test_finished_run_is_not_removed_by_one_that_cannot_begin(trained, reward, tmp_path):
+    folder = tmp_path / "reward"
+    shutil.copytree(trained("single", *LONG), folder)
+    before = names(folder)
+    for options in (("--start_from", "./nowhere"), ("--lora_target_modules", "foo"), ("--max_length", 5)):
+        assert reward(folder, *LONG, *options)[0] == 2
+    assert names(folder) == before
+
+
+def test_a_run_does_not_remove_what_it_begins_with(reward, sft, tmp_path):
+    parent = tmp_path / "out" / "sft"
+    shutil.copytree(sft(), parent)
+    for folder in (tmp_path / "out", parent):
+        status, error = reward(folder, *AS_IT_BEGINS, "--start_from", parent)
+        assert status == 2
+        assert f"start_from: {parent} is in `output_dir`" in error
+    assert same(weights(parent), weights(sft()))
+
+
+def test_checkpoint_of_another_folder_is_gone_on_from_in_a_clean_one(trained, reward, tmp_path):
+    folder, checkpoint = tmp_path / "reward", trained("single", *LONG) / "checkpoint-2"
+    shutil.copytree(trained("ensemble", *LONG, *ENSEMBLE), folder)
+    assert reward(folder, *LONG, "--resume_from_checkpoint", checkpoint)[0] == 0
+    assert same(weights(folder), weights(checkpoint.parent))
+    assert "ensemble" not in read(folder, "reward.json")
+    assert not list(folder.glob("member-*"))
+
+
+@pytest.mark.parametrize("ensemble", [(), ENSEMBLE], ids=["single", "ensemble"])
+def test_run_that_has_no_scale_yet_is_not_done(reward, tmp_path, monkeypatch, ensemble):
+    """And goes on with measuring; what training cost is not forgotten."""
+    folder, calls = tmp_path / "reward", []
+
+    def failing(*arguments):
+        calls.append(arguments)
+        raise RecipeError("no memory left")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(roles, "store_normalisation", failing)
+        status, error = reward(folder, *LONG, *ensemble)
+    assert (status, len(calls)) == (2, 1)
+    assert "no memory left" in error
+    assert not list(folder.rglob("recipe.json"))
+    status, error = reward(folder, *LONG, *ensemble)
+    assert status == 2
+    assert "of an unfinished run: set `resume_from_checkpoint: true`" in error
+    assert reward(folder, *LONG, *ensemble, "--resume_from_checkpoint", "true")[0] == 0
+    for model in (folder / "member-0", folder / "member-1") if ensemble else (folder,):
+        assert normalisation(model) is not None
+        assert read(model, "recipe.json")["run"]["steps"] == 4
+    assert read(folder, "recipe.json")["run"]["steps"] == (8 if ensemble else 4)
+    assert not list(folder.rglob("recipe.unfinished.json"))
+
+
+def test_a_stage_that_needs_an_ensemble_finds_it_done(trained, files, tmp_path, monkeypatch):
+    folder = trained("ensemble", *LONG, *ENSEMBLE)
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "reward.yaml").write_text(yaml.safe_dump({"output_dir": str(folder)}))
+    launched = []
+    monkeypatch.setattr(runs.subprocess, "run", lambda command, **_: launched.append(command) or SimpleNamespace(returncode=0))
+    run_missing(["reward.yaml"], ROOT / "recipes", inputs=[folder])
+    assert not launched
+    shutil.copytree(folder / "member-0", tmp_path / "unfinished" / "member-0")
+    (tmp_path / "reward.yaml").write_text(yaml.safe_dump({"output_dir": str(tmp_path / "unfinished")}))
+    run_missing(["reward.yaml"], ROOT / "recipes", inputs=[tmp_path / "unfinished"])
+    assert len(launched) == 1
+
+
+def test_record_of_an_ensemble_says_what_it_is_made_of(trained, files):
+    folder = trained("ensemble", *LONG, *ENSEMBLE)
+    stored = read(folder, "reward.json")["ensemble"]
+    assert stored == {"members": ["member-0", "member-1"], "combine": "uncertainty", "uncertainty_coef": 0.5}
+    record, first = read(folder, "recipe.json"), read(folder, "member-0", "recipe.json")
+    assert record["members"] == stored["members"]
+    assert record["arguments"]["RewardConfig"]["output_dir"] == str(folder)
+    assert (record["recipe"], record["seed"], record["base_model"]) == ("reward", 5, first["base_model"])
+    policy = get_peft_model(AutoModelForCausalLM.from_pretrained(BASE), LoraConfig(r=2, target_modules=["q_proj"]))
+    tokenizer = AutoTokenizer.from_pretrained(folder / "member-0")
+    ensemble = load_saved_rewards(folder, policy, tokenizer)
+    prompts, answers = flat(read_rows(files / "rankings.test.jsonl"))
+    scores = [raw_scores(folder / name, prompts, answers) for name in stored["members"]]
+    scales = [normalisation(folder / name) for name in stored["members"]]
+    scaled = np.stack([(score - own["mean"]) / own["std"] for score, own in zip(scores, scales, strict=True)])
+    assert ensemble(prompts, answers) == pytest.approx(scaled.mean(0) - 0.5 * scaled.std(0), abs=1e-4)
+
+
+def test_measuring_reads_as_many_answers_at_once_as_evaluation(reward, tmp_path, monkeypatch):
+    sizes, score = [], roles.Reward.score
+
+    def watched(self, input_ids, attention_mask, **options):
+        sizes.append(len(input_ids))
+        return score(self, input_ids, attention_mask, **options)
+
+    monkeypatch.setattr(roles.Reward, "score", watched)
+    assert reward(tmp_path, *AS_IT_BEGINS, "--per_device_eval_batch_size", 3)[0] == 0
+    assert max(sizes) == 3
+    assert sum(sizes) == 16 * 4 + 16
+
+
+def test_anything_that_scores_can_be_measured(files):
+    """Such as a baseline, which is no reward model."""
+
+    class Words:
+        tokenizer = AutoTokenizer.from_pretrained(BASE)
+
+        def __call__(self, prompts, completions):
+            return [float(completion[0]["content"] in right) for completion in completions]
+
+    rows = Dataset.from_list(read_rows(files / "pairs.test.jsonl"))
+    right = {row["chosen"][0]["content"] for row in rows} - {row["rejected"][0]["content"] for row in rows}
+    expected = np.mean([row["chosen"][0]["content"] in right for row in rows])
+    result = measure_reward(Words(), rows)
+    assert result["accuracy"]["n"] == 16
+    assert result["accuracy"]["accuracy"] >= expected > 0
+
+
+# --- Pairs and margins -----------------------------------------------------------------------------------
+
+
+def test_rankings_become_all_their_pairs(trained, files):
+    options = ("--train_on", "pairs", *AS_IT_BEGINS, "--per_device_train_batch_size", 96)
+    folder = trained("expanded", *options)
+    rankings = read_rows(files / "rankings.train.jsonl")
+    gaps = differences(score_rankings(folder, rankings), [row["ranks"] for row in rankings])
+    assert len(gaps) < 16 * 6  # ties
+    assert read(folder, "recipe.json")["data"]["train"]["rows"] == len(gaps)
+    assert log(folder)[0]["loss"] == pytest.approx(np.mean(np.log1p(np.exp(-gaps))), abs=1e-4)
+    check_normalisation(folder, raw_scores(folder, *best_answers(rankings)), 16)
+    (result,) = read(folder, "evaluation.json").values()
+    held_out = read_rows(files / "rankings.test.jsonl")
+    gaps = differences(score_rankings(folder, held_out), [row["ranks"] for row in held_out])
+    assert result["accuracy"]["n"] == len(gaps)
+    assert result["accuracy"]["accuracy"] == pytest.approx((gaps > 0).mean())
+    assert result["accuracy"]["groups"] == len({json.dumps(row["prompt"]) for row in held_out})
+
+
+def test_pairs_are_rankings_of_two(trained, files, data_of):
+    folder = trained("two", *data_of("pairs"), *AS_IT_BEGINS, "--per_device_train_batch_size", 16)
+    assert read(folder, "recipe.json")["arguments"]["RewardArguments"]["train_on"] == "rankings"
+    rankings = as_rankings(read_rows(files / "pairs.train.jsonl"))
+    gaps = differences(score_rankings(folder, rankings), [row["ranks"] for row in rankings])
+    assert log(folder)[0]["loss"] == pytest.approx(np.mean(np.log1p(np.exp(-gaps))), abs=1e-4)
+    check_normalisation(folder, raw_scores(folder, *best_answers(rankings)), 16)
+    rankings = as_rankings(read_rows(files / "pairs.test.jsonl"))
+    (result,) = read(folder, "evaluation.json").values()
+    check_evaluation(result, score_rankings(folder, rankings), [row["ranks"] for row in rankings])
+
+
+def test_margins_of_pairs_are_learnt_and_reported(trained, files, data_of):
+    folder = trained("margins", *data_of("margins"), "--train_on", "pairs", *AS_IT_BEGINS, "--per_device_train_batch_size", 16)
+    rows = read_rows(files / "margins.train.jsonl")
+    scores, margins = score_rankings(folder, as_rankings(rows)), np.array([row["margin"] for row in rows])
+    gaps = scores[:, 0] - scores[:, 1]
+    assert log(folder)[0]["loss"] == pytest.approx(np.mean(np.log1p(np.exp(margins - gaps))), abs=1e-4)
+    rows = read_rows(files / "margins.test.jsonl")
+    scores, margins = score_rankings(folder, as_rankings(rows)), np.array([row["margin"] for row in rows])
+    gaps = scores[:, 0] - scores[:, 1]
+    (result,) = read(folder, "evaluation.json").values()
+    assert result["accuracy"]["accuracy"] == pytest.approx((gaps > 0).mean())
+    quartiles = result["accuracy"]["by_human_margin"]
+    assert sum(part["n"] for part in quartiles) == 16
+    for part in quartiles:
+        inside = (margins >= part["low"]) & (margins <= part["high"])
+        assert part["accuracy"] == pytest.approx((gaps > 0)[inside].mean())
+
+
+# --- From the SFT adapter --------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("bits", [(), IN_4_BITS], ids=["fp32", "4bit"])
+def test_it_begins_with_the_weights_of_the_sft_adapter(trained, sft, bits):
+    parent = sft()
+    folder = trained(f"from-sft{len(bits)}", "--start_from", parent, *AS_IT_BEGINS, *bits)
+    record = read(folder, "recipe.json")
+    assert record["parents"] == [str(parent)]
+    assert record["base_model"]["name"] == BASE
+    begun, learnt = weights(folder), weights(parent)
+    assert max(weight.abs().max() for name, weight in learnt.items() if "lora_B" in name) > 0
+    assert begun.pop("base_model.model.score.weight").norm() > 0
+    assert same(begun, learnt)
+    config = read(folder, "adapter_config.json")
+    assert (config["r"], config["task_type"], config["base_model_name_or_path"]) == (3, "SEQ_CLS", BASE)
+    assert normalisation(folder) is not None
+
+
+def test_it_learns_from_there(trained, sft):
+    begun, learnt = weights(trained("on-sft", "--start_from", sft())), weights(sft())
+    moved = [name for name, weight in learnt.items() if not torch.equal(weight, begun[name])]
+    assert len(moved) == len(learnt)
+
+
+# --- Ensembles -------------------------------------------------------------------------------------------
+
+
+def test_members_are_the_runs_of_their_seeds(trained):
+    folder = trained("ensemble", *LONG, *ENSEMBLE)
+    members = [folder / "member-0", folder / "member-1"]
+    for member, seed in zip(members, (5, 6), strict=True):
+        assert sum(path.stat().st_size for path in member.iterdir() if path.is_file()) < 3e6  # never another base
+        assert read(member, "recipe.json")["seed"] == seed
+        assert read(member, "recipe.json")["arguments"]["RewardArguments"]["ensemble_size"] == 2
+        assert normalisation(member) is not None
+    assert not (folder / "adapter_model.safetensors").exists()
+    assert same(weights(members[0]), weights(trained("single", *LONG)))
+    assert same(weights(members[1]), weights(trained("seed-6", *LONG, "--seed", 6, *NO_EVAL)))
+    one, other = map(weights, members)
+    assert not [name for name in one if torch.equal(one[name], other[name])]
+
+
+def test_evaluation_of_an_ensemble_is_of_its_members_and_their_combination(trained, files):
+    folder = trained("ensemble", *LONG, *ENSEMBLE)
+    results = read(folder, "evaluation.json")
+    assert list(results) == ["member-0", "member-1", "ensemble"]
+    assert len(list(folder.glob("*.svg"))) == 6
+    rankings = read_rows(files / "rankings.test.jsonl")
+    ranks = [row["ranks"] for row in rankings]
+    scores = np.stack([score_rankings(folder / name, rankings) for name in ("member-0", "member-1")])
+    check_evaluation(results["member-0"], scores[0], ranks)
+    check_evaluation(results["member-1"], scores[1], ranks)
+    # Raw scores of two models have no common origin and scale: members are normalised before they are combined, as in PPO
+    stored = [normalisation(folder / name) for name in ("member-0", "member-1")]
+    scaled = np.stack([(score - own["mean"]) / own["std"] for score, own in zip(scores, stored, strict=True)])
+    combined = scaled.mean(0) - 0.5 * scaled.std(0)
+    gaps = differences(combined, ranks)
+    assert results["ensemble"]["accuracy"]["accuracy"] == pytest.approx((gaps > 0).mean())
+    taus = [stats.kendalltau(row, np.negative(order)).statistic for row, order in zip(combined, ranks, strict=True)]
+    assert results["ensemble"]["tau"]["tau"] == pytest.approx(np.mean(taus), abs=1e-6)
+    # These are the same for any shift and scale
+    assert results["ensemble"]["scores"]["skew"] == pytest.approx(stats.skew(combined.ravel()), abs=1e-3)
+    assert results["ensemble"]["scores"]["histogram"]["counts"] == np.histogram(combined, 20)[0].tolist()
+
+
+def test_interrupted_ensemble_goes_on_where_it_was(trained, reward, tmp_path):
+    whole, broken = trained("ensemble", *LONG, *ENSEMBLE), tmp_path / "reward"
+    shutil.copytree(whole / "member-0", broken / "member-0")
+    shutil.copytree(whole / "member-1" / "checkpoint-2", broken / "member-1" / "checkpoint-2")
+    assert reward(broken, *LONG, *ENSEMBLE, "--resume_from_checkpoint", "true")[0] == 0
+    for member in ("member-0", "member-1"):
+        assert same(weights(whole / member), weights(broken / member))
+        assert read(whole, member, "reward.json") == read(broken, member, "reward.json")
+        assert losses(whole / member) == losses(broken / member)
+    assert read(broken, "member-1", "recipe.json")["run"]["steps"] == 2
+    assert read(whole, "evaluation.json") == read(broken, "evaluation.json")
+
+
+def test_ensemble_is_not_begun_anew_over_an_unfinished_one(trained, reward, tmp_path):
+    """Said before the members that were finished are trained again."""
+    folder = tmp_path / "reward"
+    shutil.copytree(trained("ensemble", *LONG, *ENSEMBLE), folder)
+    (folder / "member-1" / "recipe.json").unlink()
+    mark = folder / "member-0" / "checkpoint-4" / "mark"
+    mark.touch()
+    status, error = reward(folder, *LONG, *ENSEMBLE)
+    assert status == 2
+    assert "member-1 holds checkpoint-4 of an unfinished run: set `resume_from_checkpoint: true`" in error
+    assert mark.exists()
+
+
+def test_there_is_never_more_than_one_base_in_memory(reward, tmp_path, monkeypatch):
+    alive, counts, build = weakref.WeakSet(), [], LlamaForSequenceClassification.__init__
+
+    def counted(model, *args, **kwargs):
+        counts.append(len(alive))
+        build(model, *args, **kwargs)
+        alive.add(model)
+
+    monkeypatch.setattr(LlamaForSequenceClassification, "__init__", counted)
+    gc.collect()
+    assert reward(tmp_path, "--ensemble_size", 2, *AS_IT_BEGINS, *NO_EVAL)[0] == 0
+    assert counts == [0, 0]
+
+
+SHARDS = ("--ensemble_size", 3, "--ensemble_shards", "true", "--max_steps", -1, "--num_train_epochs", 1, *NO_EVAL)
+
+
+def test_shards_are_parts_of_the_rows(trained, files):
+    folder = trained("shards", *SHARDS)
+    tokenizer = AutoTokenizer.from_pretrained(folder / "member-0")
+    talks = [prompt + answer for prompt, answer in zip(*flat(read_rows(files / "rankings.train.jsonl")), strict=True)]
+    members = [folder / f"member-{number}" for number in range(3)]
+    assert [len(log(member)) for member in members] == [2, 2, 2]  # 6 + 5 + 5 rows, by batches of 4
+    tokens = sum(map(len, tokenizer.apply_chat_template(talks)["input_ids"]))
+    assert sum(log(member)[-1]["num_tokens"] for member in members) == tokens
+
+
+def test_each_shard_is_of_the_whole_mixture(trained, files, config):
+    """Rows come source by source: a member that sees the first third of them sees one source."""
+    long = [{"role": "user", "content": "Where does Karimo live? " * 2}]
+    rows = [{"prompt": long, "completions": ["Dunmere.", "Alderby."], "ranks": [n % 2, 1 - n % 2]} for n in range(8)]
+    short = [row | {"prompt": [{"role": "user", "content": "?"}]} for row in rows]
+    paths = [write_rows(files / name, part) for name, part in (("long.jsonl", rows), ("short.jsonl", short))]
+    mixture = config(dataset_name=None, datasets=[{"path": str(path)} for path in paths])
+    options = (*mixture, *SHARDS, "--ensemble_size", 2, "--per_device_train_batch_size", 8)
+    folder = trained("mixture", *options)
+    one, other = (log(folder / f"member-{number}")[-1]["num_tokens"] for number in range(2))
+    assert one == other
+
+
+def test_record_of_a_member_says_how_many_rows_it_saw(trained):
+    folder = trained("shards", *SHARDS)
+    assert [read(folder, f"member-{number}", "recipe.json")["data"]["train"]["rows"] for number in range(3)] == [6, 5, 5]
+
+
+# --- Demonstrations --------------------------------------------------------------------------------------
+
+
+def test_scale_is_that_of_named_demonstrations(trained, files, config):
+    rows = read_rows(files / "demonstrations.jsonl")[:10]
+    talks = [{"messages": row["prompt"] + row["completion"]} for row in rows[:4]]
+    talks[0]["messages"] += rows[9]["prompt"] + rows[9]["completion"]
+    sources = [write_rows(files / "talks.jsonl", talks), write_rows(files / "answers.jsonl", rows[4:9])]
+    folder = trained("demonstrations", *config(demonstrations=[{"path": str(path)} for path in sources]), *NO_EVAL)
+    prompts = [talk["messages"][:-1] for talk in talks] + [row["prompt"] for row in rows[4:9]]
+    answers = [talk["messages"][-1:] for talk in talks] + [row["completion"] for row in rows[4:9]]
+    check_normalisation(folder, raw_scores(folder, prompts, answers), 9)
+    (source, _) = read(folder, "recipe.json")["arguments"]["RewardArguments"]["demonstrations"]
+    assert source["path"] == str(files / "talks.jsonl")
+
+
+@pytest.mark.parametrize("named", [False, True])
+def test_demonstrations_longer_than_max_length_are_left_out(reward, files, config, tmp_path, named):
+    """As they are of training: what such a text scores nobody has taught."""
+    rows = read_rows(files / "pairs.train.jsonl")
+    for row in rows[:5]:
+        row["chosen"][0]["content"] = "the " * 100
+    options = {"dataset_name": str(write_rows(tmp_path / "rows.jsonl", rows))}
+    if named:
+        options["dataset_name"] = str(files / "pairs.train.jsonl")
+        options["demonstrations"] = [{"path": str(write_rows(tmp_path / "answers.jsonl", as_demonstrations(rows)))}]
+    folder = tmp_path / "reward"
+    assert reward(folder, *config(**options, eval_datasets=[]), *AS_IT_BEGINS, *NO_EVAL)[0] == 0
+    check_normalisation(folder, raw_scores(folder, *zip(*[(r["prompt"], r["chosen"]) for r in rows[5:]], strict=True)), 11)
+    counted = read(folder, "recipe.json")["data"]["demonstrations"]
+    assert (counted["rows"], counted["longer_than_max_length"]["dropped"]) == (11, 5)
+
+
+def as_demonstrations(pairs):
+    return [{"prompt": row["prompt"], "completion": row["chosen"]} for row in pairs]
+
+
+def drawn(rows, count, seed=0, **arguments):
+    dataset, counts = demonstrations_of(DataArguments(dataset_name=str(rows), **arguments), [], seed, rows=count)
+    assert counts["rows"] == len(dataset)
+    assert set(dataset.column_names) == {"prompt", "completion"}
+    return [(json.dumps(row["prompt"]), json.dumps(row["completion"])) for row in dataset]
+
+
+@pytest.mark.parametrize("kind", ["rankings", "pairs", "margins"])
+def test_demonstrations_are_the_best_answers_drawn_with_the_seed(files, kind):
+    path = files / f"{kind}.train.jsonl"
+    rows = read_rows(path)
+    rankings = rows if kind == "rankings" else as_rankings(rows)
+    best = [(json.dumps(prompt), json.dumps(answer)) for prompt, answer in zip(*best_answers(rankings), strict=True)]
+    assert sorted(drawn(path, 100)) == sorted(best)
+    five = drawn(path, 5)
+    assert len(set(five)) == 5
+    assert set(five) <= set(best)
+    assert five == drawn(path, 5)
+    assert five != best[:5]
+    assert five != drawn(path, 5, seed=1)
+
+
+def test_rows_that_are_held_out_do_not_tell_the_scale(trained, files, config):
+    path = write_rows(files / "repeated.jsonl", [row for row in read_rows(files / "pairs.train.jsonl") for _ in range(3)])
+    options = config(dataset_name=str(path), eval_datasets=[], test_split_size=0.5)
+    folder = trained("held-out", *options, *AS_IT_BEGINS)
+    data = load_data(DataArguments(dataset_name=str(path), test_split_size=0.5), "preference", evaluate=True, seed=0)
+    assert not {json.dumps(prompt) for prompt in data.eval["prompt"]} & {json.dumps(prompt) for prompt in data.train["prompt"]}
+    check_normalisation(folder, raw_scores(folder, data.train["prompt"], data.train["chosen"]), 24)
+
+
+def test_demonstrations_without_an_answer_are_refused(files):
+    with pytest.raises(RecipeError, match="`demonstrations`: plain text has no answers to score"):
+        demonstrations_of(DataArguments(dataset_name="?"), [DatasetSource(path=str(files / "text.jsonl"))], 0)
+
+
+# --- Wrong moves -----------------------------------------------------------------------------------------
+
+
+def check_refused(reward, folder, *options, message):
+    """One message, before anything is trained."""
+    status, error = reward(folder, *NO_EVAL, *options)
+    assert status == 2
+    assert error.startswith("error: ")
+    for part in [message] if isinstance(message, str) else message:
+        assert part in error
+    assert not list(folder.rglob("*.safetensors"))
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (("--ensemble_size", 0), "ensemble_size: 0: must be 1 or more"),
+        (("--ensemble_combine", "max"), "ensemble_combine: 'max' is none of mean, min, uncertainty"),
+        (("--uncertainty_coef", -1), "uncertainty_coef: -1"),
+        ((*ENSEMBLE, "--uncertainty_coef", "nan"), "uncertainty_coef: expected float"),
+        (("--train_on", "ranking"), "train_on: 'ranking' is none of rankings, pairs; did you mean 'rankings'?"),
+        (("--start_from", "./nowhere"), "nowhere"),
+        (("--max_length", 5), "max_length: 5"),
+        (("--max_length", 12, "--long_rows", "error"), "train: of 16 rows"),
+        (("--resume_from_checkpoint", "./nowhere"), "resume_from_checkpoint: ./nowhere is not a whole checkpoint"),
+        (("--ensemble_size", 17, "--ensemble_shards", "true"), ("ensemble", "16 rows")),
+    ],
+)
+def test_wrong_moves_get_one_message(reward, tmp_path, options, message):
+    check_refused(reward, tmp_path, *options, message=message)
+
+
+def test_one_checkpoint_is_not_that_of_every_member(trained, reward, tmp_path):
+    checkpoint = trained("ensemble", *LONG, *ENSEMBLE) / "member-0" / "checkpoint-2"
+    options = (*LONG, *ENSEMBLE, "--resume_from_checkpoint", checkpoint)
+    check_refused(reward, tmp_path, *options, message="resume_from_checkpoint")
+
+
+@pytest.mark.parametrize(
+    ("data", "options", "message"),
+    [
+        ("margins.train", (), "rankings have no `margin`: set `train_on: pairs` to use the column"),
+        ("demonstrations", (), "a stage on ranking data needs one of"),
+        ("demonstrations", ("--train_on", "pairs"), "a stage on preference data needs one of"),
+    ],
+)
+def test_data_that_do_not_fit(reward, files, tmp_path, data, options, message):
+    check_refused(reward, tmp_path, "--dataset_name", files / f"{data}.jsonl", *options, message=message)
+
+
+@pytest.mark.parametrize(
+    ("rows", "message"),
+    [
+        ([{"text": "Karimo lives in Alderby."}], "plain text has no answers to score"),
+        ([{"prompt": "Where?", "chosen": "a"}], "needs one of"),
+        ([{"prompt": "Where does Karimo live?", "completion": "Alderby."}], "demonstrations"),  # no deviation
+    ],
+)
+def test_demonstrations_that_give_no_scale(reward, config, tmp_path, rows, message):
+    path = write_rows(tmp_path / "rows.jsonl", rows)
+    check_refused(reward, tmp_path / "out", *config(demonstrations=[{"path": str(path)}]), message=message)
+
+
+@pytest.mark.parametrize("name", ["base", "other-base"])
+def test_adapter_of_another_base_is_not_begun_with(reward, sft, tmp_path, name):
+    other = tmp_path / name
+    model = AutoModelForCausalLM.from_pretrained(BASE)
+    with torch.no_grad():
+        model.model.embed_tokens.weight.mul_(2)
+    model.save_pretrained(other)
+    AutoTokenizer.from_pretrained(BASE).save_pretrained(other)
+    message = (f"{sft()} was trained on {BASE}", f"{other}, is another: other weights")
+    check_refused(reward, tmp_path / "out", "--start_from", sft(), "--model_name_or_path", other, message=message)
+
+
+def test_a_base_that_was_moved_is_known_again(reward, sft, tmp_path):
+    shutil.copytree(BASE, tmp_path / "moved")
+    options = (*NO_EVAL, "--start_from", sft(), "--model_name_or_path", tmp_path / "moved", "--max_steps", 1)
+    assert reward(tmp_path / "out", *options)[0] == 0
+
+
+def test_sft_adapter_of_another_template_is_not_begun_with(reward, sft, tmp_path):
+    template = AutoTokenizer.from_pretrained(BASE).chat_template.replace("Question: ", "Q: ")
+    (tmp_path / "other.jinja").write_text(template)
+    options = ("--start_from", sft(), "--chat_template_path", tmp_path / "other.jinja")
+    check_refused(reward, tmp_path / "out", *options, message=(str(sft()), "chat template"))
+
+
+def test_the_template_of_the_sft_adapter_is_gone_on_with(reward, sft, tmp_path):
+    template = AutoTokenizer.from_pretrained(BASE).chat_template.replace("Question: ", "Q: ")
+    (tmp_path / "other.jinja").write_text(template)
+    parent = sft("sft-template", "--chat_template_path", tmp_path / "other.jinja")
+    status, error = reward(tmp_path / "out", *NO_EVAL, "--start_from", parent, "--max_steps", 1)
+    assert status == 0, error
+    assert AutoTokenizer.from_pretrained(tmp_path / "out").chat_template == template
+
+
+def test_sft_adapter_of_another_tokenizer_is_not_begun_with(reward, sft, tmp_path):
+    parent = tmp_path / "sft"
+    shutil.copytree(sft(), parent)
+    tokenizer = AutoTokenizer.from_pretrained(BASE)
+    tokenizer.add_tokens([f"Karimo{number}" for number in range(100)])
+    tokenizer.save_pretrained(parent)
+    check_refused(reward, tmp_path / "out", "--start_from", parent, message=(str(parent), "vocabulary"))
