@@ -207,13 +207,13 @@ def run_peer(dtype: torch.dtype, rows: int, iterations: int) -> None:
 def run_ours(dtype: torch.dtype, rows: int, iterations: int, critic: str) -> None:
     """`PPOTrainer` with all roles on one base."""
     from rlhf_recipes import PPOConfig, PPOTrainer
-    from rlhf_recipes.models.roles import Reward, ScalarHead, copy_adapter
+    from rlhf_recipes.models.roles import RewardModel, ScalarHead, copy_adapter
 
     torch.manual_seed(0)
     tokenizer = make_tokenizer()
     model = get_peft_model(LlamaForCausalLM(make_config()).to(dtype), lora())
     copy_adapter(model, "default", "reward")
-    reward = Reward(model, "reward", ScalarHead(HIDDEN).requires_grad_(False), tokenizer, None, Path(), "reward", rows)
+    reward = RewardModel(model, "reward", ScalarHead(HIDDEN).requires_grad_(False), tokenizer, None, Path(), "reward", rows)
     clock = Clock()
     args = PPOConfig(
         tempfile.mkdtemp(),

@@ -23,8 +23,8 @@ from pathlib import Path
 from typing import Any
 
 from rlhf_recipes.memory.stages import GIB
-from rlhf_recipes.models.loading import keep_gradients_exact, trunk_of
-from rlhf_recipes.models.roles import copy_adapter, playing
+from rlhf_recipes.models.loading import backbone, disable_cpu_4bit_repacking
+from rlhf_recipes.models.roles import copy_adapter, use_adapter
 from rlhf_recipes.training import run as runs
 
 import bitsandbytes
@@ -164,7 +164,7 @@ def make_roles(folder: Path, size: str, gpu: bool) -> PeftModel:
         load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_use_double_quant=True, bnb_4bit_compute_dtype=dtype
     )
     base = AutoModelForCausalLM.from_pretrained(folder / "model", quantization_config=config, dtype=dtype)
-    keep_gradients_exact(base)
+    disable_cpu_4bit_repacking(base)
     model = get_peft_model(base, LoraConfig(r=16, target_modules="all-linear", init_lora_weights=False))
     for role in ROLES[1:]:
         copy_adapter(model, "default", role)
@@ -178,15 +178,15 @@ def one_role_a_pass(model: PeftModel, ids: Tensor, rows: int) -> Tensor:
     """Hidden states (roles, rows, T, width), the last tokens' alone."""
     states = []
     for role in ROLES:
-        with playing(model, role):
-            states.append(torch.cat([trunk_of(model)(input_ids=chunk).last_hidden_state[:, -1] for chunk in ids.split(rows)]))
+        with use_adapter(model, role):
+            states.append(torch.cat([backbone(model)(input_ids=chunk).last_hidden_state[:, -1] for chunk in ids.split(rows)]))
     return torch.stack(states)
 
 
 def mixed(model: PeftModel, ids: Tensor, rows: int) -> Tensor:
     """The same by PEFT's batches in which each row names its adapter, with rows of all roles in each pass."""
     turned = ids.repeat_interleave(len(ROLES), 0)
-    trunk, names, states = trunk_of(model), list(ROLES) * len(ids), []
+    trunk, names, states = backbone(model), list(ROLES) * len(ids), []
     for start in range(0, len(names), rows):
         with model.base_model._enable_peft_forward_hooks(adapter_names=names[start : start + rows]):
             states.append(trunk(input_ids=turned[start : start + rows]).last_hidden_state[:, -1])

@@ -8,11 +8,11 @@ answer, `/help` the rest. Lines may come through a pipe. Start it with `python`:
 """
 
 from rlhf_recipes.chat import Chat
-from rlhf_recipes.cli import user_errors
+from rlhf_recipes.cli import exit_on_recipe_error
 from rlhf_recipes.config.arguments import ChatArguments, parse_arguments
 from rlhf_recipes.evaluation.evaluate import load_named_rewards
 from rlhf_recipes.feedback.sampling import refuse_best_of
-from rlhf_recipes.generation.policies import load_bench, load_tokenizer_of, read_policies, taught_plain_text
+from rlhf_recipes.generation.policies import load_bench, load_tokenizer_of, read_policies, trained_without_template
 
 from accelerate import PartialState
 from trl import ModelConfig
@@ -27,7 +27,7 @@ def main() -> None:
         return
     policies = read_policies(chat_args.policies)
     refuse_best_of(policies)
-    if plain := taught_plain_text(policies):
+    if plain := trained_without_template(policies):
         print(f"Taught plain text, and asked here through a chat template, which makes nonsense likely: {', '.join(plain)}")
 
     # Every policy and every reward model as an adapter on one base
@@ -39,5 +39,5 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    with user_errors():
+    with exit_on_recipe_error():
         main()

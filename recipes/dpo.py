@@ -9,19 +9,19 @@ frozen copy on the same base is the reference, in 4 bits with `load_in_4bit: tru
 
 from pathlib import Path
 
-from rlhf_recipes.cli import user_errors
-from rlhf_recipes.config.arguments import DataArguments, PolicyArguments, explained, parse_arguments
+from rlhf_recipes.cli import exit_on_recipe_error
+from rlhf_recipes.config.arguments import DataArguments, PolicyArguments, as_recipe_error, parse_arguments
 from rlhf_recipes.data import load_data
 from rlhf_recipes.export.upload import publish
-from rlhf_recipes.models.loading import load_policy, load_tokenizer, without_what_is_done
+from rlhf_recipes.models.loading import load_policy, load_tokenizer, strip_consumed_arguments
 from rlhf_recipes.training.dpo import DPOConfig, DPOTrainer
 from rlhf_recipes.training.run import (
-    RunMeter,
+    RunRecorder,
     checkpoint_to_resume,
-    end,
     evaluate_at_end,
-    run_missing,
+    run_dependencies,
     save_policy,
+    shutdown_distributed,
     train,
     write_record,
 )
@@ -36,21 +36,21 @@ def main() -> None:
     """Runs the stage, after those that it needs."""
     policy_args, data_args, training_args, model_args = parse_arguments(__file__, *ARGUMENTS)
     checkpoint = checkpoint_to_resume(training_args, policy_args, data_args, model_args)
-    run_missing(policy_args.needs, Path(__file__).parent, inputs=[policy_args.start_from])
+    run_dependencies(policy_args.needs, Path(__file__).parent, inputs=[policy_args.start_from])
 
     # Data: pairs, and rankings as all of their pairs
     data = load_data(data_args, "preference", evaluate=training_args.eval_strategy != "no", seed=training_args.seed)
     tokenizer = load_tokenizer(model_args, training_args, policy_args, start_from=policy_args.start_from)
-    data = data.fitted(tokenizer, training_args.max_length, data_args.long_rows)
+    data = data.filter_by_length(tokenizer, training_args.max_length, data_args.long_rows)
     PartialState().print(f"{len(data.train)} pairs to train on, {len(data.eval or ())} to evaluate on")
 
     # Roles: the policy from the SFT adapter; the trainer adds its copy as reference
     model = load_policy(model_args, training_args, policy_args.start_from, tokenizer)
-    meter = RunMeter(training_args, policy_args, data_args, model_args)
-    with explained("dpo"):
+    meter = RunRecorder(training_args, policy_args, data_args, model_args)
+    with as_recipe_error("dpo"):
         trainer = DPOTrainer(
             model,
-            args=without_what_is_done(training_args),
+            args=strip_consumed_arguments(training_args),
             train_dataset=data.train,
             eval_dataset=data.eval,
             processing_class=tokenizer,
@@ -65,10 +65,10 @@ def main() -> None:
     groups = (model_args, training_args, policy_args, data_args)
     write_record(trainer, meter, *groups, data=data.report, recipe="dpo", parents=parents)
     trainer.accelerator.print(f"The policy is in {training_args.output_dir}")
-    end(trainer)
+    shutdown_distributed(trainer)
     publish(training_args)
 
 
 if __name__ == "__main__":
-    with user_errors():
+    with exit_on_recipe_error():
         main()

@@ -9,9 +9,9 @@ curves, reward against KL, reliability diagrams, and answers side by side. One p
 
 from pathlib import Path
 
-from rlhf_recipes.cli import user_errors
+from rlhf_recipes.cli import exit_on_recipe_error
 from rlhf_recipes.config.arguments import DataArguments, EvaluateArguments, parse_arguments
-from rlhf_recipes.data import check_lengths, load_texts, never_cut
+from rlhf_recipes.data import check_lengths, drop_overlong_mode, load_texts
 from rlhf_recipes.evaluation.evaluate import (
     Measurement,
     check_choosers,
@@ -45,7 +45,7 @@ def main() -> None:
     # Data: prompts that no stage was trained on
     rows = held_out_prompts(data_args, evaluate_args)
     tokenizer = load_tokenizer_of(policies, model_args, evaluate_args)
-    rows, _ = check_lengths(rows, tokenizer, evaluate_args.max_prompt_length, never_cut(data_args.long_rows), "eval")
+    rows, _ = check_lengths(rows, tokenizer, evaluate_args.max_prompt_length, drop_overlong_mode(data_args.long_rows), "eval")
     texts = load_texts(evaluate_args.ptx_dataset, data_args.bad_rows) if evaluate_args.ptx_dataset else None
     print(f"{len(rows)} prompts, {len(policies)} policies: {', '.join(policies)}", flush=True)
 
@@ -69,5 +69,5 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    with user_errors():
+    with exit_on_recipe_error():
         main()

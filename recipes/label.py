@@ -12,7 +12,7 @@ import argparse
 import os
 from pathlib import Path
 
-from rlhf_recipes.cli import user_errors
+from rlhf_recipes.cli import exit_on_recipe_error
 from rlhf_recipes.core.errors import RecipeError
 from rlhf_recipes.feedback.labels import Store, agreement, export_labels, import_labels, read_groups
 from rlhf_recipes.feedback.labels.server import listen, serve
@@ -75,5 +75,5 @@ def left_out(groups: list) -> str:
 
 
 if __name__ == "__main__":
-    with user_errors():
+    with exit_on_recipe_error():
         main()

@@ -8,16 +8,16 @@ logits or scores are compared with the adapter's before it is in `output_dir`. W
 scale of a reward model, `recipe.json`, and a model card. It is done on the CPU, by one process.
 """
 
-from rlhf_recipes.cli import user_errors
+from rlhf_recipes.cli import exit_on_recipe_error
 from rlhf_recipes.config.arguments import MergeArguments, parse_arguments
 from rlhf_recipes.export.merge import (
     adapter_and_base,
+    atomic_directory,
     check,
     describe,
     merge_policy,
     merge_reward,
     push,
-    whole_or_nothing,
 )
 from rlhf_recipes.models.loading import load_tokenizer
 
@@ -34,7 +34,7 @@ def main() -> None:
         return
     is_reward, model_args = adapter_and_base(merge_args, model_args)
 
-    with whole_or_nothing(merge_args.output_dir) as folder:
+    with atomic_directory(merge_args.output_dir) as folder:
         # The adapter on its base, what it says there, and the two as one
         tokenizer = load_tokenizer(model_args, merge_args, start_from=merge_args.adapter)
         merge = merge_reward if is_reward else merge_policy
@@ -50,5 +50,5 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    with user_errors():
+    with exit_on_recipe_error():
         main()

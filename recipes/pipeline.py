@@ -11,7 +11,7 @@ is done under each, and one table sums up the evaluations.
 import argparse
 from pathlib import Path
 
-from rlhf_recipes.cli import user_errors
+from rlhf_recipes.cli import exit_on_recipe_error
 from rlhf_recipes.pipeline import check_arguments, read_pipeline
 
 RECIPES = Path(__file__).resolve().parent
@@ -37,5 +37,5 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    with user_errors():
+    with exit_on_recipe_error():
         main()

@@ -11,7 +11,7 @@ fits. `docs/memory.md` has the arithmetic, and how far it was from what was meas
 import argparse
 from pathlib import Path
 
-from rlhf_recipes.cli import user_errors
+from rlhf_recipes.cli import exit_on_recipe_error
 from rlhf_recipes.config.arguments import COMMAND_LINE
 from rlhf_recipes.memory import advice, plan_stage, report
 from rlhf_recipes.pipeline.estimates import arguments_in, card_in
@@ -47,5 +47,5 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    with user_errors():
+    with exit_on_recipe_error():
         main()

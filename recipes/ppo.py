@@ -9,20 +9,20 @@ base, in 4 bits with `load_in_4bit: true`. Saves the policy's adapter with its t
 
 from pathlib import Path
 
-from rlhf_recipes.cli import user_errors
-from rlhf_recipes.config.arguments import DataArguments, PPOArguments, explained, parse_arguments
-from rlhf_recipes.data import load_data, load_texts, never_cut
+from rlhf_recipes.cli import exit_on_recipe_error
+from rlhf_recipes.config.arguments import DataArguments, PPOArguments, as_recipe_error, parse_arguments
+from rlhf_recipes.data import drop_overlong_mode, load_data, load_texts
 from rlhf_recipes.export.upload import publish
-from rlhf_recipes.models.loading import load_policy, load_tokenizer, without_what_is_done
+from rlhf_recipes.models.loading import load_policy, load_tokenizer, strip_consumed_arguments
 from rlhf_recipes.rewards.functions import SavedReward, load_rewards, paths_of
 from rlhf_recipes.training.ppo import PPOConfig, PPOTrainer
 from rlhf_recipes.training.run import (
-    RunMeter,
+    RunRecorder,
     checkpoint_to_resume,
-    end,
     evaluate_at_end,
-    run_missing,
+    run_dependencies,
     save_policy,
+    shutdown_distributed,
     train,
     write_record,
 )
@@ -37,12 +37,12 @@ def main() -> None:
     """Runs the stage, after those that it needs."""
     ppo_args, data_args, training_args, model_args = parse_arguments(__file__, *ARGUMENTS)
     checkpoint = checkpoint_to_resume(training_args, ppo_args, data_args, model_args)
-    run_missing(ppo_args.needs, Path(__file__).parent, inputs=[ppo_args.start_from, *paths_of(ppo_args.reward_funcs)])
+    run_dependencies(ppo_args.needs, Path(__file__).parent, inputs=[ppo_args.start_from, *paths_of(ppo_args.reward_funcs)])
 
     # Data: prompts, and what the reward functions want to know besides
     data = load_data(data_args, "prompt", evaluate=training_args.eval_strategy != "no", seed=training_args.seed)
     tokenizer = load_tokenizer(model_args, training_args, ppo_args, start_from=ppo_args.start_from)
-    data = data.fitted(tokenizer, ppo_args.max_prompt_length, never_cut(data_args.long_rows))
+    data = data.filter_by_length(tokenizer, ppo_args.max_prompt_length, drop_overlong_mode(data_args.long_rows))
     texts = load_texts(ppo_args.ptx_dataset, data_args.bad_rows) if training_args.ptx_coef else None
     if ppo_args.ptx_dataset and texts is None:
         PartialState().print("ptx_dataset is not read, since `ptx_coef` is 0")
@@ -51,10 +51,10 @@ def main() -> None:
     # Roles: policy and reference from the SFT adapter; reward models and critic join them in the trainer
     rewards, weights = load_rewards(ppo_args.reward_funcs)
     model = load_policy(model_args, training_args, ppo_args.start_from, tokenizer)
-    meter = RunMeter(training_args, ppo_args, data_args, model_args)
-    args = without_what_is_done(training_args)
+    meter = RunRecorder(training_args, ppo_args, data_args, model_args)
+    args = strip_consumed_arguments(training_args)
     args.reward_weights = weights  # those that were parsed stay as they are: a resumed run is compared by them
-    with explained("ppo"):
+    with as_recipe_error("ppo"):
         trainer = PPOTrainer(
             model,
             rewards,
@@ -75,10 +75,10 @@ def main() -> None:
     write_record(trainer, meter, *groups, data=data.report, recipe="ppo", parents=[*filter(None, parents)])
     trainer.print_samples()
     trainer.accelerator.print(f"The policy is in {training_args.output_dir}")
-    end(trainer)
+    shutdown_distributed(trainer)
     publish(training_args)
 
 
 if __name__ == "__main__":
-    with user_errors():
+    with exit_on_recipe_error():
         main()

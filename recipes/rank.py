@@ -9,7 +9,7 @@ labels are lacking, it says how many, and is run again when they are there. One 
 
 from pathlib import Path
 
-from rlhf_recipes.cli import user_errors
+from rlhf_recipes.cli import exit_on_recipe_error
 from rlhf_recipes.config.arguments import RankArguments, parse_arguments
 from rlhf_recipes.feedback.ranking import choose, load_ensemble, read_labeller, read_sampled, write_rankings
 from rlhf_recipes.models.loading import model_path
@@ -42,5 +42,5 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    with user_errors():
+    with exit_on_recipe_error():
         main()

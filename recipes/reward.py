@@ -10,12 +10,12 @@ average with deviation 1, and what held-out comparisons say of it: `evaluation.j
 
 from pathlib import Path
 
-from rlhf_recipes.cli import user_errors
-from rlhf_recipes.config.arguments import DataArguments, RewardArguments, explained, parse_arguments
+from rlhf_recipes.cli import exit_on_recipe_error
+from rlhf_recipes.config.arguments import DataArguments, RewardArguments, as_recipe_error, parse_arguments
 from rlhf_recipes.data import demonstrations_of
 from rlhf_recipes.evaluation.reward_models import measure_and_scale, summary, write_evaluation
 from rlhf_recipes.export.upload import publish
-from rlhf_recipes.models.loading import release_memory, without_what_is_done
+from rlhf_recipes.models.loading import release_memory, strip_consumed_arguments
 from rlhf_recipes.training.ensemble import (
     checkpoints_to_resume,
     ensemble_members,
@@ -25,7 +25,15 @@ from rlhf_recipes.training.ensemble import (
     remove_earlier_results,
 )
 from rlhf_recipes.training.reward import RankingTrainer, load_reward_model
-from rlhf_recipes.training.run import RunMeter, end, evaluate_at_end, run_missing, save_result, train, write_record
+from rlhf_recipes.training.run import (
+    RunRecorder,
+    evaluate_at_end,
+    run_dependencies,
+    save_result,
+    shutdown_distributed,
+    train,
+    write_record,
+)
 
 from accelerate import PartialState
 from trl import ModelConfig, RewardConfig
@@ -36,7 +44,7 @@ ARGUMENTS = (RewardArguments, DataArguments, RewardConfig, ModelConfig)
 def main() -> None:
     """Trains every member of the ensemble, then puts them on one base, measures and scales them."""
     reward_args, data_args, training_args, model_args = parse_arguments(__file__, *ARGUMENTS)
-    run_missing(reward_args.needs, Path(__file__).parent, inputs=[reward_args.start_from])
+    run_dependencies(reward_args.needs, Path(__file__).parent, inputs=[reward_args.start_from])
 
     # Data: comparisons, and the demonstrations on which scores are scaled
     data, tokenizer = load_comparisons(reward_args, data_args, training_args, model_args)
@@ -53,11 +61,11 @@ def main() -> None:
         release_memory()
         rows = data.train.shard(size, number, contiguous=False) if shards else data.train
         model = load_reward_model(model_args, member, tokenizer, reward_args.start_from)
-        meter = RunMeter(member, reward_args, data_args, model_args)
-        with explained("reward"):
+        meter = RunRecorder(member, reward_args, data_args, model_args)
+        with as_recipe_error("reward"):
             trainer = RankingTrainer(
                 model,
-                args=without_what_is_done(member),
+                args=strip_consumed_arguments(member),
                 train_dataset=rows,
                 eval_dataset=data.eval,
                 processing_class=tokenizer,
@@ -72,7 +80,7 @@ def main() -> None:
         parents = [reward_args.start_from] if reward_args.start_from else []
         groups = (model_args, member, reward_args, data_args)
         write_record(trainer, meter, *groups, data=report, recipe="reward", parents=parents, pending=True)
-        end(trainer, last=number == len(members) - 1)
+        shutdown_distributed(trainer, last=number == len(members) - 1)
     if not trainer.is_world_process_zero():
         return
 
@@ -88,5 +96,5 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    with user_errors():
+    with exit_on_recipe_error():
         main()

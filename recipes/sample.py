@@ -9,9 +9,9 @@ all.
 
 from dataclasses import asdict
 
-from rlhf_recipes.cli import user_errors
+from rlhf_recipes.cli import exit_on_recipe_error
 from rlhf_recipes.config.arguments import DataArguments, SampleArguments, parse_arguments
-from rlhf_recipes.data import check_lengths, load_data, never_cut
+from rlhf_recipes.data import check_lengths, drop_overlong_mode, load_data
 from rlhf_recipes.feedback.sampling import GroupFile, refuse_best_of, sample_groups
 from rlhf_recipes.generation.policies import load_bench, load_tokenizer_of, read_policies
 
@@ -33,7 +33,7 @@ def main() -> None:
     # Data
     rows = load_data(data_args, "prompt", evaluate=False, seed=sample_args.seed).train
     tokenizer = load_tokenizer_of(policies, model_args, sample_args)
-    rows, _ = check_lengths(rows, tokenizer, sample_args.max_prompt_length, never_cut(data_args.long_rows), "train")
+    rows, _ = check_lengths(rows, tokenizer, sample_args.max_prompt_length, drop_overlong_mode(data_args.long_rows), "train")
     arguments = asdict(sample_args) | asdict(data_args) | asdict(model_args) | {"rows": len(rows)}
     file = GroupFile(arguments.pop("output_dir"), arguments)
 
@@ -48,5 +48,5 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    with user_errors():
+    with exit_on_recipe_error():
         main()

@@ -7,12 +7,20 @@ Trains a LoRA adapter on the base model (in 4 bits with `load_in_4bit: true`), o
 it with the tokenizer, the chat template and `recipe.json`, which says what was run and what it cost.
 """
 
-from rlhf_recipes.cli import user_errors
-from rlhf_recipes.config.arguments import DataArguments, explained, parse_arguments
+from rlhf_recipes.cli import exit_on_recipe_error
+from rlhf_recipes.config.arguments import DataArguments, as_recipe_error, parse_arguments
 from rlhf_recipes.data import load_data
 from rlhf_recipes.export.upload import publish
-from rlhf_recipes.models.loading import keep_adapter_in_fp32, load_model, load_tokenizer, without_what_is_done
-from rlhf_recipes.training.run import RunMeter, checkpoint_to_resume, end, evaluate_at_end, save_policy, train, write_record
+from rlhf_recipes.models.loading import keep_adapter_in_fp32, load_model, load_tokenizer, strip_consumed_arguments
+from rlhf_recipes.training.run import (
+    RunRecorder,
+    checkpoint_to_resume,
+    evaluate_at_end,
+    save_policy,
+    shutdown_distributed,
+    train,
+    write_record,
+)
 
 from accelerate import PartialState
 from trl import ModelConfig, SFTConfig, SFTTrainer, get_peft_config
@@ -29,18 +37,18 @@ def main() -> None:
     data = load_data(data_args, "sft", evaluate=training_args.eval_strategy != "no", seed=training_args.seed)
     tokenizer = load_tokenizer(model_args, training_args)
     cuts = not training_args.packing or training_args.packing_strategy == "bfd"  # the other ways to pack split long rows
-    data = data.fitted(tokenizer, training_args.max_length if cuts else None, data_args.long_rows)
+    data = data.filter_by_length(tokenizer, training_args.max_length if cuts else None, data_args.long_rows)
     PartialState().print(f"{len(data.train)} rows to train on, {len(data.eval or ())} to evaluate on")
     if "messages" in data.train.column_names and not training_args.assistant_only_loss:
         PartialState().print("Every turn is learnt, the user's too; with `assistant_only_loss: true`, the assistant's alone")
 
     # Model: the base, and by `use_peft` a fresh adapter on it
     model = load_model(model_args, training_args)
-    meter = RunMeter(training_args, data_args, model_args)
-    with explained("sft"):
+    meter = RunRecorder(training_args, data_args, model_args)
+    with as_recipe_error("sft"):
         trainer = SFTTrainer(
             model,
-            args=without_what_is_done(training_args),
+            args=strip_consumed_arguments(training_args),
             train_dataset=data.train,
             eval_dataset=data.eval,
             processing_class=tokenizer,
@@ -54,10 +62,10 @@ def main() -> None:
     save_policy(trainer)
     write_record(trainer, meter, model_args, training_args, data_args, data=data.report, recipe="sft")
     trainer.accelerator.print(f"The model is in {training_args.output_dir}")
-    end(trainer)
+    shutdown_distributed(trainer)
     publish(training_args)
 
 
 if __name__ == "__main__":
-    with user_errors():
+    with exit_on_recipe_error():
         main()

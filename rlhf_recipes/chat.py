@@ -8,10 +8,10 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from rlhf_recipes.config.arguments import ChatArguments
-from rlhf_recipes.core.errors import RecipeError, first_line, nearest
+from rlhf_recipes.core.errors import RecipeError, did_you_mean, first_line
 from rlhf_recipes.evaluation.evaluate import NamedReward
 from rlhf_recipes.generation.answers import Answer, log_probs, prompt_ids, stream
-from rlhf_recipes.generation.policies import Bench, Policy
+from rlhf_recipes.generation.policies import Policy, PolicyBank
 from rlhf_recipes.models.loading import base_of, release_memory
 from rlhf_recipes.rewards.functions import ask, checked
 
@@ -81,7 +81,7 @@ class Chat:
 
     def __init__(
         self,
-        bench: Bench,
+        bench: PolicyBank,
         policies: dict[str, Policy],
         rewards: dict[str, NamedReward],
         arguments: ChatArguments,
@@ -135,7 +135,7 @@ class Chat:
     def _obey(self, command: str, rest: str) -> bool:
         if command not in _COMMANDS:
             raise RecipeError(
-                f"no command {command}{nearest(command, _COMMANDS) or '; /help lists them'} (a message may begin by //)"
+                f"no command {command}{did_you_mean(command, _COMMANDS) or '; /help lists them'} (a message may begin by //)"
             )
         if rest and not _COMMANDS[command][0]:
             raise RecipeError(f"{command} takes nothing behind it")
@@ -215,7 +215,7 @@ class Chat:
         if stopped():
             return Answer("", (), False)
         arguments = self.arguments
-        with self.bench.playing(side.policy) as model:
+        with self.bench.use_policy(side.policy) as model:
             return stream(
                 model,
                 self.bench.tokenizer,
@@ -289,7 +289,7 @@ class Chat:
         return missing if score is None else f"{score:.3f}"
 
     def _log_prob(self, policy: str, prompt: list[dict[str, str]], answer: Answer) -> float:
-        with self.bench.playing(policy) as model:
+        with self.bench.use_policy(policy) as model:
             return float(log_probs(model, self.bench.tokenizer, [prompt], [answer])[0])
 
     # --- Checks and words -------------------------------------------------------------------------------
@@ -298,7 +298,9 @@ class Chat:
         wanted = self.arguments.kl_reference
         if wanted is not None and wanted not in self.policies:
             known = ", ".join(self.policies)
-            raise RecipeError(f"kl_reference: {wanted!r} is none of the policies ({known}){nearest(wanted, self.policies)}")
+            raise RecipeError(
+                f"kl_reference: {wanted!r} is none of the policies ({known}){did_you_mean(wanted, self.policies)}"
+            )
         if wanted or "sft" in self.policies:
             return wanted or "sft"
         self.bench.add(BASE, None, "kl_reference")
@@ -312,7 +314,9 @@ class Chat:
 
     def _require(self, name: str) -> None:
         if name not in self.policies:
-            raise RecipeError(f"'{name}' is none of the policies ({', '.join(self.policies)}){nearest(name, self.policies)}")
+            raise RecipeError(
+                f"'{name}' is none of the policies ({', '.join(self.policies)}){did_you_mean(name, self.policies)}"
+            )
 
     def _names(self) -> str:
         now = " and ".join(side.policy for side in self.sides)

@@ -11,7 +11,7 @@ from rlhf_recipes.memory.exhausted import explain
 
 
 @contextlib.contextmanager
-def user_errors() -> Iterator[None]:
+def exit_on_recipe_error() -> Iterator[None]:
     """Prints a `RecipeError` as one message without a traceback, and exits with status 2.
 
     What goes wrong after the arguments were parsed is said with the file that they came from, and of none that was parsed

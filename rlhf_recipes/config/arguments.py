@@ -17,9 +17,9 @@ from pathlib import Path
 from types import UnionType
 from typing import Any, NamedTuple, NoReturn, Union, get_args, get_origin, get_type_hints
 
-from rlhf_recipes.config.launcher import engine_here, refuse_what_an_engine_cannot
+from rlhf_recipes.config.launcher import check_launcher_support, current_launcher
 from rlhf_recipes.config.trackers import settle_trackers
-from rlhf_recipes.core.errors import RecipeError, nearest, one_line
+from rlhf_recipes.core.errors import RecipeError, did_you_mean, one_line
 from rlhf_recipes.core.yaml import read_yaml
 
 import torch
@@ -509,10 +509,10 @@ def parse_arguments(
     for where, values in ((str(config), from_file), (COMMAND_LINE, given)):
         for key, value in values.items():
             if key not in fields:
-                raise RecipeError(f"{where}: unknown key '{key}'{nearest(key, fields)}")
+                raise RecipeError(f"{where}: unknown key '{key}'{did_you_mean(key, fields)}")
             value = _unpacked(value) if where == COMMAND_LINE else value
             values[key] = _checked(key, value, types[key], fields[key].metadata.get("choices"), where)
-    merged = overlaid(from_file, given)
+    merged = merge_overrides(from_file, given)
     where = f"{config} and {COMMAND_LINE}" if given else str(config)
     ORIGIN.set(where)
     _refuse_exclusive(merged, where, trains="learning_rate" in fields)
@@ -533,14 +533,14 @@ def parse_arguments(
     if here:
         _refuse_each_alone(groups, where)
         try:
-            refuse_what_an_engine_cannot(recipe.stem, values, engine_here())
+            check_launcher_support(recipe.stem, values, current_launcher())
         except RecipeError as error:
             raise RecipeError(f"{where}: {error}") from error
     LAUNCHED.set(Launched(recipe, config, values))
     return groups
 
 
-def overlaid(under: Mapping[str, Any], over: Mapping[str, Any]) -> dict[str, Any]:
+def merge_overrides(under: Mapping[str, Any], over: Mapping[str, Any]) -> dict[str, Any]:
     """`over` over `under`, as the command line goes over a file: the data that it names replace those of the file.
 
     What only the old dataset reads goes with it; a `column_mapping` stays, since another one may well have the same columns.
@@ -580,7 +580,7 @@ def parse_values(recipe: str | Path, *types: type, values: Mapping[str, Any], he
 
 
 @contextlib.contextmanager
-def explained(stage: str) -> Iterator[None]:
+def as_recipe_error(stage: str) -> Iterator[None]:
     """Turns the errors by which a trainer refuses its arguments or data, when it is made, into a `RecipeError`."""
     try:
         yield
@@ -619,7 +619,7 @@ class _RecipeParser(TrlParser):
                 raise RecipeError(f"{COMMAND_LINE}: '{word}' belongs to no option; write `--key value`")
             key = word.removeprefix("--").split("=")[0].replace("-", "_")
             known = [action.dest for action in self._actions]
-            raise RecipeError(f"{COMMAND_LINE}: unknown option '{word}'{nearest(key, known)}")
+            raise RecipeError(f"{COMMAND_LINE}: unknown option '{word}'{did_you_mean(key, known)}")
         return vars(namespace)
 
 
@@ -649,7 +649,7 @@ def _checked(key: str, value: Any, hint: Any, choices: Sequence[Any] | None, whe
     if choices and value is not None and value not in choices:
         quoted = " (YAML reads a bare yes or no as true or false: write it in quotes)" if isinstance(value, bool) else ""
         known = ", ".join(str(choice) for choice in choices)
-        raise RecipeError(f"{where}: {key}: {value!r} is none of {known}{nearest(str(value), map(str, choices))}{quoted}")
+        raise RecipeError(f"{where}: {key}: {value!r} is none of {known}{did_you_mean(str(value), map(str, choices))}{quoted}")
     # PyYAML reads 1e-4 as text, since it has no dot
     number = float(value) if isinstance(value, str) and str not in members and _NUMBER.fullmatch(value) else value
     try:
@@ -668,7 +668,7 @@ def _dataset_source(key: str, number: int, entry: Any, where: str) -> DatasetSou
     types = get_type_hints(DatasetSource)
     for name, value in entry.items():
         if name not in types:
-            raise RecipeError(f"{place}: unknown key '{name}'{nearest(str(name), types)}")
+            raise RecipeError(f"{place}: unknown key '{name}'{did_you_mean(str(name), types)}")
         entry[name] = _checked(name, value, types[name], None, place)
     return DatasetSource(**entry)
 

@@ -18,7 +18,7 @@ _FSDP = "configs/accelerate/fsdp.yaml"
 
 
 @dataclass(frozen=True)
-class Engine:
+class Launcher:
     """By what a run is launched; by default, one process or DDP, which leave each process a whole of everything.
 
     Parameters:
@@ -40,7 +40,7 @@ class Engine:
         return "FSDP" if self.fsdp else "one process or DDP"
 
 
-def read_engine(path: str | Path) -> Engine:
+def read_launcher(path: str | Path) -> Launcher:
     """The engine that a file of `accelerate config` names.
 
     Raises:
@@ -50,29 +50,29 @@ def read_engine(path: str | Path) -> Engine:
     values = read_yaml(path)
     kind, where = str(values.get("distributed_type", "NO")).upper(), f"{path}: "
     if kind == "FSDP":
-        return Engine(fsdp=_number(_mapping(values.get("fsdp_config")).get("fsdp_version", 1), f"{where}fsdp_version"))
+        return Launcher(fsdp=_number(_mapping(values.get("fsdp_config")).get("fsdp_version", 1), f"{where}fsdp_version"))
     if kind != "DEEPSPEED":
-        return Engine()
+        return Launcher()
     own = _mapping(values.get("deepspeed_config"))
     if named := own.get("deepspeed_config_file"):
-        return Engine(zero=_zero_stage(named, f"{where}deepspeed_config_file"))
-    return Engine(zero=_number(own.get("zero_stage", 2), f"{where}zero_stage"))
+        return Launcher(zero=_zero_stage(named, f"{where}deepspeed_config_file"))
+    return Launcher(zero=_number(own.get("zero_stage", 2), f"{where}zero_stage"))
 
 
-def engine_here() -> Engine:
+def current_launcher() -> Launcher:
     """The engine that `accelerate launch` has told this process of, by its environment."""
     if parse_flag_from_env("ACCELERATE_USE_DEEPSPEED"):
         named = os.environ.get("ACCELERATE_DEEPSPEED_CONFIG_FILE", "none")
         if named != "none":
-            return Engine(zero=_zero_stage(named, "ACCELERATE_DEEPSPEED_CONFIG_FILE"))
+            return Launcher(zero=_zero_stage(named, "ACCELERATE_DEEPSPEED_CONFIG_FILE"))
         key = "ACCELERATE_DEEPSPEED_ZERO_STAGE"
-        return Engine(zero=_number(os.environ.get(key, 2), key))
+        return Launcher(zero=_number(os.environ.get(key, 2), key))
     if parse_flag_from_env("ACCELERATE_USE_FSDP"):
-        return Engine(fsdp=_number(os.environ.get("FSDP_VERSION", 1), "FSDP_VERSION"))
-    return Engine()
+        return Launcher(fsdp=_number(os.environ.get("FSDP_VERSION", 1), "FSDP_VERSION"))
+    return Launcher()
 
 
-def refuse_what_an_engine_cannot(recipe: str, values: Mapping[str, Any], engine: Engine) -> None:
+def check_launcher_support(recipe: str, values: Mapping[str, Any], engine: Launcher) -> None:
     """Refuses arguments that the engine of a stage would fail on, or get wrong, once it runs.
 
     Args:
@@ -103,7 +103,7 @@ def uses_bitsandbytes(optimizer: Any) -> bool:
     return name.endswith(("_8bit", "_32bit", "_bnb")) or name.startswith(("paged_", "ademamix"))
 
 
-def _not_under_fsdp(recipe: str, values: Mapping[str, Any], engine: Engine) -> Iterator[str]:
+def _not_under_fsdp(recipe: str, values: Mapping[str, Any], engine: Launcher) -> Iterator[str]:
     if not engine.fsdp:
         return
     if recipe == "ppo" and values.get("critic") == "adapter":
@@ -113,7 +113,7 @@ def _not_under_fsdp(recipe: str, values: Mapping[str, Any], engine: Engine) -> I
         yield f"optim: {plain(optimizer)}: bitsandbytes cannot step the shares that FSDP 2 makes: set `adamw_torch`"
 
 
-def _not_under_deepspeed(recipe: str, values: Mapping[str, Any], engine: Engine) -> Iterator[str]:
+def _not_under_deepspeed(recipe: str, values: Mapping[str, Any], engine: Launcher) -> Iterator[str]:
     if engine.zero is None:
         return
     if engine.zero == 3 and recipe == "ppo":
@@ -128,7 +128,7 @@ def _not_under_deepspeed(recipe: str, values: Mapping[str, Any], engine: Engine)
             yield f"{key}: DeepSpeed wants one backward pass a micro-batch, no more and no less: use DDP or FSDP"
 
 
-def refuse_one_gpus_arithmetic(engine: Engine) -> None:
+def refuse_one_gpus_arithmetic(engine: Launcher) -> None:
     """Refuses `gpu_memory` beside an engine under which a card holds another share than the plan's.
 
     Raises:
@@ -141,14 +141,14 @@ def refuse_one_gpus_arithmetic(engine: Engine) -> None:
         )
 
 
-def _own_engine(values: Mapping[str, Any]) -> Engine | None:
+def _own_engine(values: Mapping[str, Any]) -> Launcher | None:
     """The engine that a stage's own arguments ask Transformers for, beside that of the launch."""
     if values.get("deepspeed"):
-        return Engine(zero=_zero_stage(values["deepspeed"], "deepspeed"))
+        return Launcher(zero=_zero_stage(values["deepspeed"], "deepspeed"))
     if values.get("fsdp"):
         config = values.get("fsdp_config")
         config = _json(config, "fsdp_config") if isinstance(config, str) else _mapping(config)
-        return Engine(fsdp=_number(config.get("version", config.get("fsdp_version", 2)), "fsdp_config: version"))
+        return Launcher(fsdp=_number(config.get("version", config.get("fsdp_version", 2)), "fsdp_config: version"))
     return None
 
 

@@ -25,8 +25,8 @@ class RecipeError(Exception):
     """Something in a YAML file, on the command line, or in the data is wrong.
 
     The message names the file, the key or row, and the remedy. Recipes print it without a traceback and exit with status 2
-    (`rlhf_recipes.cli.user_errors`). What it quotes of a file may be anything: a terminal shows it, and does not obey it,
-    and of a very long message it shows both ends.
+    (`rlhf_recipes.cli.exit_on_recipe_error`). What it quotes of a file may be anything: a terminal shows it, and does not obey
+    it, and of a very long message it shows both ends.
     """
 
     def __init__(self, message: object):
@@ -86,7 +86,7 @@ def _says_no_memory(error: BaseException) -> bool:
     )
 
 
-def nearest(word: str, words: Iterable[str]) -> str:
+def did_you_mean(word: str, words: Iterable[str]) -> str:
     """`; did you mean 'x'?` with the most similar of `words`, and others that are nearly as similar; or nothing."""
     close = difflib.get_close_matches(word, list(words))
     alike = [difflib.SequenceMatcher(None, word, other).ratio() for other in close]

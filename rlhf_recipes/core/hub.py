@@ -22,7 +22,7 @@ _FILES = {
 }
 
 
-def why_not_loaded(name: str, error: BaseException, kind: str = "model") -> str:
+def explain_load_error(name: str, error: BaseException, kind: str = "model") -> str:
     """Why something could not be loaded, and what to do: by the Hub's own errors, which other libraries wrap.
 
     Args:

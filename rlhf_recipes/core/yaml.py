@@ -4,7 +4,7 @@ from collections.abc import Hashable
 from pathlib import Path
 from typing import Any
 
-from rlhf_recipes.core.errors import RecipeError, first_line, nearest, one_line
+from rlhf_recipes.core.errors import RecipeError, did_you_mean, first_line, one_line
 
 import yaml
 
@@ -21,7 +21,7 @@ def read_yaml(path: Path) -> dict[str, Any]:
         text = path.read_text(encoding="utf-8")
     except FileNotFoundError:
         siblings = [str(other) for other in path.parent.glob("*.yaml")] if path.parent.is_dir() else []
-        raise RecipeError(f"{path}: no such file{nearest(str(path), siblings)}") from None
+        raise RecipeError(f"{path}: no such file{did_you_mean(str(path), siblings)}") from None
     except (OSError, UnicodeDecodeError) as error:
         raise RecipeError(f"{path}: cannot be read ({error})") from error
     try:

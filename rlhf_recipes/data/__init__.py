@@ -4,8 +4,17 @@
 stage trains on, `splits` joins the parts, and `lengths` looks at `max_length`.
 """
 
-from rlhf_recipes.data.lengths import check_lengths, never_cut
+from rlhf_recipes.data.lengths import check_lengths, drop_overlong_mode
 from rlhf_recipes.data.mixture import Data, check_source, demonstrations_of, load_data, load_texts
 from rlhf_recipes.data.shapes import Kind
 
-__all__ = ["Data", "Kind", "check_lengths", "check_source", "demonstrations_of", "load_data", "load_texts", "never_cut"]
+__all__ = [
+    "Data",
+    "Kind",
+    "check_lengths",
+    "check_source",
+    "demonstrations_of",
+    "drop_overlong_mode",
+    "load_data",
+    "load_texts",
+]

@@ -81,7 +81,7 @@ def _warn_beyond_context(dataset: Dataset, tokenizer: PreTrainedTokenizerBase, m
         )
 
 
-def never_cut(long_rows: str) -> str:
+def drop_overlong_mode(long_rows: str) -> str:
     """What `long_rows` means where half a row is of no use: `"truncate"` is `"drop"`."""
     return "error" if long_rows == "error" else "drop"
 

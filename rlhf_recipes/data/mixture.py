@@ -9,7 +9,7 @@ from typing import Any
 
 from rlhf_recipes.config.arguments import DataArguments, DatasetSource
 from rlhf_recipes.core.errors import RecipeError, first_line
-from rlhf_recipes.data.lengths import check_lengths, never_cut
+from rlhf_recipes.data.lengths import check_lengths, drop_overlong_mode
 from rlhf_recipes.data.rows import Converted, convert, shape_of
 from rlhf_recipes.data.shapes import SHOWN, Kind
 from rlhf_recipes.data.sources import Part, UnknownSplitError, has_splits, is_file, open_source, require_file
@@ -35,7 +35,7 @@ class Data:
     eval: Dataset | None
     report: dict[str, Any]
 
-    def fitted(self, tokenizer: PreTrainedTokenizerBase, max_length: int | None, long_rows: str) -> "Data":
+    def filter_by_length(self, tokenizer: PreTrainedTokenizerBase, max_length: int | None, long_rows: str) -> "Data":
         """The same data after `check_lengths` of both splits, whose counts join the report."""
         report = {split: dict(counts) for split, counts in self.report.items()}
         fitted: dict[str, Dataset | None] = {"train": self.train, "eval": self.eval}
@@ -99,7 +99,7 @@ def demonstrations_of(
         RecipeError: as `load_data`; for plain text, in which no answer begins; for long ones under `long_rows: error`; and for
             less than two demonstrations.
     """
-    long_rows = never_cut(arguments.long_rows)
+    long_rows = drop_overlong_mode(arguments.long_rows)
     if sources:
         arguments = DataArguments(datasets=sources, bad_rows=arguments.bad_rows)
     dataset, _ = _load_split(_train_sources(arguments), "sft", arguments.bad_rows, "demonstration")

@@ -16,8 +16,8 @@ from pathlib import Path
 from typing import Any, TextIO
 
 from rlhf_recipes.config.arguments import DatasetSource
-from rlhf_recipes.core.errors import RecipeError, first_line, nearest
-from rlhf_recipes.core.hub import why_not_loaded
+from rlhf_recipes.core.errors import RecipeError, did_you_mean, first_line
+from rlhf_recipes.core.hub import explain_load_error
 from rlhf_recipes.data.shapes import SHOWN
 
 import pyarrow.parquet
@@ -312,7 +312,7 @@ def _why_not_found(source: DatasetSource, error: Exception) -> str:
         return f"{source.path}: no data could be read from it: {first_line(error.__cause__ or error)}"
     return (
         f"{source.path} is not a local file or directory (looked in {Path.cwd()}), and as a Hub dataset it could not be "
-        f"loaded: {why_not_loaded(source.path, error, 'dataset')}"
+        f"loaded: {explain_load_error(source.path, error, 'dataset')}"
     )
 
 
@@ -347,5 +347,5 @@ def _require_columns(part: Part, wanted: list[str], key: str) -> None:
     columns = part.dataset.column_names
     for column in wanted:
         if column not in columns:
-            known = f"the columns are: {', '.join(columns)}{nearest(column, columns)}"
+            known = f"the columns are: {', '.join(columns)}{did_you_mean(column, columns)}"
             raise RecipeError(f"{part.label}: `{key}` names `{column}`, but {known}")

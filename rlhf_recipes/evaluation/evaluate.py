@@ -26,7 +26,7 @@ from rlhf_recipes.evaluation.metrics.perplexity import perplexity
 from rlhf_recipes.evaluation.metrics.preference import calibration, calibration_difference
 from rlhf_recipes.generation.answers import Answer, Prompt, log_probs, sample
 from rlhf_recipes.generation.judges import ChatJudge, read_chat_judge
-from rlhf_recipes.generation.policies import Bench, Policy, require_adapter
+from rlhf_recipes.generation.policies import Policy, PolicyBank, require_adapter
 from rlhf_recipes.models.loading import base_of
 from rlhf_recipes.models.roles import load_saved_rewards
 from rlhf_recipes.rewards.functions import SavedReward, ask, checked, load_rewards
@@ -116,7 +116,9 @@ class NamedReward:
         return documentation.splitlines()[0] if documentation else None
 
 
-def load_named_rewards(specs: Sequence[str | dict[str, Any]], bench: Bench, batch_size: int = 32) -> dict[str, NamedReward]:
+def load_named_rewards(
+    specs: Sequence[str | dict[str, Any]], bench: PolicyBank, batch_size: int = 32
+) -> dict[str, NamedReward]:
     """The rewards that the YAML key `rewards` lists, by name, reward models as adapters on the bench's base.
 
     Args:
@@ -151,7 +153,7 @@ def _check_own(own: dict[str, Any], where: str) -> None:
             raise RecipeError(f"{where}: {key}: expected {_EXPECTED[key]}, found {own[key]!r}")
 
 
-def _load_reward(spec: dict[str, Any], bench: Bench, where: str, batch_size: int) -> tuple[Callable[..., Any], str | None]:
+def _load_reward(spec: dict[str, Any], bench: PolicyBank, where: str, batch_size: int) -> tuple[Callable[..., Any], str | None]:
     try:
         (reward,), _ = load_rewards([spec])
     except RecipeError as error:  # which knows the key by another name
@@ -245,7 +247,7 @@ class Measurement:
             scored once, equal answers of two policies tie.
     """
 
-    bench: Bench
+    bench: PolicyBank
     rows: Dataset
     rewards: dict[str, NamedReward]
     arguments: EvaluateArguments
@@ -277,7 +279,7 @@ class Measurement:
     def draw(self, policy: str, count: int, seed: int) -> list[Answer]:
         """`count` answers to each prompt."""
         arguments = self.arguments
-        with self.bench.playing(policy) as model:
+        with self.bench.use_policy(policy) as model:
             return sample(
                 model,
                 self.bench.tokenizer,
@@ -296,7 +298,7 @@ class Measurement:
         """(P, K) log-probabilities of the answers, whoever drew them, under a policy."""
         count, arguments = len(answers) // len(self.rows), self.arguments
         options = {"temperature": arguments.temperature, "batch_size": arguments.batch_size}
-        with self.bench.playing(policy) as model:
+        with self.bench.use_policy(policy) as model:
             logps = log_probs(model, self.bench.tokenizer, self.repeated("prompt", count), answers, **options)
         return logps.reshape(-1, count)
 
@@ -419,7 +421,7 @@ def figure(values: Floats, baseline: Floats | None = None, *, share: bool = Fals
     return result
 
 
-def in_noise(difference: Figure | None) -> bool:
+def is_insignificant(difference: Figure | None) -> bool:
     """Whether a difference may be nothing but chance: its interval holds 0, or it is of fewer than 6 prompts.
 
     Where all prompts differ alike, resampling gives no interval. By the sign test 6 prompts agree by chance with probability
@@ -507,7 +509,7 @@ def _truthfulness(
 
 
 @dataclass(frozen=True)
-class _Told:
+class CalibrationInputs:
     """What a policy's answers stake: (P, K) each.
 
     Parameters:
@@ -528,15 +530,17 @@ class _Told:
         return self.confidences[chosen], self.right[chosen], np.nonzero(chosen)[0].tolist(), self.texts[chosen].tolist()
 
 
-def _told(drawn: Drawn | None, is_kind: Callable[[str], Callable[[Drawn], Floats]]) -> _Told | None:
+def _told(drawn: Drawn | None, is_kind: Callable[[str], Callable[[Drawn], Floats]]) -> CalibrationInputs | None:
     """None where there are no answers, or no probabilities of them."""
     if drawn is None or drawn.logps is None:
         return None
     confidences, texts = np.minimum(np.exp(drawn.logps), 1), np.array(drawn.texts, dtype=object)
-    return _Told(confidences, is_kind("right")(drawn), is_kind("abstained")(drawn) == 0, texts.reshape(confidences.shape))
+    return CalibrationInputs(
+        confidences, is_kind("right")(drawn), is_kind("abstained")(drawn) == 0, texts.reshape(confidences.shape)
+    )
 
 
-def _calibration(one: _Told, other: _Told | None, rows: np.ndarray, seed: int) -> dict[str, Any] | None:
+def _calibration(one: CalibrationInputs, other: CalibrationInputs | None, rows: np.ndarray, seed: int) -> dict[str, Any] | None:
     """Of the answers that do not abstain: whether those of probability p are right with frequency p."""
     confidences, right, prompts, texts = one.of(rows)
     if not prompts:
@@ -627,7 +631,7 @@ def perplexities(measurement: Measurement, policies: dict[str, Policy], texts: D
     result = {}
     for policy in policies.values():
         if policy.best_of is None:
-            with measurement.bench.playing(policy.name) as model:
+            with measurement.bench.use_policy(policy.name) as model:
                 length, size = measurement.arguments.ptx_max_length, measurement.arguments.batch_size
                 result[policy.name] = perplexity(
                     model, measurement.bench.tokenizer, texts["text"], max_length=length, batch_size=size
@@ -643,7 +647,7 @@ def lm_eval_results(measurement: Measurement, policies: dict[str, Policy]) -> di
     results = {}
     for policy in policies.values():
         if policy.best_of is None:
-            with measurement.bench.playing(policy.name) as model:
+            with measurement.bench.use_policy(policy.name) as model:
                 # the base, in whose layers the active adapter sits
                 wrapped = HFLM(
                     base_of(model), tokenizer=measurement.bench.tokenizer, batch_size=measurement.arguments.batch_size

@@ -7,7 +7,7 @@ from typing import Any, Protocol
 from rlhf_recipes.core.files import write_json, write_text
 from rlhf_recipes.evaluation.metrics.preference import evaluate_reward
 from rlhf_recipes.evaluation.report.plots import reliability_diagram, score_histogram
-from rlhf_recipes.models.roles import Ensemble, Reward, encode
+from rlhf_recipes.models.roles import Ensemble, RewardModel, encode
 
 from datasets import Dataset
 from transformers import PreTrainedTokenizerBase
@@ -26,7 +26,7 @@ class Measurable(Protocol):
 
 
 def measure_and_scale(
-    rewards: Sequence[Reward],
+    rewards: Sequence[RewardModel],
     demonstrations: Dataset,
     held_out: Dataset | None,
     combine: str = "mean",

@@ -16,7 +16,7 @@ from rlhf_recipes.core.errors import RecipeError, first_line
 from rlhf_recipes.core.files import RECIPE, REWARD, read_json, write_json
 from rlhf_recipes.export.model_card import lineage, write_card
 from rlhf_recipes.export.upload import for_others, repository_of, upload
-from rlhf_recipes.generation.policies import Bench, Placement, require_adapter
+from rlhf_recipes.generation.policies import Placement, PolicyBank, require_adapter
 from rlhf_recipes.models.loading import adapter_config, check_vocabulary, fitting, load_model, release_memory
 from rlhf_recipes.models.roles import HEAD, check_tokenizer, encode, load_reward, load_whole_reward
 from rlhf_recipes.training.reward import load_classifier
@@ -106,16 +106,16 @@ def merge_policy(arguments: MergeArguments, model_args: ModelConfig, tokenizer: 
     """Merges a policy and saves it into `folder`; returns what its adapter said before.
 
     Raises:
-        RecipeError: as `load_model` and `Bench.add`; if the adapter is of a kind that cannot be merged, or is not finite.
+        RecipeError: as `load_model` and `PolicyBank.add`; if the adapter is of a kind that cannot be merged, or is not finite.
     """
     base = load_model(model_args, Placement(arguments.trust_remote_code))
     _check_whole(base, tokenizer)
-    bench = Bench(base.eval(), tokenizer)
+    bench = PolicyBank(base.eval(), tokenizer)
     bench.add(_BASE, None, "adapter")
     bench.add("adapter", arguments.adapter, "adapter")
-    with bench.playing(_BASE) as model:
+    with bench.use_policy(_BASE) as model:
         without = _logits(model, tokenizer)
-    with bench.playing("adapter") as model:
+    with bench.use_policy("adapter") as model:
         values = _logits(model, tokenizer)
     merged = _merged(bench.model, arguments.adapter)
     _set_generation(merged, tokenizer, Path(arguments.adapter))
@@ -256,7 +256,7 @@ def _probes(tokenizer: PreTrainedTokenizerBase) -> list[list[int]]:
 
 
 @contextlib.contextmanager
-def whole_or_nothing(output_dir: str | Path) -> Iterator[Path]:
+def atomic_directory(output_dir: str | Path) -> Iterator[Path]:
     """A folder beside `output_dir` to write into, which becomes it at the end, if nothing goes wrong within; else it goes.
 
     Raises:

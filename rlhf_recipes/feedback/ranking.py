@@ -131,7 +131,7 @@ def read_labeller(entry: Any, seed: int) -> Labeller:
         RecipeError: for anything else.
     """
     if isinstance(entry, dict) and set(entry) == {"store"} and isinstance(entry["store"], str):
-        return People(Path(entry["store"]))
+        return HumanLabeler(Path(entry["store"]))
     if isinstance(entry, dict) and "url" in entry:
         return Judge(read_chat_judge(entry))
     if isinstance(entry, dict) and isinstance(entry.get("path"), str) and set(entry) <= {"path", "arguments", "noise"}:
@@ -139,7 +139,7 @@ def read_labeller(entry: Any, seed: int) -> Labeller:
         if isinstance(noise, bool) or not isinstance(noise, int | float) or not 0 <= noise < math.inf:
             raise RecipeError(f"labeller: noise: {noise!r} is not a scale: a number, 0 or more")
         (reward,), _ = load_rewards([{key: value for key, value in entry.items() if key != "noise"}])
-        return Simulated(reward, float(noise), seed)
+        return SimulatedLabeler(reward, float(noise), seed)
     raise RecipeError(
         "labeller: must be {store: FILE} for people, {url: ..., model: ...} for a chat model, or {path: ..., noise: ...} for a "
         f"reward function in the role of a labeller: found {entry!r}"
@@ -147,7 +147,7 @@ def read_labeller(entry: Any, seed: int) -> Labeller:
 
 
 @dataclass(frozen=True)
-class People:
+class HumanLabeler:
     """Those who label by recipes/label.py.
 
     Parameters:
@@ -208,7 +208,7 @@ class Judge:
 
 
 @dataclass(frozen=True)
-class Simulated:
+class SimulatedLabeler:
     """A labeller whose liking of a completion is a reward, with noise.
 
     Completions of one reward tie; of two others the better one is preferred with probability sigmoid(difference / noise), as

@@ -12,7 +12,7 @@ from rlhf_recipes.config.arguments import SampleArguments
 from rlhf_recipes.core.errors import RecipeError
 from rlhf_recipes.core.files import read_json, write_json
 from rlhf_recipes.generation.answers import sample
-from rlhf_recipes.generation.policies import Bench, Policy
+from rlhf_recipes.generation.policies import Policy, PolicyBank
 from rlhf_recipes.training.run import files_in
 
 from datasets import Dataset
@@ -32,7 +32,7 @@ def refuse_best_of(policies: dict[str, Policy]) -> None:
 
 
 def sample_groups(
-    bench: Bench, policies: Sequence[str], rows: Dataset, arguments: SampleArguments, done: int = 0
+    bench: PolicyBank, policies: Sequence[str], rows: Dataset, arguments: SampleArguments, done: int = 0
 ) -> Iterator[list[dict[str, Any]]]:
     """Groups of `prompt`, `completions` and `sources` (which policy wrote each), with the data's other columns, part by part.
 
@@ -64,7 +64,7 @@ def part_size(arguments: SampleArguments) -> int:
 
 
 def _draw(
-    bench: Bench, policies: Sequence[str], prompts: Sequence[Any], arguments: SampleArguments, first: int
+    bench: PolicyBank, policies: Sequence[str], prompts: Sequence[Any], arguments: SampleArguments, first: int
 ) -> list[dict[str, tuple[str, str]]]:
     """Of each prompt the different completions: what one says -> its text as it came, and its policy."""
     kept: list[dict[str, tuple[str, str]]] = [{} for _ in prompts]
@@ -77,7 +77,7 @@ def _draw(
             ]
             if not asked:
                 continue
-            with bench.playing(policy) as model:
+            with bench.use_policy(policy) as model:
                 answers = sample(
                     model,
                     bench.tokenizer,

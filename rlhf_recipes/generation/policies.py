@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from rlhf_recipes.config.arguments import ChatArguments, EvaluateArguments, RankArguments, SampleArguments
-from rlhf_recipes.core.errors import RecipeError, nearest
+from rlhf_recipes.core.errors import RecipeError, did_you_mean
 from rlhf_recipes.core.files import RECIPE, holds_result, read_json, taught_conversations
 from rlhf_recipes.models.loading import (
     adapter_config,
@@ -19,7 +19,7 @@ from rlhf_recipes.models.loading import (
     put_adapter,
     refuse_reward_adapter,
 )
-from rlhf_recipes.models.roles import NO_ADAPTER, check_tokenizer, playing
+from rlhf_recipes.models.roles import NO_ADAPTER, check_tokenizer, use_adapter
 
 from accelerate import PartialState
 from peft import LoraConfig, PeftModel, get_peft_model
@@ -81,7 +81,7 @@ def _read(name: str, entry: Any) -> Policy | None:
     if isinstance(best, dict) and set(entry) == {"best_of"}:
         for key in best:
             if key not in ("policy", "n", "reward"):
-                raise RecipeError(f"{where}: best_of: unknown key '{key}'{nearest(str(key), ('policy', 'n', 'reward'))}")
+                raise RecipeError(f"{where}: best_of: unknown key '{key}'{did_you_mean(str(key), ('policy', 'n', 'reward'))}")
         n, policy, reward = best.get("n"), best.get("policy"), best.get("reward")
         if (
             isinstance(n, int)
@@ -123,7 +123,7 @@ def require_adapter(folder: str, where: str) -> None:
     )
 
 
-class Bench:
+class PolicyBank:
     """One base, with the adapter of every policy on it.
 
     Parameters:
@@ -163,13 +163,13 @@ class Bench:
         self.model.delete_adapter(self._adapters.pop(name))
 
     @contextlib.contextmanager
-    def playing(self, name: str) -> Iterator[PreTrainedModel | PeftModel]:
+    def use_policy(self, name: str) -> Iterator[PreTrainedModel | PeftModel]:
         """The model, with this policy's adapter alone active within, in eval mode."""
-        with playing(self.model, self._adapters[name]):
+        with use_adapter(self.model, self._adapters[name]):
             yield self.model
 
 
-def taught_plain_text(policies: dict[str, Policy]) -> list[str]:
+def trained_without_template(policies: dict[str, Policy]) -> list[str]:
     """The names of those that were trained on plain text, by their records: a chat template says nothing to them."""
     return [name for name, policy in policies.items() if policy.folder and taught_conversations(policy.folder) is False]
 
@@ -177,7 +177,7 @@ def taught_plain_text(policies: dict[str, Policy]) -> list[str]:
 def load_tokenizer_of(
     policies: dict[str, Policy], model: ModelConfig, arguments: EvaluateArguments | SampleArguments | ChatArguments
 ) -> PreTrainedTokenizerBase:
-    """The tokenizer of the first policy that has an adapter, else that of the base; `Bench.add` refuses policies of others.
+    """The tokenizer of the first policy with an adapter, else that of the base; `PolicyBank.add` refuses policies of others.
 
     Raises:
         RecipeError: as in `load_tokenizer`.
@@ -191,11 +191,11 @@ def load_bench(
     arguments: EvaluateArguments | SampleArguments | RankArguments | ChatArguments,
     policies: dict[str, Policy],
     tokenizer: PreTrainedTokenizerBase,
-) -> Bench:
+) -> PolicyBank:
     """The base with every policy's adapter on it, on the device that Accelerate has chosen.
 
     Raises:
-        RecipeError: as in `load_model` and `Bench.add`.
+        RecipeError: as in `load_model` and `PolicyBank.add`.
     """
     base = load_model(model, Placement(arguments.trust_remote_code))
     check_vocabulary(base, tokenizer)
@@ -203,7 +203,7 @@ def load_bench(
         base = base.to(PartialState().device)
     if not any(policy.folder for policy in policies.values()):  # a place for reward adapters; it changes nothing
         base = get_peft_model(base, LoraConfig(target_modules="all-linear"), adapter_name="unused")
-    bench = Bench(base.eval(), tokenizer)
+    bench = PolicyBank(base.eval(), tokenizer)
     for policy in policies.values():
         if policy.best_of is None:
             bench.add(policy.name, policy.folder, f"policies: {policy.name}")

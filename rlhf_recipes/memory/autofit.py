@@ -17,7 +17,7 @@ _ADAMW = (FULL, PAGED, "adamw_torch", "adamw_8bit", "adamw_bnb_8bit", "paged_ada
 _OF_BATCHES = ("per_device_train_batch_size", "gradient_accumulation_steps", "steps_per_generation", "generation_batch_size")
 
 
-def pick(arguments: Arguments, card: float, fixed: Collection[str] = ()) -> tuple[dict[str, Any], Plan]:
+def autofit(arguments: Arguments, card: float, fixed: Collection[str] = ()) -> tuple[dict[str, Any], Plan]:
     """What the dial sets in a stage for a card, and the plan with it: the first of `choices` that fits.
 
     What an optimizer step learns from stays as it is: rows of a micro-batch times accumulation, and of PPO the completions of

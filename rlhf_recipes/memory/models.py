@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from rlhf_recipes.core.errors import RecipeError, first_line
-from rlhf_recipes.core.hub import why_not_loaded
+from rlhf_recipes.core.hub import explain_load_error
 from rlhf_recipes.memory.arithmetic import Shape
 from rlhf_recipes.models.loading import resolve_path
 
@@ -61,7 +61,7 @@ def load_config(name: str, revision: str = "main", trust_remote_code: bool = Fal
     except (OSError, ValueError, KeyError) as error:
         raise RecipeError(
             f"model_name_or_path: {name}: its config.json cannot be read (the plan needs no more than that): "
-            f"{why_not_loaded(name, error)}"
+            f"{explain_load_error(name, error)}"
         ) from error
 
 

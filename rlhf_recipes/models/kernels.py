@@ -17,7 +17,7 @@ from trl import ModelConfig
 from trl.import_utils import is_vllm_available
 
 
-def prepare(arguments: ModelConfig, training: Any) -> None:
+def check_kernel_options(arguments: ModelConfig, training: Any) -> None:
     """Looks, before a model is loaded, at the keys that are there for speed.
 
     Args:
@@ -117,7 +117,7 @@ def without_compilation(training: Any) -> Any:
 
 
 @contextlib.contextmanager
-def not_compiled(model: nn.Module) -> Iterator[None]:
+def eager_mode(model: nn.Module) -> Iterator[None]:
     """Within, compiled layers run as they were: each role, and each length in sampling, would have them compiled anew."""
     if not any(module._compiled_call_impl is not None for module in model.modules()):
         yield

@@ -16,9 +16,9 @@ from typing import Any
 
 from rlhf_recipes.core.errors import RecipeError, first_line, lack_of_memory
 from rlhf_recipes.core.files import RECIPE, read_json
-from rlhf_recipes.core.hub import why_not_loaded
+from rlhf_recipes.core.hub import explain_load_error
 from rlhf_recipes.core.machine import check_bitsandbytes
-from rlhf_recipes.models.kernels import compile_layers, prepare, without_compilation
+from rlhf_recipes.models.kernels import check_kernel_options, compile_layers, without_compilation
 
 import torch
 from accelerate.utils import parse_flag_from_env
@@ -103,14 +103,14 @@ def each_weight(path: str | Path) -> Iterator[tuple[str, torch.Tensor]]:
         with safe_open(path, framework="pt") as file:
             for name in file.keys():  # noqa: SIM118 - it is no mapping
                 weight = file.get_tensor(name)
-                refuse_not_finite({name: weight}, path)
+                check_finite({name: weight}, path)
                 yield name, weight
     except (SafetensorError, OSError, ValueError, KeyError) as error:
         raise RecipeError(f"{path}: cannot be read ({first_line(error)}): copy or train it again") from error
 
 
 @torch.no_grad()
-def refuse_not_finite(weights: Mapping[str, torch.Tensor], where: str | Path, remedy: str = "train it again") -> None:
+def check_finite(weights: Mapping[str, torch.Tensor], where: str | Path, remedy: str = "train it again") -> None:
     """Refuses weights that are NaN or infinite: all that comes of them would be, or look like an answer.
 
     Raises:
@@ -185,7 +185,7 @@ def put_adapter(
             with warnings.catch_warnings():  # what is missing is said below
                 warnings.filterwarnings("ignore", message="Found missing adapter keys")
                 model = PeftModel.from_pretrained(model, str(folder), name, is_trainable=trainable)
-    check_all_there(model, name, weights, f"{where}: {folder}")
+    check_adapter_complete(model, name, weights, f"{where}: {folder}")
     return model
 
 
@@ -222,7 +222,7 @@ def check_ranks(config: PeftConfig, weights: Mapping[str, torch.Tensor], where: 
             )
 
 
-def check_all_there(model: PeftModel, name: str, weights: Mapping[str, torch.Tensor], where: str) -> None:
+def check_adapter_complete(model: PeftModel, name: str, weights: Mapping[str, torch.Tensor], where: str) -> None:
     """Refuses an adapter whose file lacks weights, which would be random, or has others: PEFT warns of the one at the most.
 
     Raises:
@@ -326,7 +326,7 @@ def load_architecture(
         RecipeError: as in `load_model`.
     """
     path = model_path(arguments)
-    prepare(arguments, training)
+    check_kernel_options(arguments, training)
     revision = {"revision": arguments.model_revision, "trust_remote_code": getattr(training, "trust_remote_code", False)}
     try:
         config = AutoConfig.from_pretrained(path, **revision)
@@ -355,10 +355,10 @@ def load_architecture(
                 f"attn_implementation: {arguments.attn_implementation}: {first_line(error)} Leave the key out for PyTorch's "
                 "own attention"
             ) from error
-        raise RecipeError(f"model_name_or_path: {path}: {why_not_loaded(path, error)}") from error
-    refuse_not_finite(dict(model.named_parameters()), f"model_name_or_path: {path}", "copy or download it again")
+        raise RecipeError(f"model_name_or_path: {path}: {explain_load_error(path, error)}") from error
+    check_finite(dict(model.named_parameters()), f"model_name_or_path: {path}", "copy or download it again")
     _check_4bit_sides(model, path)
-    keep_gradients_exact(model)
+    disable_cpu_4bit_repacking(model)
     compile_layers(model, training)
     return model, set(loading["missing_keys"])
 
@@ -389,23 +389,23 @@ def base_of(model: torch.nn.Module) -> PreTrainedModel:
     return model.get_base_model() if isinstance(model, PeftModel) else model
 
 
-def trunk_of(model: torch.nn.Module) -> torch.nn.Module:
+def backbone(model: torch.nn.Module) -> torch.nn.Module:
     """The model below its head: tokens to hidden states; of a model without a head, that itself."""
     return base_of(model).base_model
 
 
-def pass_of_trunk(model: torch.nn.Module, **inputs: Any) -> Any:
+def forward_backbone(model: torch.nn.Module, **inputs: Any) -> Any:
     """What the trunk makes of the inputs (Transformers' outputs, with `last_hidden_state`).
 
     FSDP gathers the weights that belong to no layer (embeddings, last norm) when its root is called: a trunk that is called
     past it would compute with a share of them.
     """
     if not isinstance(model, FSDPModule):
-        return trunk_of(model)(**inputs)
-    if not hasattr(model, "_pass_of_trunk"):
-        model._pass_of_trunk = lambda **inputs: trunk_of(model)(**inputs)
-        register_fsdp_forward_method(model, "_pass_of_trunk")
-    return model._pass_of_trunk(**inputs)
+        return backbone(model)(**inputs)
+    if not hasattr(model, "_forward_backbone"):
+        model._forward_backbone = lambda **inputs: backbone(model)(**inputs)
+        register_fsdp_forward_method(model, "_forward_backbone")
+    return model._forward_backbone(**inputs)
 
 
 def base_name(model: torch.nn.Module) -> str:
@@ -425,7 +425,7 @@ def fingerprint(model: torch.nn.Module) -> dict[str, Any]:
     dimensions = {name: getattr(config, name) for name in _DIMENSIONS if getattr(config, name, None) is not None}
     if is_deepspeed_zero3_enabled():
         return {"dimensions": dimensions, "weights": None, "matrices": None}
-    weights, matrices = _by_sort(trunk_of(model))
+    weights, matrices = _by_sort(backbone(model))
     return {"dimensions": dimensions, "weights": _digest(weights), "matrices": _digest(matrices)}
 
 
@@ -513,7 +513,7 @@ def same_name(one: str | None, other: str | None) -> bool:
     return bool(one and other) and Path(one).name == Path(other).name
 
 
-def keep_gradients_exact(model: torch.nn.Module) -> None:
+def disable_cpu_4bit_repacking(model: torch.nn.Module) -> None:
     """Stops bitsandbytes from repacking 4-bit weights on CPUs with AVX512-BF16.
 
     Version 0.50 does so in place at the first forward pass in eval mode; afterwards the layer passes no gradient on, silently:
@@ -525,7 +525,7 @@ def keep_gradients_exact(model: torch.nn.Module) -> None:
 
 
 @contextlib.contextmanager
-def types_kept(model: torch.nn.Module) -> Iterator[None]:
+def preserve_param_dtypes(model: torch.nn.Module) -> Iterator[None]:
     """Undoes what happens within to the types of weights: TRL's trainers cast what is trainable on a quantised base to bf16.
 
     A rounded policy would differ from its reference, which is frozen and not rounded. Weights that are new afterwards, as those
@@ -541,7 +541,7 @@ def types_kept(model: torch.nn.Module) -> Iterator[None]:
 def keep_adapter_in_fp32(trainer: Trainer) -> None:
     """Undoes the cast to bf16 that TRL's trainers give to an adapter that they make themselves on a quantised base.
 
-    What was there before keeps its very values by `types_kept`, however it is launched; these are fresh, and only need the
+    What was there keeps its values by `preserve_param_dtypes`, however it is launched; these are fresh, and need only the
     type. AdamW's steps are often too small for bf16 to represent, and PEFT loads an adapter in fp32: a run resumed from a
     checkpoint would go on in another type than it began in. It costs two bytes more a weight of the adapter, and two or four
     in the optimizer. Call it between the trainer's construction and `train()`; it does nothing to models that are not
@@ -588,7 +588,7 @@ def load_tokenizer(arguments: ModelConfig, *groups: Any, start_from: str | Path 
     except RecipeError:
         raise
     except Exception as error:  # the tokenizers' own is nothing more
-        reason = why_not_loaded(path, error)
+        reason = explain_load_error(path, error)
         if Path(path).is_dir():
             reason = f"no usable tokenizer there ({reason}); the folder needs tokenizer.json and tokenizer_config.json"
         raise RecipeError(f"model_name_or_path: {path}: {reason}") from error
@@ -602,7 +602,7 @@ def release_memory() -> None:
         torch.cuda.empty_cache()
 
 
-def without_what_is_done(training: TrainingConfig) -> TrainingConfig:
+def strip_consumed_arguments(training: TrainingConfig) -> TrainingConfig:
     """The arguments for the trainer: a copy without those that are honoured elsewhere. The original goes into `recipe.json`.
 
     The trainer would warn of what `load_model` has read, and clone the template of `load_tokenizer` once more. And it would
@@ -674,7 +674,7 @@ def _set_chat_template(tokenizer: PreTrainedTokenizerBase, path: str | None) -> 
     try:
         source = AutoTokenizer.from_pretrained(path, trust_remote_code=False)
     except Exception as error:  # as in `load_tokenizer`
-        reason = why_not_loaded(path, error)
+        reason = explain_load_error(path, error)
         raise RecipeError(f"chat_template_path: {path}: neither a .jinja file nor a tokenizer: {reason}") from error
     if source.chat_template is None:
         raise RecipeError(f"chat_template_path: the tokenizer {path} has no chat template")

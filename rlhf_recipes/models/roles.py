@@ -20,16 +20,16 @@ from rlhf_recipes.core.files import REWARD, read_json, write_json
 from rlhf_recipes.models.loading import (
     ADAPTER,
     adapter_config,
+    backbone,
     base_name,
     base_of,
     check_base,
+    check_finite,
     check_ranks,
+    disable_cpu_4bit_repacking,
     fitting,
-    keep_gradients_exact,
-    pass_of_trunk,
+    forward_backbone,
     read_weights,
-    refuse_not_finite,
-    trunk_of,
 )
 
 import torch
@@ -52,7 +52,7 @@ POLICY = "default"
 """PEFT's name for an adapter that was not given one: that of the policy, which is trained."""
 
 NO_ADAPTER = object()
-"""For `playing`: the base alone, without any adapter."""
+"""For `use_adapter`: the base alone, without any adapter."""
 
 PREFIX = "base_model.model."
 """PEFT's, of the names of saved weights."""
@@ -151,7 +151,7 @@ class Scorer(ABC):
         return [{**first, "content": (first.get("content") or "").removeprefix(_template_gap(self.tokenizer))}, *others]
 
 
-class Reward(Scorer):
+class RewardModel(Scorer):
     """A reward model: an adapter on a base that it shares with other roles, or a model of its own.
 
     Scoring leaves everything as it was: which adapters are active, what is trained, training mode, and every weight.
@@ -192,10 +192,10 @@ class Reward(Scorer):
             ValueError: if a sequence has no token.
         """
         ids, mask = _right_padded(input_ids, attention_mask)
-        device = trunk_of(self.model).get_input_embeddings().weight.device
+        device = backbone(self.model).get_input_embeddings().weight.device
         inputs = {"input_ids": ids.to(device), "attention_mask": mask.to(device), "use_cache": False}
-        with playing(self.model, self.adapter):
-            hidden = pass_of_trunk(self.model, **inputs).last_hidden_state
+        with use_adapter(self.model, self.adapter):
+            hidden = forward_backbone(self.model, **inputs).last_hidden_state
         last = hidden[torch.arange(len(hidden), device=hidden.device), mask.sum(1).to(hidden.device) - 1]
         scores = self.head(last.to(self.head.weight.device))[:, 0]
         return self.normalisation(scores) if normalise and self.normalisation else scores
@@ -231,7 +231,7 @@ class Ensemble(Scorer):
 
     def __init__(
         self,
-        members: Sequence[Reward],
+        members: Sequence[RewardModel],
         combine: Literal["mean", "min", "uncertainty"] = "mean",
         uncertainty_coef: float = 1.0,
         name: str = "ensemble",
@@ -277,7 +277,7 @@ def load_reward(
     name: str,
     tokenizer: PreTrainedTokenizerBase,
     batch_size: int = 32,
-) -> Reward:
+) -> RewardModel:
     """Puts a saved reward adapter on a base that is in memory, beside the adapters that are there, and frozen.
 
     Which adapters are active and what is trained stays as it is; the global random state too.
@@ -306,13 +306,13 @@ def load_reward(
     with torch.random.fork_rng(devices=[]):  # new weights are drawn at random before they are overwritten
         head = _build_head(head, model, folder)
         _add_adapter(model, config, weights, name, folder)
-    keep_gradients_exact(model)
-    return Reward(model, name, head, tokenizer, normalisation, folder, name, batch_size)
+    disable_cpu_4bit_repacking(model)
+    return RewardModel(model, name, head, tokenizer, normalisation, folder, name, batch_size)
 
 
 def load_whole_reward(
     folder: str | Path, name: str, tokenizer: PreTrainedTokenizerBase, batch_size: int = 32, **options: Any
-) -> Reward:
+) -> RewardModel:
     """A reward model with weights of its own (`use_peft: false`, or a merged one), as a role.
 
     Args:
@@ -336,12 +336,12 @@ def load_whole_reward(
         raise RecipeError(f"{folder}: no usable reward model there ({first_line(error)})") from error
     if loading["missing_keys"]:
         raise RecipeError(f"{folder}: its files lack {', '.join(sorted(loading['missing_keys']))}: it would score at random")
-    refuse_not_finite(dict(model.named_parameters()), folder)
+    check_finite(dict(model.named_parameters()), folder)
     check_tokenizer(folder, tokenizer)
     head = _build_head({"weight": stored_head(folder, _find_head(model).weight.data, options.get("revision"))}, model, folder)
     normalisation = _normalisation(read_json(folder / REWARD), folder)
-    keep_gradients_exact(model)
-    return Reward(model.eval(), None, head, tokenizer, normalisation, folder, name, batch_size)
+    disable_cpu_4bit_repacking(model)
+    return RewardModel(model.eval(), None, head, tokenizer, normalisation, folder, name, batch_size)
 
 
 def stored_head(name: str | Path, loaded: Tensor, revision: str | None = None) -> Tensor:
@@ -406,7 +406,7 @@ def load_saved_rewards(
     return _load_saved(folder, model, tokenizer, folder.name, batch_size)
 
 
-def _load_saved(folder: Path, model: nn.Module, tokenizer: PreTrainedTokenizerBase, name: str, batch_size: int) -> Reward:
+def _load_saved(folder: Path, model: nn.Module, tokenizer: PreTrainedTokenizerBase, name: str, batch_size: int) -> RewardModel:
     if not (folder / "adapter_config.json").exists():
         # where the policy is, or will be when its trainer has placed it
         reward = load_whole_reward(folder, name, tokenizer, batch_size, device_map={"": PartialState().device})
@@ -464,7 +464,7 @@ def _add_adapter(
     model: PreTrainedModel | PeftModel, config: LoraConfig, weights: dict[str, Tensor], name: str, folder: Path
 ) -> None:
     config.task_type, config.modules_to_save, config.inference_mode = None, None, True
-    with _state_kept(model):
+    with restore_adapter_state(model):
         with fitting(str(folder), model):
             if isinstance(model, PeftModel):
                 model.add_adapter(name, config)
@@ -501,7 +501,7 @@ def fill_adapter(model: nn.Module, weights: dict[str, Tensor], name: str, folder
 
 
 def _build_head(weights: dict[str, Tensor], model: nn.Module, folder: Path) -> ScalarHead:
-    embedding = trunk_of(model).get_input_embeddings()
+    embedding = backbone(model).get_input_embeddings()
     width = base_of(model).config.get_text_config().hidden_size
     shapes = {name: tuple(weight.shape) for name, weight in weights.items()}
     if shapes != {"weight": (1, width)}:
@@ -522,7 +522,7 @@ def _find_head(model: PreTrainedModel) -> nn.Linear:
 
 
 @contextlib.contextmanager
-def playing(model: nn.Module, adapter: str | object | None, train: bool = False) -> Iterator[None]:
+def use_adapter(model: nn.Module, adapter: str | object | None, train: bool = False) -> Iterator[None]:
     """Within, `adapter` alone is active; afterwards all is as before.
 
     What is to be back-propagated must be so within: outside it would be recomputed with other adapters under gradient
@@ -538,7 +538,7 @@ def playing(model: nn.Module, adapter: str | object | None, train: bool = False)
     """
     if any(layer.merged for layer in _modules(model, BaseTunerLayer)):
         raise RecipeError("an adapter is merged into the base: unmerge it before another one is used")
-    with _state_kept(model):
+    with restore_adapter_state(model):
         if adapter is not None:
             for layer in _modules(model, (BaseTunerLayer, AuxiliaryTrainingWrapper)):
                 if layer.disable_adapters != (adapter is NO_ADAPTER):
@@ -559,14 +559,14 @@ def copy_adapter(model: PeftModel, source: str, name: str) -> None:
     if name in model.peft_config:
         raise RecipeError(f"the model has an adapter '{name}' already: rename it")
     weights = {key: weight.clone() for key, weight in get_peft_model_state_dict(model, adapter_name=source).items()}
-    with torch.random.fork_rng(devices=[]), _state_kept(model):
+    with torch.random.fork_rng(devices=[]), restore_adapter_state(model):
         model.add_adapter(name, copy.deepcopy(model.peft_config[source]))
         cast_adapter_dtype(model, name)
         set_peft_model_state_dict(model, weights, adapter_name=name)
 
 
 @contextlib.contextmanager
-def saved_alone(model: nn.Module, adapter: str) -> Iterator[None]:
+def save_single_adapter(model: nn.Module, adapter: str) -> Iterator[None]:
     """Within, `save_pretrained` of a `PeftModel` saves this adapter, and not the other roles on its base."""
     if not isinstance(model, PeftModel):
         yield
@@ -579,7 +579,7 @@ def saved_alone(model: nn.Module, adapter: str) -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def _state_kept(model: nn.Module) -> Iterator[None]:
+def restore_adapter_state(model: nn.Module) -> Iterator[None]:
     """Puts back, at the end, the active adapters of each layer, `requires_grad` of each weight, and training mode.
 
     PEFT's own `set_adapter` makes everything trainable that it activates, and freezes the rest. Layers that come into being

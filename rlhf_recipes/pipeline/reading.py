@@ -10,15 +10,15 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from rlhf_recipes.config.arguments import overlaid
-from rlhf_recipes.config.launcher import Engine, read_engine, refuse_one_gpus_arithmetic, refuse_what_an_engine_cannot
-from rlhf_recipes.core.errors import RecipeError, nearest
+from rlhf_recipes.config.arguments import merge_overrides
+from rlhf_recipes.config.launcher import Launcher, check_launcher_support, read_launcher, refuse_one_gpus_arithmetic
+from rlhf_recipes.core.errors import RecipeError, did_you_mean
 from rlhf_recipes.core.files import RECIPE
 from rlhf_recipes.core.yaml import read_yaml
 from rlhf_recipes.evaluation.report.html import METRICS
 from rlhf_recipes.feedback.ranking import RANKED
 from rlhf_recipes.feedback.sampling import STATE
-from rlhf_recipes.memory import Arguments, NoFitError, Plan, pick
+from rlhf_recipes.memory import Arguments, NoFitError, Plan, autofit
 from rlhf_recipes.memory.arguments import resolve
 from rlhf_recipes.memory.autofit import with_values
 from rlhf_recipes.memory.stages import GIB, can_be_planned
@@ -90,7 +90,7 @@ class PipelineFile:
     stages: list[Stage]
     accelerate_config: str | None
     jobs: int
-    engine: Engine
+    engine: Launcher
 
 
 def read_stages(config: Path, recipes: Path, card: float | None = None, must_fit: bool = True) -> PipelineFile:
@@ -128,7 +128,7 @@ def read_stages(config: Path, recipes: Path, card: float | None = None, must_fit
         raise RecipeError(f"{config}: seeds: must be a list of whole numbers, none of them twice")
     jobs = _whole(values, "jobs", "how many stages may run side by side", config)
     launch = _accelerate_config(values, config, recipes)
-    engine = read_engine(launch) if launch else Engine()
+    engine = read_launcher(launch) if launch else Launcher()
     card = checked_card(values.get("gpu_memory") if card is None else card, str(config))
     if card is not None:
         with _named(str(config)):
@@ -220,7 +220,7 @@ class _Reader:
     recipes: Path
     seed: int | None
     launch: str | None  # the file of `accelerate config`
-    engine: Engine
+    engine: Launcher
     card: float | None
     must_fit: bool
     tracked: dict[str, Any]
@@ -242,16 +242,16 @@ class _Reader:
         own = {"output_dir": str(place)} if self.seed is None else {"output_dir": str(place), "seed": self.seed}
         own |= self.tracked if recipe in TRAINERS else {}
         with _named(f"{where}: config"):
-            values = overlaid(read_yaml(found(config, self.recipes)), own | arguments)
+            values = merge_overrides(read_yaml(found(config, self.recipes)), own | arguments)
         values.pop("needs", None)  # the order of the stages says so
         named = {key: value for key, value in values.items() if key != "output_dir"} | {"accelerate_config": self.launch}
         # Not the labels: the rounds of one store would all be done anew with every label that is added
         files = files_in(named, leave_out=(Path(values["output_dir"]), _store_of(values)))
-        filling = _Filling(self.stages, {"seed": self.seed, "round": turn})
+        filling = PlaceholderResolver(self.stages, {"seed": self.seed, "round": turn})
         values = {key: filling.fill(value, f"{where}: {key}") for key, value in values.items()}
         with _named(where):
             with _named(name):
-                refuse_what_an_engine_cannot(recipe, values, self.engine)
+                check_launcher_support(recipe, values, self.engine)
             picked, plan = self._pick(name, recipe, values, arguments)
         values |= picked
         predicted, notes = (plan.allocated / GIB, plan.notes) if plan else (None, ())
@@ -275,7 +275,7 @@ class _Reader:
             return {}, None
         stage = resolve(name, recipe, values, self.recipes, dict(self.planned))
         try:
-            picked, plan = pick(stage, self.card, fixed=arguments)
+            picked, plan = autofit(stage, self.card, fixed=arguments)
         except NoFitError as error:
             if self.must_fit:
                 raise
@@ -292,7 +292,9 @@ class _Reader:
         if len(self.stages.get(name, ())) >= (turn or 1):
             raise RecipeError(f"{where}: name: '{name}' stands twice: give each stage a name, and `recipe` beside it")
         if not isinstance(recipe, str) or recipe not in RECIPES:
-            raise RecipeError(f"{where}: recipe: {recipe!r} is none of {', '.join(RECIPES)}{nearest(str(recipe), RECIPES)}")
+            raise RecipeError(
+                f"{where}: recipe: {recipe!r} is none of {', '.join(RECIPES)}{did_you_mean(str(recipe), RECIPES)}"
+            )
         config, arguments = entry.get("config"), entry.get("arguments", {})
         if not isinstance(config, str):
             raise RecipeError(f"{where}: config: name the YAML file of its recipe, such as configs/tiny/{recipe}.yaml")
@@ -302,7 +304,7 @@ class _Reader:
 
 
 @dataclass(frozen=True)
-class _Filling:
+class PlaceholderResolver:
     """Puts what they stand for in place of texts that begin with `{...}`.
 
     `{name}` is the folder of the newest stage of that name, `{name|other}` that of `other` where there is none of `name` yet
@@ -348,7 +350,7 @@ class _Filling:
                 return stages[int(turn) - 1]
             if stages and not turn:
                 return stages[-1]
-        raise RecipeError(f"{where}: {{{text}}} is no stage before this one{nearest(text, self.stages)}")
+        raise RecipeError(f"{where}: {{{text}}} is no stage before this one{did_you_mean(text, self.stages)}")
 
 
 def _replaced(value: Any, old: str, new: str) -> Any:
@@ -382,4 +384,4 @@ def found(path: str, recipes: Path) -> Path:
 def _refuse_unknown(values: dict[str, Any], known: set[str], where: str) -> None:
     for key in values:
         if key not in known:
-            raise RecipeError(f"{where}: unknown key '{key}'{nearest(str(key), known)}")
+            raise RecipeError(f"{where}: unknown key '{key}'{did_you_mean(str(key), known)}")

@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from rlhf_recipes.config.arguments import DatasetSource, parse_values
-from rlhf_recipes.core.errors import RecipeError, nearest
+from rlhf_recipes.core.errors import RecipeError, did_you_mean
 from rlhf_recipes.core.files import LOG, read_json, write_json, write_text
 from rlhf_recipes.data import Kind, check_source
 from rlhf_recipes.evaluation.report.html import METRICS, PAGE
@@ -267,7 +267,7 @@ def read_pipeline(config: Path, recipes: Path, only: list[str] | None = None) ->
     entries = dict.fromkeys(stage.entry for stage in file.stages)
     for name in only or ():
         if name not in entries:
-            raise RecipeError(f"--stages: {name!r} is none of {', '.join(entries)}{nearest(name, entries)}")
+            raise RecipeError(f"--stages: {name!r} is none of {', '.join(entries)}{did_you_mean(name, entries)}")
     chosen = [stage for stage in file.stages if only is None or stage.entry in only]
     others = tuple(stage for stage in file.stages if stage not in chosen)
     return Pipeline(file.folder, chosen, recipes, file.accelerate_config, file.jobs, others)

@@ -20,8 +20,8 @@ from functools import cached_property, partial
 from pathlib import Path
 from typing import Any, Literal
 
-from rlhf_recipes.core.errors import RecipeError, nearest
-from rlhf_recipes.core.hub import why_not_loaded
+from rlhf_recipes.core.errors import RecipeError, did_you_mean
+from rlhf_recipes.core.hub import explain_load_error
 from rlhf_recipes.models.loading import model_path
 from rlhf_recipes.rewards.matching import judge, normalise
 
@@ -228,7 +228,7 @@ class Similarity:
         except RecipeError as error:
             raise RecipeError(f"Similarity: {error}") from error
         except Exception as error:  # as in `load_architecture`
-            raise self._error(why_not_loaded(self.model_name_or_path, error)) from error
+            raise self._error(explain_load_error(self.model_name_or_path, error)) from error
         # Transformers makes up what a folder lacks: weights at random, and a tokenizer without words
         missing = sorted(weight for weight in report["missing_keys"] if self.kind == "cross-encoder" or "pooler" not in weight)
         if missing:
@@ -503,7 +503,7 @@ def _read_spec(spec: Any, where: str) -> tuple[str, float, dict[str, Any] | None
     keys = ("path", "weight", "arguments")
     for key in spec:
         if key not in keys:
-            raise RecipeError(f"{where}: unknown key '{key}'{nearest(str(key), keys)}")
+            raise RecipeError(f"{where}: unknown key '{key}'{did_you_mean(str(key), keys)}")
     arguments = spec.get("arguments")
     if not isinstance(arguments, dict | None) or not all(isinstance(name, str) for name in arguments or ()):
         raise RecipeError(f"{where}: arguments: expected a mapping of names to values, found {arguments!r}")
@@ -553,7 +553,7 @@ def _resolve(path: str, where: str) -> Any:
             f"{where}: cannot import {module_name} (its folder must be on PYTHONPATH): {error}{_nearest_module(module_name)}"
         ) from error
     if not hasattr(module, name):
-        raise RecipeError(f"{where}: {module_name} has no '{name}'{nearest(name, dir(module))}")
+        raise RecipeError(f"{where}: {module_name} has no '{name}'{did_you_mean(name, dir(module))}")
     return getattr(module, name)
 
 
@@ -566,7 +566,7 @@ def _nearest_module(name: str) -> str:
         return ""
     if spec is None or child in (siblings := [item.name for item in pkgutil.iter_modules(spec.submodule_search_locations)]):
         return ""
-    return nearest(child, siblings)
+    return did_you_mean(child, siblings)
 
 
 def _make(maker: Callable[..., Reward], arguments: dict[str, Any], where: str) -> Reward:
@@ -602,7 +602,9 @@ def _check_names(function: Callable[..., Any], arguments: dict[str, Any], where:
         return
     for name in arguments:
         if name not in names:
-            raise RecipeError(f"{where}: arguments: unknown argument '{name}' of {_signature(function)}{nearest(name, names)}")
+            raise RecipeError(
+                f"{where}: arguments: unknown argument '{name}' of {_signature(function)}{did_you_mean(name, names)}"
+            )
 
 
 def _takes_completions(function: Callable[..., Any]) -> bool:

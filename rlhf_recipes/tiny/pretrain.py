@@ -16,7 +16,7 @@ from rlhf_recipes.core.files import write_json
 from rlhf_recipes.tiny.text import pretraining_text
 from rlhf_recipes.tiny.tokenizer import build_tokenizer
 from rlhf_recipes.tiny.world import World
-from rlhf_recipes.training.run import RunMeter, versions
+from rlhf_recipes.training.run import RunRecorder, versions
 
 from datasets import Dataset
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast, set_seed
@@ -54,7 +54,7 @@ def main() -> None:
     set_seed(options.seed)
     tokenizer = build_tokenizer()
     world = World()
-    meter = RunMeter()
+    meter = RunRecorder()
     trainer = SFTTrainer(
         build_model(tokenizer),
         args=SFTConfig(

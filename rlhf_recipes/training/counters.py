@@ -17,7 +17,7 @@ COUNTS = "counts-{}.json"
 """Of each process."""
 
 
-class Counts(TrainerCallback):
+class ResumeCounters(TrainerCallback):
     """Takes a trainer's counts up from the checkpoint that it goes on from, and leaves them beside each that it writes.
 
     Parameters:

@@ -4,9 +4,9 @@ import copy
 from dataclasses import dataclass
 from typing import Any
 
-from rlhf_recipes.core.errors import nearest
-from rlhf_recipes.models.loading import keep_adapter_in_fp32, types_kept
-from rlhf_recipes.models.roles import POLICY, saved_alone
+from rlhf_recipes.core.errors import did_you_mean
+from rlhf_recipes.models.loading import keep_adapter_in_fp32, preserve_param_dtypes
+from rlhf_recipes.models.roles import POLICY, save_single_adapter
 
 import trl
 from peft import PeftModel
@@ -36,7 +36,7 @@ class DPOConfig(trl.DPOConfig):
             raise ValueError("loss_type: names no loss: leave the key out for sigmoid, or name one")
         for loss in self.loss_type:
             if loss not in LOSSES:
-                raise ValueError(f"loss_type: {loss!r} is none of {', '.join(LOSSES)}{nearest(loss, LOSSES)}")
+                raise ValueError(f"loss_type: {loss!r} is none of {', '.join(LOSSES)}{did_you_mean(loss, LOSSES)}")
         if self.beta <= 0 and self.loss_type != ["sft"]:  # which has no reference
             raise ValueError(f"beta: {self.beta}: must be above 0")
         self._check_smoothing()
@@ -65,10 +65,10 @@ class DPOTrainer(trl.DPOTrainer):
         whole = not isinstance(model, PeftModel) and options.get("peft_config") is None
         if whole and not args.precompute_ref_log_probs:  # TRL would load it anew, by its name
             options.setdefault("ref_model", copy.deepcopy(model))
-        with types_kept(model):
+        with preserve_param_dtypes(model):
             super().__init__(model, args=args, **options)
         keep_adapter_in_fp32(self)
 
     def _save(self, output_dir: str | None = None, state_dict: dict[str, Tensor] | None = None) -> None:
-        with saved_alone(self.model, POLICY):
+        with save_single_adapter(self.model, POLICY):
             super()._save(output_dir, state_dict)

@@ -13,10 +13,10 @@ from typing import Any
 from rlhf_recipes.config.arguments import DataArguments, RewardArguments
 from rlhf_recipes.core.errors import RecipeError
 from rlhf_recipes.core.files import PENDING, RECIPE, REWARD, write_json
-from rlhf_recipes.data import Data, load_data, never_cut
+from rlhf_recipes.data import Data, drop_overlong_mode, load_data
 from rlhf_recipes.evaluation.reward_models import EVALUATION
 from rlhf_recipes.models.loading import load_model, load_tokenizer
-from rlhf_recipes.models.roles import Reward, load_reward, load_whole_reward, write_ensemble_record
+from rlhf_recipes.models.roles import RewardModel, load_reward, load_whole_reward, write_ensemble_record
 from rlhf_recipes.training.run import checkpoint_to_resume, finish_record, refuse_unfinished, remove_results
 
 from peft import PeftModel
@@ -38,7 +38,7 @@ def load_comparisons(
     kind = "ranking" if arguments.train_on == "rankings" else "preference"
     data = load_data(data_args, kind, evaluate=training.eval_strategy != "no", seed=training.seed)
     tokenizer = load_tokenizer(model_args, training, start_from=arguments.start_from)
-    return data.fitted(tokenizer, training.max_length, never_cut(data_args.long_rows)), tokenizer
+    return data.filter_by_length(tokenizer, training.max_length, drop_overlong_mode(data_args.long_rows)), tokenizer
 
 
 def ensemble_members(training: RewardConfig, size: int, rows: int, shards: bool) -> list[RewardConfig]:
@@ -127,7 +127,7 @@ def _member_folders(output: Path) -> list[Path]:
 
 def load_members(
     trainer: RewardTrainer, members: Sequence[RewardConfig], tokenizer: PreTrainedTokenizerBase, arguments: ModelConfig
-) -> list[Reward]:
+) -> list[RewardModel]:
     """The saved members as they will be used: adapters on one base, that of the last member's trainer, or whole models.
 
     Args:

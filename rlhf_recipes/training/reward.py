@@ -19,8 +19,8 @@ from rlhf_recipes.models.loading import (
     fingerprint,
     keep_adapter_in_fp32,
     load_architecture,
+    preserve_param_dtypes,
     read_weights,
-    types_kept,
 )
 from rlhf_recipes.models.roles import (
     HEAD,
@@ -114,7 +114,7 @@ class RankingTrainer(RewardTrainer):
     """
 
     def __init__(self, model: PreTrainedModel | PeftModel | str, *args: Any, **kwargs: Any):
-        with contextlib.nullcontext() if isinstance(model, str) else types_kept(model):
+        with contextlib.nullcontext() if isinstance(model, str) else preserve_param_dtypes(model):
             super().__init__(model, *args, **kwargs)
         keep_forward(self.args)
         keep_adapter_in_fp32(self)

@@ -25,15 +25,15 @@ from rlhf_recipes.export.model_card import write_card
 from rlhf_recipes.export.upload import repository_of
 from rlhf_recipes.models.loading import (
     ADAPTER,
-    check_all_there,
+    check_adapter_complete,
+    check_finite,
     each_weight,
     fingerprint,
     model_path,
     read_weights,
-    refuse_not_finite,
     resolve_path,
 )
-from rlhf_recipes.training.counters import Counts, tokens
+from rlhf_recipes.training.counters import ResumeCounters, tokens
 
 import torch
 from accelerate import PartialState
@@ -65,7 +65,7 @@ _SAVING = ".saving"
 """Of a result that is not in its place yet, beside it."""
 
 
-class RunMeter(TrainerCallback):
+class RunRecorder(TrainerCallback):
     """Measures the wall time of training (evaluations and checkpoints included) and the memory at its peak.
 
     Beside every checkpoint it leaves the arguments that the result depends on, for `checkpoint_to_resume` to compare; and in
@@ -74,7 +74,7 @@ class RunMeter(TrainerCallback):
     """
 
     def __init__(self, *arguments: Any):
-        self.arguments = _decisive(arguments)
+        self.arguments = result_arguments(arguments)
         self.first_step, self.wall_time = None, 0.0
         self.base: dict[str, Any] | None = None
 
@@ -141,7 +141,7 @@ def peak_memory() -> dict[str, Any]:
 
 def write_record(
     trainer: Trainer,
-    meter: RunMeter,
+    meter: RunRecorder,
     model: ModelConfig,
     training: TrainingArguments,
     *arguments: Any,
@@ -232,7 +232,7 @@ def checkpoint_to_resume(training: TrainingArguments, *arguments: Any) -> str | 
         return wanted
     newest = max(filter(_is_whole, checkpoints_in(output)), key=step_of, default=None)
     if newest is not None:
-        _check_same_run(newest, _decisive((training, *arguments)))
+        _check_same_run(newest, result_arguments((training, *arguments)))
     return str(newest) if newest else None
 
 
@@ -257,7 +257,7 @@ def files_in(values: Any, leave_out: Iterable[Path | None] = ()) -> list[tuple[s
         return []
 
 
-def run_missing(configs: Sequence[str], recipes: Path, inputs: Sequence[str | Path | None]) -> None:
+def run_dependencies(configs: Sequence[str], recipes: Path, inputs: Sequence[str | Path | None]) -> None:
     """Runs the stages of these YAML files, in order, whose `output_dir` is read and holds no result yet.
 
     Args:
@@ -297,7 +297,7 @@ def train(trainer: Trainer, checkpoint: str | None) -> None:
         for old in checkpoints_in(Path(trainer.args.output_dir)):
             remove_checkpoint(old)
     begin_tracking(trainer.args)
-    counts = Counts(trainer, checkpoint)
+    counts = ResumeCounters(trainer, checkpoint)
     trainer.add_callback(counts)
     _leave_arguments(trainer)
     trainer.create_model_card = lambda *_, **__: None  # which TRL writes at every checkpoint over that of an earlier result
@@ -314,7 +314,7 @@ def train(trainer: Trainer, checkpoint: str | None) -> None:
             if not any("train_loss" in entry for entry in state.log_history):
                 counts.log_end()
             return
-    with _said_when(trainer):
+    with annotate_failure(trainer):
         trainer.train(resume_from_checkpoint=checkpoint)
 
 
@@ -325,7 +325,7 @@ def _leave_arguments(trainer: Trainer) -> None:
     def save_rng_state(folder: str) -> None:
         save(folder)
         for meter in trainer.callback_handler.callbacks:
-            if isinstance(meter, RunMeter) and trainer.is_world_process_zero():
+            if isinstance(meter, RunRecorder) and trainer.is_world_process_zero():
                 meter.leave_arguments(folder)
 
     trainer._save_rng_state = save_rng_state
@@ -373,7 +373,7 @@ def _explain_resumption(trainer: Trainer, checkpoint: str) -> None:
         load(folder)
         for state in () if trainer.is_deepspeed_enabled else trainer.optimizer.state.values():
             tensors = {name: value for name, value in state.items() if isinstance(value, torch.Tensor)}
-            refuse_not_finite(tensors, f"resume_from_checkpoint: {checkpoint}: optimizer")
+            check_finite(tensors, f"resume_from_checkpoint: {checkpoint}: optimizer")
 
     trainer._load_optimizer_and_scheduler = load_optimizer
     for name in ("_load_from_checkpoint", "_load_optimizer_and_scheduler", "_load_rng_state"):
@@ -381,14 +381,14 @@ def _explain_resumption(trainer: Trainer, checkpoint: str) -> None:
     for path in sorted(Path(checkpoint).glob("*.safetensors")):
         if path.name == ADAPTER and is_peft_model(trainer.model):
             named = f"resume_from_checkpoint: {checkpoint}"
-            check_all_there(trainer.model, trainer.model.active_adapters[0], read_weights(path), named)
+            check_adapter_complete(trainer.model, trainer.model.active_adapters[0], read_weights(path), named)
             continue
         for _ in each_weight(path):  # only looked at: a whole model is read by Transformers
             pass
 
 
 @contextlib.contextmanager
-def _said_when(trainer: Trainer) -> Iterator[None]:
+def annotate_failure(trainer: Trainer) -> Iterator[None]:
     """Adds to a lack of memory, and to a Ctrl-C, when it came and what is kept; makes a message of a tracker's complaint."""
     try:
         yield
@@ -409,7 +409,7 @@ def _said_when(trainer: Trainer) -> Iterator[None]:
         raise
 
 
-def end(trainer: Trainer, last: bool = True) -> None:
+def shutdown_distributed(trainer: Trainer, last: bool = True) -> None:
     """Waits for the other processes, and ends what they share if no other training follows in this process.
 
     A trainer that is let go right after its last exchange may hang on CPUs: whoever frees Gloo's group of processes holds the
@@ -493,7 +493,7 @@ def evaluate_at_end(trainer: Trainer) -> None:
     last = trainer.state.global_step
     done = any("eval_runtime" in entry and entry["step"] == last for entry in trainer.state.log_history)
     if trainer.eval_dataset is not None and not done:
-        with _said_when(trainer):
+        with annotate_failure(trainer):
             trainer.evaluate()
 
 
@@ -537,7 +537,7 @@ def _check_same_run(checkpoint: Path, arguments: dict[str, Any]) -> None:
         )
 
 
-def _decisive(groups: Iterable[Any]) -> dict[str, Any]:
+def result_arguments(groups: Iterable[Any]) -> dict[str, Any]:
     """The arguments that the result of a run depends on."""
     values: dict[str, Any] = {}
     for group in groups:

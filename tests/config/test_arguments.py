@@ -4,7 +4,7 @@ import subprocess
 import sys
 from dataclasses import dataclass, field
 
-from rlhf_recipes.cli import user_errors
+from rlhf_recipes.cli import exit_on_recipe_error
 from rlhf_recipes.config import arguments
 from rlhf_recipes.config.arguments import DataArguments, EvaluateArguments, parse_arguments
 from rlhf_recipes.core.errors import RecipeError
@@ -142,7 +142,7 @@ def test_later_errors_name_the_file_too(tmp_path, capsys):
         parse(tmp_path, "seed: 1\n")
         raise RecipeError("dataset_name: gone.csv: no such file")
 
-    with pytest.raises(SystemExit) as stop, user_errors():
+    with pytest.raises(SystemExit) as stop, exit_on_recipe_error():
         later()
     assert stop.value.code == 2
     assert (
@@ -240,7 +240,7 @@ def test_a_ctrl_c_is_one_line(capsys):
     stop = KeyboardInterrupt()
     stop.add_note("after 3 of 9 steps")
     stop.add_note("runs/checkpoint-2 is kept: `resume_from_checkpoint: true` goes on from it")
-    with pytest.raises(SystemExit) as status, user_errors():
+    with pytest.raises(SystemExit) as status, exit_on_recipe_error():
         raise stop
     assert status.value.code == 130
     expected = "stopped after 3 of 9 steps; runs/checkpoint-2 is kept: `resume_from_checkpoint: true` goes on from it\n"

@@ -258,7 +258,7 @@ def test_loading(config, data):
         data_args, training, model_args = parse_arguments(recipe, *arguments_of("sft"), argv=["--config", str(config)])
         data = load_data(data_args, "sft", evaluate=False, seed=training.seed)
         tokenizer = load_tokenizer(model_args, training)
-        fitted = data.fitted(tokenizer, training.max_length, data_args.long_rows)
+        fitted = data.filter_by_length(tokenizer, training.max_length, data_args.long_rows)
         return load_policy(model_args, training, None, tokenizer), fitted
 
     loaded, _ = hostile.outcome(load)

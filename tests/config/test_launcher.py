@@ -3,7 +3,7 @@
 import json
 
 from rlhf_recipes.config import launcher as engines
-from rlhf_recipes.config.launcher import Engine, engine_here, read_engine, refuse_what_an_engine_cannot
+from rlhf_recipes.config.launcher import Launcher, check_launcher_support, current_launcher, read_launcher
 from rlhf_recipes.core.errors import RecipeError
 from support import ROOT
 
@@ -11,33 +11,33 @@ import pytest
 from transformers.trainer_optimizer import _BITSANDBYTES_OPTIMIZERS
 from transformers.training_args import OptimizerNames
 
-FSDP, ZERO2, ZERO3 = Engine(fsdp=2), Engine(zero=2), Engine(zero=3)
+FSDP, ZERO2, ZERO3 = Launcher(fsdp=2), Launcher(zero=2), Launcher(zero=3)
 
 
 @pytest.mark.parametrize(
     ("name", "engine"),
-    [("one_gpu", Engine()), ("cpu", Engine()), ("ddp", Engine()), ("fsdp", FSDP), ("zero2", ZERO2), ("zero3", ZERO3)],
+    [("one_gpu", Launcher()), ("cpu", Launcher()), ("ddp", Launcher()), ("fsdp", FSDP), ("zero2", ZERO2), ("zero3", ZERO3)],
 )
 def test_the_engine_of_a_file(name, engine):
-    assert read_engine(ROOT / "configs" / "accelerate" / f"{name}.yaml") == engine
+    assert read_launcher(ROOT / "configs" / "accelerate" / f"{name}.yaml") == engine
 
 
 def test_deepspeed_may_have_a_file_of_its_own(tmp_path):
     own, path = tmp_path / "zero.json", tmp_path / "engine.yaml"
     own.write_text(json.dumps({"zero_optimization": {"stage": 3}}))
     path.write_text(f"distributed_type: DEEPSPEED\ndeepspeed_config: {{deepspeed_config_file: {own}}}\n")
-    assert read_engine(path) == ZERO3
+    assert read_launcher(path) == ZERO3
     own.unlink()
     with pytest.raises(RecipeError, match=r"engine.yaml: deepspeed_config_file: .* cannot be read"):
-        read_engine(path)
+        read_launcher(path)
 
 
 @pytest.mark.parametrize(
     ("variables", "engine"),
     [
-        ({}, Engine()),
+        ({}, Launcher()),
         ({"ACCELERATE_USE_FSDP": "true", "FSDP_VERSION": "2"}, FSDP),
-        ({"ACCELERATE_USE_FSDP": "true"}, Engine(fsdp=1)),
+        ({"ACCELERATE_USE_FSDP": "true"}, Launcher(fsdp=1)),
         ({"ACCELERATE_USE_DEEPSPEED": "true", "ACCELERATE_DEEPSPEED_ZERO_STAGE": "3"}, ZERO3),
         ({"ACCELERATE_USE_DEEPSPEED": "true"}, ZERO2),
     ],
@@ -47,7 +47,7 @@ def test_the_engine_of_a_process(monkeypatch, variables, engine):
         monkeypatch.delenv(key, raising=False)
     for key, value in variables.items():
         monkeypatch.setenv(key, value)
-    assert engine_here() == engine
+    assert current_launcher() == engine
 
 
 @pytest.mark.parametrize(
@@ -63,16 +63,16 @@ def test_the_engine_of_a_process(monkeypatch, variables, engine):
         ("ppo", {"ptx_coef": 0.5}, ZERO2, "ptx_coef: DeepSpeed wants one backward pass"),
         ("ppo", {"value_warmup_steps": 5}, ZERO2, "value_warmup_steps: DeepSpeed"),
         ("ppo", {"target_kl": 0.1}, ZERO2, "target_kl: DeepSpeed"),
-        ("ppo", {"critic": "adapter", "fsdp": True}, Engine(), "critic: adapter"),  # asked for by the stage itself
-        ("ppo", {"deepspeed": {"zero_optimization": {"stage": 3}}}, Engine(), "PPO does not run"),
+        ("ppo", {"critic": "adapter", "fsdp": True}, Launcher(), "critic: adapter"),  # asked for by the stage itself
+        ("ppo", {"deepspeed": {"zero_optimization": {"stage": 3}}}, Launcher(), "PPO does not run"),
     ],
 )
 def test_what_an_engine_cannot_do_is_refused(recipe, values, engine, message):
     with pytest.raises(RecipeError, match=message):
-        refuse_what_an_engine_cannot(recipe, values, engine)
-    refuse_what_an_engine_cannot("evaluate", values, engine)
+        check_launcher_support(recipe, values, engine)
+    check_launcher_support("evaluate", values, engine)
     own = {key: value for key, value in values.items() if key not in ("fsdp", "deepspeed")}
-    refuse_what_an_engine_cannot(recipe, own, Engine())
+    check_launcher_support(recipe, own, Launcher())
 
 
 @pytest.mark.parametrize(
@@ -82,11 +82,11 @@ def test_what_an_engine_cannot_do_is_refused(recipe, values, engine, message):
         ("ppo", {"critic": "adapter", "optim": "paged_adamw_8bit", "ptx_coef": 0.0, "target_kl": None}, ZERO2),
         ("reward", {"ensemble_size": 1, "load_in_4bit": False}, ZERO3),
         ("reward", {"ensemble_size": 3}, FSDP),
-        ("sft", {"optim": "adamw_8bit"}, Engine(fsdp=1)),
+        ("sft", {"optim": "adamw_8bit"}, Launcher(fsdp=1)),
     ],
 )
 def test_what_an_engine_can_do_is_not(recipe, values, engine):
-    refuse_what_an_engine_cannot(recipe, values, engine)
+    check_launcher_support(recipe, values, engine)
 
 
 def test_optimizers_of_bitsandbytes_are_those_that_transformers_takes_from_it():

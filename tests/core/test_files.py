@@ -3,7 +3,7 @@
 import errno
 import os
 
-from rlhf_recipes.cli import user_errors
+from rlhf_recipes.cli import exit_on_recipe_error
 from rlhf_recipes.core.errors import refused_to_write
 from rlhf_recipes.core.files import write_json, write_text
 
@@ -47,10 +47,10 @@ def test_what_a_full_disk_says_is_known_in_all_its_words(error, reason):
 
 
 def test_a_file_outside_of_output_dir_is_named_and_one_that_may_not_be_read_is_not_a_full_disk(capsys):
-    with pytest.raises(SystemExit), user_errors():
+    with pytest.raises(SystemExit), exit_on_recipe_error():
         raise OSError(errno.ENOSPC, "full", "/cache/rows.arrow")
     said = capsys.readouterr().err
     assert said.startswith("error: /cache/rows.arrow: cannot be written to (No space left on device)")
     assert said.count("\n") == 1
-    with pytest.raises(PermissionError), user_errors():
+    with pytest.raises(PermissionError), exit_on_recipe_error():
         raise PermissionError(errno.EACCES, "no", "/data/rows.jsonl")

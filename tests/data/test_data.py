@@ -567,7 +567,7 @@ def test_plain_prompts_for_a_policy_that_was_taught_conversations_are_warned_of(
     (tmp_path / "pairs.csv").write_text("prompt,chosen,rejected\nWhere?,Here.,There.\n")
     arguments = DataArguments(dataset_name=str(tmp_path / "pairs.csv"), column_mapping=mapping or None)
     data = load_data(arguments, "preference", evaluate=False, seed=0)
-    data.fitted(AutoTokenizer.from_pretrained(stage), 64, "truncate")
+    data.filter_by_length(AutoTokenizer.from_pretrained(stage), 64, "truncate")
     assert ("was taught conversations" in caplog.text) == warned
 
 
@@ -576,7 +576,7 @@ def test_demonstrations_in_plain_text_are_said_to_be_that(write, tokenizer, capl
     """The remedy that the message names is one."""
     path = write([{"prompt": "Where?", "completion": "Here."}])
     data = load_data(DataArguments(dataset_name=str(path), column_mapping=mapping or None), "sft", evaluate=False, seed=0)
-    data.fitted(tokenizer, None, "truncate")
+    data.filter_by_length(tokenizer, None, "truncate")
     assert ("plain texts: one follows the other as it stands" in caplog.text) == (not mapping)
 
 

@@ -25,7 +25,7 @@ from rlhf_recipes.evaluation.evaluate import (
     frontier,
     groups_of,
     held_out_prompts,
-    in_noise,
+    is_insignificant,
     lm_eval_results,
 )
 from rlhf_recipes.evaluation.metrics.comparison import Divergence
@@ -139,14 +139,14 @@ def test_differences_are_taken_prompt_by_prompt():
     difficulty = np.random.default_rng(0).normal(size=(100, 1), scale=50)
     noise = np.random.default_rng(1).normal(size=(100, 1), scale=0.1)
     better = figure(difficulty + 1 + noise, difficulty)
-    assert not in_noise(better["difference"])
+    assert not is_insignificant(better["difference"])
     assert better["interval"][0] < difficulty.mean() < better["interval"][1]
-    assert in_noise(figure(difficulty + noise - noise.mean(), difficulty)["difference"])
+    assert is_insignificant(figure(difficulty + noise - noise.mean(), difficulty)["difference"])
 
 
 def test_what_is_the_same_everywhere():
-    assert in_noise(figure(np.ones((9, 1)), np.ones((9, 1)))["difference"])
-    assert not in_noise(figure(np.ones((9, 1)), np.zeros((9, 1)))["difference"])
+    assert is_insignificant(figure(np.ones((9, 1)), np.ones((9, 1)))["difference"])
+    assert not is_insignificant(figure(np.ones((9, 1)), np.zeros((9, 1)))["difference"])
     low, high = figure(np.ones((50, 1)), share=True)["interval"]
     assert 0.9 < low < high == 1
 
@@ -156,8 +156,8 @@ def test_six_prompts_that_agree_say_something_and_five_do_not(spread):
     """The sign test: 2 * 2**-6 = .03 is below .05, and 2 * 2**-5 = .06 is not."""
     for count in range(1, 9):
         better = 1 + spread * np.arange(count)[:, None]
-        assert in_noise(figure(better, np.zeros((count, 1)))["difference"]) == (count < 6)
-    assert not in_noise({"mean": 1.0, "interval": [0.5, 1.5]})  # of a metrics.json without `n`
+        assert is_insignificant(figure(better, np.zeros((count, 1)))["difference"]) == (count < 6)
+    assert not is_insignificant({"mean": 1.0, "interval": [0.5, 1.5]})  # of a metrics.json without `n`
 
 
 def test_groups():
@@ -576,7 +576,7 @@ def test_policies_on_one_base_answer_as_each_does_alone(runs, tiny):
     for name, folder in (("base", None), ("sft", runs / "sft"), ("ppo", runs / "ppo")):
         model = AutoModelForCausalLM.from_pretrained(BASE)
         alone = PeftModel.from_pretrained(model, folder) if folder else model
-        with bench.playing(name) as shared:
+        with bench.use_policy(name) as shared:
             found = log_probs(shared, tiny[1], prompts, answers)
         assert found == pytest.approx(log_probs(alone.eval(), tiny[1], prompts, answers), abs=1e-4)
 
@@ -590,7 +590,7 @@ def test_policies_whose_names_differ_by_a_dot_are_two(runs, tiny):
         arguments = ModelConfig(model_name_or_path=BASE, dtype="float32")
         bench = load_bench(arguments, EvaluateArguments(), policies, tiny[1])
         for name in names:
-            with bench.playing(name) as model:
+            with bench.use_policy(name) as model:
                 found[name] = log_probs(model, tiny[1], prompts, answers)
     assert found["lr1.5"] == pytest.approx(found["one"], abs=1e-4)
     assert found["lr1_5"] == pytest.approx(found["two"], abs=1e-4)
@@ -607,7 +607,7 @@ def test_a_policy_may_have_the_name_of_a_checkpoint_on_the_frontier(runs, tiny):
     ((_, last),) = frontier(measurement, 0)["runs"].values()
     assert last["step"] == 10
     assert abs(last["kl"]["mean"]) > 0.01  # from the policy, not from itself
-    with bench.playing("checkpoint-10") as model:  # which is still there
+    with bench.use_policy("checkpoint-10") as model:  # which is still there
         assert sample(model, tiny[1], list(measurement.rows["prompt"]), max_new_tokens=1)
     with pytest.raises(RecipeError, match="there is a policy 'checkpoint-10' already: rename"):
         bench.add("checkpoint-10", None, "policies: checkpoint-10")
@@ -628,13 +628,13 @@ def test_several_turns_on_a_base_in_4_bits(runs, tiny):
     assert bench.model.is_loaded_in_4bit
     config = bench.model.config.quantization_config
     prompts = several_turns(3)
-    with bench.playing("ppo") as model:
+    with bench.use_policy("ppo") as model:
         answers = sample(model, tiny[1], prompts, max_new_tokens=4, seed=1)
     for name in ("base", "sft"):
         model = AutoModelForCausalLM.from_pretrained(BASE, quantization_config=config, dtype=torch.float32).eval()
         alone = PeftModel.from_pretrained(model, runs / name).eval() if name != "base" else model
         expected = [by_hand(alone, tiny[1], *pair) for pair in zip(prompts, answers, strict=True)]
-        with bench.playing(name) as shared:
+        with bench.use_policy(name) as shared:
             assert log_probs(shared, tiny[1], prompts, answers) == pytest.approx(expected, abs=1e-3)
         last_turns = [prompt[-1:] for prompt in prompts]
         assert np.abs(log_probs(alone, tiny[1], last_turns, answers) - expected).max() > 0.01
@@ -649,7 +649,7 @@ def test_kl_by_sampling_is_near_the_exact_one(runs, tiny):
     gaps = measurement.log_probs("ppo", answers) - measurement.log_probs("sft", answers)
     logps = {}
     for name in ("ppo", "sft"):
-        with bench.playing(name) as model, torch.no_grad():
+        with bench.use_policy(name) as model, torch.no_grad():
             logps[name] = torch.stack([first_token(model, tiny[1], prompt) for prompt in rows["prompt"]])
     exact = (logps["ppo"].exp() * (logps["ppo"] - logps["sft"])).sum(1).mean().item()
     assert exact > 0.05

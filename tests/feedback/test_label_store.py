@@ -30,8 +30,8 @@ from rlhf_recipes.feedback.labels import (
 )
 from rlhf_recipes.feedback.labels import store as store_module
 from rlhf_recipes.feedback.labels.server import address_of, listen
-from rlhf_recipes.feedback.labels.shown import Shown
 from rlhf_recipes.feedback.labels.store import LEASE, AlreadyLabelledError, BadLabelError, KnownNameError
+from rlhf_recipes.feedback.labels.task_view import TaskView
 from support import ROOT
 
 import pytest
@@ -122,21 +122,21 @@ def test_a_file_that_is_no_groups_is_named(tmp_path, content, message):
 
 
 def test_each_labeller_sees_an_order_of_their_own_and_equal_answers_once():
-    shown = [Shown(group(1, ("a", "b", "c", "b ", "d")), f"labeller {number}", "seed") for number in range(40)]
+    shown = [TaskView(group(1, ("a", "b", "c", "b ", "d")), f"labeller {number}", "seed") for number in range(40)]
     orders = {tuple(each.page(None)["completions"]) for each in shown}
     assert len(orders) > 10
     assert all(sorted(order) == ["a", "b", "c", "d"] for order in orders)
     texts = shown[0].page(None)["completions"]
     ranks = {"a": 1, "b": 2, "c": None, "d": 2}
     assert shown[0].ranks_of_group([ranks[text] for text in texts]) == [1, 2, None, 2, 2]
-    again = Shown(group(1, ("a", "b", "c", "b ", "d")), "labeller 0", "seed")
+    again = TaskView(group(1, ("a", "b", "c", "b ", "d")), "labeller 0", "seed")
     assert again.page(None) == shown[0].page(None)
     before = again.page(Label("g1", "labeller 0", [1, 2, None, 2, 2]))["before"]
     assert before["ranks"] == [ranks[text] for text in texts]
 
 
 def test_who_wrote_an_answer_is_not_on_the_page():
-    shown = Shown(group(1, sources=["secret-1", "secret-2", "secret-3"]), "anna", "seed")
+    shown = TaskView(group(1, sources=["secret-1", "secret-2", "secret-3"]), "anna", "seed")
     assert "secret" not in json.dumps(shown.page(None))
 
 

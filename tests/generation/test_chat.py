@@ -18,7 +18,7 @@ from rlhf_recipes.config.arguments import ChatArguments
 from rlhf_recipes.core.errors import RecipeError
 from rlhf_recipes.evaluation.evaluate import load_named_rewards
 from rlhf_recipes.generation.answers import log_probs
-from rlhf_recipes.generation.policies import load_bench, read_policies, taught_plain_text
+from rlhf_recipes.generation.policies import load_bench, read_policies, trained_without_template
 from rlhf_recipes.models.loading import load_tokenizer, resolve_path
 from support import ROOT
 
@@ -230,7 +230,7 @@ def test_score_shows_each_reward_and_the_kl(bench, talk):
     prompt = [{"role": "user", "content": QUESTION}]
     logps = []
     for name in ("ppo", "sft"):
-        with bench.playing(name) as model:
+        with bench.use_policy(name) as model:
             logps += [log_probs(model, bench.tokenizer, [prompt], [turn.answer])[0]]
     kl = logps[0] - logps[1]
     assert f"{kl:.2f} nats, {kl / len(turn.answer.ids):.3f} a token" in shown
@@ -357,7 +357,7 @@ def test_who_was_taught_plain_text_is_named(tmp_path):
     (tmp_path / "unknown").mkdir()
     (tmp_path / "unknown" / "adapter_config.json").write_text("{}")
     policies = {"base": None} | {name: str(tmp_path / name) for name in ("plain", "talks", "unknown")}
-    assert taught_plain_text(read_policies(policies)) == ["plain"]
+    assert trained_without_template(read_policies(policies)) == ["plain"]
 
 
 def test_a_script_talks_through_a_pipe(launch, monkeypatch):

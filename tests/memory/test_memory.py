@@ -6,7 +6,7 @@ import runpy
 import sys
 
 from rlhf_recipes.core.errors import RecipeError
-from rlhf_recipes.memory import arithmetic, pick, plan_stage, report, stages
+from rlhf_recipes.memory import arithmetic, autofit, plan_stage, report, stages
 from rlhf_recipes.memory.arithmetic import Numbers, Shape, Training
 from rlhf_recipes.memory.autofit import choices, with_values
 from rlhf_recipes.memory.models import adapter_of, shape_of
@@ -294,7 +294,7 @@ def test_the_dial_keeps_what_a_step_learns_from(hub):
     for recipe in ("sft", "ppo"):
         stage = arguments_in(ROOT / "configs" / "qwen3-8b" / f"{recipe}.yaml", RECIPES)[-1]
         for card in (10, 12, 16, 24, 48):
-            choice, plan = pick(stage, card)
+            choice, plan = autofit(stage, card)
             assert plan.fits(card)
             assert choice["per_device_train_batch_size"] * choice["gradient_accumulation_steps"] == 16
             if recipe == "ppo":
@@ -303,7 +303,7 @@ def test_the_dial_keeps_what_a_step_learns_from(hub):
 
 def test_a_larger_card_is_used(hub):
     stage = arguments_in(ROOT / "configs" / "qwen3-8b" / "ppo.yaml", RECIPES)[-1]
-    small, large = (pick(stage, card)[0] for card in (10, 80))
+    small, large = (autofit(stage, card)[0] for card in (10, 80))
     assert small["gradient_checkpointing"]
     assert not large["gradient_checkpointing"]
     assert large["per_device_train_batch_size"] == 8
@@ -321,14 +321,14 @@ def test_rollouts_in_parts_need_less_to_read_prompts_and_to_sample(hub):
 
 def test_the_dial_samples_in_parts_where_nothing_else_fits_and_reads_in_larger_passes_where_that_fits(hub):
     stage = arguments_in(ROOT / "configs" / "qwen3-8b" / "ppo.yaml", RECIPES)[-1]
-    choice, plan = pick(stage, 8)
+    choice, plan = autofit(stage, 8)
     assert choice["rollout_batch_size"] < 16
     assert plan.fits(8)
     assert choice["local_rollout_forward_batch_size"] > choice["per_device_train_batch_size"]
-    assert "rollout_batch_size" not in pick(stage, 48)[0]
-    assert "local_rollout_forward_batch_size" not in pick(stage, 9, fixed={"local_rollout_forward_batch_size"})[0]
+    assert "rollout_batch_size" not in autofit(stage, 48)[0]
+    assert "local_rollout_forward_batch_size" not in autofit(stage, 9, fixed={"local_rollout_forward_batch_size"})[0]
     with pytest.raises(RecipeError, match="at the least"):
-        pick(stage, 8, fixed={"rollout_batch_size"})
+        autofit(stage, 8, fixed={"rollout_batch_size"})
 
 
 def test_the_critic_is_never_made_larger_nor_taken_from_a_rate_that_was_chosen_for_it(hub):
@@ -337,7 +337,7 @@ def test_the_critic_is_never_made_larger_nor_taken_from_a_rate_that_was_chosen_f
     assert all("critic" not in choice for choice in choices(stage))
     adapter = with_values(stage, {"critic": "adapter"})
     assert {choice["critic"] for choice in choices(adapter)} == {"adapter", "shared"}
-    assert pick(adapter, 80)[0]["critic"] == "adapter"
+    assert autofit(adapter, 80)[0]["critic"] == "adapter"
     chosen = with_values(adapter, {"value_learning_rate": 1e-5})
     assert all("critic" not in choice for choice in choices(chosen))
 
@@ -380,9 +380,9 @@ def test_layers_that_are_compiled_are_not_computed_again(hub):
     compiled = with_values(stage, {"torch_compile": True})
     assert not any(choice["gradient_checkpointing"] for choice in choices(compiled))
     assert min(choice["per_device_train_batch_size"] for choice in choices(compiled)) == 1
-    assert pick(stage, 10)[0]["gradient_checkpointing"]
+    assert autofit(stage, 10)[0]["gradient_checkpointing"]
     with pytest.raises(RecipeError, match=r"set `gradient_checkpointing: true`.* `torch_compile: false`"):
-        pick(compiled, 10)
+        autofit(compiled, 10)
 
 
 def test_vllm_on_the_same_card_leaves_less_of_it(hub):
@@ -399,21 +399,21 @@ def test_vllm_on_the_same_card_leaves_less_of_it(hub):
     assert "vllm_gpu_memory_utilization: 0.5" in beside.notes[0]
     greedy = with_values(stage, {"use_vllm": True, "vllm_mode": "colocate", "vllm_gpu_memory_utilization": 0.97})
     with pytest.raises(RecipeError, match=r"more than vLLM leaves of any card .*a smaller `vllm_gpu_memory_utilization`"):
-        pick(greedy, 80)
+        autofit(greedy, 80)
 
 
 def test_fixed_keys_are_left_alone(hub):
     stage = arguments_in(ROOT / "configs" / "qwen3-0.6b" / "ppo.yaml", RECIPES)[-1]
-    choice, _ = pick(stage, 24, fixed={"per_device_train_batch_size", "critic"})
+    choice, _ = autofit(stage, 24, fixed={"per_device_train_batch_size", "critic"})
     assert not {"per_device_train_batch_size", "gradient_accumulation_steps", "steps_per_generation", "critic"} & choice.keys()
 
 
 def test_what_fits_nowhere_is_refused_with_a_remedy(hub):
     stage = arguments_in(ROOT / "configs" / "qwen3-8b" / "dpo.yaml", RECIPES)[-1]
     with pytest.raises(RecipeError, match=r"gpu_memory: 8.5: dpo needs \d+\.\d GiB at the least .*`max_length: 512`"):
-        pick(stage, 8.5)
+        autofit(stage, 8.5)
     with pytest.raises(RecipeError, match="a smaller base, or a card of"):
-        pick(stage, 4)
+        autofit(stage, 4)
 
 
 def write_pipeline(folder, **options):

@@ -14,7 +14,7 @@ from pathlib import Path
 from rlhf_recipes.config.arguments import MergeArguments, parse_arguments
 from rlhf_recipes.core.errors import RecipeError
 from rlhf_recipes.export.merge import adapter_and_base, merge_policy, merge_reward
-from rlhf_recipes.generation.policies import Bench
+from rlhf_recipes.generation.policies import PolicyBank
 from rlhf_recipes.memory.models import load_config
 from rlhf_recipes.models.loading import load_model, load_policy, load_tokenizer
 from rlhf_recipes.models.roles import check_tokenizer, load_saved_rewards, load_whole_reward
@@ -249,7 +249,7 @@ def test_odd_configs(folder, base, stages, change, said):
     message = judge(folder, base, copy)
     assert re.search(said, message or ""), message
     with pytest.raises(RecipeError):
-        Bench(make_model(), make_tokenizer()).add("sft", str(copy), "policies: sft")
+        PolicyBank(make_model(), make_tokenizer()).add("sft", str(copy), "policies: sft")
     with pytest.raises(RecipeError):
         merged(folder, copy, None if "base_model_name_or_path" in change else base)
     assert "antigravity" not in sys.modules

@@ -4,9 +4,9 @@ import sys
 import types
 
 from rlhf_recipes import PPOConfig
-from rlhf_recipes.config.arguments import explained
+from rlhf_recipes.config.arguments import as_recipe_error
 from rlhf_recipes.core.errors import RecipeError
-from rlhf_recipes.models.loading import load_model, without_what_is_done
+from rlhf_recipes.models.loading import load_model, strip_consumed_arguments
 from rlhf_recipes.models.roles import copy_adapter
 from rlhf_recipes.training.ppo import vllm
 from rlhf_recipes.training.reward import RankingTrainer
@@ -196,7 +196,10 @@ def test_vllm_that_cannot_be_had_is_refused_before_anything_is_loaded(base, tmp_
 def test_a_server_that_is_not_there_is_said_in_one_line():
     client = object.__new__(VLLMClient)
     client.base_url, client.session = "http://127.0.0.1:9", requests.Session()
-    with pytest.raises(RecipeError, match=r"^ppo: The vLLM server can't be reached at http://127\.0\.0\.1:9"), explained("ppo"):
+    with (
+        pytest.raises(RecipeError, match=r"^ppo: The vLLM server can't be reached at http://127\.0\.0\.1:9"),
+        as_recipe_error("ppo"),
+    ):
         client.check_server(total_timeout=0)
 
 
@@ -278,7 +281,7 @@ def test_a_recipe_compiles_layers_before_its_trainer_and_not_under_checkpointing
     def load(checkpointing):
         options = {"bf16": False, "use_cpu": True, "torch_compile": True, "torch_compile_backend": "eager"}
         args = SFTConfig(str(tmp_path), gradient_checkpointing=checkpointing, **options)
-        return load_model(ModelConfig(model_name_or_path=str(base)), args), without_what_is_done(args)
+        return load_model(ModelConfig(model_name_or_path=str(base)), args), strip_consumed_arguments(args)
 
     model, rest = load(False)
     assert {name for name, module in model.named_modules() if module._compiled_call_impl} == {

@@ -8,12 +8,12 @@ from rlhf_recipes.core.files import RECIPE, write_json
 from rlhf_recipes.models import loading as models
 from rlhf_recipes.models.loading import (
     PLAIN_CHAT_TEMPLATE,
+    check_finite,
     fingerprint,
     load_model,
     load_policy,
     load_tokenizer,
     put_adapter,
-    refuse_not_finite,
     resolve_path,
 )
 from support.small_ppo import make_model, with_adapter
@@ -67,7 +67,7 @@ def test_that_comparison_sees_the_repacking_of_bitsandbytes(monkeypatch):
 
     if not has_avx512bf16():
         pytest.skip("bitsandbytes repacks weights on CPUs with AVX512-BF16 only")
-    monkeypatch.setattr(models, "keep_gradients_exact", lambda model: None)
+    monkeypatch.setattr(models, "disable_cpu_4bit_repacking", lambda model: None)
     model = load_adapted()
     before = gradient(model)
     evaluate(model)
@@ -295,7 +295,7 @@ def test_an_adapter_on_the_lm_head_goes_round(tmp_path):
 
 def test_weights_that_are_not_finite_are_found_wherever_they_stand():
     weight = torch.zeros(10_000, 3)
-    refuse_not_finite({"w": weight, "large": torch.full((3,), 3e38)}, "here")
+    check_finite({"w": weight, "large": torch.full((3,), 3e38)}, "here")
     weight[9_999, 2] = torch.nan
     with pytest.raises(RecipeError, match=r"here: w holds numbers that are not finite \(NaN or infinity\): do this"):
-        refuse_not_finite({"w": weight}, "here", "do this")
+        check_finite({"w": weight}, "here", "do this")

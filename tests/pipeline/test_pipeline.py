@@ -12,7 +12,7 @@ import threading
 import time
 from pathlib import Path
 
-from rlhf_recipes.cli import user_errors
+from rlhf_recipes.cli import exit_on_recipe_error
 from rlhf_recipes.core.errors import RecipeError
 from rlhf_recipes.feedback.labels import Label, Store
 from rlhf_recipes.feedback.ranking import read_sampled
@@ -516,7 +516,7 @@ def test_jobs_are_a_number(project, jobs):
 
 def test_what_goes_wrong_is_not_said_of_a_file_that_the_check_wrote(project, capsys):
     write(stages=[{"name": "dpo", "config": "dpo.yaml", "arguments": {"max_stps": 1}}])
-    with pytest.raises(SystemExit), user_errors():
+    with pytest.raises(SystemExit), exit_on_recipe_error():
         check_arguments(pipeline(), Path("pipeline.yaml"))
     assert capsys.readouterr().err.startswith("error: pipeline.yaml: stages: dpo")
 

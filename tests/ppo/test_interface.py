@@ -422,7 +422,7 @@ def broken(count):
         (second_call(lambda count: None), r"step 2: the reward judge returned a NoneType, not a list of 4 numbers"),
         (
             second_call(broken),
-            r"step 2: the reward judge failed: KeyError\('no such thing'\) \(.*test_ppo_interface.py, line \d+\)",
+            r"step 2: the reward judge failed: KeyError\('no such thing'\) \(.*test_interface\.py, line \d+\)",
         ),
     ],
 )

@@ -594,7 +594,7 @@ def test_what_a_reward_function_returns_none_for_is_nan_in_the_rewards(tmp_path)
 
 
 def test_the_sampler_is_asked_step_by_step_and_tells_its_logits(tmp_path):
-    """`SamplerRecord` watches the base and its trunk while TRL samples."""
+    """`GenerationRecorder` watches the base and its trunk while TRL samples."""
     model, steps = with_adapter(make_model()), []
     base = model.get_base_model()
 
@@ -607,7 +607,7 @@ def test_the_sampler_is_asked_step_by_step_and_tells_its_logits(tmp_path):
             handle = base.register_forward_hook(look, with_kwargs=True)
             completion_ids, logprobs = super()._generate_single_turn(*arguments, **options)
             handle.remove()
-            assert logprobs is None, "Transformers' sampler gives log-probabilities: SamplerRecord can go"
+            assert logprobs is None, "Transformers' sampler gives log-probabilities: GenerationRecorder can go"
             assert max(map(len, completion_ids)) == len(steps), "one step a token"
             return completion_ids, logprobs
 
@@ -870,7 +870,7 @@ def test_adapters_are_switched_layer_by_layer():
     layers = [module for module in model.modules() if isinstance(module, BaseTunerLayer)]
     assert len(layers) == 14
     for name in ("active_adapters", "disable_adapters", "merged", "enable_adapters", "set_adapter"):
-        assert hasattr(layers[0], name), f"PEFT's layers have no `{name}`, which `playing` in models/roles.py needs"
+        assert hasattr(layers[0], name), f"PEFT's layers have no `{name}`, which `use_adapter` in models/roles.py needs"
     set_adapter(model, "other", inference_mode=False)
     assert {tuple(layer.active_adapters) for layer in layers} == {("other",)}
     trained = {name for name, weight in model.named_parameters() if weight.requires_grad}
@@ -933,7 +933,7 @@ def test_a_run_is_compiled_by_three_arguments_that_leave_no_trace_elsewhere(tmp_
 
 
 def test_generating_with_an_adapter_goes_through_the_base_as_a_module():
-    """Else the hooks of `SamplerRecord` would not be called."""
+    """Else the hooks of `GenerationRecorder` would not be called."""
     model, calls = with_adapter(make_model()), []
     model.get_base_model().register_forward_hook(lambda *_: calls.append(1))
     model.generate(input_ids=torch.tensor([[5, 6]]), max_new_tokens=3, min_new_tokens=3, do_sample=False)
@@ -941,7 +941,7 @@ def test_generating_with_an_adapter_goes_through_the_base_as_a_module():
 
 
 def test_trl_still_casts_what_is_trained_on_a_quantised_base(tmp_path):
-    """`types_kept` and `keep_adapter_in_fp32` in rlhf_recipes/models/loading.py undo it; they can go when this fails."""
+    """`preserve_param_dtypes` and `keep_adapter_in_fp32` in models/loading.py undo it; they can go when this fails."""
     save_base(tmp_path)
     model = with_adapter(in_4_bits(tmp_path))
     assert {weight.dtype for weight in model.parameters() if weight.requires_grad} == {torch.float32}
@@ -953,7 +953,9 @@ def test_4_bit_layers_have_the_switch_against_repacking(tmp_path):
     save_base(tmp_path)
     model = in_4_bits(tmp_path)
     switches = [m for m in model.modules() if type(m).__name__ == "Linear4bit" and hasattr(m, "support_avx512bf16_for_cpu")]
-    assert len(switches) == 14, "bitsandbytes has renamed `support_avx512bf16_for_cpu`: see keep_gradients_exact in models.py"
+    assert len(switches) == 14, (
+        "bitsandbytes has renamed `support_avx512bf16_for_cpu`: see disable_cpu_4bit_repacking in models.py"
+    )
     assert model.is_quantized
     assert model.is_loaded_in_4bit
 

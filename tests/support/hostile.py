@@ -1,6 +1,6 @@
 """What the tests on broken and hostile input share: strategies that spoil valid input, and what may come of it.
 
-`HOSTILE_EXAMPLES=2000 pytest tests/config/test_hostile_yaml.py` looks at that many random cases a test; by default they are few, and
+`HOSTILE_EXAMPLES=2000 pytest tests/config/test_hostile_yaml.py` looks at that many cases a test; by default they are few, and
 the same each time.
 """
 

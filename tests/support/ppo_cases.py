@@ -2,7 +2,7 @@
 
 import json
 
-from rlhf_recipes.training.run import end
+from rlhf_recipes.training.run import shutdown_distributed
 from support.small_ppo import (
     EOS,
     PROMPTS,
@@ -90,7 +90,7 @@ def run(folder, case, processes, checkpoint=None, **others):
         log = {"log": trainer.state.log_history, "kl_coef": trainer.kl.coefficient, "kl": logged(trainer, "kl")}
         (folder / "log.json").write_text(json.dumps(log))
     assert trainer.accelerator.num_processes == processes
-    end(trainer, last=False)
+    shutdown_distributed(trainer, last=False)
 
 
 # Two batches of 8 an epoch, each of them learnt from in 4 steps; the eleventh is in the middle of the second epoch.

@@ -3,7 +3,7 @@
 import copy
 
 from rlhf_recipes import PPOConfig, PPOTrainer
-from rlhf_recipes.models.loading import fingerprint, keep_gradients_exact, trunk_of
+from rlhf_recipes.models.loading import backbone, disable_cpu_4bit_repacking, fingerprint
 from rlhf_recipes.models.roles import store_normalisation, write_reward_record
 
 import torch
@@ -85,7 +85,7 @@ def in_4_bits(folder):
     """The model in `folder` in NF4."""
     config = BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_compute_dtype=torch.float32)
     model = AutoModelForCausalLM.from_pretrained(folder, quantization_config=config, dtype=torch.float32)
-    keep_gradients_exact(model)
+    disable_cpu_4bit_repacking(model)
     return model
 
 
@@ -250,7 +250,7 @@ def plain_logps(model, prompt, completion):
 
 def plain_values(model, head, prompt, completion):
     """The head's output at the state in which each token of one completion was written."""
-    hidden = trunk_of(model)(input_ids=torch.tensor([prompt + completion])).last_hidden_state[0]
+    hidden = backbone(model)(input_ids=torch.tensor([prompt + completion])).last_hidden_state[0]
     return (hidden[len(prompt) - 1 : -1] @ head.weight[0] + head.bias[0]) if completion else hidden[:0, 0]
 
 
@@ -265,7 +265,7 @@ def plain_roles(trainer, untouched, weights):
     of_policy, of_critic = weights
     policy = copy.deepcopy(untouched).eval()
     policy.load_state_dict(of_policy, strict=False)  # without the other adapters
-    head = torch.nn.Linear(trunk_of(policy).config.hidden_size, 1)
+    head = torch.nn.Linear(backbone(policy).config.hidden_size, 1)
     head.load_state_dict({name.removeprefix("head."): w for name, w in of_critic.items() if name.startswith("head.")})
     rest = {name: weight for name, weight in of_critic.items() if not name.startswith("head.")}
     if trainer.args.critic == "shared":
@@ -275,6 +275,6 @@ def plain_roles(trainer, untouched, weights):
         loaded = critic.load_state_dict({name.replace(".critic.", ".default."): w for name, w in rest.items()}, strict=False)
         assert not loaded.unexpected_keys
     else:
-        critic = copy.deepcopy(trunk_of(untouched)).eval()
+        critic = copy.deepcopy(backbone(untouched)).eval()
         critic.load_state_dict(rest)
     return policy, critic, head

@@ -4,7 +4,7 @@ import json
 import shutil
 
 from rlhf_recipes.training.counters import COUNTS
-from rlhf_recipes.training.run import ARGUMENTS, RunMeter
+from rlhf_recipes.training.run import ARGUMENTS, RunRecorder
 from support.small_stages import small, without_times
 
 import pytest
@@ -43,7 +43,7 @@ def told(output):
 
 @pytest.mark.parametrize("recipe", RECIPES)
 def test_a_resumed_run_logs_what_the_unbroken_one_does(launch, folder, tmp_path, monkeypatch, recipe):
-    monkeypatch.setattr(RunMeter, "on_train_end", lambda meter, *_, **__: setattr(meter, "wall_time", 10.0))
+    monkeypatch.setattr(RunRecorder, "on_train_end", lambda meter, *_, **__: setattr(meter, "wall_time", 10.0))
     whole = tmp_path / "whole"
     run(launch, folder, recipe, whole)
     expected = told(whole)

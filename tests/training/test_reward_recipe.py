@@ -16,7 +16,7 @@ from rlhf_recipes.models.loading import load_model, resolve_path
 from rlhf_recipes.models.roles import load_reward, load_saved_rewards, load_whole_reward
 from rlhf_recipes.tiny import splits
 from rlhf_recipes.training import run as runs
-from rlhf_recipes.training.run import run_missing
+from rlhf_recipes.training.run import run_dependencies
 from support import ROOT
 
 import numpy as np
@@ -468,11 +468,11 @@ def test_a_stage_that_needs_an_ensemble_finds_it_done(trained, files, tmp_path, 
     (tmp_path / "reward.yaml").write_text(yaml.safe_dump({"output_dir": str(folder)}))
     launched = []
     monkeypatch.setattr(runs.subprocess, "run", lambda command, **_: launched.append(command) or SimpleNamespace(returncode=0))
-    run_missing(["reward.yaml"], ROOT / "recipes", inputs=[folder])
+    run_dependencies(["reward.yaml"], ROOT / "recipes", inputs=[folder])
     assert not launched
     shutil.copytree(folder / "member-0", tmp_path / "unfinished" / "member-0")
     (tmp_path / "reward.yaml").write_text(yaml.safe_dump({"output_dir": str(tmp_path / "unfinished")}))
-    run_missing(["reward.yaml"], ROOT / "recipes", inputs=[tmp_path / "unfinished"])
+    run_dependencies(["reward.yaml"], ROOT / "recipes", inputs=[tmp_path / "unfinished"])
     assert len(launched) == 1
 
 

@@ -5,7 +5,7 @@ from types import SimpleNamespace
 import rlhf_recipes.training.run
 from rlhf_recipes.core.errors import RecipeError
 from rlhf_recipes.core.files import RECIPE
-from rlhf_recipes.training.run import run_missing
+from rlhf_recipes.training.run import run_dependencies
 
 import pytest
 
@@ -29,13 +29,13 @@ def stage(tmp_path):
 def test_a_stage_that_is_read_and_has_no_result_is_run_once(stage, tmp_path, capfd):
     result = tmp_path / "result" / RECIPE
     for _ in range(2):
-        run_missing([str(stage)], tmp_path / "recipes", inputs=[None, tmp_path / "result"])
+        run_dependencies([str(stage)], tmp_path / "recipes", inputs=[None, tmp_path / "result"])
         assert result.exists()
     assert capfd.readouterr().out.count("no result yet: running") == 1
 
 
 def test_a_stage_whose_result_nobody_reads_is_not_run(stage, tmp_path):
-    run_missing([str(stage)], tmp_path / "recipes", inputs=[None, tmp_path / "mine"])
+    run_dependencies([str(stage)], tmp_path / "recipes", inputs=[None, tmp_path / "mine"])
     assert not (tmp_path / "result").exists()
 
 
@@ -44,11 +44,11 @@ def test_several_processes_do_not_wait_for_a_stage(stage, tmp_path, monkeypatch)
     with pytest.raises(
         RecipeError, match=r"needs: .*result has no result yet, .* first run `accelerate launch .*sft.py --config"
     ):
-        run_missing([str(stage)], tmp_path / "recipes", inputs=[str(tmp_path / "result")])
+        run_dependencies([str(stage)], tmp_path / "recipes", inputs=[str(tmp_path / "result")])
     assert not (tmp_path / "result").exists()
 
 
 def test_a_stage_that_fails_is_named(stage, tmp_path):
     stage.write_text(stage.read_text() + "broken: true\n")
     with pytest.raises(RecipeError, match=r"needs: .*sft\.yaml: this stage failed"):
-        run_missing([str(stage)], tmp_path / "recipes", inputs=[str(tmp_path / "result")])
+        run_dependencies([str(stage)], tmp_path / "recipes", inputs=[str(tmp_path / "result")])

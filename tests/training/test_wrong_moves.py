@@ -7,10 +7,10 @@ import json
 import logging
 from types import SimpleNamespace
 
-from rlhf_recipes.cli import user_errors
+from rlhf_recipes.cli import exit_on_recipe_error
 from rlhf_recipes.config.arguments import DataArguments, parse_arguments
 from rlhf_recipes.core.errors import RecipeError, lack_of_memory
-from rlhf_recipes.core.hub import why_not_loaded
+from rlhf_recipes.core.hub import explain_load_error
 from rlhf_recipes.core.machine import check_bitsandbytes
 from rlhf_recipes.memory.models import load_config
 from rlhf_recipes.models.loading import fingerprint, load_model, load_tokenizer
@@ -112,7 +112,7 @@ def test_a_lack_of_memory_is_found_under_what_it_was_raised_as(capsys):
     """As where an adapter is said not to fit its base, since PyTorch's error is a RuntimeError."""
     error = RecipeError("start_from: runs/sft does not fit")
     error.__cause__ = torch.OutOfMemoryError(ON_GPU)
-    with pytest.raises(SystemExit) as stop, user_errors():
+    with pytest.raises(SystemExit) as stop, exit_on_recipe_error():
         raise error
     said = capsys.readouterr().err
     assert stop.value.code == 2
@@ -137,7 +137,7 @@ def test_what_has_no_plan_gets_other_advice(launch, monkeypatch, tmp_path):
 def test_other_errors_are_left_alone():
     assert lack_of_memory(RuntimeError("mat1 and mat2 shapes cannot be multiplied")) is None
     assert lack_of_memory(ValueError("out of memory")) is None
-    with pytest.raises(RuntimeError, match="shapes"), user_errors():
+    with pytest.raises(RuntimeError, match="shapes"), exit_on_recipe_error():
         raise RuntimeError("shapes")
 
 
@@ -208,12 +208,12 @@ def test_data_that_the_hub_does_not_give(launch, monkeypatch, case):
 
 
 def test_a_path_is_no_name_on_the_hub():
-    assert "there is no such folder (looked in " in why_not_loaded("./mine", OSError())
-    assert "there is no such folder" in why_not_loaded("runs/mine/sft", OSError())
+    assert "there is no such folder (looked in " in explain_load_error("./mine", OSError())
+    assert "there is no such folder" in explain_load_error("runs/mine/sft", OSError())
 
 
 def test_of_a_folder_the_hub_is_not_to_blame(tmp_path):
-    assert why_not_loaded(str(tmp_path), OSError("no config.json\nmore")) == "no config.json"
+    assert explain_load_error(str(tmp_path), OSError("no config.json\nmore")) == "no config.json"
 
 
 # --- The GPU ---------------------------------------------------------------------------------------------

@@ -6,7 +6,7 @@ from typing import Any
 
 from rlhf_recipes.core.errors import RecipeError
 from rlhf_recipes.core.files import RECIPE, read_json, write_json, write_text
-from rlhf_recipes.evaluation.evaluate import in_noise
+from rlhf_recipes.evaluation.evaluate import is_insignificant
 from rlhf_recipes.evaluation.report import plots
 from rlhf_recipes.evaluation.reward_models import summary
 
@@ -48,7 +48,7 @@ def render(metrics: dict[str, Any]) -> str:
         loader=PackageLoader("rlhf_recipes.evaluation.report"), autoescape=True, trim_blocks=True, lstrip_blocks=True
     )
     environment.filters |= {"number": _number, "percent": _percent}
-    environment.tests["in_noise"] = in_noise
+    environment.tests["is_insignificant"] = is_insignificant
     return environment.get_template("report.html.jinja").render(
         m=metrics,
         policies=metrics["policies"],

@@ -2,7 +2,7 @@
 
 from typing import Any
 
-from rlhf_recipes.evaluation.evaluate import in_noise
+from rlhf_recipes.evaluation.evaluate import is_insignificant
 
 
 def verdict(metrics: dict[str, Any]) -> list[str]:
@@ -64,7 +64,7 @@ def _rewards(name: str, metrics: dict[str, Any]) -> str | None:
 def _over_optimised(name: str, metrics: dict[str, Any]) -> str | None:
     """Gao et al. (2023): the reward that is trained against rises while another, which stands for the aim, falls."""
     differences = {reward: (result or {}).get("difference") for reward, result in metrics["policies"][name]["rewards"].items()}
-    clear = {reward: found["mean"] for reward, found in differences.items() if found and not in_noise(found)}
+    clear = {reward: found["mean"] for reward, found in differences.items() if found and not is_insignificant(found)}
     trained = [reward for reward in clear if clear[reward] > 0 and _made_for(name, reward, metrics)]
     held_out = [reward for reward in clear if not metrics["rewards"][reward]["trained"] and clear[reward] < 0]
     if not (trained and held_out):
@@ -116,7 +116,8 @@ def _tax(metrics: dict[str, Any]) -> str | None:
 def _noise(metrics: dict[str, Any]) -> str:
     """What cannot be told from chance."""
     lost = {
-        name: [label for label, found in differences(metrics["policies"][name]) if in_noise(found)] for name in _others(metrics)
+        name: [label for label, found in differences(metrics["policies"][name]) if is_insignificant(found)]
+        for name in _others(metrics)
     }
     listed = "; ".join(f"{name}: {', '.join(labels)}" for name, labels in lost.items() if labels)
     rival = metrics["compare_with"]
@@ -150,4 +151,4 @@ def _rate(rate: dict[str, Any]) -> str:
 def _change(difference: dict[str, Any]) -> str:
     interval = difference["interval"]
     bounds = f" [{interval[0]:+.2f}, {interval[1]:+.2f}]" if interval else ""
-    return f"{difference['mean']:+.2f}{bounds}{' (inside the noise)' if in_noise(difference) else ''}"
+    return f"{difference['mean']:+.2f}{bounds}{' (inside the noise)' if is_insignificant(difference) else ''}"

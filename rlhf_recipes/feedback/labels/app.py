@@ -11,8 +11,7 @@ from typing import Annotated, Any
 
 from rlhf_recipes.core.errors import RecipeError
 from rlhf_recipes.feedback.labels.groups import MOST_COMPLETIONS, Group
-from rlhf_recipes.feedback.labels.guard import Guard
-from rlhf_recipes.feedback.labels.shown import Shown
+from rlhf_recipes.feedback.labels.guard import OriginGuard
 from rlhf_recipes.feedback.labels.store import (
     LONGEST_DEMONSTRATION,
     LONGEST_NAME,
@@ -23,6 +22,7 @@ from rlhf_recipes.feedback.labels.store import (
     Label,
     Store,
 )
+from rlhf_recipes.feedback.labels.task_view import TaskView
 
 import uvicorn
 from fastapi import FastAPI, Header, HTTPException, Request
@@ -82,7 +82,7 @@ def make_server(
         delay: seconds for which a wrong password holds up all that come after it.
     """
     config = uvicorn.Config(
-        Guard(create_app(store, password, delay), frozenset(name.lower() for name in names), addresses),
+        OriginGuard(create_app(store, password, delay), frozenset(name.lower() for name in names), addresses),
         loop="asyncio",
         http="h11",
         ws="none",
@@ -180,8 +180,8 @@ class Desk:
             raise HTTPException(401, "Sign in again: this session is not known here.")
         return name
 
-    def _shown(self, group: Group, name: str) -> Shown:
-        return Shown(group, name, self.store.seed)
+    def _shown(self, group: Group, name: str) -> TaskView:
+        return TaskView(group, name, self.store.seed)
 
     def _task(self, group: Group | None, name: str) -> dict[str, Any]:
         mine, left = self.store.progress(name)

@@ -29,7 +29,7 @@ HEADERS = {
 }
 
 
-class Guard:
+class OriginGuard:
     """Wraps an ASGI application.
 
     Args:

@@ -3,7 +3,7 @@
 import logging
 from dataclasses import dataclass, field
 
-from rlhf_recipes.config.launcher import engine_here, refuse_what_an_engine_cannot
+from rlhf_recipes.config.launcher import check_launcher_support, current_launcher
 from rlhf_recipes.core.errors import RecipeError
 
 from trl import GRPOConfig
@@ -160,7 +160,7 @@ class PPOConfig(GRPOConfig):
     def _refuse_what_engines_cannot(self) -> None:
         """As recipes do, for those who make their own."""
         try:
-            refuse_what_an_engine_cannot("ppo", vars(self), engine_here())
+            check_launcher_support("ppo", vars(self), current_launcher())
         except RecipeError as error:
             raise ValueError(str(error)) from error
 

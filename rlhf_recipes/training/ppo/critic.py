@@ -6,8 +6,8 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from rlhf_recipes.core.errors import RecipeError
-from rlhf_recipes.models.loading import base_of, pass_of_trunk, read_weights, trunk_of
-from rlhf_recipes.models.roles import Reward, ScalarHead, copy_adapter, playing
+from rlhf_recipes.models.loading import backbone, base_of, forward_backbone, read_weights
+from rlhf_recipes.models.roles import RewardModel, ScalarHead, copy_adapter, use_adapter
 
 from peft import PeftModel
 from safetensors.torch import save_file
@@ -34,17 +34,17 @@ class Critic:
         self.head, self.model, self.adapter = head, model, adapter
 
     @property
-    def reads_policy(self) -> bool:
+    def shares_backbone(self) -> bool:
         """Whether it needs the policy's hidden states, and no pass of its own."""
         return self.model is None
 
     @contextlib.contextmanager
-    def at_work(self, train: bool = False) -> Iterator[None]:
+    def active(self, train: bool = False) -> Iterator[None]:
         """Within, its adapter is the active one; a loss on its values must be back-propagated within too."""
         if self.model is None:
             yield
             return
-        with playing(self.model, self.adapter, train=train):
+        with use_adapter(self.model, self.adapter, train=train):
             yield
 
     def __call__(self, hidden: Tensor | None, input_ids: Tensor, attention_mask: Tensor, count: int) -> Tensor:
@@ -57,14 +57,14 @@ class Critic:
             count: number of the tokens at the end whose states are valued.
         """
         if self.model is not None:
-            outputs = pass_of_trunk(
+            outputs = forward_backbone(
                 self.model,
                 input_ids=input_ids,
                 attention_mask=attention_mask,
                 position_ids=positions(attention_mask),
                 use_cache=False,
             )
-            hidden = states_before(outputs.last_hidden_state, count)
+            hidden = shift_hidden_states(outputs.last_hidden_state, count)
         else:
             hidden = hidden.detach()
         return self.head(hidden)[..., 0]
@@ -73,7 +73,7 @@ class Critic:
         """What it learns with, by name."""
         weights = {f"head.{name}": weight for name, weight in self.head.named_parameters()}
         if self.model is not None:
-            with self.at_work(train=True):
+            with self.active(train=True):
                 weights |= {name: weight for name, weight in self.model.named_parameters() if weight.requires_grad}
         return weights
 
@@ -98,7 +98,7 @@ class Critic:
             weight.data.copy_(saved[name])
 
 
-def states_before(hidden: Tensor, count: int) -> Tensor:
+def shift_hidden_states(hidden: Tensor, count: int) -> Tensor:
     """Of hidden states (B, T, width) those in which the last `count` tokens were written: each one place earlier."""
     # On a CPU a linear layer of bf16 is ten times slower on a slice that is not contiguous.
     return hidden[:, -count - 1 : -1].contiguous()
@@ -109,7 +109,7 @@ def positions(attention_mask: Tensor) -> Tensor:
     return (attention_mask.cumsum(1) - 1).clamp(min=0)
 
 
-def make_critic(kind: str, model: PreTrainedModel | PeftModel, start: Reward | None) -> Critic:
+def make_critic(kind: str, model: PreTrainedModel | PeftModel, start: RewardModel | None) -> Critic:
     """The critic that `kind` names.
 
     A critic with a reward model to start from begins with its weights and its head, whose scores are good first guesses of
@@ -134,14 +134,14 @@ def make_critic(kind: str, model: PreTrainedModel | PeftModel, start: Reward | N
         return Critic(_head(model))
     if kind == "model":
         whole = start if start is not None and start.adapter is None else None
-        trunk = copy.deepcopy(trunk_of(whole.model if whole else model))
+        trunk = copy.deepcopy(backbone(whole.model if whole else model))
         return Critic(_head(model, whole), trunk.requires_grad_(True).train())
     start = start if start is not None and start.adapter is not None else None
     copy_adapter(model, start.adapter if start else "default", ADAPTER)
     return Critic(_head(model, start), model, ADAPTER)
 
 
-def _head(model: nn.Module, start: Reward | None = None) -> ScalarHead:
+def _head(model: nn.Module, start: RewardModel | None = None) -> ScalarHead:
     """A head that predicts 0, or the normalised scores of a reward model."""
     width = base_of(start.model if start else model).config.get_text_config().hidden_size
     head = ScalarHead(width, bias=True)
@@ -151,4 +151,4 @@ def _head(model: nn.Module, start: Reward | None = None) -> ScalarHead:
         mean, std = (start.normalisation.mean, start.normalisation.std) if start.normalisation else (0.0, 1.0)
         head.weight.data.copy_(start.head.weight.data / std)
         head.bias.data.fill_(-mean / std)
-    return head.to(trunk_of(model).get_input_embeddings().weight.device)
+    return head.to(backbone(model).get_input_embeddings().weight.device)

@@ -18,7 +18,7 @@ PATIENCE = 3
 
 
 @dataclass(frozen=True)
-class Range:
+class HealthyRange:
     """The healthy range of a logged figure, and what is the matter outside it.
 
     Parameters:
@@ -41,68 +41,68 @@ class Range:
 
 
 RANGES = (
-    Range(
+    HealthyRange(
         "kl",
         -0.5,
         50.0,
         "nats of KL a completion. Far above: the policy leaves the reference behind, and the reward model is asked about text "
         "that it was not trained on: raise `kl_coef`, or set `kl_target`. Below 0: the two do not see the same tokens",
     ),
-    Range(
+    HealthyRange(
         "entropy",
         0.01,
         math.inf,
         "nats a token: the policy says the same thing every time, and finds nothing new: raise `kl_coef` or `entropy_coef`, or "
         "lower `learning_rate`",
     ),
-    Range(
+    HealthyRange(
         "score_std",
         1e-6,
         math.inf,
         "all completions have one score, so there is nothing to learn from: look at the reward functions, and at whether the "
         "SFT model ever samples what they reward",
     ),
-    Range(
+    HealthyRange(
         "completions/ended_ratio",
         0.5,
         1.0,
         "the share of completions that end by EOS: most are cut off, and scored as if they were whole: raise "
         "`max_completion_length`, set `missing_eos_penalty`, or look whether EOS was taught in SFT",
     ),
-    Range(
+    HealthyRange(
         "approx_kl",
         0.0,
         0.1,
         "nats a token between the policy and the one that sampled: an iteration moves it too far: lower `learning_rate` or "
         "`num_iterations`, or set `target_kl`",
     ),
-    Range(
+    HealthyRange(
         "clip_ratio/region_mean",
         0.0,
         0.3,
         "the share of tokens where the ratio is clipped: steps are too large: lower `learning_rate` or `num_iterations`",
     ),
-    Range(
+    HealthyRange(
         "value/explained_variance",
         -0.5,
         1.0,
         "the critic is worse than a constant: raise `value_learning_rate` or `value_warmup_steps`",
         after=20,
     ),
-    Range(
+    HealthyRange(
         "value/clip_ratio",
         0.0,
         0.5,
         "values are clipped at most tokens, so the critic cannot follow: raise `cliprange_value`, or set it to null",
         after=20,
     ),
-    Range(
+    HealthyRange(
         "grad_norm", 0.0, 100.0, "of the policy, before it is clipped: lower `learning_rate`, or look for scores of odd size"
     ),
 )
 
 
-class Health(TrainerCallback):
+class DiagnosticsCallback(TrainerCallback):
     """Warns when a figure has left its healthy range, once each time that it leaves; stops a run that changed nothing."""
 
     def __init__(self) -> None:

@@ -5,7 +5,7 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 from rlhf_recipes.core.errors import RecipeError
-from rlhf_recipes.models.loading import base_of, trunk_of
+from rlhf_recipes.models.loading import backbone, base_of
 from rlhf_recipes.training.ppo.config import PPOConfig
 from rlhf_recipes.training.ppo.critic import Critic
 
@@ -72,7 +72,7 @@ def check_rollouts(rollout: Callable[..., dict[str, Any]]) -> Callable[..., dict
     return checked
 
 
-class SamplerRecord:
+class GenerationRecorder:
     """What the sampler computes on its way, kept: log-probabilities of the tokens that it samples, and values of the states.
 
     Within the context, every step of `generate` is watched. Logits are kept of one step at a time.
@@ -89,9 +89,9 @@ class SamplerRecord:
         self._logps: list[Tensor] = []
         self._values: list[Tensor] = []
 
-    def __enter__(self) -> "SamplerRecord":
+    def __enter__(self) -> "GenerationRecorder":
         self._handles = [
-            trunk_of(self.model).register_forward_hook(self._after_trunk),
+            backbone(self.model).register_forward_hook(self._after_trunk),
             base_of(self.model).register_forward_hook(self._after_step, with_kwargs=True),
         ]
         return self
@@ -122,10 +122,10 @@ class SamplerRecord:
         steps = len(self._logps)
         logps = torch.cat([*self._logps, self._logp_of(completion_ids[:, steps : steps + 1])], dim=1)
         values = torch.cat(self._values, dim=1) if self.critic is not None else None
-        return widened(logps, completion_ids.size(1)), None if values is None else widened(values, completion_ids.size(1))
+        return pad_right(logps, completion_ids.size(1)), None if values is None else pad_right(values, completion_ids.size(1))
 
 
-class SamplerRecords:
+class GenerationRecorders:
     """The records of batches that were sampled one after the other, as one.
 
     Parameters:
@@ -133,17 +133,17 @@ class SamplerRecords:
         size: completions of each but the last.
     """
 
-    def __init__(self, records: list[SamplerRecord], size: int):
+    def __init__(self, records: list[GenerationRecorder], size: int):
         self.records, self.size = records, size
 
     def of(self, completion_ids: Tensor) -> tuple[Tensor, Tensor | None]:
-        """As `SamplerRecord.of`, of the completions of all batches."""
+        """As `GenerationRecorder.of`, of the completions of all batches."""
         parts = zip(self.records, completion_ids.split(self.size), strict=True)
         logps, values = zip(*(record.of(ids) for record, ids in parts), strict=True)
         return torch.cat(logps), None if values[0] is None else torch.cat(values)
 
 
-def widened(values: Tensor, count: int) -> Tensor:
+def pad_right(values: Tensor, count: int) -> Tensor:
     """(B, kept) padded with 0 on the right to (B, count)."""
     return nn.functional.pad(values, (0, count - values.size(1)))
 

@@ -14,23 +14,29 @@ from typing import Any, ClassVar
 
 from rlhf_recipes.core.errors import RecipeError
 from rlhf_recipes.core.files import read_json, write_json
-from rlhf_recipes.models.kernels import check_vllm, compile_layers, not_compiled, without_compilation
-from rlhf_recipes.models.loading import keep_adapter_in_fp32, keep_gradients_exact, pass_of_trunk, trunk_of, types_kept
+from rlhf_recipes.models.kernels import check_vllm, compile_layers, eager_mode, without_compilation
+from rlhf_recipes.models.loading import (
+    backbone,
+    disable_cpu_4bit_repacking,
+    forward_backbone,
+    keep_adapter_in_fp32,
+    preserve_param_dtypes,
+)
 from rlhf_recipes.models.roles import (
     NO_ADAPTER,
     POLICY,
     Ensemble,
-    Reward,
+    RewardModel,
     Scorer,
     copy_adapter,
     load_saved_rewards,
-    playing,
-    saved_alone,
+    save_single_adapter,
+    use_adapter,
 )
 from rlhf_recipes.rewards.functions import SavedReward, checked
 from rlhf_recipes.training.ppo.config import PPOConfig
-from rlhf_recipes.training.ppo.critic import make_critic, positions, states_before
-from rlhf_recipes.training.ppo.diagnostics import Health
+from rlhf_recipes.training.ppo.critic import make_critic, positions, shift_hidden_states
+from rlhf_recipes.training.ppo.diagnostics import DiagnosticsCallback
 from rlhf_recipes.training.ppo.maths import (
     KLController,
     Moments,
@@ -46,12 +52,12 @@ from rlhf_recipes.training.ppo.maths import (
 )
 from rlhf_recipes.training.ppo.sampling import (
     EpochRepeatSampler,
+    GenerationRecorder,
+    GenerationRecorders,
     PretrainingText,
-    SamplerRecord,
-    SamplerRecords,
     at_least_one_batch,
     check_rollouts,
-    widened,
+    pad_right,
 )
 from rlhf_recipes.training.ppo.vllm import send_policy_alone
 
@@ -98,7 +104,7 @@ class PPOTrainer(GRPOTrainer):
 
     Parameters:
         model: name or folder, model, or `PeftModel` whose adapter "default" is the SFT policy.
-        reward_funcs: what scores completions, one or a list: functions in TRL's protocol, sync or async; `Reward`s and
+        reward_funcs: what scores completions, one or a list: functions in TRL's protocol, sync or async; `RewardModel`s and
             `Ensemble`s; sequence classifiers; folders that `recipes/reward.py` saved, whose adapters are put on the policy's
             base.
         args: the arguments.
@@ -163,7 +169,7 @@ class PPOTrainer(GRPOTrainer):
         self.kl = KLController(args.kl_coef, args.kl_target, args.kl_horizon)
         self.score_scaling = ScoreScaling(args.use_score_scaling, args.use_score_norm, args.score_clip)
         self._ptx = PretrainingText(ptx_dataset, tokenizer, args) if args.ptx_coef else None
-        with types_kept(model):
+        with preserve_param_dtypes(model):
             super().__init__(
                 model=model,
                 reward_funcs=[reward if isinstance(reward, nn.Module) else checked(reward) for reward in rewards],
@@ -172,7 +178,7 @@ class PPOTrainer(GRPOTrainer):
                 eval_dataset=eval_dataset,
                 processing_class=tokenizer,
                 reward_processing_classes=reward_processing_classes,
-                callbacks=[Health(), *(callbacks or [])],
+                callbacks=[DiagnosticsCallback(), *(callbacks or [])],
                 optimizers=optimizers,
                 rollout_func=check_rollouts(rollout_func) if rollout_func else None,
                 **options,
@@ -201,7 +207,7 @@ class PPOTrainer(GRPOTrainer):
         self._critic_weights = list(self.critic.trainable().values())
         rate = self.args.value_learning_rate
         if rate is None:
-            rate = 1e-3 if self.critic.reads_policy else self.args.learning_rate
+            rate = 1e-3 if self.critic.shares_backbone else self.args.learning_rate
         self._value_learning_rate = rate
         optimizer, options = Trainer.get_optimizer_cls_and_kwargs(self.args, self.model)
         groups = [
@@ -273,11 +279,11 @@ class PPOTrainer(GRPOTrainer):
                 **options,
             )
         values = None
-        if self.critic.reads_policy:
-            values = widened(self.critic(states[0], ids, mask, kept), count)
+        if self.critic.shares_backbone:
+            values = pad_right(self.critic(states[0], ids, mask, kept), count)
         return (
-            widened(outputs.log_probs, count),
-            widened(outputs.entropy, count) if entropy else None,
+            pad_right(outputs.log_probs, count),
+            pad_right(outputs.entropy, count) if entropy else None,
             values,
             outputs.aux_loss if aux else None,
         )
@@ -288,11 +294,11 @@ class PPOTrainer(GRPOTrainer):
         states: list[Tensor] = []
 
         def keep(module: nn.Module, arguments: Any, outputs: Any) -> Any:
-            outputs.last_hidden_state = states_before(outputs.last_hidden_state, count)
+            outputs.last_hidden_state = shift_hidden_states(outputs.last_hidden_state, count)
             states.append(outputs.last_hidden_state)
             return outputs
 
-        handle = trunk_of(self.accelerator.unwrap_model(model)).register_forward_hook(keep)
+        handle = backbone(self.accelerator.unwrap_model(model)).register_forward_hook(keep)
         try:
             yield states
         finally:
@@ -309,7 +315,7 @@ class PPOTrainer(GRPOTrainer):
             return super()._generate_single_turn(prompt_ids, *rest, **options)
         if self.use_transformers_continuous_batching:
             # TRL casts all weights to bf16 for it, for good, and leaves the model in training mode
-            with types_kept(self.model), playing(self.model, None, train=True):
+            with preserve_param_dtypes(self.model), use_adapter(self.model, None, train=True):
                 return super()._generate_single_turn(prompt_ids, *rest, **options)
         size = self.args.rollout_batch_size or len(prompt_ids)
         completions, records = [], []
@@ -317,15 +323,15 @@ class PPOTrainer(GRPOTrainer):
             with self._watched() as record:
                 completions += super()._generate_single_turn(prompt_ids[start : start + size], *rest, **options)[0]
             records.append(record)
-        self._record = SamplerRecords(records, size) if self._keeps_record else None
+        self._record = GenerationRecorders(records, size) if self._keeps_record else None
         return completions, None
 
-    def _watched(self) -> contextlib.AbstractContextManager[SamplerRecord | None]:
+    def _watched(self) -> contextlib.AbstractContextManager[GenerationRecorder | None]:
         """A record of what the sampler computes within, or of nothing."""
         if not self._keeps_record:
             return contextlib.nullcontext()
         model = self.accelerator.unwrap_model(self.model)
-        return SamplerRecord(model, self.temperature, self.critic if self.critic.reads_policy else None)
+        return GenerationRecorder(model, self.temperature, self.critic if self.critic.shares_backbone else None)
 
     @property
     def _keeps_record(self) -> bool:
@@ -360,10 +366,10 @@ class PPOTrainer(GRPOTrainer):
 
     def _generate_and_score_completions(self, inputs: list[dict[str, Any]]) -> dict[str, Any]:
         """TRL's batch, with advantages and returns of each token in place of advantages of each completion."""
-        with not_compiled(self.model):
-            return self._rolled_out(inputs)
+        with eager_mode(self.model):
+            return self._build_rollout(inputs)
 
-    def _rolled_out(self, inputs: list[dict[str, Any]]) -> dict[str, Any]:
+    def _build_rollout(self, inputs: list[dict[str, Any]]) -> dict[str, Any]:
         self._record, self._forward.values = None, None
         batch = super()._generate_and_score_completions(inputs)
         record, self._record = self._record, None
@@ -387,16 +393,16 @@ class PPOTrainer(GRPOTrainer):
         self._log_advantages(advantages, mask)
         return {**batch, "advantages": advantages, "returns": returns}
 
-    def _add_logps_and_values(self, batch: dict[str, Any], record: SamplerRecords | None) -> None:
+    def _add_logps_and_values(self, batch: dict[str, Any], record: GenerationRecorders | None) -> None:
         """Log-probabilities and values under the sampling policy; sampler or TRL may have computed them already."""
-        ids, mask, count, size = self._as_passed(batch)
+        ids, mask, count, size = self.concat_prompt_completion(batch)
         values = self._forward.values
         if record is not None:
             batch["old_per_token_logps"], values = record.of(batch["completion_ids"])
-        elif "old_per_token_logps" not in batch or (self.critic.reads_policy and values is None):
+        elif "old_per_token_logps" not in batch or (self.critic.shares_backbone and values is None):
             logps, _, _ = self._get_per_token_logps_and_entropies(self.model, ids, mask, count, batch_size=size)
             batch["old_per_token_logps"], values = logps, self._forward.values
-        if not self.critic.reads_policy:
+        if not self.critic.shares_backbone:
             values = self._critic_values(ids, mask, count, size)
         batch["old_values"] = values
 
@@ -404,21 +410,21 @@ class PPOTrainer(GRPOTrainer):
         """Values (B, count) of a critic with a pass of its own."""
         rows = _by_length(mask, size)
         values = []
-        with self.critic.at_work(), self.accelerator.autocast():
+        with self.critic.active(), self.accelerator.autocast():
             for chunk in rows.split(size):
                 piece_ids, piece_mask, kept = _trimmed(ids[chunk], mask[chunk], count)
-                values.append(widened(self.critic(None, piece_ids, piece_mask, kept), count))
+                values.append(pad_right(self.critic(None, piece_ids, piece_mask, kept), count))
         return torch.cat(values)[rows.argsort()]
 
     def _reference_logps(self, batch: dict[str, Any]) -> Tensor:
         """Log-probabilities under the reference, (B, T); those of the policy where no KL is asked for."""
-        ids, mask, count, size = self._as_passed(batch)
+        ids, mask, count, size = self.concat_prompt_completion(batch)
         if self.ref_model is not None:
             logps, _, _ = self._get_per_token_logps_and_entropies(self.ref_model, ids, mask, count, batch_size=size)
             return logps
         if not self._has_reference:  # nobody asks for the KL
             return batch["old_per_token_logps"]
-        with playing(self.accelerator.unwrap_model(self.model), self._reference_adapter):
+        with use_adapter(self.accelerator.unwrap_model(self.model), self._reference_adapter):
             logps, _, _ = self._get_per_token_logps_and_entropies(self.model, ids, mask, count, batch_size=size)
         return logps
 
@@ -426,7 +432,7 @@ class PPOTrainer(GRPOTrainer):
     def _has_reference(self) -> bool:
         return self.ref_model is not None or self._reference_adapter is not None
 
-    def _as_passed(self, batch: dict[str, Any]) -> tuple[Tensor, Tensor, int, int]:
+    def concat_prompt_completion(self, batch: dict[str, Any]) -> tuple[Tensor, Tensor, int, int]:
         """Ids and mask of prompts with completions, (B, P + T), T, and the size of a pass without gradients."""
         ids = torch.cat([batch["prompt_ids"], batch["completion_ids"]], dim=1)
         mask = torch.cat([batch["prompt_mask"], batch["completion_mask"]], dim=1)
@@ -540,7 +546,7 @@ class PPOTrainer(GRPOTrainer):
         if not self._stopped:
             self._critic_step(self._inputs)
         if self.accelerator.sync_gradients:
-            self._end_of_window()
+            self._on_optimizer_step()
         return loss
 
     def _compute_loss(self, model: nn.Module, inputs: dict[str, Any]) -> Tensor:
@@ -577,8 +583,8 @@ class PPOTrainer(GRPOTrainer):
     def _critic_step(self, inputs: dict[str, Any]) -> None:
         """Adds the gradient of the clipped value loss of one micro-batch to the critic's weights."""
         mask = _loss_mask(inputs)
-        ids, attention, count, _ = self._as_passed(inputs)
-        with self.critic.at_work(train=True):
+        ids, attention, count, _ = self.concat_prompt_completion(inputs)
+        with self.critic.active(train=True):
             values = self._values_now(ids, attention, count)
             total, clipped = value_loss(values, inputs["old_values"], inputs["returns"], mask, self.args.cliprange_value)
             (self.args.vf_coef * total / self._tokens_of_a_step(inputs)).backward()
@@ -588,17 +594,17 @@ class PPOTrainer(GRPOTrainer):
 
     def _values_now(self, ids: Tensor, attention: Tensor, count: int) -> Tensor:
         """Values (B, count) with gradients, from the policy's pass where there was one."""
-        if self.critic.reads_policy and not self._warming_up:
+        if self.critic.shares_backbone and not self._warming_up:
             return self._forward.values
         ids, attention, kept = _trimmed(ids, attention, count)
         with self.accelerator.autocast():
-            if not self.critic.reads_policy:
-                return widened(self.critic(None, ids, attention, kept), count)
+            if not self.critic.shares_backbone:
+                return pad_right(self.critic(None, ids, attention, kept), count)
             with torch.no_grad():  # the policy does not learn yet
                 model = self.accelerator.unwrap_model(self.model)
                 inputs = {"input_ids": ids, "attention_mask": attention, "position_ids": positions(attention)}
-                outputs = pass_of_trunk(model, **inputs, use_cache=False)
-            return widened(self.critic(states_before(outputs.last_hidden_state, kept), ids, attention, kept), count)
+                outputs = forward_backbone(model, **inputs, use_cache=False)
+            return pad_right(self.critic(shift_hidden_states(outputs.last_hidden_state, kept), ids, attention, kept), count)
 
     def _tokens_of_a_step(self, inputs: dict[str, Any]) -> Tensor:
         """By what the sum over a micro-batch is divided, so that an optimizer step has the mean over all its tokens."""
@@ -616,7 +622,7 @@ class PPOTrainer(GRPOTrainer):
         self.accelerator.backward(self.args.ptx_coef * loss / self.current_gradient_accumulation_steps)
         self._metrics["train"]["ptx_loss"].append(self.accelerator.gather(loss.detach()).mean().item())
 
-    def _end_of_window(self) -> None:
+    def _on_optimizer_step(self) -> None:
         """Lets the critic take its step, before the policy takes its own, and looks whether the iteration should end."""
         if self._window:
             sums = self.accelerator.reduce(torch.stack(self._window).sum(0), reduction="sum")
@@ -650,7 +656,7 @@ class PPOTrainer(GRPOTrainer):
 
     def _save(self, output_dir: str | None = None, state_dict: dict[str, Tensor] | None = None) -> None:
         """Saves the policy, without the other adapters on its base, and the critic."""
-        with saved_alone(self.model, POLICY):
+        with save_single_adapter(self.model, POLICY):
             super()._save(output_dir, state_dict)
         if self.args.should_save:
             self.critic.save(output_dir or self.args.output_dir)
@@ -783,7 +789,7 @@ def _loaded(
         args.model_init_kwargs = None
     elif quantization_config is not None:
         raise RecipeError("quantization_config: the model is in memory already: quantise it when it is loaded")
-    keep_gradients_exact(model)
+    disable_cpu_4bit_repacking(model)
     if isinstance(model, PeftModel):
         if peft_config is not None:
             raise RecipeError("peft_config: the model has an adapter already, which is trained; merge it, or leave this out")
@@ -820,7 +826,7 @@ def _as_reward(reward: Any, model: PreTrainedModel | PeftModel, tokenizer: PreTr
     return load_saved_rewards(reward.folder, model, tokenizer, reward.combine, reward.uncertainty_coef, size)
 
 
-def _first_reward_model(rewards: list[Any]) -> Reward | None:
+def _first_reward_model(rewards: list[Any]) -> RewardModel | None:
     """The reward model that the critic starts from."""
     for reward in rewards:
         if isinstance(reward, Scorer):

@@ -10,7 +10,7 @@ from rlhf_recipes.feedback.labels.store import Label
 Ranks = list[int | None]
 
 
-class Shown:
+class TaskView:
     """The completions of a group in a random order, the same whenever this labeller comes back to it.
 
     Args:
