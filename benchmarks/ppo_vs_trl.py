@@ -207,7 +207,8 @@ def run_peer(dtype: torch.dtype, rows: int, iterations: int) -> None:
 def run_ours(dtype: torch.dtype, rows: int, iterations: int, critic: str) -> None:
     """`PPOTrainer` with all roles on one base."""
     from rlhf_recipes import PPOConfig, PPOTrainer
-    from rlhf_recipes.models.roles import RewardModel, ScalarHead, copy_adapter
+    from rlhf_recipes.models.roles import copy_adapter
+    from rlhf_recipes.rewards.reward_models import RewardModel, ScalarHead
 
     torch.manual_seed(0)
     tokenizer = make_tokenizer()

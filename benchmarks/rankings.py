@@ -18,7 +18,8 @@ import tempfile
 import time
 from pathlib import Path
 
-from rlhf_recipes.models.loading import load_tokenizer, resolve_path
+from rlhf_recipes.core.hub import resolve_path
+from rlhf_recipes.models.tokenizer import load_tokenizer
 from rlhf_recipes.training.reward import RankingTrainer
 
 import torch

@@ -20,7 +20,8 @@ from typing import Any
 
 from rlhf_recipes import PPOConfig, PPOTrainer
 from rlhf_recipes.evaluation.metrics.perplexity import perplexity
-from rlhf_recipes.models.loading import load_model, load_tokenizer
+from rlhf_recipes.models.loading import load_model
+from rlhf_recipes.models.tokenizer import load_tokenizer
 from rlhf_recipes.rewards.functions import RepetitionPenalty
 
 from datasets import Dataset, disable_progress_bars

@@ -31,10 +31,12 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-from rlhf_recipes.config.arguments import DataArguments, RewardArguments, parse_arguments
+from rlhf_recipes.config.data import DataArguments
+from rlhf_recipes.config.parser import parse_arguments
+from rlhf_recipes.config.reward import RewardArguments
 from rlhf_recipes.data import Data
 from rlhf_recipes.evaluation.reward_models import measure_reward
-from rlhf_recipes.models.roles import load_saved_rewards
+from rlhf_recipes.rewards.saved import load_saved_rewards
 from rlhf_recipes.training.ensemble import load_comparisons
 
 import yaml

@@ -23,7 +23,8 @@ from pathlib import Path
 from typing import Any
 
 from rlhf_recipes.memory.stages import GIB
-from rlhf_recipes.models.loading import backbone, disable_cpu_4bit_repacking
+from rlhf_recipes.models.backbone import backbone
+from rlhf_recipes.models.precision import disable_cpu_4bit_repacking
 from rlhf_recipes.models.roles import copy_adapter, use_adapter
 from rlhf_recipes.training import run as runs
 

@@ -13,9 +13,10 @@ import argparse
 import json
 from pathlib import Path
 
+from rlhf_recipes.core.hub import resolve_path
 from rlhf_recipes.evaluation.metrics.preference import pair_accuracy
-from rlhf_recipes.models.loading import resolve_path
-from rlhf_recipes.models.roles import Scorer, load_reward
+from rlhf_recipes.rewards.reward_models import Scorer
+from rlhf_recipes.rewards.saved import load_reward
 from rlhf_recipes.tiny import splits, text
 from rlhf_recipes.tiny.world import ABSTENTION, ATTRIBUTES
 

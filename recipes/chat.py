@@ -9,7 +9,8 @@ answer, `/help` the rest. Lines may come through a pipe. Start it with `python`:
 
 from rlhf_recipes.chat import Chat
 from rlhf_recipes.cli import exit_on_recipe_error
-from rlhf_recipes.config.arguments import ChatArguments, parse_arguments
+from rlhf_recipes.config.chat import ChatArguments
+from rlhf_recipes.config.parser import parse_arguments
 from rlhf_recipes.evaluation.evaluate import load_named_rewards
 from rlhf_recipes.feedback.sampling import refuse_best_of
 from rlhf_recipes.generation.policies import load_bench, load_tokenizer_of, read_policies, trained_without_template

@@ -10,21 +10,19 @@ frozen copy on the same base is the reference, in 4 bits with `load_in_4bit: tru
 from pathlib import Path
 
 from rlhf_recipes.cli import exit_on_recipe_error
-from rlhf_recipes.config.arguments import DataArguments, PolicyArguments, as_recipe_error, parse_arguments
+from rlhf_recipes.config.data import DataArguments
+from rlhf_recipes.config.dpo import DPOConfig
+from rlhf_recipes.config.parser import as_recipe_error, parse_arguments
+from rlhf_recipes.config.policy import PolicyArguments
 from rlhf_recipes.data import load_data
 from rlhf_recipes.export.upload import publish
-from rlhf_recipes.models.loading import load_policy, load_tokenizer, strip_consumed_arguments
-from rlhf_recipes.training.dpo import DPOConfig, DPOTrainer
-from rlhf_recipes.training.run import (
-    RunRecorder,
-    checkpoint_to_resume,
-    evaluate_at_end,
-    run_dependencies,
-    save_policy,
-    shutdown_distributed,
-    train,
-    write_record,
-)
+from rlhf_recipes.models.loading import load_policy, strip_consumed_arguments
+from rlhf_recipes.models.tokenizer import load_tokenizer
+from rlhf_recipes.training.dpo import DPOTrainer
+from rlhf_recipes.training.record import RunRecorder, write_record
+from rlhf_recipes.training.result import evaluate_at_end, save_policy
+from rlhf_recipes.training.resume import checkpoint_to_resume
+from rlhf_recipes.training.run import run_dependencies, shutdown_distributed, train
 
 from accelerate import PartialState
 from trl import ModelConfig, get_peft_config

@@ -10,7 +10,10 @@ curves, reward against KL, reliability diagrams, and answers side by side. One p
 from pathlib import Path
 
 from rlhf_recipes.cli import exit_on_recipe_error
-from rlhf_recipes.config.arguments import DataArguments, EvaluateArguments, parse_arguments
+from rlhf_recipes.config.data import DataArguments
+from rlhf_recipes.config.evaluate import EvaluateArguments
+from rlhf_recipes.config.parser import parse_arguments
+from rlhf_recipes.core.files import check_writable
 from rlhf_recipes.data import check_lengths, drop_overlong_mode, load_texts
 from rlhf_recipes.evaluation.evaluate import (
     Measurement,
@@ -25,7 +28,6 @@ from rlhf_recipes.evaluation.evaluate import (
 from rlhf_recipes.evaluation.report.html import write_report
 from rlhf_recipes.evaluation.results import collect
 from rlhf_recipes.generation.policies import load_bench, load_tokenizer_of, read_policies
-from rlhf_recipes.training.run import check_writable
 
 from accelerate import PartialState
 from trl import ModelConfig

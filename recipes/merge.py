@@ -9,7 +9,8 @@ scale of a reward model, `recipe.json`, and a model card. It is done on the CPU,
 """
 
 from rlhf_recipes.cli import exit_on_recipe_error
-from rlhf_recipes.config.arguments import MergeArguments, parse_arguments
+from rlhf_recipes.config.merge import MergeArguments
+from rlhf_recipes.config.parser import parse_arguments
 from rlhf_recipes.export.merge import (
     adapter_and_base,
     atomic_directory,
@@ -19,7 +20,7 @@ from rlhf_recipes.export.merge import (
     merge_reward,
     push,
 )
-from rlhf_recipes.models.loading import load_tokenizer
+from rlhf_recipes.models.tokenizer import load_tokenizer
 
 from accelerate import PartialState
 from trl import ModelConfig

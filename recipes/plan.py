@@ -12,7 +12,7 @@ import argparse
 from pathlib import Path
 
 from rlhf_recipes.cli import exit_on_recipe_error
-from rlhf_recipes.config.arguments import COMMAND_LINE
+from rlhf_recipes.config.parser import COMMAND_LINE
 from rlhf_recipes.memory import advice, plan_stage, report
 from rlhf_recipes.pipeline.estimates import arguments_in, card_in
 from rlhf_recipes.pipeline.reading import checked_card

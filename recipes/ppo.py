@@ -10,22 +10,19 @@ base, in 4 bits with `load_in_4bit: true`. Saves the policy's adapter with its t
 from pathlib import Path
 
 from rlhf_recipes.cli import exit_on_recipe_error
-from rlhf_recipes.config.arguments import DataArguments, PPOArguments, as_recipe_error, parse_arguments
+from rlhf_recipes.config.data import DataArguments
+from rlhf_recipes.config.parser import as_recipe_error, parse_arguments
+from rlhf_recipes.config.ppo import PPOArguments
 from rlhf_recipes.data import drop_overlong_mode, load_data, load_texts
 from rlhf_recipes.export.upload import publish
-from rlhf_recipes.models.loading import load_policy, load_tokenizer, strip_consumed_arguments
-from rlhf_recipes.rewards.functions import SavedReward, load_rewards, paths_of
+from rlhf_recipes.models.loading import load_policy, strip_consumed_arguments
+from rlhf_recipes.models.tokenizer import load_tokenizer
+from rlhf_recipes.rewards.specs import SavedReward, load_rewards, paths_of
 from rlhf_recipes.training.ppo import PPOConfig, PPOTrainer
-from rlhf_recipes.training.run import (
-    RunRecorder,
-    checkpoint_to_resume,
-    evaluate_at_end,
-    run_dependencies,
-    save_policy,
-    shutdown_distributed,
-    train,
-    write_record,
-)
+from rlhf_recipes.training.record import RunRecorder, write_record
+from rlhf_recipes.training.result import evaluate_at_end, save_policy
+from rlhf_recipes.training.resume import checkpoint_to_resume
+from rlhf_recipes.training.run import run_dependencies, shutdown_distributed, train
 
 from accelerate import PartialState
 from trl import ModelConfig, get_peft_config

@@ -10,10 +10,11 @@ labels are lacking, it says how many, and is run again when they are there. One 
 from pathlib import Path
 
 from rlhf_recipes.cli import exit_on_recipe_error
-from rlhf_recipes.config.arguments import RankArguments, parse_arguments
+from rlhf_recipes.config.parser import parse_arguments
+from rlhf_recipes.config.rank import RankArguments
+from rlhf_recipes.core.files import check_writable
 from rlhf_recipes.feedback.ranking import choose, load_ensemble, read_labeller, read_sampled, write_rankings
 from rlhf_recipes.models.loading import model_path
-from rlhf_recipes.training.run import check_writable
 
 from accelerate import PartialState
 from trl import ModelConfig

@@ -11,11 +11,14 @@ average with deviation 1, and what held-out comparisons say of it: `evaluation.j
 from pathlib import Path
 
 from rlhf_recipes.cli import exit_on_recipe_error
-from rlhf_recipes.config.arguments import DataArguments, RewardArguments, as_recipe_error, parse_arguments
+from rlhf_recipes.config.data import DataArguments
+from rlhf_recipes.config.parser import as_recipe_error, parse_arguments
+from rlhf_recipes.config.reward import RewardArguments
 from rlhf_recipes.data import demonstrations_of
 from rlhf_recipes.evaluation.reward_models import measure_and_scale, summary, write_evaluation
 from rlhf_recipes.export.upload import publish
 from rlhf_recipes.models.loading import release_memory, strip_consumed_arguments
+from rlhf_recipes.rewards.classifier import load_reward_model
 from rlhf_recipes.training.ensemble import (
     checkpoints_to_resume,
     ensemble_members,
@@ -24,16 +27,10 @@ from rlhf_recipes.training.ensemble import (
     load_members,
     remove_earlier_results,
 )
-from rlhf_recipes.training.reward import RankingTrainer, load_reward_model
-from rlhf_recipes.training.run import (
-    RunRecorder,
-    evaluate_at_end,
-    run_dependencies,
-    save_result,
-    shutdown_distributed,
-    train,
-    write_record,
-)
+from rlhf_recipes.training.record import RunRecorder, write_record
+from rlhf_recipes.training.result import evaluate_at_end, save_result
+from rlhf_recipes.training.reward import RankingTrainer
+from rlhf_recipes.training.run import run_dependencies, shutdown_distributed, train
 
 from accelerate import PartialState
 from trl import ModelConfig, RewardConfig

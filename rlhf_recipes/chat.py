@@ -7,13 +7,14 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
-from rlhf_recipes.config.arguments import ChatArguments
+from rlhf_recipes.config.chat import ChatArguments
 from rlhf_recipes.core.errors import RecipeError, did_you_mean, first_line
 from rlhf_recipes.evaluation.evaluate import NamedReward
 from rlhf_recipes.generation.answers import Answer, log_probs, prompt_ids, stream
 from rlhf_recipes.generation.policies import Policy, PolicyBank
-from rlhf_recipes.models.loading import base_of, release_memory
-from rlhf_recipes.rewards.functions import ask, checked
+from rlhf_recipes.models.backbone import base_of
+from rlhf_recipes.models.loading import release_memory
+from rlhf_recipes.rewards.checks import ask, checked
 
 import torch
 from jinja2 import TemplateError

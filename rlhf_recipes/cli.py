@@ -5,7 +5,7 @@ import sys
 from collections.abc import Iterator
 from pathlib import Path
 
-from rlhf_recipes.config.arguments import LAUNCHED, ORIGIN
+from rlhf_recipes.config.parser import LAUNCHED, ORIGIN
 from rlhf_recipes.core.errors import RecipeError, causes, lack_of_memory, refused_to_write
 from rlhf_recipes.memory.exhausted import explain
 

@@ -10,17 +10,12 @@ from rlhf_recipes.core.errors import RecipeError
 
 RECIPE = "recipe.json"
 """Of every stage: what was run, on which base, and what it cost."""
-
 PENDING = "recipe.unfinished.json"
 """The same, of a stage that has trained and not measured yet: by `recipe.json` others take a stage for done."""
-
 LOG = "log.jsonl"
 """Of a training: a line of JSON for everything that was logged."""
-
 REWARD = "reward.json"
 """Of a reward model: its base and the scale of its scores; of an ensemble: its members and how they are combined."""
-
-
 # What the others rely on, by the way to it; of lists the type of their entries. A file that somebody edited may hold anything
 _OF_RECORDS = {
     "base_model": dict,
@@ -104,3 +99,18 @@ def _check_type(content: dict[str, Any], keys: str, kind: Any, path: Path) -> No
         place, found = keys.replace(".", ": "), json.dumps(value)[:100]
         of = f" of {_WORDS[inner]}s" if inner is not object else ""
         raise RecipeError(f"{path}: {place}: must be a {_WORDS[outer]}{of}, and is {found}: run that stage again")
+
+
+def check_writable(output: Path) -> None:
+    """Says at the start what would otherwise be found out when the first checkpoint, or a report, is written.
+
+    Raises:
+        RecipeError: if the folder cannot be made, or nothing can be written into it.
+    """
+    try:
+        output.mkdir(parents=True, exist_ok=True)
+        probe = output / f".writable-{os.getpid()}"
+        probe.touch()
+        probe.unlink()
+    except OSError as error:
+        raise RecipeError(f"output_dir: {output}: cannot be written to ({error.strerror}): name another folder") from error

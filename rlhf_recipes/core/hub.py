@@ -1,5 +1,6 @@
 """What the Hub's client says when it gives no model or data, in one message with the remedy."""
 
+import importlib.util
 from pathlib import Path
 
 from rlhf_recipes.core.errors import causes, first_line
@@ -69,3 +70,16 @@ def _is_unreachable(error: BaseException) -> bool:
 def _by_hand(name: str, kind: str) -> str:
     download = f"hf download {'--repo-type dataset ' if kind == 'dataset' else ''}{name} --local-dir FOLDER"
     return f"Where there is a network, `{download}`; place FOLDER ({_FILES[kind]}) on this machine, and name it in its stead"
+
+
+def resolve_path(name: str) -> str:
+    """The folder of a package's data for a dotted path such as `rlhf_recipes.tiny.base`; any other name unchanged."""
+    package, *folders = name.split(".")
+    if Path(name).exists() or not folders or not all(part.isidentifier() for part in (package, *folders)):
+        return name
+    try:
+        spec = importlib.util.find_spec(package)  # of what is within it, this would run code, and adapters name their base
+    except ValueError:  # of `__main__`
+        return name
+    places = (spec.submodule_search_locations if spec else None) or ()
+    return next((str(path) for place in places if (path := Path(place, *folders)).is_dir()), name)

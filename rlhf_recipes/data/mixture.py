@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
-from rlhf_recipes.config.arguments import DataArguments, DatasetSource
+from rlhf_recipes.config.data import DataArguments, DatasetSource
 from rlhf_recipes.core.errors import RecipeError, first_line
 from rlhf_recipes.data.lengths import check_lengths, drop_overlong_mode
 from rlhf_recipes.data.rows import Converted, convert, shape_of

@@ -15,7 +15,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, TextIO
 
-from rlhf_recipes.config.arguments import DatasetSource
+from rlhf_recipes.config.data import DatasetSource
 from rlhf_recipes.core.errors import RecipeError, did_you_mean, first_line
 from rlhf_recipes.core.hub import explain_load_error
 from rlhf_recipes.data.shapes import SHOWN

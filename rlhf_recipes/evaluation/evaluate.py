@@ -14,7 +14,8 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-from rlhf_recipes.config.arguments import DataArguments, EvaluateArguments
+from rlhf_recipes.config.data import DataArguments
+from rlhf_recipes.config.evaluate import EvaluateArguments
 from rlhf_recipes.core.errors import RecipeError
 from rlhf_recipes.core.files import holds_result
 from rlhf_recipes.data import load_data
@@ -27,11 +28,12 @@ from rlhf_recipes.evaluation.metrics.preference import calibration, calibration_
 from rlhf_recipes.generation.answers import Answer, Prompt, log_probs, sample
 from rlhf_recipes.generation.judges import ChatJudge, read_chat_judge
 from rlhf_recipes.generation.policies import Policy, PolicyBank, require_adapter
-from rlhf_recipes.models.loading import base_of
-from rlhf_recipes.models.roles import load_saved_rewards
-from rlhf_recipes.rewards.functions import SavedReward, ask, checked, load_rewards
+from rlhf_recipes.models.backbone import base_of
+from rlhf_recipes.rewards.checks import ask, checked
 from rlhf_recipes.rewards.matching import KINDS, kinds_of
-from rlhf_recipes.training.run import STATE, checkpoints_in, step_of
+from rlhf_recipes.rewards.saved import load_saved_rewards
+from rlhf_recipes.rewards.specs import SavedReward, load_rewards
+from rlhf_recipes.training.resume import STATE, checkpoints_in, step_of
 
 import numpy as np
 from datasets import Dataset

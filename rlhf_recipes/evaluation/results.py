@@ -4,13 +4,13 @@ from pathlib import Path
 from typing import Any
 
 from rlhf_recipes.core.files import read_json
+from rlhf_recipes.core.provenance import versions
 from rlhf_recipes.evaluation.evaluate import Drawn, Measurement, describe, groups_of, lm_eval_results, perplexities
 from rlhf_recipes.evaluation.report.verdict import verdict
 from rlhf_recipes.evaluation.reward_models import EVALUATION
 from rlhf_recipes.generation.judges import ChatJudge, as_text
 from rlhf_recipes.generation.policies import Policy
 from rlhf_recipes.rewards.matching import kinds_of
-from rlhf_recipes.training.run import versions
 
 import numpy as np
 from datasets import Dataset

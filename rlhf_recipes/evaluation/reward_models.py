@@ -7,7 +7,8 @@ from typing import Any, Protocol
 from rlhf_recipes.core.files import write_json, write_text
 from rlhf_recipes.evaluation.metrics.preference import evaluate_reward
 from rlhf_recipes.evaluation.report.plots import reliability_diagram, score_histogram
-from rlhf_recipes.models.roles import Ensemble, RewardModel, encode
+from rlhf_recipes.models.tokenizer import encode
+from rlhf_recipes.rewards.reward_models import Ensemble, RewardModel
 
 from datasets import Dataset
 from transformers import PreTrainedTokenizerBase

@@ -11,16 +11,20 @@ from collections.abc import Iterator
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
-from rlhf_recipes.config.arguments import MergeArguments
+from rlhf_recipes.config.merge import MergeArguments
 from rlhf_recipes.core.errors import RecipeError, first_line
 from rlhf_recipes.core.files import RECIPE, REWARD, read_json, write_json
+from rlhf_recipes.core.provenance import versions
 from rlhf_recipes.export.model_card import lineage, write_card
 from rlhf_recipes.export.upload import for_others, repository_of, upload
 from rlhf_recipes.generation.policies import Placement, PolicyBank, require_adapter
-from rlhf_recipes.models.loading import adapter_config, check_vocabulary, fitting, load_model, release_memory
-from rlhf_recipes.models.roles import HEAD, check_tokenizer, encode, load_reward, load_whole_reward
-from rlhf_recipes.training.reward import load_classifier
-from rlhf_recipes.training.run import versions
+from rlhf_recipes.models.adapters import adapter_config, fitting
+from rlhf_recipes.models.compatibility import check_tokenizer, check_vocabulary
+from rlhf_recipes.models.loading import load_model, release_memory
+from rlhf_recipes.models.tokenizer import encode
+from rlhf_recipes.rewards.classifier import load_classifier
+from rlhf_recipes.rewards.reward_models import HEAD
+from rlhf_recipes.rewards.saved import load_reward, load_whole_reward
 
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model

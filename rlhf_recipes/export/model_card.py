@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from rlhf_recipes.core.files import RECIPE, read_json, write_text
-from rlhf_recipes.models.loading import resolve_path
+from rlhf_recipes.core.hub import resolve_path
 
 from huggingface_hub import ModelCardData
 
@@ -42,7 +42,7 @@ print(generator([{{"role": "user", "content": "..."}}], max_new_tokens=128, retu
 reward = load_reward(model, "{name}", "reward", tokenizer)
 print(reward([[{{"role": "user", "content": "..."}}]], [[{{"role": "assistant", "content": "..."}}]]))""",
     ("reward model", True): """from transformers import AutoTokenizer
-from rlhf_recipes.models.roles import load_whole_reward  # with the scale that is stored in reward.json
+from rlhf_recipes.rewards.saved import load_whole_reward
 
 reward = load_whole_reward("{name}", "reward", AutoTokenizer.from_pretrained("{name}"))
 print(reward([[{{"role": "user", "content": "..."}}]], [[{{"role": "assistant", "content": "..."}}]]))""",

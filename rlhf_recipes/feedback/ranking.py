@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from rlhf_recipes.config.arguments import RankArguments
+from rlhf_recipes.config.rank import RankArguments
 from rlhf_recipes.core.errors import RecipeError
 from rlhf_recipes.core.files import write_json, write_text
 from rlhf_recipes.feedback.labels import Store, rankings
@@ -19,9 +19,11 @@ from rlhf_recipes.feedback.labels.groups import Group, group_of, read_rows
 from rlhf_recipes.feedback.sampling import GROUPS
 from rlhf_recipes.generation.judges import ChatJudge, read_chat_judge
 from rlhf_recipes.generation.policies import load_bench
-from rlhf_recipes.models.loading import load_tokenizer
-from rlhf_recipes.models.roles import Ensemble, load_saved_rewards
-from rlhf_recipes.rewards.functions import ask, load_rewards
+from rlhf_recipes.models.tokenizer import load_tokenizer
+from rlhf_recipes.rewards.checks import ask
+from rlhf_recipes.rewards.reward_models import Ensemble
+from rlhf_recipes.rewards.saved import load_saved_rewards
+from rlhf_recipes.rewards.specs import load_rewards
 
 from trl import ModelConfig
 from trl.trainer.utils import get_callable_name

@@ -8,12 +8,12 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-from rlhf_recipes.config.arguments import SampleArguments
+from rlhf_recipes.config.sample import SampleArguments
 from rlhf_recipes.core.errors import RecipeError
 from rlhf_recipes.core.files import read_json, write_json
+from rlhf_recipes.core.provenance import files_in
 from rlhf_recipes.generation.answers import sample
 from rlhf_recipes.generation.policies import Policy, PolicyBank
-from rlhf_recipes.training.run import files_in
 
 from datasets import Dataset
 

@@ -7,19 +7,17 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from rlhf_recipes.config.arguments import ChatArguments, EvaluateArguments, RankArguments, SampleArguments
+from rlhf_recipes.config.chat import ChatArguments
+from rlhf_recipes.config.evaluate import EvaluateArguments
+from rlhf_recipes.config.rank import RankArguments
+from rlhf_recipes.config.sample import SampleArguments
 from rlhf_recipes.core.errors import RecipeError, did_you_mean
 from rlhf_recipes.core.files import RECIPE, holds_result, read_json, taught_conversations
-from rlhf_recipes.models.loading import (
-    adapter_config,
-    check_base,
-    check_vocabulary,
-    load_model,
-    load_tokenizer,
-    put_adapter,
-    refuse_reward_adapter,
-)
-from rlhf_recipes.models.roles import NO_ADAPTER, check_tokenizer, use_adapter
+from rlhf_recipes.models.adapters import adapter_config, put_adapter, refuse_reward_adapter
+from rlhf_recipes.models.compatibility import check_base, check_tokenizer, check_vocabulary
+from rlhf_recipes.models.loading import load_model
+from rlhf_recipes.models.roles import NO_ADAPTER, use_adapter
+from rlhf_recipes.models.tokenizer import load_tokenizer
 
 from accelerate import PartialState
 from peft import LoraConfig, PeftModel, get_peft_model

@@ -5,7 +5,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from rlhf_recipes.config.arguments import parse_values
+from rlhf_recipes.config.parser import parse_values
 from rlhf_recipes.memory.stages import Arguments
 
 _MIXED = ("bf16", "fp16", "tf32")

@@ -4,7 +4,7 @@ import os
 import re
 from collections.abc import Iterator, Sequence
 
-from rlhf_recipes.config.arguments import Launched
+from rlhf_recipes.config.parser import Launched
 from rlhf_recipes.core.errors import RecipeError, first_line
 from rlhf_recipes.memory.autofit import advice, needed, smallest_card
 from rlhf_recipes.memory.stages import GIB, Arguments, can_be_planned, plan_stage

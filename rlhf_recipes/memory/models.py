@@ -7,9 +7,8 @@ from dataclasses import dataclass
 from typing import Any
 
 from rlhf_recipes.core.errors import RecipeError, first_line
-from rlhf_recipes.core.hub import explain_load_error
+from rlhf_recipes.core.hub import explain_load_error, resolve_path
 from rlhf_recipes.memory.arithmetic import Shape
-from rlhf_recipes.models.loading import resolve_path
 
 import torch
 from peft import LoraConfig, get_peft_model

@@ -11,8 +11,8 @@ from rlhf_recipes.core.files import REWARD, read_json
 from rlhf_recipes.memory import arithmetic as sizes
 from rlhf_recipes.memory.arithmetic import Numbers, Training
 from rlhf_recipes.memory.models import Adapter, adapter_of, load_config, shape_of
-from rlhf_recipes.models.loading import adapter_config
-from rlhf_recipes.rewards.functions import paths_of
+from rlhf_recipes.models.adapters import adapter_config
+from rlhf_recipes.rewards.specs import paths_of
 
 from peft import LoraConfig
 from transformers import PretrainedConfig

@@ -10,10 +10,11 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from rlhf_recipes.config.arguments import merge_overrides
 from rlhf_recipes.config.launcher import Launcher, check_launcher_support, read_launcher, refuse_one_gpus_arithmetic
+from rlhf_recipes.config.parser import merge_overrides
 from rlhf_recipes.core.errors import RecipeError, did_you_mean
 from rlhf_recipes.core.files import RECIPE
+from rlhf_recipes.core.provenance import files_in
 from rlhf_recipes.core.yaml import read_yaml
 from rlhf_recipes.evaluation.report.html import METRICS
 from rlhf_recipes.feedback.ranking import RANKED
@@ -22,7 +23,6 @@ from rlhf_recipes.memory import Arguments, NoFitError, Plan, autofit
 from rlhf_recipes.memory.arguments import resolve
 from rlhf_recipes.memory.autofit import with_values
 from rlhf_recipes.memory.stages import GIB, can_be_planned
-from rlhf_recipes.training.run import files_in
 
 from accelerate.commands.config import default_config_file
 

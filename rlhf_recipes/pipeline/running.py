@@ -15,7 +15,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from rlhf_recipes.config.arguments import DatasetSource, parse_values
+from rlhf_recipes.config.data import DatasetSource
+from rlhf_recipes.config.parser import parse_values
 from rlhf_recipes.core.errors import RecipeError, did_you_mean
 from rlhf_recipes.core.files import LOG, read_json, write_json, write_text
 from rlhf_recipes.data import Kind, check_source
@@ -24,7 +25,7 @@ from rlhf_recipes.evaluation.report.seeds import write_summary
 from rlhf_recipes.feedback.sampling import discard
 from rlhf_recipes.memory.autofit import written
 from rlhf_recipes.pipeline.reading import TRAINERS, Stage, read_stages
-from rlhf_recipes.training.run import checkpoints_in, remove_checkpoint
+from rlhf_recipes.training.resume import checkpoints_in, remove_checkpoint
 
 import torch
 import yaml

@@ -13,10 +13,11 @@ import hashlib
 from pathlib import Path
 
 from rlhf_recipes.core.files import write_json
+from rlhf_recipes.core.provenance import versions
 from rlhf_recipes.tiny.text import pretraining_text
 from rlhf_recipes.tiny.tokenizer import build_tokenizer
 from rlhf_recipes.tiny.world import World
-from rlhf_recipes.training.run import RunRecorder, versions
+from rlhf_recipes.training.record import RunRecorder
 
 from datasets import Dataset
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast, set_seed

@@ -10,14 +10,20 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from rlhf_recipes.config.arguments import DataArguments, RewardArguments
+from rlhf_recipes.config.data import DataArguments
+from rlhf_recipes.config.reward import RewardArguments
 from rlhf_recipes.core.errors import RecipeError
 from rlhf_recipes.core.files import PENDING, RECIPE, REWARD, write_json
 from rlhf_recipes.data import Data, drop_overlong_mode, load_data
 from rlhf_recipes.evaluation.reward_models import EVALUATION
-from rlhf_recipes.models.loading import load_model, load_tokenizer
-from rlhf_recipes.models.roles import RewardModel, load_reward, load_whole_reward, write_ensemble_record
-from rlhf_recipes.training.run import checkpoint_to_resume, finish_record, refuse_unfinished, remove_results
+from rlhf_recipes.models.loading import load_model
+from rlhf_recipes.models.tokenizer import load_tokenizer
+from rlhf_recipes.rewards.records import write_ensemble_record
+from rlhf_recipes.rewards.reward_models import RewardModel
+from rlhf_recipes.rewards.saved import load_reward, load_whole_reward
+from rlhf_recipes.training.record import finish_record
+from rlhf_recipes.training.result import remove_results
+from rlhf_recipes.training.resume import checkpoint_to_resume, refuse_unfinished
 
 from peft import PeftModel
 from transformers import PreTrainedTokenizerBase

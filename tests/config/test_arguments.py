@@ -5,11 +5,13 @@ import sys
 from dataclasses import dataclass, field
 
 from rlhf_recipes.cli import exit_on_recipe_error
-from rlhf_recipes.config import arguments
-from rlhf_recipes.config.arguments import DataArguments, EvaluateArguments, parse_arguments
+from rlhf_recipes.config import parser
+from rlhf_recipes.config.data import DataArguments
+from rlhf_recipes.config.evaluate import EvaluateArguments
+from rlhf_recipes.config.parser import parse_arguments
 from rlhf_recipes.core.errors import RecipeError
 from rlhf_recipes.core.yaml import read_yaml
-from rlhf_recipes.rewards.functions import load_rewards
+from rlhf_recipes.rewards.specs import load_rewards
 from support import ROOT
 
 import pytest
@@ -233,7 +235,7 @@ def test_processes_that_would_each_train_alone_are_refused(tmp_path, monkeypatch
     monkeypatch.setenv("WORLD_SIZE", "2")  # as launched on a machine without a GPU
     monkeypatch.setenv("LOCAL_RANK", "1")
     with pytest.raises(RecipeError, match=r"my\.yaml: 2 processes were launched, and there is no GPU .* set `use_cpu: true`"):
-        arguments._refuse_each_alone([training], "my.yaml")
+        parser._refuse_each_alone([training], "my.yaml")
 
 
 def test_a_ctrl_c_is_one_line(capsys):

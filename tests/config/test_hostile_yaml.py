@@ -6,10 +6,12 @@ from enum import Enum
 from functools import cache
 from pathlib import Path
 
-from rlhf_recipes.config.arguments import DatasetSource, parse_arguments
+from rlhf_recipes.config.data import DatasetSource
+from rlhf_recipes.config.parser import parse_arguments
 from rlhf_recipes.core.yaml import read_yaml
 from rlhf_recipes.data import load_data
-from rlhf_recipes.models.loading import load_policy, load_tokenizer
+from rlhf_recipes.models.loading import load_policy
+from rlhf_recipes.models.tokenizer import load_tokenizer
 from rlhf_recipes.pipeline import check_arguments, read_pipeline
 from support import ROOT, hostile
 from support.hostile import RECIPES, arguments_of

@@ -10,7 +10,7 @@ from rlhf_recipes.config.trackers import begin_tracking, name_of_run, settle_tra
 from rlhf_recipes.core.errors import RecipeError
 from rlhf_recipes.pipeline.reading import read_stages
 from rlhf_recipes.training.ensemble import ensemble_members
-from rlhf_recipes.training.run import _log_line
+from rlhf_recipes.training.record import _log_line
 from support import ROOT
 from support.small_ppo import save_base, with_adapter
 

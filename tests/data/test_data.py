@@ -3,10 +3,10 @@
 import gzip
 import json
 
-from rlhf_recipes.config.arguments import DataArguments, DatasetSource
+from rlhf_recipes.config.data import DataArguments, DatasetSource
 from rlhf_recipes.core.errors import RecipeError
+from rlhf_recipes.core.hub import resolve_path
 from rlhf_recipes.data import check_lengths, load_data, rows
-from rlhf_recipes.models.loading import resolve_path
 from support import SHARED
 
 import pytest

@@ -8,7 +8,7 @@ import math
 import sqlite3
 from pathlib import Path
 
-from rlhf_recipes.config.arguments import DataArguments
+from rlhf_recipes.config.data import DataArguments
 from rlhf_recipes.data import load_data
 from rlhf_recipes.feedback.labels import Group, Label, Store, export_labels, import_labels, read_groups
 from support import hostile

@@ -13,8 +13,10 @@ import types
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from importlib.machinery import ModuleSpec
 
-from rlhf_recipes.config.arguments import DataArguments, DatasetSource, EvaluateArguments
+from rlhf_recipes.config.data import DataArguments, DatasetSource
+from rlhf_recipes.config.evaluate import EvaluateArguments
 from rlhf_recipes.core.errors import RecipeError
+from rlhf_recipes.core.hub import resolve_path
 from rlhf_recipes.evaluation.evaluate import (
     Drawn,
     Measurement,
@@ -35,7 +37,6 @@ from rlhf_recipes.evaluation.results import collect
 from rlhf_recipes.generation.answers import Answer, log_probs, sample
 from rlhf_recipes.generation.judges import ChatJudge, read_chat_judge
 from rlhf_recipes.generation.policies import Policy, load_bench, read_policies
-from rlhf_recipes.models.loading import resolve_path
 from rlhf_recipes.tiny import splits
 from support import ROOT
 
@@ -957,7 +958,7 @@ def test_whether_a_policy_was_trained_against_a_reward_is_said_of_each():
 def test_a_reward_model_scores_and_chooses_and_its_own_evaluation_is_shown(tmp_path, launch):
     """On the base alone, without an adapter of any policy."""
     from rlhf_recipes.evaluation.reward_models import measure_reward, write_evaluation
-    from rlhf_recipes.models.roles import load_reward
+    from rlhf_recipes.rewards.saved import load_reward
 
     options = ("--max_steps", 2, "--per_device_train_batch_size", 4, "--save_strategy", "no", "--eval_strategy", "no")
     rows = ("--dataset_arguments", '{"rows": 32, "k": 4}')

@@ -2,8 +2,8 @@
 
 import math
 
+from rlhf_recipes.core.hub import resolve_path
 from rlhf_recipes.evaluation.metrics.perplexity import perplexity
-from rlhf_recipes.models.loading import resolve_path
 
 import pytest
 import torch

@@ -6,11 +6,15 @@ import os
 import shutil
 
 from rlhf_recipes.core.files import REWARD, write_json
+from rlhf_recipes.core.hub import resolve_path
 from rlhf_recipes.export import merge as merging
 from rlhf_recipes.export.model_card import lineage, write_card
 from rlhf_recipes.export.upload import for_others
-from rlhf_recipes.models.loading import base_of, fingerprint, load_model, resolve_path
-from rlhf_recipes.models.roles import load_reward, load_whole_reward, write_reward_record
+from rlhf_recipes.models.backbone import base_of
+from rlhf_recipes.models.fingerprint import fingerprint
+from rlhf_recipes.models.loading import load_model
+from rlhf_recipes.rewards.records import write_reward_record
+from rlhf_recipes.rewards.saved import load_reward, load_whole_reward
 from rlhf_recipes.tiny import splits
 
 import pytest

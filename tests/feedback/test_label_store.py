@@ -13,7 +13,7 @@ import threading
 import tomllib
 from pathlib import Path
 
-from rlhf_recipes.config.arguments import DataArguments
+from rlhf_recipes.config.data import DataArguments
 from rlhf_recipes.core.errors import RecipeError
 from rlhf_recipes.data import load_data
 from rlhf_recipes.feedback.labels import (

@@ -204,7 +204,7 @@ def test_the_recipe_writes_rankings_that_say_who_ranked(launch, tmp_path, file):
     assert record == {"labellers": ["simulated: Abstention, noise 0.4"], "chosen": 3, "ranked": 3}
     assert all(row["labeller"] == record["labellers"][0] for row in rows)
 
-    from rlhf_recipes.config.arguments import DataArguments
+    from rlhf_recipes.config.data import DataArguments
     from rlhf_recipes.data import load_data
 
     loaded = load_data(DataArguments(dataset_name=str(out / "rankings.jsonl")), "ranking", evaluate=False, seed=0).train

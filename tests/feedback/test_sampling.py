@@ -7,7 +7,7 @@ import sys
 from collections import Counter
 from unittest.mock import ANY
 
-from rlhf_recipes.config.arguments import SampleArguments
+from rlhf_recipes.config.sample import SampleArguments
 from rlhf_recipes.core.errors import RecipeError
 from rlhf_recipes.feedback import sampling
 from rlhf_recipes.feedback.sampling import GroupFile, part_size, sample_groups
@@ -27,7 +27,7 @@ BASE = "rlhf_recipes.tiny.base"
 @pytest.fixture(scope="module")
 def bench(tmp_path_factory):
     """The tiny base, and an adapter that changes what it says."""
-    from rlhf_recipes.models.loading import resolve_path
+    from rlhf_recipes.core.hub import resolve_path
 
     folder = tmp_path_factory.mktemp("adapter")
     base, tokenizer = (cls.from_pretrained(resolve_path(BASE)) for cls in (AutoModelForCausalLM, AutoTokenizer))

@@ -14,12 +14,13 @@ import time
 
 from rlhf_recipes import chat
 from rlhf_recipes.chat import Chat, read_lines
-from rlhf_recipes.config.arguments import ChatArguments
+from rlhf_recipes.config.chat import ChatArguments
 from rlhf_recipes.core.errors import RecipeError
+from rlhf_recipes.core.hub import resolve_path
 from rlhf_recipes.evaluation.evaluate import load_named_rewards
 from rlhf_recipes.generation.answers import log_probs
 from rlhf_recipes.generation.policies import load_bench, read_policies, trained_without_template
-from rlhf_recipes.models.loading import load_tokenizer, resolve_path
+from rlhf_recipes.models.tokenizer import load_tokenizer
 from support import ROOT
 
 import pytest
@@ -294,7 +295,7 @@ def test_a_base_without_a_template_is_talked_to_in_plain_words(talk, bench, monk
 
 
 def chat_template():
-    from rlhf_recipes.models.loading import PLAIN_CHAT_TEMPLATE
+    from rlhf_recipes.models.tokenizer import PLAIN_CHAT_TEMPLATE
 
     return PLAIN_CHAT_TEMPLATE
 

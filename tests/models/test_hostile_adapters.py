@@ -11,17 +11,21 @@ import shutil
 import sys
 from pathlib import Path
 
-from rlhf_recipes.config.arguments import MergeArguments, parse_arguments
+from rlhf_recipes.config.merge import MergeArguments
+from rlhf_recipes.config.parser import parse_arguments
 from rlhf_recipes.core.errors import RecipeError
 from rlhf_recipes.export.merge import adapter_and_base, merge_policy, merge_reward
 from rlhf_recipes.generation.policies import PolicyBank
 from rlhf_recipes.memory.models import load_config
-from rlhf_recipes.models.loading import load_model, load_policy, load_tokenizer
-from rlhf_recipes.models.roles import check_tokenizer, load_saved_rewards, load_whole_reward
-from rlhf_recipes.rewards.functions import Similarity
+from rlhf_recipes.models.compatibility import check_tokenizer
+from rlhf_recipes.models.loading import load_model, load_policy
+from rlhf_recipes.models.tokenizer import load_tokenizer
+from rlhf_recipes.rewards.classifier import load_reward_model
+from rlhf_recipes.rewards.saved import load_saved_rewards, load_whole_reward
+from rlhf_recipes.rewards.similarity import Similarity
 from rlhf_recipes.training.ppo.critic import FILE as CRITIC
-from rlhf_recipes.training.reward import load_reward_model
-from rlhf_recipes.training.run import checkpoint_to_resume, train
+from rlhf_recipes.training.resume import checkpoint_to_resume
+from rlhf_recipes.training.run import train
 from support import ROOT, hostile
 from support.hostile import RECIPES, arguments_of
 from support.small_ppo import make_args, make_model, make_tokenizer, make_trainer, save_base, save_reward, with_adapter

@@ -4,7 +4,7 @@ import sys
 import types
 
 from rlhf_recipes import PPOConfig
-from rlhf_recipes.config.arguments import as_recipe_error
+from rlhf_recipes.config.parser import as_recipe_error
 from rlhf_recipes.core.errors import RecipeError
 from rlhf_recipes.models.loading import load_model, strip_consumed_arguments
 from rlhf_recipes.models.roles import copy_adapter

@@ -5,17 +5,13 @@ import sys
 
 from rlhf_recipes.core.errors import RecipeError
 from rlhf_recipes.core.files import RECIPE, write_json
+from rlhf_recipes.core.hub import resolve_path
 from rlhf_recipes.models import loading as models
-from rlhf_recipes.models.loading import (
-    PLAIN_CHAT_TEMPLATE,
-    check_finite,
-    fingerprint,
-    load_model,
-    load_policy,
-    load_tokenizer,
-    put_adapter,
-    resolve_path,
-)
+from rlhf_recipes.models.adapters import put_adapter
+from rlhf_recipes.models.fingerprint import fingerprint
+from rlhf_recipes.models.loading import load_model, load_policy
+from rlhf_recipes.models.tokenizer import PLAIN_CHAT_TEMPLATE, load_tokenizer
+from rlhf_recipes.models.weights import check_finite
 from support.small_ppo import make_model, with_adapter
 
 import pytest

@@ -8,26 +8,18 @@ from types import SimpleNamespace
 
 from rlhf_recipes.core.errors import RecipeError
 from rlhf_recipes.core.files import REWARD, read_json
+from rlhf_recipes.core.hub import resolve_path
 from rlhf_recipes.models import roles
-from rlhf_recipes.models.loading import (
-    PLAIN_CHAT_TEMPLATE,
-    disable_cpu_4bit_repacking,
-    fingerprint,
-    load_model,
-    load_tokenizer,
-    resolve_path,
-)
-from rlhf_recipes.models.roles import (
-    Ensemble,
-    encode,
-    load_reward,
-    load_saved_rewards,
-    load_whole_reward,
-    store_normalisation,
-    write_ensemble_record,
-)
+from rlhf_recipes.models.fingerprint import fingerprint
+from rlhf_recipes.models.loading import load_model
+from rlhf_recipes.models.precision import disable_cpu_4bit_repacking
+from rlhf_recipes.models.tokenizer import PLAIN_CHAT_TEMPLATE, encode, load_tokenizer
+from rlhf_recipes.rewards.classifier import load_reward_model
+from rlhf_recipes.rewards.records import store_normalisation, write_ensemble_record
+from rlhf_recipes.rewards.reward_models import Ensemble
+from rlhf_recipes.rewards.saved import load_reward, load_saved_rewards, load_whole_reward
 from rlhf_recipes.tiny import splits
-from rlhf_recipes.training.reward import RankingTrainer, load_reward_model
+from rlhf_recipes.training.reward import RankingTrainer
 from support import ROOT
 
 import pytest

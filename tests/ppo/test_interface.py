@@ -9,8 +9,10 @@ import shutil
 
 from rlhf_recipes import PPOConfig, PPOTrainer
 from rlhf_recipes.core.errors import RecipeError
-from rlhf_recipes.models.roles import Ensemble, load_reward, load_whole_reward, write_ensemble_record
-from rlhf_recipes.rewards.functions import SavedReward, load_rewards
+from rlhf_recipes.rewards.records import write_ensemble_record
+from rlhf_recipes.rewards.reward_models import Ensemble
+from rlhf_recipes.rewards.saved import load_reward, load_whole_reward
+from rlhf_recipes.rewards.specs import SavedReward, load_rewards
 from support.small_ppo import (
     ANSWERS,
     EOS,

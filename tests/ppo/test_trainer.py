@@ -6,8 +6,8 @@ from importlib import import_module
 from itertools import pairwise
 from types import SimpleNamespace
 
+from rlhf_recipes.config.ppo import LOSSES
 from rlhf_recipes.core.errors import RecipeError
-from rlhf_recipes.training.ppo.config import LOSSES
 from rlhf_recipes.training.ppo.sampling import PretrainingText
 from support import ROOT
 from support.small_ppo import (

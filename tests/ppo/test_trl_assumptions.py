@@ -18,9 +18,9 @@ import tomllib
 from collections import defaultdict, deque
 from types import SimpleNamespace
 
+from rlhf_recipes.config.ppo import LOSSES, PPOConfig, _One
 from rlhf_recipes.models.kernels import without_compilation
 from rlhf_recipes.rewards.functions import FROM_TRL
-from rlhf_recipes.training.ppo.config import LOSSES, PPOConfig, _One
 from rlhf_recipes.training.ppo.trainer import PPOTrainer
 from rlhf_recipes.training.reward import RankingCollator, RankingTrainer
 from support import ROOT

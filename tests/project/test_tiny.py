@@ -10,7 +10,7 @@ import sys
 from collections import Counter
 from pathlib import Path
 
-from rlhf_recipes.models.loading import resolve_path
+from rlhf_recipes.core.hub import resolve_path
 from rlhf_recipes.tiny import splits, text
 from rlhf_recipes.tiny.examine import examine, load_policy
 from rlhf_recipes.tiny.tokenizer import build_tokenizer

@@ -4,20 +4,21 @@ import math
 import pickle
 
 from rlhf_recipes.core.errors import RecipeError
-from rlhf_recipes.models import loading as recipe_models
+from rlhf_recipes.core.hub import resolve_path
+from rlhf_recipes.models.tokenizer import load_tokenizer
+from rlhf_recipes.rewards.checks import checked
 from rlhf_recipes.rewards.functions import (
     FROM_TRL,
     Abstention,
     LengthPenalty,
     RepetitionPenalty,
-    Similarity,
-    checked,
     exact_match,
     last_text,
-    load_rewards,
     normalised_match,
 )
 from rlhf_recipes.rewards.matching import Truthfulness
+from rlhf_recipes.rewards.similarity import Similarity
+from rlhf_recipes.rewards.specs import load_rewards
 from rlhf_recipes.tiny import splits
 
 import numpy as np
@@ -556,11 +557,11 @@ def test_a_step_of_trl(tmp_path):
         save_strategy="no",
     )
     trainer = GRPOTrainer(
-        AutoModelForCausalLM.from_pretrained(recipe_models.resolve_path(BASE), dtype=torch.float32),
+        AutoModelForCausalLM.from_pretrained(resolve_path(BASE), dtype=torch.float32),
         reward_funcs=rewards,
         args=training,
         train_dataset=splits.prompts(rows=8),
-        processing_class=recipe_models.load_tokenizer(arguments, training),
+        processing_class=load_tokenizer(arguments, training),
     )
     SEEN.clear()
     trainer.train()

@@ -1,7 +1,7 @@
 """Shares of right, abstaining and made-up answers, and the answers themselves."""
 
+from rlhf_recipes.core.hub import resolve_path
 from rlhf_recipes.generation.answers import answer
-from rlhf_recipes.models.loading import resolve_path
 from rlhf_recipes.rewards.matching import Truthfulness, normalise
 from rlhf_recipes.tiny import splits
 

@@ -4,7 +4,8 @@ import json
 import shutil
 
 from rlhf_recipes.training.counters import COUNTS
-from rlhf_recipes.training.run import ARGUMENTS, RunRecorder
+from rlhf_recipes.training.record import RunRecorder
+from rlhf_recipes.training.resume import ARGUMENTS
 from support.small_stages import small, without_times
 
 import pytest

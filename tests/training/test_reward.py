@@ -7,9 +7,12 @@ import math
 import shutil
 
 from rlhf_recipes.core.errors import RecipeError
-from rlhf_recipes.models.loading import load_model, load_tokenizer, resolve_path
+from rlhf_recipes.core.hub import resolve_path
+from rlhf_recipes.models.loading import load_model
+from rlhf_recipes.models.tokenizer import load_tokenizer
+from rlhf_recipes.rewards.classifier import load_reward_model
 from rlhf_recipes.tiny import splits
-from rlhf_recipes.training.reward import RankingTrainer, load_reward_model, ranking_loss
+from rlhf_recipes.training.reward import RankingTrainer, ranking_loss
 
 import pytest
 import torch

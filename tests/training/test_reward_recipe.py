@@ -7,13 +7,14 @@ import shutil
 import weakref
 from types import SimpleNamespace
 
-from rlhf_recipes.config.arguments import DataArguments, DatasetSource
+from rlhf_recipes.config.data import DataArguments, DatasetSource
 from rlhf_recipes.core.errors import RecipeError
+from rlhf_recipes.core.hub import resolve_path
 from rlhf_recipes.data import demonstrations_of, load_data
 from rlhf_recipes.evaluation.reward_models import measure_reward
-from rlhf_recipes.models import roles
-from rlhf_recipes.models.loading import load_model, resolve_path
-from rlhf_recipes.models.roles import load_reward, load_saved_rewards, load_whole_reward
+from rlhf_recipes.models.loading import load_model
+from rlhf_recipes.rewards import reward_models
+from rlhf_recipes.rewards.saved import load_reward, load_saved_rewards, load_whole_reward
 from rlhf_recipes.tiny import splits
 from rlhf_recipes.training import run as runs
 from rlhf_recipes.training.run import run_dependencies
@@ -446,7 +447,7 @@ def test_run_that_has_no_scale_yet_is_not_done(reward, tmp_path, monkeypatch, en
         raise RecipeError("no memory left")
 
     with monkeypatch.context() as patch:
-        patch.setattr(roles, "store_normalisation", failing)
+        patch.setattr(reward_models, "store_normalisation", failing)
         status, error = reward(folder, *LONG, *ensemble)
     assert (status, len(calls)) == (2, 1)
     assert "no memory left" in error
@@ -495,13 +496,13 @@ def test_record_of_an_ensemble_says_what_it_is_made_of(trained, files):
 
 
 def test_measuring_reads_as_many_answers_at_once_as_evaluation(reward, tmp_path, monkeypatch):
-    sizes, score = [], roles.Reward.score
+    sizes, score = [], reward_models.RewardModel.score
 
     def watched(self, input_ids, attention_mask, **options):
         sizes.append(len(input_ids))
         return score(self, input_ids, attention_mask, **options)
 
-    monkeypatch.setattr(roles.Reward, "score", watched)
+    monkeypatch.setattr(reward_models.RewardModel, "score", watched)
     assert reward(tmp_path, *AS_IT_BEGINS, "--per_device_eval_batch_size", 3)[0] == 0
     assert max(sizes) == 3
     assert sum(sizes) == 16 * 4 + 16

@@ -3,7 +3,8 @@
 import json
 import shutil
 
-from rlhf_recipes.models.loading import fingerprint, resolve_path
+from rlhf_recipes.core.hub import resolve_path
+from rlhf_recipes.models.fingerprint import fingerprint
 from support import run_recipe
 
 import pytest

@@ -8,12 +8,15 @@ import logging
 from types import SimpleNamespace
 
 from rlhf_recipes.cli import exit_on_recipe_error
-from rlhf_recipes.config.arguments import DataArguments, parse_arguments
+from rlhf_recipes.config.data import DataArguments
+from rlhf_recipes.config.parser import parse_arguments
 from rlhf_recipes.core.errors import RecipeError, lack_of_memory
 from rlhf_recipes.core.hub import explain_load_error
 from rlhf_recipes.core.machine import check_bitsandbytes
 from rlhf_recipes.memory.models import load_config
-from rlhf_recipes.models.loading import fingerprint, load_model, load_tokenizer
+from rlhf_recipes.models.fingerprint import fingerprint
+from rlhf_recipes.models.loading import load_model
+from rlhf_recipes.models.tokenizer import load_tokenizer
 from support.small_ppo import make_tokenizer, save_base, with_adapter
 
 import bitsandbytes

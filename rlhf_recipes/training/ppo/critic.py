@@ -6,8 +6,10 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from rlhf_recipes.core.errors import RecipeError
-from rlhf_recipes.models.loading import backbone, base_of, forward_backbone, read_weights
-from rlhf_recipes.models.roles import RewardModel, ScalarHead, copy_adapter, use_adapter
+from rlhf_recipes.models.backbone import backbone, base_of, forward_backbone
+from rlhf_recipes.models.roles import copy_adapter, use_adapter
+from rlhf_recipes.models.weights import read_weights
+from rlhf_recipes.rewards.reward_models import RewardModel, ScalarHead
 
 from peft import PeftModel
 from safetensors.torch import save_file

@@ -4,9 +4,9 @@ import functools
 from collections.abc import Callable, Iterator
 from typing import Any
 
+from rlhf_recipes.config.ppo import PPOConfig
 from rlhf_recipes.core.errors import RecipeError
-from rlhf_recipes.models.loading import backbone, base_of
-from rlhf_recipes.training.ppo.config import PPOConfig
+from rlhf_recipes.models.backbone import backbone, base_of
 from rlhf_recipes.training.ppo.critic import Critic
 
 import torch

@@ -12,29 +12,17 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any, ClassVar
 
+from rlhf_recipes.config.ppo import PPOConfig
 from rlhf_recipes.core.errors import RecipeError
 from rlhf_recipes.core.files import read_json, write_json
+from rlhf_recipes.models.backbone import backbone, forward_backbone
 from rlhf_recipes.models.kernels import check_vllm, compile_layers, eager_mode, without_compilation
-from rlhf_recipes.models.loading import (
-    backbone,
-    disable_cpu_4bit_repacking,
-    forward_backbone,
-    keep_adapter_in_fp32,
-    preserve_param_dtypes,
-)
-from rlhf_recipes.models.roles import (
-    NO_ADAPTER,
-    POLICY,
-    Ensemble,
-    RewardModel,
-    Scorer,
-    copy_adapter,
-    load_saved_rewards,
-    save_single_adapter,
-    use_adapter,
-)
-from rlhf_recipes.rewards.functions import SavedReward, checked
-from rlhf_recipes.training.ppo.config import PPOConfig
+from rlhf_recipes.models.precision import disable_cpu_4bit_repacking, keep_adapter_in_fp32, preserve_param_dtypes
+from rlhf_recipes.models.roles import NO_ADAPTER, POLICY, copy_adapter, save_single_adapter, use_adapter
+from rlhf_recipes.rewards.checks import checked
+from rlhf_recipes.rewards.reward_models import Ensemble, RewardModel, Scorer
+from rlhf_recipes.rewards.saved import load_saved_rewards
+from rlhf_recipes.rewards.specs import SavedReward
 from rlhf_recipes.training.ppo.critic import make_critic, positions, shift_hidden_states
 from rlhf_recipes.training.ppo.diagnostics import DiagnosticsCallback
 from rlhf_recipes.training.ppo.maths import (

@@ -4,7 +4,7 @@ import functools
 from collections.abc import Iterator
 
 from rlhf_recipes.core.errors import RecipeError
-from rlhf_recipes.models.loading import base_of
+from rlhf_recipes.models.backbone import base_of
 from rlhf_recipes.models.roles import POLICY
 
 import torch

@@ -1,15 +1,36 @@
-"""The arguments of PPO: those of TRL's GRPO, on whose trainer it stands, and its own."""
+"""Arguments of `recipes/ppo.py`: those of TRL's GRPO, on whose trainer PPO stands, and its own."""
 
 import logging
 from dataclasses import dataclass, field
 
+from rlhf_recipes.config.data import DatasetSource
 from rlhf_recipes.config.launcher import check_launcher_support, current_launcher
+from rlhf_recipes.config.policy import PolicyArguments
 from rlhf_recipes.core.errors import RecipeError
 
 from trl import GRPOConfig
 
-logger = logging.getLogger(__name__)
 
+@dataclass
+class PPOArguments(PolicyArguments):
+    """Where the policy begins and what PPO rewards, beyond `PPOConfig`."""
+
+    reward_funcs: list[str] = field(
+        default_factory=list,
+        metadata={
+            "help": "What scores completions: folders that recipes/reward.py saved and dotted paths of functions, each alone "
+            "or as a mapping of `path`, `weight` and `arguments`; their weighted sum is the score."
+        },
+    )
+    max_prompt_length: int | None = field(
+        default=512, metadata={"help": "Prompts of more tokens are left out and counted, or stop the run (`long_rows: error`)."}
+    )
+    ptx_dataset: list[DatasetSource] = field(
+        default_factory=list, metadata={"help": "Pretraining text, for `ptx_coef`: a mixture of data with the column `text`."}
+    )
+
+
+logger = logging.getLogger(__name__)
 CRITICS = ("shared", "adapter", "model")
 LOSSES = ("dapo", "bnpo", "grpo", "dr_grpo")  # TRL's names for ways to average PPO's clipped loss over tokens
 

@@ -1,0 +1,39 @@
+"""The parts of a model: its base without adapters, and the backbone below its head."""
+
+from typing import Any
+
+import torch
+from peft import PeftModel
+from torch.distributed.fsdp import FSDPModule, register_fsdp_forward_method
+from transformers import (
+    PreTrainedModel,
+)
+
+
+def base_of(model: torch.nn.Module) -> PreTrainedModel:
+    """The model that adapters, if there are any, stand on."""
+    return model.get_base_model() if isinstance(model, PeftModel) else model
+
+
+def backbone(model: torch.nn.Module) -> torch.nn.Module:
+    """The model below its head: tokens to hidden states; of a model without a head, that itself."""
+    return base_of(model).base_model
+
+
+def forward_backbone(model: torch.nn.Module, **inputs: Any) -> Any:
+    """What the trunk makes of the inputs (Transformers' outputs, with `last_hidden_state`).
+
+    FSDP gathers the weights that belong to no layer (embeddings, last norm) when its root is called: a trunk that is called
+    past it would compute with a share of them.
+    """
+    if not isinstance(model, FSDPModule):
+        return backbone(model)(**inputs)
+    if not hasattr(model, "_forward_backbone"):
+        model._forward_backbone = lambda **inputs: backbone(model)(**inputs)
+        register_fsdp_forward_method(model, "_forward_backbone")
+    return model._forward_backbone(**inputs)
+
+
+def base_name(model: torch.nn.Module) -> str:
+    """The Hub name or folder of a model's base."""
+    return base_of(model).name_or_path or type(base_of(model)).__name__
