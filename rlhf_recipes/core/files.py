@@ -14,6 +14,9 @@ PENDING = "recipe.unfinished.json"
 """The same, of a stage that has trained and not measured yet: by `recipe.json` others take a stage for done."""
 LOG = "log.jsonl"
 """Of a training: a line of JSON for everything that was logged."""
+REWARD_EVALUATION = ("evaluation.json", "reliability-*.svg", "scores-*.svg")
+"""What held-out comparisons say of a reward model, as patterns of file names."""
+
 REWARD = "reward.json"
 """Of a reward model: its base and the scale of its scores; of an ensemble: its members and how they are combined."""
 # What the others rely on, by the way to it; of lists the type of their entries. A file that somebody edited may hold anything

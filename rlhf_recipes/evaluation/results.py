@@ -3,11 +3,10 @@
 from pathlib import Path
 from typing import Any
 
-from rlhf_recipes.core.files import read_json
+from rlhf_recipes.core.files import REWARD_EVALUATION, read_json
 from rlhf_recipes.core.provenance import versions
 from rlhf_recipes.evaluation.evaluate import Drawn, Measurement, describe, groups_of, lm_eval_results, perplexities
 from rlhf_recipes.evaluation.report.verdict import verdict
-from rlhf_recipes.evaluation.reward_models import EVALUATION
 from rlhf_recipes.generation.judges import ChatJudge, as_text
 from rlhf_recipes.generation.policies import Policy
 from rlhf_recipes.rewards.matching import kinds_of
@@ -98,4 +97,4 @@ def _example(measurement: Measurement, drawn: dict[str, Drawn], group: str, row:
 
 def _own_evaluation(folder: str | None) -> dict[str, Any] | None:
     """What recipes/reward.py measured of a reward model on comparisons held out, where it did."""
-    return read_json(Path(folder) / EVALUATION[0]) or None if folder else None
+    return read_json(Path(folder) / REWARD_EVALUATION[0]) or None if folder else None

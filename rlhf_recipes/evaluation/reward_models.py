@@ -4,7 +4,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Protocol
 
-from rlhf_recipes.core.files import write_json, write_text
+from rlhf_recipes.core.files import REWARD_EVALUATION, write_json, write_text
 from rlhf_recipes.evaluation.metrics.preference import evaluate_reward
 from rlhf_recipes.evaluation.report.plots import reliability_diagram, score_histogram
 from rlhf_recipes.models.tokenizer import encode
@@ -12,9 +12,6 @@ from rlhf_recipes.rewards.reward_models import Ensemble, RewardModel
 
 from datasets import Dataset
 from transformers import PreTrainedTokenizerBase
-
-EVALUATION = ("evaluation.json", "reliability-*.svg", "scores-*.svg")
-"""Names of the files that `write_evaluation` leaves."""
 
 
 class Measurable(Protocol):
@@ -93,7 +90,7 @@ def write_evaluation(folder: str | Path, results: dict[str, dict[str, Any]]) -> 
     Those that are there go, also where there is nothing to write: they are of another model.
     """
     folder = Path(folder)
-    for path in [path for pattern in EVALUATION for path in folder.glob(pattern)]:
+    for path in [path for pattern in REWARD_EVALUATION for path in folder.glob(pattern)]:
         path.unlink()
     if not results:
         return

@@ -368,7 +368,8 @@ def whole_logits_bytes(shape: Shape, tokens: int) -> float:
 
 def dequantised_bytes(shape: Shape, numbers: Numbers) -> float:
     """Bytes of the largest matrix where its 4 bits are made numbers: in every backward pass, and in large forward ones
-    (`MatMul4Bit` of bitsandbytes), with fp32 scales that were nested."""
+    (`MatMul4Bit` of bitsandbytes), with fp32 scales that were nested.
+    """
     if numbers.bits is None:
         return 0.0
     return shape.largest * (numbers.compute + (2 * 4 / BLOCK if numbers.nested and numbers.bits == 4 else 0))

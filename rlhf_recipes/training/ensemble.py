@@ -13,9 +13,8 @@ from typing import Any
 from rlhf_recipes.config.data import DataArguments
 from rlhf_recipes.config.reward import RewardArguments
 from rlhf_recipes.core.errors import RecipeError
-from rlhf_recipes.core.files import PENDING, RECIPE, REWARD, write_json
+from rlhf_recipes.core.files import PENDING, RECIPE, REWARD, REWARD_EVALUATION, write_json
 from rlhf_recipes.data import Data, drop_overlong_mode, load_data
-from rlhf_recipes.evaluation.reward_models import EVALUATION
 from rlhf_recipes.models.loading import load_model
 from rlhf_recipes.models.tokenizer import load_tokenizer
 from rlhf_recipes.rewards.records import write_ensemble_record
@@ -117,7 +116,7 @@ def remove_earlier_results(output: str | Path, checkpoints: Sequence[str | None]
     for folder in _member_folders(output):
         remove_results(folder)
         shutil.rmtree(folder)
-    remove_results(output, REWARD, *EVALUATION)
+    remove_results(output, REWARD, *REWARD_EVALUATION)
 
 
 def _go_on_in(output: Path, checkpoints: Sequence[str | None]) -> bool:

@@ -17,7 +17,7 @@ def perplexity(
     max_length: int = 512,
     batch_size: int = 16,
 ) -> float:
-    """exp of the mean negative log-likelihood of a token, over all tokens of the texts but the first of each.
+    """Exp of the mean negative log-likelihood of a token, over all tokens of the texts but the first of each.
 
     The model's mode is left as it was.
 
