@@ -367,8 +367,9 @@ def whole_logits_bytes(shape: Shape, tokens: int) -> float:
 
 
 def dequantised_bytes(shape: Shape, numbers: Numbers) -> float:
-    """Bytes of the largest matrix where its 4 bits are made numbers: in every backward pass, and in large forward ones
-    (`MatMul4Bit` of bitsandbytes), with fp32 scales that were nested.
+    """Bytes of the largest 4-bit matrix once it is dequantised.
+
+    It is in every backward pass, and in large forward ones (`MatMul4Bit` of bitsandbytes), with fp32 scales that were nested.
     """
     if numbers.bits is None:
         return 0.0
