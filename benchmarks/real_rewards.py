@@ -36,7 +36,7 @@ from rlhf_recipes.config.parser import parse_arguments
 from rlhf_recipes.config.reward import RewardArguments
 from rlhf_recipes.data import Data
 from rlhf_recipes.evaluation.reward_models import measure_reward
-from rlhf_recipes.rewards.saved import load_saved_rewards
+from rlhf_recipes.rewards.saved import load_saved_reward
 from rlhf_recipes.training.ensemble import load_comparisons
 
 import yaml
@@ -214,7 +214,7 @@ def gains(folder: Path, base_model: str | Path, words: BagOfWords, rows: Dataset
     """Of each held-out comparison, by how much the reward model in `folder` does better than the words: -1 to 1."""
     base = AutoModelForCausalLM.from_pretrained(base_model)
     policy = get_peft_model(base, LoraConfig(target_modules="all-linear"))  # as in PPO; it changes nothing
-    reward = load_saved_rewards(folder, policy, words.tokenizer)
+    reward = load_saved_reward(folder, policy, words.tokenizer)
     prompts, better, worse = zip(*(pair for row in rows for pair in _pairs(row)), strict=True)
     credits = []
     for scorer in (reward, words):

@@ -37,14 +37,14 @@ print(generator([{{"role": "user", "content": "..."}}], max_new_tokens=128, retu
     (
         "reward model",
         False,
-    ): """from rlhf_recipes.models.roles import load_reward  # on a base in memory, beside other adapters
+    ): """from rlhf_recipes.models.roles import load_reward_adapter  # on a base in memory, beside other adapters
 
-reward = load_reward(model, "{name}", "reward", tokenizer)
+reward = load_reward_adapter(model, "{name}", "reward", tokenizer)
 print(reward([[{{"role": "user", "content": "..."}}]], [[{{"role": "assistant", "content": "..."}}]]))""",
     ("reward model", True): """from transformers import AutoTokenizer
-from rlhf_recipes.rewards.saved import load_whole_reward
+from rlhf_recipes.rewards.saved import load_full_reward
 
-reward = load_whole_reward("{name}", "reward", AutoTokenizer.from_pretrained("{name}"))
+reward = load_full_reward("{name}", "reward", AutoTokenizer.from_pretrained("{name}"))
 print(reward([[{{"role": "user", "content": "..."}}]], [[{{"role": "assistant", "content": "..."}}]]))""",
 }
 
@@ -97,7 +97,7 @@ def shown(path: str | Path) -> str:
 
 def _card(record: dict[str, Any], stages: list[dict[str, Any]], location: str) -> str:
     merged = record.get("recipe") == "merge"
-    kind = kind_of(stages)
+    kind = model_kind(stages)
     base = (record.get("base_model") or {}).get("name") or "its base"
     made = f"{shown(base)} with a LoRA adapter merged into it" if merged else f"an adapter on {shown(base)}"
     if not merged and not _is_adapter(record):
@@ -117,7 +117,7 @@ def _card(record: dict[str, Any], stages: list[dict[str, Any]], location: str) -
     return f"---\n{_metadata(record, kind, base, merged).to_yaml()}\n---\n\n" + "\n\n".join(sections) + "\n"
 
 
-def kind_of(stages: list[dict[str, Any]]) -> str:
+def model_kind(stages: list[dict[str, Any]]) -> str:
     """What the last stage made: a "policy" or a "reward model"."""
     return _KINDS.get(stages[-1].get("recipe") if stages else None, "policy")
 

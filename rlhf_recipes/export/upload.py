@@ -17,7 +17,7 @@ _NOT_FOR_OTHERS = (PENDING, "training_args.bin", "checkpoint-*", ".*")
 _WEIGHTS = ("*.safetensors", "*.safetensors.index.json", "*.bin", "*.bin.index.json", "adapter_config.json")
 
 
-def repository_of(folder: str | Path, hub_model_id: str | None) -> str:
+def repository_name(folder: str | Path, hub_model_id: str | None) -> str:
     """The name on the Hub of what is in a folder: by itself that of the folder, as TRL's trainers have it."""
     return hub_model_id or Path(folder).resolve().name
 
@@ -32,7 +32,7 @@ def publish(training: TrainingArguments) -> None:
         RecipeError: as `upload`.
     """
     if training.push_to_hub and training.process_index == 0:
-        repository = repository_of(training.output_dir, training.hub_model_id)
+        repository = repository_name(training.output_dir, training.hub_model_id)
         options = {"private": training.hub_private_repo, "token": training.hub_token, "revision": training.hub_revision}
         print(f"It is at {upload(training.output_dir, repository, **options)}")
 
@@ -77,12 +77,12 @@ def upload(
     return str(url)
 
 
-def for_others(value: Any, key: str = "") -> Any:
+def redact(value: Any, key: str = "") -> Any:
     """A record as it may be read elsewhere: without the folders of this machine, and without what opens doors."""
     if isinstance(value, dict):
-        return {name: for_others(item, name) for name, item in value.items()}
+        return {name: redact(item, name) for name, item in value.items()}
     if isinstance(value, list | tuple):
-        return [for_others(item, key) for item in value]
+        return [redact(item, key) for item in value]
     if key.split("_")[-1] in ("token", "password", "secret") and key != "eos_token" and isinstance(value, str):
         return "<not shown>"
     return shown(value) if isinstance(value, str) else value
@@ -92,7 +92,7 @@ def _content(path: Path) -> str | bytes:
     """What is uploaded of a file: a record as others may read it, else the file that is named."""
     if path.name != RECIPE:
         return str(path)
-    return json.dumps(for_others(read_json(path)), indent=2, ensure_ascii=False).encode()
+    return json.dumps(redact(read_json(path)), indent=2, ensure_ascii=False).encode()
 
 
 def _refuse_other_weights(there: list[str], folder: Path, repository: str) -> None:

@@ -8,7 +8,7 @@ from typing import Any, Literal
 from rlhf_recipes.core.errors import RecipeError
 from rlhf_recipes.core.hub import explain_load_error
 from rlhf_recipes.models.loading import model_path
-from rlhf_recipes.rewards.functions import FINITE, Text, last_text, with_references
+from rlhf_recipes.rewards.functions import FINITE_FLOATS, Text, last_text, pair_with_references
 
 import torch
 from accelerate import PartialState
@@ -27,7 +27,7 @@ from trl import ModelConfig
 _SAME_MEANING = ("entailment", "equivalent", "paraphrase", "duplicate")  # names of one label in NLI, MRPC, PAWS, QQP
 
 
-@dataclass(config=FINITE)
+@dataclass(config=FINITE_FLOATS)
 class Similarity:
     """How much a completion says what the reference says, in the judgement of a model that was trained to compare two texts.
 
@@ -60,7 +60,7 @@ class Similarity:
         self, completions: list[Text], reference: list[str | None] | None = None, **columns: Any
     ) -> list[float | None]:
         """Scores (B,), in the range of the model's kind, or None."""
-        pairs = [(last_text(one), truth) for one, truth in with_references(completions, reference, "Similarity")]
+        pairs = [(last_text(one), truth) for one, truth in pair_with_references(completions, reference, "Similarity")]
         scores = [None if truth is None else 0.0 for _, truth in pairs]
         readable = [row for row, (text, truth) in enumerate(pairs) if text and truth is not None]
         if readable:

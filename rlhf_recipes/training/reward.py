@@ -11,7 +11,7 @@ from rlhf_recipes.models.fingerprint import fingerprint
 from rlhf_recipes.models.kernels import keep_forward
 from rlhf_recipes.models.precision import keep_adapter_in_fp32, preserve_param_dtypes
 from rlhf_recipes.models.tokenizer import encode
-from rlhf_recipes.rewards.records import write_reward_record
+from rlhf_recipes.rewards.reward_json import write_reward_record
 
 import torch
 from datasets import Dataset, IterableDataset

@@ -14,7 +14,7 @@ from rlhf_recipes.core.errors import RecipeError, first_line, lack_of_memory
 from rlhf_recipes.core.files import PENDING, RECIPE
 from rlhf_recipes.core.yaml import read_yaml
 from rlhf_recipes.models.adapters import check_adapter_complete
-from rlhf_recipes.models.weights import ADAPTER, check_finite, each_weight, read_weights
+from rlhf_recipes.models.weights import ADAPTER, check_finite, iterate_weights, read_weights
 from rlhf_recipes.training.counters import ResumeCounters
 from rlhf_recipes.training.record import RunRecorder, write_log
 from rlhf_recipes.training.resume import (
@@ -138,7 +138,7 @@ def _explain_resumption(trainer: Trainer, checkpoint: str) -> None:
             named = f"resume_from_checkpoint: {checkpoint}"
             check_adapter_complete(trainer.model, trainer.model.active_adapters[0], read_weights(path), named)
             continue
-        for _ in each_weight(path):  # only looked at: a whole model is read by Transformers
+        for _ in iterate_weights(path):  # only looked at: a whole model is read by Transformers
             pass
 
 

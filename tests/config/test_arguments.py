@@ -11,7 +11,7 @@ from rlhf_recipes.config.evaluate import EvaluateArguments
 from rlhf_recipes.config.parser import parse_arguments
 from rlhf_recipes.core.errors import RecipeError
 from rlhf_recipes.core.yaml import read_yaml
-from rlhf_recipes.rewards.specs import load_rewards
+from rlhf_recipes.rewards.reward_funcs import load_rewards
 from support import ROOT
 
 import pytest

@@ -9,12 +9,12 @@ from rlhf_recipes.core.files import REWARD, write_json
 from rlhf_recipes.core.hub import resolve_path
 from rlhf_recipes.export import merge as merging
 from rlhf_recipes.export.model_card import lineage, write_card
-from rlhf_recipes.export.upload import for_others
+from rlhf_recipes.export.upload import redact
 from rlhf_recipes.models.backbone import base_of
 from rlhf_recipes.models.fingerprint import fingerprint
 from rlhf_recipes.models.loading import load_model
-from rlhf_recipes.rewards.records import write_reward_record
-from rlhf_recipes.rewards.saved import load_reward, load_whole_reward
+from rlhf_recipes.rewards.reward_json import write_reward_record
+from rlhf_recipes.rewards.saved import load_full_reward, load_reward_adapter
 from rlhf_recipes.tiny import splits
 
 import pytest
@@ -131,8 +131,8 @@ def test_a_merged_reward_model_scores_the_same(merge, reward, dtype):
     scores = [
         torch.tensor(scorer(*zip(*pairs, strict=True)))
         for scorer in (
-            load_reward(AutoModelForCausalLM.from_pretrained(BASE), reward, "reward", tokenizer),
-            load_whole_reward(output, "merged", tokenizer),
+            load_reward_adapter(AutoModelForCausalLM.from_pretrained(BASE), reward, "reward", tokenizer),
+            load_full_reward(output, "merged", tokenizer),
         )
     ]
     tolerance = 1e-5 if dtype == "float32" else 0.2 * scores[0].std()  # the adapter is on a base in float32 here
@@ -432,7 +432,7 @@ def test_the_record_of_a_merged_model_tells_no_folder_of_this_machine(merge, pol
     text = (output / "recipe.json").read_text()
     assert str(policy.parent) not in text
     assert resolve_path(NAME) not in text
-    assert for_others({"model_init_kwargs": {"token": "hf_secret"}, "eos_token": "</s>"}) == {
+    assert redact({"model_init_kwargs": {"token": "hf_secret"}, "eos_token": "</s>"}) == {
         "model_init_kwargs": {"token": "<not shown>"},
         "eos_token": "</s>",
     }

@@ -6,9 +6,8 @@ import pickle
 from rlhf_recipes.core.errors import RecipeError
 from rlhf_recipes.core.hub import resolve_path
 from rlhf_recipes.models.tokenizer import load_tokenizer
-from rlhf_recipes.rewards.checks import checked
 from rlhf_recipes.rewards.functions import (
-    FROM_TRL,
+    TRL_KEYWORDS,
     Abstention,
     LengthPenalty,
     RepetitionPenalty,
@@ -17,8 +16,9 @@ from rlhf_recipes.rewards.functions import (
     normalised_match,
 )
 from rlhf_recipes.rewards.matching import Truthfulness
+from rlhf_recipes.rewards.protocol import checked_reward
+from rlhf_recipes.rewards.reward_funcs import load_rewards
 from rlhf_recipes.rewards.similarity import Similarity
-from rlhf_recipes.rewards.specs import load_rewards
 from rlhf_recipes.tiny import splits
 
 import numpy as np
@@ -341,16 +341,18 @@ def run(coroutine):
     "scores", [[1, None, -0.5], (1.0, None, -0.5), [np.float32(1), None, torch.tensor(-0.5)], [True, None, np.float64(-0.5)]]
 )
 def test_checked_passes_numbers_on(scores):
-    result = checked(returning(scores))(prompts=["a", "b", "c"], completions=["", "", ""])
+    result = checked_reward(returning(scores))(prompts=["a", "b", "c"], completions=["", "", ""])
     assert result == [1, None, -0.5]
     assert [type(score) for score in result] == [float, type(None), float]
 
 
 def test_checked_passes_arrays_and_arguments_on():
     for array in (torch.tensor([1.0, 2.0]), np.array([True, False])):
-        assert checked(returning(array))(prompts=["a", "b"], completions=["", ""]) == array.tolist()
+        assert checked_reward(returning(array))(prompts=["a", "b"], completions=["", ""]) == array.tolist()
     seen = {}
-    checked(lambda **columns: seen.update(columns) or [0])(prompts=["a"], completions=["b"], completion_ids=[[1]], extra=[2])
+    checked_reward(lambda **columns: seen.update(columns) or [0])(
+        prompts=["a"], completions=["b"], completion_ids=[[1]], extra=[2]
+    )
     assert seen == {"prompts": ["a"], "completions": ["b"], "completion_ids": [[1]], "extra": [2]}
 
 
@@ -372,24 +374,24 @@ def test_checked_passes_arrays_and_arguments_on():
 )
 def test_checked_refuses(scores, message):
     with pytest.raises(RecipeError, match=f"^the reward .*{message}") as error:
-        checked(returning(scores))(prompts=["first", "second" * 99], completions=["", ""])
+        checked_reward(returning(scores))(prompts=["first", "second" * 99], completions=["", ""])
     assert len(str(error.value)) < 900
 
 
 def test_checked_keeps_asynchronous_rewards_asynchronous():
     for later in (lengths_later, LengthsLater()):
-        reward = checked(later)
+        reward = checked_reward(later)
         assert is_async_callable(reward)
         assert run(reward(prompts=["a", "b"], completions=["", "xy"])) == [0, 2]
         with pytest.raises(RecipeError, match="2 numbers for 1 comp"):
             reward(prompts=["a"], completions=["", ""]).send(None)
-    assert not is_async_callable(checked(lengths))
-    assert [checked(reward).__name__ for reward in (lengths, lengths_later, LengthsLater())] == [
+    assert not is_async_callable(checked_reward(lengths))
+    assert [checked_reward(reward).__name__ for reward in (lengths, lengths_later, LengthsLater())] == [
         "lengths",
         "lengths_later",
         "LengthsLater",
     ]
-    assert checked(lengths, "other").__name__ == "other"
+    assert checked_reward(lengths, "other").__name__ == "other"
 
 
 # --- From YAML -------------------------------------------------------------------------------------------
@@ -460,7 +462,7 @@ def test_load_rewards():
         ("nosuchmodule.sub.f", "No module named 'nosuchmodule'$"),
         ("rlhf_recipes.rewrds.exact_match", "cannot import rlhf_recipes.rewrds .*; did you mean 'rewards'?"),
         (f"{REWARDS}.exactmatch", "rlhf_recipes.rewards has no 'exactmatch'; did you mean 'exact_match'?"),
-        (f"{REWARDS}.FROM_TRL", "is a tuple, and must be a function or a class"),
+        (f"{REWARDS}.TRL_KEYWORDS", "is a tuple, and must be a function or a class"),
         ("builtins.max", "its parameters are unknown"),
         (f"{__name__}.without_columns", r"without_columns\(completions, reference\) does not take prompts.*`\*\*columns`"),
         ("trl.rewards.get_repetition_penalty_reward", "if it makes a reward, give it `arguments`"),
@@ -567,7 +569,7 @@ def test_a_step_of_trl(tmp_path):
     trainer.train()
     log = next(entry for entry in trainer.state.log_history if "reward" in entry)
     columns = SEEN[0]
-    assert set(columns) == {*FROM_TRL, "reference"}
+    assert set(columns) == {*TRL_KEYWORDS, "reference"}
     assert len(columns["prompts"]) == 16
 
     means = {}

@@ -19,10 +19,10 @@ from rlhf_recipes.models.backbone import backbone, forward_backbone
 from rlhf_recipes.models.kernels import check_vllm, compile_layers, eager_mode, without_compilation
 from rlhf_recipes.models.precision import disable_cpu_4bit_repacking, keep_adapter_in_fp32, preserve_param_dtypes
 from rlhf_recipes.models.roles import NO_ADAPTER, POLICY, copy_adapter, save_single_adapter, use_adapter
-from rlhf_recipes.rewards.checks import checked
+from rlhf_recipes.rewards.protocol import checked_reward
+from rlhf_recipes.rewards.reward_funcs import SavedReward
 from rlhf_recipes.rewards.reward_models import Ensemble, RewardModel, Scorer
-from rlhf_recipes.rewards.saved import load_saved_rewards
-from rlhf_recipes.rewards.specs import SavedReward
+from rlhf_recipes.rewards.saved import load_saved_reward
 from rlhf_recipes.training.ppo.critic import make_critic, positions, shift_hidden_states
 from rlhf_recipes.training.ppo.diagnostics import DiagnosticsCallback
 from rlhf_recipes.training.ppo.maths import (
@@ -160,7 +160,7 @@ class PPOTrainer(GRPOTrainer):
         with preserve_param_dtypes(model):
             super().__init__(
                 model=model,
-                reward_funcs=[reward if isinstance(reward, nn.Module) else checked(reward) for reward in rewards],
+                reward_funcs=[reward if isinstance(reward, nn.Module) else checked_reward(reward) for reward in rewards],
                 args=args,
                 train_dataset=at_least_one_batch(train_dataset, args),
                 eval_dataset=eval_dataset,
@@ -811,7 +811,7 @@ def _as_reward(reward: Any, model: PreTrainedModel | PeftModel, tokenizer: PreTr
     if not isinstance(reward, SavedReward):
         return reward
     size = args.local_rollout_forward_batch_size or args.per_device_train_batch_size
-    return load_saved_rewards(reward.folder, model, tokenizer, reward.combine, reward.uncertainty_coef, size)
+    return load_saved_reward(reward.folder, model, tokenizer, reward.combine, reward.uncertainty_coef, size)
 
 
 def _first_reward_model(rewards: list[Any]) -> RewardModel | None:
