@@ -401,17 +401,17 @@ def test_what_was_checked_is_what_is_uploaded(merge, policy, monkeypatch):
         calls.append(("create_repo", repo_id, options))
         return RepoUrl(f"https://huggingface.co/someone/{repo_id}")
 
-    def create_commit(self, repo_id, operations, **options):
-        calls.append(("create_commit", repo_id, [operation.path_in_repo for operation in operations]))
+    def upload_folder(self, repo_id, folder_path, **options):
+        calls.append(("upload_folder", repo_id, sorted(os.listdir(folder_path))))
 
     monkeypatch.setattr(HfApi, "create_repo", create_repo)
-    monkeypatch.setattr(HfApi, "create_commit", create_commit)
+    monkeypatch.setattr(HfApi, "upload_folder", upload_folder)
     monkeypatch.setattr(HfApi, "list_repo_files", lambda self, repo_id, **_: [".gitattributes", "model.safetensors"])
     status, error, output = merge(policy, "--push_to_hub", "true", "--hub_model_id", "mine", "--hub_private_repo", "true")
     assert status == 0, error
     assert calls == [
         ("create_repo", "mine", {"private": True, "exist_ok": True}),
-        ("create_commit", "someone/mine", sorted(os.listdir(output))),
+        ("upload_folder", "someone/mine", sorted(os.listdir(output))),
     ]
     assert 'model="mine"' in (output / "README.md").read_text()
 
@@ -420,7 +420,7 @@ def test_what_was_checked_is_what_is_uploaded(merge, policy, monkeypatch):
 def test_weights_of_another_model_in_the_repository_are_not_mixed_with_these(merge, policy, monkeypatch, other):
     monkeypatch.setattr(HfApi, "create_repo", lambda self, repo_id, **options: RepoUrl(f"https://huggingface.co/a/{repo_id}"))
     monkeypatch.setattr(HfApi, "list_repo_files", lambda self, repo_id, **_: ["README.md", other])
-    monkeypatch.setattr(HfApi, "create_commit", lambda self, *_, **__: pytest.fail("was uploaded"))
+    monkeypatch.setattr(HfApi, "upload_folder", lambda self, *_, **__: pytest.fail("was uploaded"))
     status, error, output = merge(policy, "--push_to_hub", "true", "--hub_model_id", "mine")
     assert status == 2
     assert f"push_to_hub: a/mine holds weights of another model ({other}), " in error
