@@ -72,8 +72,8 @@ def upload(
         if not is_of_the_hub(error):
             raise
         raise RecipeError(
-            f"push_to_hub: {repository}: {first_line(error)}; the result is in {folder}. Fix: with a network and after `hf auth "
-            f"login`, run `hf upload {repository} {folder} --exclude 'checkpoint-*'` (recipe.json names local folders)"
+            f"push_to_hub: {repository}: {first_line(error)}; the result is in {folder}. Fix: after `hf auth login`, "
+            f"run `hf upload {repository} {folder} --exclude 'checkpoint-*'` (recipe.json names local folders)"
         ) from error
     return str(url)
 

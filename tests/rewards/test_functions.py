@@ -57,7 +57,7 @@ def test_matches(reward, expected, shape):
     assert reward(prompts=[""] * 8, completions=shape(completions), completion_ids=[], reference=reference) == expected
 
 
-@pytest.mark.parametrize("reward", [exact_match, normalised_match, Abstention(), Similarity("nowhere", "embedding")])
+@pytest.mark.parametrize("reward", [exact_match, normalised_match, Abstention()])
 def test_a_comparison_needs_the_column_and_texts_in_it(reward):
     name = get_callable_name(reward)
     with pytest.raises(RecipeError, match=f"^{name}: the data have no column `reference`.*column_mapping"):

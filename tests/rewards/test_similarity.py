@@ -122,6 +122,11 @@ def test_empty_completions_score_0_and_rows_without_a_reference_none(embedding):
     assert Similarity("nowhere", "embedding")(completions=["", "a"], reference=["a", None]) == [0.0, None]
 
 
+def test_reference_column_is_needed():
+    with pytest.raises(RecipeError, match="^Similarity: .*`reference`"):
+        Similarity("nowhere", "embedding")(completions=["a"])
+
+
 def test_long_texts_are_truncated(embedding):
     path = embedding[2]
     assert Similarity(path, "embedding", max_length=4)(completions=["the cat sat on"], reference=["the cat"]) == [
