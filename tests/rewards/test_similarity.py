@@ -123,7 +123,7 @@ def test_empty_completions_score_0_and_rows_without_a_reference_none(embedding):
 
 
 def test_reference_column_is_needed():
-    with pytest.raises(RecipeError, match="^Similarity: .*`reference`"):
+    with pytest.raises(RecipeError, match=r"^Similarity: .*`reference`"):
         Similarity("nowhere", "embedding")(completions=["a"])
 
 
