@@ -12,7 +12,6 @@ import sys
 from pathlib import Path
 
 from rlhf_recipes.config.merge import MergeArguments
-from rlhf_recipes.config.parser import parse_arguments
 from rlhf_recipes.core.errors import RecipeError
 from rlhf_recipes.export.merge import adapter_and_base, merge_policy, merge_reward
 from rlhf_recipes.generation.policies import PolicyBank
@@ -23,11 +22,11 @@ from rlhf_recipes.models.tokenizer import load_tokenizer
 from rlhf_recipes.rewards.classifier import load_reward_model
 from rlhf_recipes.rewards.saved import load_saved_rewards, load_whole_reward
 from rlhf_recipes.rewards.similarity import Similarity
+from rlhf_recipes.stages import STAGES, parse_arguments
 from rlhf_recipes.training.ppo.critic import FILE as CRITIC
 from rlhf_recipes.training.resume import checkpoint_to_resume
 from rlhf_recipes.training.run import train
 from support import ROOT, hostile
-from support.hostile import RECIPES, arguments_of
 from support.small_ppo import make_args, make_model, make_tokenizer, make_trainer, save_base, save_reward, with_adapter
 
 import pytest
@@ -437,9 +436,9 @@ def test_code_of_a_model_is_run_when_asked_for(folder, with_code):
     assert mark.exists()
 
 
-@pytest.mark.parametrize("recipe", RECIPES)
+@pytest.mark.parametrize("recipe", STAGES)
 def test_trust_remote_code_is_off(recipe):
-    groups = parse_arguments(ROOT / "recipes" / f"{recipe}.py", *arguments_of(recipe), argv=[])
+    groups = parse_arguments(ROOT / "recipes" / f"{recipe}.py", argv=[])
     values = {key: value for group in groups for key, value in vars(group).items()}
     assert values.get("trust_remote_code", False) is False
     assert not (values.get("model_init_kwargs") or {}).get("trust_remote_code")

@@ -3,6 +3,7 @@
 import json
 import shutil
 
+from rlhf_recipes.stages import training_stages
 from rlhf_recipes.training.counters import COUNTS
 from rlhf_recipes.training.record import RunRecorder
 from rlhf_recipes.training.resume import ARGUMENTS
@@ -12,15 +13,13 @@ import pytest
 import yaml
 from transformers import TrainerState
 
-RECIPES = ("sft", "reward", "dpo", "ppo")
-
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
     """YAML files of small stages: a line of the log every two steps, a checkpoint at each."""
     folder = tmp_path_factory.mktemp("counting")
     files = small(folder)
-    for name in RECIPES:
+    for name in training_stages():
         values = files[name] | {"save_total_limit": 9, "ensemble_size": 1}
         if name != "reward":
             del values["ensemble_size"]
@@ -42,7 +41,7 @@ def told(output):
     return without_times({"log": record["log"], "metrics": record["metrics"], "lines": lines})
 
 
-@pytest.mark.parametrize("recipe", RECIPES)
+@pytest.mark.parametrize("recipe", training_stages())
 def test_a_resumed_run_logs_what_the_unbroken_one_does(launch, folder, tmp_path, monkeypatch, recipe):
     monkeypatch.setattr(RunRecorder, "on_train_end", lambda meter, *_, **__: setattr(meter, "wall_time", 10.0))
     whole = tmp_path / "whole"
