@@ -13,7 +13,7 @@ from rlhf_recipes.config.chat import ChatArguments
 from rlhf_recipes.config.parser import parse_arguments
 from rlhf_recipes.evaluation.evaluate import load_named_rewards
 from rlhf_recipes.feedback.sampling import refuse_best_of
-from rlhf_recipes.generation.policies import load_bench, load_tokenizer_of, read_policies, trained_without_template
+from rlhf_recipes.generation.policies import load_policy_bank, load_policy_tokenizer, read_policies, trained_without_template
 
 from accelerate import PartialState
 from trl import ModelConfig
@@ -32,11 +32,11 @@ def main() -> None:
         print(f"Taught plain text, and asked here through a chat template, which makes nonsense likely: {', '.join(plain)}")
 
     # Every policy and every reward model as an adapter on one base
-    tokenizer = load_tokenizer_of(policies, model_args, chat_args)
-    bench = load_bench(model_args, chat_args, policies, tokenizer)
-    rewards = load_named_rewards(chat_args.rewards, bench)
+    tokenizer = load_policy_tokenizer(policies, model_args, chat_args)
+    bank = load_policy_bank(model_args, chat_args, policies, tokenizer)
+    rewards = load_named_rewards(chat_args.rewards, bank)
 
-    Chat(bench, policies, rewards, chat_args).run()
+    Chat(bank, policies, rewards, chat_args).run()
 
 
 if __name__ == "__main__":

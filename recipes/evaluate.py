@@ -27,7 +27,7 @@ from rlhf_recipes.evaluation.evaluate import (
 )
 from rlhf_recipes.evaluation.report.html import write_report
 from rlhf_recipes.evaluation.results import collect
-from rlhf_recipes.generation.policies import load_bench, load_tokenizer_of, read_policies
+from rlhf_recipes.generation.policies import load_policy_bank, load_policy_tokenizer, read_policies
 
 from accelerate import PartialState
 from trl import ModelConfig
@@ -46,16 +46,16 @@ def main() -> None:
 
     # Data: prompts that no stage was trained on
     rows = held_out_prompts(data_args, evaluate_args)
-    tokenizer = load_tokenizer_of(policies, model_args, evaluate_args)
+    tokenizer = load_policy_tokenizer(policies, model_args, evaluate_args)
     rows, _ = check_lengths(rows, tokenizer, evaluate_args.max_prompt_length, drop_overlong_mode(data_args.long_rows), "eval")
     texts = load_texts(evaluate_args.ptx_dataset, data_args.bad_rows) if evaluate_args.ptx_dataset else None
     print(f"{len(rows)} prompts, {len(policies)} policies: {', '.join(policies)}", flush=True)
 
     # Roles: every policy and every reward model as an adapter on one base
-    bench = load_bench(model_args, evaluate_args, policies, tokenizer)
-    rewards = load_named_rewards(evaluate_args.rewards, bench, evaluate_args.batch_size)
+    bank = load_policy_bank(model_args, evaluate_args, policies, tokenizer)
+    rewards = load_named_rewards(evaluate_args.rewards, bank, evaluate_args.batch_size)
     judge = choose_judge(evaluate_args, rewards)
-    measurement = Measurement(bench, rows, rewards, evaluate_args)
+    measurement = Measurement(bank, rows, rewards, evaluate_args)
     check_choosers(policies, measurement)
 
     # Answers of every policy, each with a seed of its own, and what is measured on them

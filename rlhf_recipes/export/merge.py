@@ -114,14 +114,14 @@ def merge_policy(arguments: MergeArguments, model_args: ModelConfig, tokenizer: 
     """
     base = load_model(model_args, Placement(arguments.trust_remote_code))
     _check_whole(base, tokenizer)
-    bench = PolicyBank(base.eval(), tokenizer)
-    bench.add(_BASE, None, "adapter")
-    bench.add("adapter", arguments.adapter, "adapter")
-    with bench.use_policy(_BASE) as model:
+    bank = PolicyBank(base.eval(), tokenizer)
+    bank.add(_BASE, None, "adapter")
+    bank.add("adapter", arguments.adapter, "adapter")
+    with bank.use_policy(_BASE) as model:
         without = _logits(model, tokenizer)
-    with bench.use_policy("adapter") as model:
+    with bank.use_policy("adapter") as model:
         values = _logits(model, tokenizer)
-    merged = _merged(bench.model, arguments.adapter)
+    merged = _merged(bank.model, arguments.adapter)
     _set_generation(merged, tokenizer, Path(arguments.adapter))
     _save(merged, tokenizer, folder, arguments.max_shard_size)
     return _Said(values, _relative(without, values), merged.dtype)

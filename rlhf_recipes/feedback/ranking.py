@@ -18,7 +18,7 @@ from rlhf_recipes.feedback.labels import Store, rankings
 from rlhf_recipes.feedback.labels.groups import Group, group_of, read_rows
 from rlhf_recipes.feedback.sampling import GROUPS
 from rlhf_recipes.generation.judges import ChatJudge, read_chat_judge
-from rlhf_recipes.generation.policies import load_bench
+from rlhf_recipes.generation.policies import load_policy_bank
 from rlhf_recipes.models.tokenizer import load_tokenizer
 from rlhf_recipes.rewards.checks import ask
 from rlhf_recipes.rewards.reward_models import Ensemble
@@ -111,8 +111,8 @@ def load_ensemble(model: ModelConfig, arguments: RankArguments) -> Ensemble:
         RecipeError: as in `load_saved_rewards`; for a single reward model.
     """
     tokenizer = load_tokenizer(model, arguments, start_from=arguments.reward)
-    bench = load_bench(model, arguments, {}, tokenizer)
-    reward = load_saved_rewards(arguments.reward, bench.model, tokenizer)
+    bank = load_policy_bank(model, arguments, {}, tokenizer)
+    reward = load_saved_rewards(arguments.reward, bank.model, tokenizer)
     if not isinstance(reward, Ensemble):
         raise RecipeError(
             f"reward: {arguments.reward} holds one reward model, which cannot disagree: train with `ensemble_size: 3`"

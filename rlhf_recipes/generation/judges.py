@@ -76,7 +76,7 @@ class ChatJudge:
         Raises:
             RecipeError: if the address cannot be reached or refuses the request, or the environment lacks the key.
         """
-        pairs = list(zip(map(as_text, prompts), answers, others, strict=True))
+        pairs = list(zip(map(prompt_as_text, prompts), answers, others, strict=True))
         asked = [(p, a, b) for p, a, b in pairs] + [(p, b, a) for p, a, b in pairs]
         with ThreadPoolExecutor(self.parallel) as pool:
             marks = list(pool.map(self._ask, asked))
@@ -179,7 +179,7 @@ def _content(body: bytes, address: str) -> str:
         raise RecipeError(f"judge: {address} does not answer as OpenAI's interface does: {body[:200]!r}") from error
 
 
-def as_text(prompt: Prompt) -> str:
+def prompt_as_text(prompt: Prompt) -> str:
     """A prompt for people: its text, or the turns of a conversation with who speaks, where there are several."""
     if isinstance(prompt, str):
         return prompt

@@ -172,7 +172,7 @@ def trained_without_template(policies: dict[str, Policy]) -> list[str]:
     return [name for name, policy in policies.items() if policy.folder and taught_conversations(policy.folder) is False]
 
 
-def load_tokenizer_of(
+def load_policy_tokenizer(
     policies: dict[str, Policy], model: ModelConfig, arguments: EvaluateArguments | SampleArguments | ChatArguments
 ) -> PreTrainedTokenizerBase:
     """The tokenizer of the first policy with an adapter, else that of the base; `PolicyBank.add` refuses policies of others.
@@ -184,7 +184,7 @@ def load_tokenizer_of(
     return load_tokenizer(model, arguments, start_from=taught)
 
 
-def load_bench(
+def load_policy_bank(
     model: ModelConfig,
     arguments: EvaluateArguments | SampleArguments | RankArguments | ChatArguments,
     policies: dict[str, Policy],
@@ -201,11 +201,11 @@ def load_bench(
         base = base.to(PartialState().device)
     if not any(policy.folder for policy in policies.values()):  # a place for reward adapters; it changes nothing
         base = get_peft_model(base, LoraConfig(target_modules="all-linear"), adapter_name="unused")
-    bench = PolicyBank(base.eval(), tokenizer)
+    bank = PolicyBank(base.eval(), tokenizer)
     for policy in policies.values():
         if policy.best_of is None:
-            bench.add(policy.name, policy.folder, f"policies: {policy.name}")
-    return bench
+            bank.add(policy.name, policy.folder, f"policies: {policy.name}")
+    return bank
 
 
 @dataclass(frozen=True)

@@ -36,7 +36,7 @@ from rlhf_recipes.evaluation.report.verdict import verdict
 from rlhf_recipes.evaluation.results import collect
 from rlhf_recipes.generation.answers import Answer, log_probs, sample
 from rlhf_recipes.generation.judges import ChatJudge, read_chat_judge
-from rlhf_recipes.generation.policies import Policy, load_bench, read_policies
+from rlhf_recipes.generation.policies import Policy, load_policy_bank, read_policies
 from rlhf_recipes.tiny import splits
 from support import ROOT
 
@@ -561,23 +561,23 @@ def test_a_column_that_cannot_be_used_is_named_with_the_row(tmp_path, row, optio
 # --- Policies on one base --------------------------------------------------------------------------------
 
 
-def bench_of(runs, tiny, **options):
+def bank_of(runs, tiny, **options):
     policies = read_policies({"base": None, "sft": str(runs / "sft"), "ppo": str(runs / "ppo")})
     arguments = EvaluateArguments(**options)
-    bench = load_bench(ModelConfig(model_name_or_path=BASE, dtype="float32"), arguments, policies, tiny[1])
-    return bench, arguments, policies
+    bank = load_policy_bank(ModelConfig(model_name_or_path=BASE, dtype="float32"), arguments, policies, tiny[1])
+    return bank, arguments, policies
 
 
 def test_policies_on_one_base_answer_as_each_does_alone(runs, tiny):
     from peft import PeftModel
 
-    bench, _, _ = bench_of(runs, tiny)
+    bank, _, _ = bank_of(runs, tiny)
     prompts = list(splits.evaluation(rows=6)["prompt"])
     answers = sample(*tiny, prompts, max_new_tokens=4, seed=1)
     for name, folder in (("base", None), ("sft", runs / "sft"), ("ppo", runs / "ppo")):
         model = AutoModelForCausalLM.from_pretrained(BASE)
         alone = PeftModel.from_pretrained(model, folder) if folder else model
-        with bench.use_policy(name) as shared:
+        with bank.use_policy(name) as shared:
             found = log_probs(shared, tiny[1], prompts, answers)
         assert found == pytest.approx(log_probs(alone.eval(), tiny[1], prompts, answers), abs=1e-4)
 
@@ -589,9 +589,9 @@ def test_policies_whose_names_differ_by_a_dot_are_two(runs, tiny):
     for names in (("lr1.5", "lr1_5"), ("one", "two")):
         policies = read_policies(dict(zip(names, (str(runs / "sft"), str(runs / "ppo")), strict=True)))
         arguments = ModelConfig(model_name_or_path=BASE, dtype="float32")
-        bench = load_bench(arguments, EvaluateArguments(), policies, tiny[1])
+        bank = load_policy_bank(arguments, EvaluateArguments(), policies, tiny[1])
         for name in names:
-            with bench.use_policy(name) as model:
+            with bank.use_policy(name) as model:
                 found[name] = log_probs(model, tiny[1], prompts, answers)
     assert found["lr1.5"] == pytest.approx(found["one"], abs=1e-4)
     assert found["lr1_5"] == pytest.approx(found["two"], abs=1e-4)
@@ -603,15 +603,15 @@ def test_a_policy_may_have_the_name_of_a_checkpoint_on_the_frontier(runs, tiny):
     arguments = EvaluateArguments(
         compare_with="checkpoint-10", frontier=[str(runs / "ppo")], max_completion_length=4, batch_size=8
     )
-    bench = load_bench(ModelConfig(model_name_or_path=BASE, dtype="float32"), arguments, policies, tiny[1])
-    measurement = Measurement(bench, splits.evaluation(rows=8), {}, arguments)
+    bank = load_policy_bank(ModelConfig(model_name_or_path=BASE, dtype="float32"), arguments, policies, tiny[1])
+    measurement = Measurement(bank, splits.evaluation(rows=8), {}, arguments)
     ((_, last),) = frontier(measurement, 0)["runs"].values()
     assert last["step"] == 10
     assert abs(last["kl"]["mean"]) > 0.01  # from the policy, not from itself
-    with bench.use_policy("checkpoint-10") as model:  # which is still there
+    with bank.use_policy("checkpoint-10") as model:  # which is still there
         assert sample(model, tiny[1], list(measurement.rows["prompt"]), max_new_tokens=1)
     with pytest.raises(RecipeError, match="there is a policy 'checkpoint-10' already: rename"):
-        bench.add("checkpoint-10", None, "policies: checkpoint-10")
+        bank.add("checkpoint-10", None, "policies: checkpoint-10")
 
 
 def several_turns(count):
@@ -625,17 +625,17 @@ def test_several_turns_on_a_base_in_4_bits(runs, tiny):
 
     quantised = {"load_in_4bit": True, "bnb_4bit_quant_type": "nf4", "dtype": "float32"}
     policies = read_policies({"base": None, "sft": str(runs / "sft"), "ppo": str(runs / "ppo")})
-    bench = load_bench(ModelConfig(model_name_or_path=BASE, **quantised), EvaluateArguments(), policies, tiny[1])
-    assert bench.model.is_loaded_in_4bit
-    config = bench.model.config.quantization_config
+    bank = load_policy_bank(ModelConfig(model_name_or_path=BASE, **quantised), EvaluateArguments(), policies, tiny[1])
+    assert bank.model.is_loaded_in_4bit
+    config = bank.model.config.quantization_config
     prompts = several_turns(3)
-    with bench.use_policy("ppo") as model:
+    with bank.use_policy("ppo") as model:
         answers = sample(model, tiny[1], prompts, max_new_tokens=4, seed=1)
     for name in ("base", "sft"):
         model = AutoModelForCausalLM.from_pretrained(BASE, quantization_config=config, dtype=torch.float32).eval()
         alone = PeftModel.from_pretrained(model, runs / name).eval() if name != "base" else model
         expected = [by_hand(alone, tiny[1], *pair) for pair in zip(prompts, answers, strict=True)]
-        with bench.use_policy(name) as shared:
+        with bank.use_policy(name) as shared:
             assert log_probs(shared, tiny[1], prompts, answers) == pytest.approx(expected, abs=1e-3)
         last_turns = [prompt[-1:] for prompt in prompts]
         assert np.abs(log_probs(alone, tiny[1], last_turns, answers) - expected).max() > 0.01
@@ -643,14 +643,14 @@ def test_several_turns_on_a_base_in_4_bits(runs, tiny):
 
 def test_kl_by_sampling_is_near_the_exact_one(runs, tiny):
     """Answers of one token, whose distribution can be written down."""
-    bench, arguments, _ = bench_of(runs, tiny, max_completion_length=1, num_answers=150, batch_size=750)
+    bank, arguments, _ = bank_of(runs, tiny, max_completion_length=1, num_answers=150, batch_size=750)
     rows = splits.evaluation(rows=5)
-    measurement = Measurement(bench, rows, {}, arguments)
+    measurement = Measurement(bank, rows, {}, arguments)
     answers = measurement.draw("ppo", 150, seed=0)
     gaps = measurement.log_probs("ppo", answers) - measurement.log_probs("sft", answers)
     logps = {}
     for name in ("ppo", "sft"):
-        with bench.use_policy(name) as model, torch.no_grad():
+        with bank.use_policy(name) as model, torch.no_grad():
             logps[name] = torch.stack([first_token(model, tiny[1], prompt) for prompt in rows["prompt"]])
     exact = (logps["ppo"].exp() * (logps["ppo"] - logps["sft"])).sum(1).mean().item()
     assert exact > 0.05
@@ -665,7 +665,7 @@ def first_token(model, tokenizer, prompt):
 
 
 def test_lm_eval_runs_with_each_policy_active_where_it_is_installed(runs, tiny, monkeypatch):
-    bench, arguments, policies = bench_of(runs, tiny, lm_eval_tasks=["arc_easy"])
+    bank, arguments, policies = bank_of(runs, tiny, lm_eval_tasks=["arc_easy"])
     prompt = splits.evaluation(rows=1)["prompt"][0]
 
     def simple_evaluate(model, tasks):
@@ -681,7 +681,7 @@ def test_lm_eval_runs_with_each_policy_active_where_it_is_installed(runs, tiny, 
         module.__spec__ = ModuleSpec(name, None)
         vars(module).update(content)
         monkeypatch.setitem(sys.modules, name, module)
-    found = lm_eval_results(Measurement(bench, None, {}, arguments), policies)
+    found = lm_eval_results(Measurement(bank, None, {}, arguments), policies)
     assert list(found) == ["base", "sft", "ppo"]
     assert len({result["arc_easy"]["acc"] for result in found.values()}) == 3
 

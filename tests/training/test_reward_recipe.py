@@ -10,7 +10,7 @@ from types import SimpleNamespace
 from rlhf_recipes.config.data import DataArguments, DatasetSource
 from rlhf_recipes.core.errors import RecipeError
 from rlhf_recipes.core.hub import resolve_path
-from rlhf_recipes.data import demonstrations_of, load_data
+from rlhf_recipes.data import load_data, load_demonstrations
 from rlhf_recipes.evaluation.reward_models import measure_reward
 from rlhf_recipes.models.loading import load_model
 from rlhf_recipes.rewards import reward_models
@@ -750,7 +750,7 @@ def as_demonstrations(pairs):
 
 
 def drawn(rows, count, seed=0, **arguments):
-    dataset, counts = demonstrations_of(DataArguments(dataset_name=str(rows), **arguments), [], seed, rows=count)
+    dataset, counts = load_demonstrations(DataArguments(dataset_name=str(rows), **arguments), [], seed, rows=count)
     assert counts["rows"] == len(dataset)
     assert set(dataset.column_names) == {"prompt", "completion"}
     return [(json.dumps(row["prompt"]), json.dumps(row["completion"])) for row in dataset]
@@ -782,7 +782,7 @@ def test_rows_that_are_held_out_do_not_tell_the_scale(trained, files, config):
 
 def test_demonstrations_without_an_answer_are_refused(files):
     with pytest.raises(RecipeError, match="`demonstrations`: plain text has no answers to score"):
-        demonstrations_of(DataArguments(dataset_name="?"), [DatasetSource(path=str(files / "text.jsonl"))], 0)
+        load_demonstrations(DataArguments(dataset_name="?"), [DatasetSource(path=str(files / "text.jsonl"))], 0)
 
 
 # --- Wrong moves -----------------------------------------------------------------------------------------

@@ -48,7 +48,7 @@ def render(metrics: dict[str, Any]) -> str:
         loader=PackageLoader("rlhf_recipes.evaluation.report"), autoescape=True, trim_blocks=True, lstrip_blocks=True
     )
     environment.filters |= {"number": _number, "percent": _percent}
-    environment.tests["is_insignificant"] = is_insignificant
+    environment.tests["insignificant"] = is_insignificant
     return environment.get_template("report.html.jinja").render(
         m=metrics,
         policies=metrics["policies"],
