@@ -12,16 +12,16 @@ from rlhf_recipes.config.parser import as_recipe_error
 from rlhf_recipes.data import load_data
 from rlhf_recipes.export.upload import publish
 from rlhf_recipes.models.loading import load_model, strip_consumed_arguments
-from rlhf_recipes.models.precision import keep_adapter_in_fp32
 from rlhf_recipes.models.tokenizer import load_tokenizer
 from rlhf_recipes.stages import parse_arguments
 from rlhf_recipes.training.record import RunRecorder, write_record
 from rlhf_recipes.training.result import evaluate_at_end, save_policy
 from rlhf_recipes.training.resume import checkpoint_to_resume
 from rlhf_recipes.training.run import shutdown_distributed, train
+from rlhf_recipes.training.sft import SFTTrainer
 
 from accelerate import PartialState
-from trl import SFTTrainer, get_peft_config
+from trl import get_peft_config
 
 
 def main() -> None:
@@ -52,7 +52,6 @@ def main() -> None:
             callbacks=[meter],
         )
 
-    keep_adapter_in_fp32(trainer)
     train(trainer, checkpoint)
     evaluate_at_end(trainer)
     save_policy(trainer)
