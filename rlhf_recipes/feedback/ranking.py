@@ -13,7 +13,7 @@ from typing import Any
 
 from rlhf_recipes.config.rank import RankArguments
 from rlhf_recipes.core.errors import RecipeError
-from rlhf_recipes.core.files import write_json, write_text
+from rlhf_recipes.core.files import RANKED, write_json, write_text
 from rlhf_recipes.feedback.labels import Store, rankings
 from rlhf_recipes.feedback.labels.groups import Group, group_of, read_rows
 from rlhf_recipes.feedback.sampling import GROUPS
@@ -28,7 +28,7 @@ from rlhf_recipes.rewards.saved import load_saved_reward
 from trl import ModelConfig
 from trl.trainer.utils import get_callable_name
 
-RANKINGS, RANKED = "rankings.jsonl", "rank.json"
+RANKINGS = "rankings.jsonl"
 
 
 @dataclass(frozen=True)

@@ -452,7 +452,7 @@ def test_a_hub_that_cannot_be_reached_is_one_message_and_the_model_stays(merge, 
     status, error, output = merge(policy, "--push_to_hub", "true", "--hub_model_id", "someone/mine")
     assert status == 2
     assert "push_to_hub: someone/mine: " in error
-    assert f"upload it with `hf upload someone/mine {output} " in error
+    assert f"run `hf upload someone/mine {output} " in error
     assert (output / "model.safetensors").is_file()
 
 

@@ -61,7 +61,7 @@ def test_a_hub_that_cannot_be_reached_takes_nothing_away(launch, tmp_path):
     status, error = launch("sft", *run)
     assert status == 2
     assert "push_to_hub: mine: " in error
-    assert f"upload it with `hf upload mine {tmp_path / 'mine'} --exclude 'checkpoint-*'`" in error
+    assert f"run `hf upload mine {tmp_path / 'mine'} --exclude 'checkpoint-*'`" in error
     assert json.loads((tmp_path / "mine" / "recipe.json").read_text())["run"]["steps"] == 2
 
 
