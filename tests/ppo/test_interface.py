@@ -9,10 +9,10 @@ import shutil
 
 from rlhf_recipes import PPOConfig, PPOTrainer
 from rlhf_recipes.core.errors import RecipeError
-from rlhf_recipes.rewards.records import write_ensemble_record
+from rlhf_recipes.rewards.reward_funcs import SavedReward, load_rewards
+from rlhf_recipes.rewards.reward_json import write_ensemble_record
 from rlhf_recipes.rewards.reward_models import Ensemble
-from rlhf_recipes.rewards.saved import load_reward, load_whole_reward
-from rlhf_recipes.rewards.specs import SavedReward, load_rewards
+from rlhf_recipes.rewards.saved import load_full_reward, load_reward_adapter
 from support.small_ppo import (
     ANSWERS,
     EOS,
@@ -233,7 +233,7 @@ def test_a_reward_adapter_scores_what_was_written(sft, rewards, base, tmp_path):
     trainer = make_trainer(tmp_path, sft, str(rewards[0]), Remembering, init=init, **options)
     trainer.train()
     assert sft.active_adapters == ["default"]
-    elsewhere = load_reward(AutoModelForCausalLM.from_pretrained(base), rewards[0], "any", make_tokenizer())
+    elsewhere = load_reward_adapter(AutoModelForCausalLM.from_pretrained(base), rewards[0], "any", make_tokenizer())
     check_scores(trainer.batches[0], elsewhere)
 
 
@@ -256,7 +256,7 @@ def test_an_ensemble_in_a_folder_is_one_reward(sft, rewards, base, tmp_path, com
     trainer = make_trainer(tmp_path, sft, SavedReward(str(folder), combine), Remembering, init=init, **options)
     trainer.train()
     model = AutoModelForCausalLM.from_pretrained(base)
-    members = [load_reward(model, reward, f"member-{place}", make_tokenizer()) for place, reward in enumerate(rewards)]
+    members = [load_reward_adapter(model, reward, f"member-{place}", make_tokenizer()) for place, reward in enumerate(rewards)]
     check_scores(trainer.batches[0], Ensemble(members, combine or "mean", 0.5))
     assert "rewards/ensemble/mean" in trainer.state.log_history[0]
 
@@ -332,7 +332,7 @@ def test_the_critic_of_a_whole_policy_starts_as_the_whole_reward_model(tmp_path,
     trainer = make_trainer(
         tmp_path, make_model(), [str(folder)], Remembering, critic="model", init={"rollout_func": answers_of()}
     )
-    reward = load_whole_reward(folder, "judge", make_tokenizer())
+    reward = load_full_reward(folder, "judge", make_tokenizer())
     trainer.train()
     assert trainer.critic.model is not trainer.reward_funcs[0].reward.model
     for ids, value in values_at_rollout(trainer):
@@ -676,7 +676,7 @@ def test_the_critic_follows_the_schedule_of_an_optimizer_that_was_given(tmp_path
 
 
 def test_a_reward_adapter_on_another_base_is_not_where_the_critic_starts(base, rewards, tmp_path):
-    elsewhere = load_reward(AutoModelForCausalLM.from_pretrained(base), rewards[0], "judge", make_tokenizer())
+    elsewhere = load_reward_adapter(AutoModelForCausalLM.from_pretrained(base), rewards[0], "judge", make_tokenizer())
     trainer = make_trainer(tmp_path, with_adapter(make_model()), reward=elsewhere, critic="adapter")
     trainer.train()
     assert finite(trainer)
