@@ -346,7 +346,7 @@ def test_bytes_of_a_checkpoint(folder, run, data):
     resume(folder, checkpoint)
 
 
-@pytest.mark.parametrize("file", ["trainer_state.json", "ppo_state.json"])
+@pytest.mark.parametrize("file", ["trainer_state.json"])
 @hostile.examples(6)
 @given(data=st.data())
 def test_states_of_a_checkpoint(folder, run, file, data):

@@ -21,6 +21,8 @@ from types import SimpleNamespace
 from rlhf_recipes.config.ppo import LOSSES, PPOConfig, _One
 from rlhf_recipes.models.kernels import without_compilation
 from rlhf_recipes.rewards.functions import FROM_TRL
+from rlhf_recipes.training.ppo import checkpoint
+from rlhf_recipes.training.ppo.actor_critic import ActorCriticTrainer
 from rlhf_recipes.training.ppo.trainer import PPOTrainer
 from rlhf_recipes.training.reward import RankingCollator, RankingTrainer
 from support import ROOT
@@ -93,6 +95,11 @@ REWARD_HOOKS = {
 """What `RankingTrainer` overrides."""
 
 
+def our_classes(trainer):
+    """The trainer and its bases in this project."""
+    return [cls for cls in trainer.__mro__ if cls.__module__.startswith("rlhf_recipes.")]
+
+
 def parameters_of(function):
     return ", ".join(inspect.signature(function).parameters)
 
@@ -138,7 +145,8 @@ def test_everything_that_is_imported_is_there():
 )
 def test_every_override_stands_in_the_place_of_something(ours, theirs, hooks):
     """An override of a method that TRL has renamed would never be called."""
-    own = {name for name, value in vars(ours).items() if inspect.isroutine(value) and not name.startswith("__")}
+    members = {name: value for cls in our_classes(ours) for name, value in vars(cls).items()}
+    own = {name for name, value in members.items() if inspect.isroutine(value) and not name.startswith("__")}
     overridden = {name for name in own if hasattr(theirs, name)}
     assert overridden == hooks.keys(), f"{ours.__name__} overrides other methods of {theirs.__name__} than this file knows of"
     for name, parameters in hooks.items():
@@ -149,7 +157,8 @@ def test_every_override_that_calls_the_one_above_finds_it():
     for ours, theirs in ((PPOTrainer, GRPOTrainer), (RankingTrainer, RewardTrainer)):
         called = {
             node.func.attr
-            for node in ast.walk(class_tree(ours))
+            for cls in our_classes(ours)
+            for node in ast.walk(class_tree(cls))
             if isinstance(node, ast.Call)
             and isinstance(node.func, ast.Attribute)
             and isinstance(node.func.value, ast.Call)
@@ -289,8 +298,9 @@ def attributes(tree, of):
     for node in ast.walk(tree):
         if isinstance(node, ast.Attribute):
             owner = node.value
-            if (of == "self" and getattr(owner, "id", None) == "self") or (
-                isinstance(owner, ast.Attribute) and owner.attr == of and getattr(owner.value, "id", None) == "self"
+            names = ("self", "trainer")
+            if (of == "self" and getattr(owner, "id", None) in names) or (
+                isinstance(owner, ast.Attribute) and owner.attr == of and getattr(owner.value, "id", None) in names
             ):
                 found.add(node.attr)
     return found
@@ -317,10 +327,10 @@ ALREADY_THERE = {"ref_model", "_step", "_buffered_inputs", "model"}  # which PPO
 
 
 def test_the_trainer_has_every_attribute_that_is_read(aligned):
-    tree = class_tree(PPOTrainer)
-    own = (assigned(tree) - ALREADY_THERE) | set(vars(PPOTrainer))
+    tree = ast.Module([*map(class_tree, our_classes(PPOTrainer)), ast.parse(inspect.getsource(checkpoint))], [])
+    own = (assigned(tree) - ALREADY_THERE) | set(vars(PPOTrainer)) | set(vars(ActorCriticTrainer))
     gone = {name for name in attributes(tree, "self") - own if not hasattr(aligned, name)}
-    assert not gone, f"GRPOTrainer has no {sorted(gone)} any more, which rlhf_recipes/training/ppo/trainer.py reads"
+    assert not gone, f"GRPOTrainer has no {sorted(gone)} any more, which rlhf_recipes/training/ppo reads"
     gone = {
         name
         for name in attributes(tree, "accelerator")
