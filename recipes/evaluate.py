@@ -10,9 +10,6 @@ curves, reward against KL, reliability diagrams, and answers side by side. One p
 from pathlib import Path
 
 from rlhf_recipes.cli import exit_on_recipe_error
-from rlhf_recipes.config.data import DataArguments
-from rlhf_recipes.config.evaluate import EvaluateArguments
-from rlhf_recipes.config.parser import parse_arguments
 from rlhf_recipes.core.files import check_writable
 from rlhf_recipes.data import check_lengths, drop_overlong_mode, load_texts
 from rlhf_recipes.evaluation.evaluate import (
@@ -27,17 +24,15 @@ from rlhf_recipes.evaluation.evaluate import (
 )
 from rlhf_recipes.evaluation.report.html import write_report
 from rlhf_recipes.evaluation.results import collect
-from rlhf_recipes.generation.policies import load_bench, load_tokenizer_of, read_policies
+from rlhf_recipes.generation.policies import load_policy_bank, load_policy_tokenizer, read_policies
+from rlhf_recipes.stages import parse_arguments
 
 from accelerate import PartialState
-from trl import ModelConfig
-
-ARGUMENTS = (EvaluateArguments, DataArguments, ModelConfig)
 
 
 def main() -> None:
     """Measures and writes."""
-    evaluate_args, data_args, model_args = parse_arguments(__file__, *ARGUMENTS)
+    evaluate_args, data_args, model_args = parse_arguments(__file__)
     if not PartialState().is_main_process:
         return
     check_writable(Path(evaluate_args.output_dir))
@@ -46,16 +41,16 @@ def main() -> None:
 
     # Data: prompts that no stage was trained on
     rows = held_out_prompts(data_args, evaluate_args)
-    tokenizer = load_tokenizer_of(policies, model_args, evaluate_args)
+    tokenizer = load_policy_tokenizer(policies, model_args, evaluate_args)
     rows, _ = check_lengths(rows, tokenizer, evaluate_args.max_prompt_length, drop_overlong_mode(data_args.long_rows), "eval")
     texts = load_texts(evaluate_args.ptx_dataset, data_args.bad_rows) if evaluate_args.ptx_dataset else None
     print(f"{len(rows)} prompts, {len(policies)} policies: {', '.join(policies)}", flush=True)
 
     # Roles: every policy and every reward model as an adapter on one base
-    bench = load_bench(model_args, evaluate_args, policies, tokenizer)
-    rewards = load_named_rewards(evaluate_args.rewards, bench, evaluate_args.batch_size)
+    bank = load_policy_bank(model_args, evaluate_args, policies, tokenizer)
+    rewards = load_named_rewards(evaluate_args.rewards, bank, evaluate_args.batch_size)
     judge = choose_judge(evaluate_args, rewards)
-    measurement = Measurement(bench, rows, rewards, evaluate_args)
+    measurement = Measurement(bank, rows, rewards, evaluate_args)
     check_choosers(policies, measurement)
 
     # Answers of every policy, each with a seed of its own, and what is measured on them

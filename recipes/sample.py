@@ -10,23 +10,18 @@ all.
 from dataclasses import asdict
 
 from rlhf_recipes.cli import exit_on_recipe_error
-from rlhf_recipes.config.data import DataArguments
-from rlhf_recipes.config.parser import parse_arguments
-from rlhf_recipes.config.sample import SampleArguments
 from rlhf_recipes.data import check_lengths, drop_overlong_mode, load_data
 from rlhf_recipes.feedback.sampling import GroupFile, refuse_best_of, sample_groups
-from rlhf_recipes.generation.policies import load_bench, load_tokenizer_of, read_policies
+from rlhf_recipes.generation.policies import load_policy_bank, load_policy_tokenizer, read_policies
+from rlhf_recipes.stages import parse_arguments
 
 from accelerate import PartialState
 from tqdm import tqdm
-from trl import ModelConfig
-
-ARGUMENTS = (SampleArguments, DataArguments, ModelConfig)
 
 
 def main() -> None:
     """Samples and writes."""
-    sample_args, data_args, model_args = parse_arguments(__file__, *ARGUMENTS)
+    sample_args, data_args, model_args = parse_arguments(__file__)
     if not PartialState().is_main_process:
         return
     policies = read_policies(sample_args.policies)
@@ -34,15 +29,15 @@ def main() -> None:
 
     # Data
     rows = load_data(data_args, "prompt", evaluate=False, seed=sample_args.seed).train
-    tokenizer = load_tokenizer_of(policies, model_args, sample_args)
+    tokenizer = load_policy_tokenizer(policies, model_args, sample_args)
     rows, _ = check_lengths(rows, tokenizer, sample_args.max_prompt_length, drop_overlong_mode(data_args.long_rows), "train")
     arguments = asdict(sample_args) | asdict(data_args) | asdict(model_args) | {"rows": len(rows)}
     file = GroupFile(arguments.pop("output_dir"), arguments)
 
     # Every policy as an adapter on one base, asked in turns
-    bench = load_bench(model_args, sample_args, policies, tokenizer)
+    bank = load_policy_bank(model_args, sample_args, policies, tokenizer)
     with tqdm(total=len(rows), initial=file.prompts, unit="prompt") as bar:
-        for part in sample_groups(bench, list(policies), rows, sample_args, done=file.prompts):
+        for part in sample_groups(bank, list(policies), rows, sample_args, done=file.prompts):
             file.append(part)
             bar.update(len(part))
     alike = file.prompts - file.groups

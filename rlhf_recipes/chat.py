@@ -10,11 +10,11 @@ from typing import Any
 from rlhf_recipes.config.chat import ChatArguments
 from rlhf_recipes.core.errors import RecipeError, did_you_mean, first_line
 from rlhf_recipes.evaluation.evaluate import NamedReward
-from rlhf_recipes.generation.answers import Answer, log_probs, prompt_ids, stream
+from rlhf_recipes.generation.answers import Answer, encode_prompts, log_probs, stream
 from rlhf_recipes.generation.policies import Policy, PolicyBank
 from rlhf_recipes.models.backbone import base_of
 from rlhf_recipes.models.loading import release_memory
-from rlhf_recipes.rewards.checks import ask, checked
+from rlhf_recipes.rewards.protocol import checked_reward, score_completions
 
 import torch
 from jinja2 import TemplateError
@@ -69,7 +69,7 @@ class Chat:
     """Messages and commands, line by line.
 
     Parameters:
-        bench: the base with the policies on it.
+        bank: the base with the policies on it.
         policies: their names, in order; the first one is talked to first.
         rewards: what /score shows, by name.
         arguments: of the recipe.
@@ -82,13 +82,13 @@ class Chat:
 
     def __init__(
         self,
-        bench: PolicyBank,
+        bank: PolicyBank,
         policies: dict[str, Policy],
         rewards: dict[str, NamedReward],
         arguments: ChatArguments,
         console: Console | None = None,
     ):
-        self.bench, self.policies, self.rewards, self.arguments = bench, list(policies), rewards, arguments
+        self.bank, self.policies, self.rewards, self.arguments = bank, list(policies), rewards, arguments
         if not self.policies:
             raise RecipeError("policies: none of them is there: train one first, or add `base: null`")
         self.console = console or Console(highlight=False)
@@ -216,12 +216,12 @@ class Chat:
         if stopped():
             return Answer("", (), False)
         arguments = self.arguments
-        with self.bench.use_policy(side.policy) as model:
+        with self.bank.use_policy(side.policy) as model:
             return stream(
                 model,
-                self.bench.tokenizer,
+                self.bank.tokenizer,
                 self._messages(side.turns, message),
-                _Writer(self.bench.tokenizer, write),
+                _Writer(self.bank.tokenizer, write),
                 stopped,
                 temperature=arguments.temperature,
                 top_p=arguments.top_p,
@@ -261,8 +261,8 @@ class Chat:
 
     def _room(self, side: Side, message: str) -> int:
         """How many tokens the answer may have: `max_new_tokens`, or what the model can still read."""
-        (ids,) = prompt_ids(self.bench.tokenizer, [self._messages(side.turns, message)])
-        most = getattr(base_of(self.bench.model).config.get_text_config(), "max_position_embeddings", None)
+        (ids,) = encode_prompts(self.bank.tokenizer, [self._messages(side.turns, message)])
+        most = getattr(base_of(self.bank.model).config.get_text_config(), "max_position_embeddings", None)
         left = self.arguments.max_new_tokens if most is None else min(self.arguments.max_new_tokens, most - len(ids))
         if left < 1:
             raise RecipeError(f"the conversation has {len(ids)} tokens, and the model reads {most}: /undo or /clear")
@@ -283,15 +283,15 @@ class Chat:
         completion = [{"role": "assistant", "content": answer.text}]
         columns: dict[str, Any] = {"completion_ids": [list(answer.ids)], "reference": [reference]}
         try:
-            (score,) = ask(checked(reward.function, reward.name), [prompt], [completion], **columns)
+            (score,) = score_completions(checked_reward(reward.function, reward.name), [prompt], [completion], **columns)
         except RecipeError as error:
             return str(error)
         missing = "does not apply" if reference else "does not apply (if it compares: /score ANSWER)"
         return missing if score is None else f"{score:.3f}"
 
     def _log_prob(self, policy: str, prompt: list[dict[str, str]], answer: Answer) -> float:
-        with self.bench.use_policy(policy) as model:
-            return float(log_probs(model, self.bench.tokenizer, [prompt], [answer])[0])
+        with self.bank.use_policy(policy) as model:
+            return float(log_probs(model, self.bank.tokenizer, [prompt], [answer])[0])
 
     # --- Checks and words -------------------------------------------------------------------------------
 
@@ -304,12 +304,12 @@ class Chat:
             )
         if wanted or "sft" in self.policies:
             return wanted or "sft"
-        self.bench.add(BASE, None, "kl_reference")
+        self.bank.add(BASE, None, "kl_reference")
         return BASE
 
     def _check_system_prompt(self) -> None:
         try:
-            prompt_ids(self.bench.tokenizer, [self._messages([], "message")])
+            encode_prompts(self.bank.tokenizer, [self._messages([], "message")])
         except TemplateError as error:
             raise RecipeError(f"system_prompt: the chat template takes none: {first_line(error)}") from error
 

@@ -5,7 +5,7 @@ stage trains on, `splits` joins the parts, and `lengths` looks at `max_length`.
 """
 
 from rlhf_recipes.data.lengths import check_lengths, drop_overlong_mode
-from rlhf_recipes.data.mixture import Data, check_source, demonstrations_of, load_data, load_texts
+from rlhf_recipes.data.mixture import Data, check_source, load_data, load_demonstrations, load_texts
 from rlhf_recipes.data.shapes import Kind
 
 __all__ = [
@@ -13,8 +13,8 @@ __all__ = [
     "Kind",
     "check_lengths",
     "check_source",
-    "demonstrations_of",
     "drop_overlong_mode",
     "load_data",
+    "load_demonstrations",
     "load_texts",
 ]

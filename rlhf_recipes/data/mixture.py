@@ -75,7 +75,7 @@ def load_data(arguments: DataArguments, kind: Kind, *, evaluate: bool, seed: int
     return Data(train=train, eval=held_out, report=reports)
 
 
-def demonstrations_of(
+def load_demonstrations(
     arguments: DataArguments,
     sources: list[DatasetSource],
     seed: int,

@@ -29,10 +29,10 @@ from rlhf_recipes.generation.answers import Answer, Prompt, log_probs, sample
 from rlhf_recipes.generation.judges import ChatJudge, read_chat_judge
 from rlhf_recipes.generation.policies import Policy, PolicyBank, require_adapter
 from rlhf_recipes.models.backbone import base_of
-from rlhf_recipes.rewards.checks import ask, checked
 from rlhf_recipes.rewards.matching import KINDS, kinds_of
-from rlhf_recipes.rewards.saved import load_saved_rewards
-from rlhf_recipes.rewards.specs import SavedReward, load_rewards
+from rlhf_recipes.rewards.protocol import checked_reward, score_completions
+from rlhf_recipes.rewards.reward_funcs import SavedReward, load_rewards
+from rlhf_recipes.rewards.saved import load_saved_reward
 from rlhf_recipes.training.resume import STATE, checkpoints_in, step_of
 
 import numpy as np
@@ -118,18 +118,16 @@ class NamedReward:
         return documentation.splitlines()[0] if documentation else None
 
 
-def load_named_rewards(
-    specs: Sequence[str | dict[str, Any]], bench: PolicyBank, batch_size: int = 32
-) -> dict[str, NamedReward]:
-    """The rewards that the YAML key `rewards` lists, by name, reward models as adapters on the bench's base.
+def load_named_rewards(specs: Sequence[str | dict[str, Any]], bank: PolicyBank, batch_size: int = 32) -> dict[str, NamedReward]:
+    """The rewards that the YAML key `rewards` lists, by name, reward models as adapters on the bank's base.
 
     Args:
         specs: as the key has them.
-        bench: with the base.
+        bank: with the base.
         batch_size: answers that a reward model reads at once.
 
     Raises:
-        RecipeError: as in `load_rewards` and `load_saved_rewards`; if two have one name.
+        RecipeError: as in `load_rewards` and `load_saved_reward`; if two have one name.
     """
     rewards: dict[str, NamedReward] = {}
     for number, spec in enumerate(specs, start=1):
@@ -141,7 +139,7 @@ def load_named_rewards(
         if own.get("optional") and not holds_result(path):
             print(f"{where}: left out, since there is no result in {path}")
             continue
-        function, folder = _load_reward(spec, bench, where, batch_size)
+        function, folder = _load_reward(spec, bank, where, batch_size)
         name = own.get("name") or get_callable_name(function)
         if name in rewards:
             raise RecipeError(f"{where}: the name '{name}' is taken: set another `name`")
@@ -155,7 +153,7 @@ def _check_own(own: dict[str, Any], where: str) -> None:
             raise RecipeError(f"{where}: {key}: expected {_EXPECTED[key]}, found {own[key]!r}")
 
 
-def _load_reward(spec: dict[str, Any], bench: PolicyBank, where: str, batch_size: int) -> tuple[Callable[..., Any], str | None]:
+def _load_reward(spec: dict[str, Any], bank: PolicyBank, where: str, batch_size: int) -> tuple[Callable[..., Any], str | None]:
     try:
         (reward,), _ = load_rewards([spec])
     except RecipeError as error:  # which knows the key by another name
@@ -163,7 +161,7 @@ def _load_reward(spec: dict[str, Any], bench: PolicyBank, where: str, batch_size
     if not isinstance(reward, SavedReward):
         return reward, None
     combination = (reward.combine, reward.uncertainty_coef, batch_size)
-    scorer = load_saved_rewards(reward.folder, bench.model, bench.tokenizer, *combination)
+    scorer = load_saved_reward(reward.folder, bank.model, bank.tokenizer, *combination)
     return scorer, reward.folder
 
 
@@ -175,7 +173,7 @@ def choose_judge(arguments: EvaluateArguments, rewards: dict[str, NamedReward]) 
     """
     if isinstance(arguments.judge, dict):
         judge = read_chat_judge(arguments.judge)
-        judge.try_out()
+        judge.check_replies()
         return judge
     if arguments.judge is not None and arguments.judge not in rewards:
         raise RecipeError(f"judge: {arguments.judge!r} is none of the rewards ({', '.join(rewards)})")
@@ -249,7 +247,7 @@ class Measurement:
             scored once, equal answers of two policies tie.
     """
 
-    bench: PolicyBank
+    bank: PolicyBank
     rows: Dataset
     rewards: dict[str, NamedReward]
     arguments: EvaluateArguments
@@ -281,10 +279,10 @@ class Measurement:
     def draw(self, policy: str, count: int, seed: int) -> list[Answer]:
         """`count` answers to each prompt."""
         arguments = self.arguments
-        with self.bench.use_policy(policy) as model:
+        with self.bank.use_policy(policy) as model:
             return sample(
                 model,
-                self.bench.tokenizer,
+                self.bank.tokenizer,
                 self.repeated("prompt", count),
                 temperature=arguments.temperature,
                 max_new_tokens=arguments.max_completion_length,
@@ -300,8 +298,8 @@ class Measurement:
         """(P, K) log-probabilities of the answers, whoever drew them, under a policy."""
         count, arguments = len(answers) // len(self.rows), self.arguments
         options = {"temperature": arguments.temperature, "batch_size": arguments.batch_size}
-        with self.bench.use_policy(policy) as model:
-            logps = log_probs(model, self.bench.tokenizer, self.repeated("prompt", count), answers, **options)
+        with self.bank.use_policy(policy) as model:
+            logps = log_probs(model, self.bank.tokenizer, self.repeated("prompt", count), answers, **options)
         return logps.reshape(-1, count)
 
     def score(self, reward: str, answers: list[Answer]) -> Floats:
@@ -322,8 +320,8 @@ class Measurement:
     def _ask(self, reward: NamedReward, rows: list[int], answers: list[Answer]) -> list[float]:
         """The score of each answer to its row."""
         asked = self.rows.select(rows)
-        scores = ask(
-            checked(reward.function, reward.name),
+        scores = score_completions(
+            checked_reward(reward.function, reward.name),
             list(asked["prompt"]),
             [_completion(prompt, answer) for prompt, answer in zip(asked["prompt"], answers, strict=True)],
             completion_ids=[list(answer.ids) for answer in answers],
@@ -597,10 +595,10 @@ def _run_points(measurement: Measurement, run: Path, seed: int) -> list[dict[str
             continue
         require_adapter(str(checkpoint), "frontier")
         name = f"frontier: {checkpoint}"  # a policy may be called checkpoint-10 too
-        measurement.bench.add(name, str(checkpoint), "frontier")
+        measurement.bank.add(name, str(checkpoint), "frontier")
         policy = Policy(name, str(checkpoint))
         drawn = draw_policy(measurement, policy, seed)
-        measurement.bench.drop(name)
+        measurement.bank.drop(name)
         rewards = {name: figure(scores, seed=seed) for name, scores in drawn.scores.items()}
         kl, _ = _kl_and_entropy(measurement, policy, drawn, seed)
         points.append({"step": step_of(checkpoint), "kl": kl, "rewards": rewards})
@@ -633,10 +631,10 @@ def perplexities(measurement: Measurement, policies: dict[str, Policy], texts: D
     result = {}
     for policy in policies.values():
         if policy.best_of is None:
-            with measurement.bench.use_policy(policy.name) as model:
+            with measurement.bank.use_policy(policy.name) as model:
                 length, size = measurement.arguments.ptx_max_length, measurement.arguments.batch_size
                 result[policy.name] = perplexity(
-                    model, measurement.bench.tokenizer, texts["text"], max_length=length, batch_size=size
+                    model, measurement.bank.tokenizer, texts["text"], max_length=length, batch_size=size
                 )
     return result
 
@@ -649,10 +647,10 @@ def lm_eval_results(measurement: Measurement, policies: dict[str, Policy]) -> di
     results = {}
     for policy in policies.values():
         if policy.best_of is None:
-            with measurement.bench.use_policy(policy.name) as model:
+            with measurement.bank.use_policy(policy.name) as model:
                 # the base, in whose layers the active adapter sits
                 wrapped = HFLM(
-                    base_of(model), tokenizer=measurement.bench.tokenizer, batch_size=measurement.arguments.batch_size
+                    base_of(model), tokenizer=measurement.bank.tokenizer, batch_size=measurement.arguments.batch_size
                 )
                 output = simple_evaluate(wrapped, tasks=measurement.arguments.lm_eval_tasks)
             results[policy.name] = output["results"]

@@ -7,7 +7,7 @@ from rlhf_recipes.core.files import REWARD_EVALUATION, read_json
 from rlhf_recipes.core.provenance import versions
 from rlhf_recipes.evaluation.evaluate import Drawn, Measurement, describe, groups_of, lm_eval_results, perplexities
 from rlhf_recipes.evaluation.report.verdict import verdict
-from rlhf_recipes.generation.judges import ChatJudge, as_text
+from rlhf_recipes.generation.judges import ChatJudge, prompt_as_text
 from rlhf_recipes.generation.policies import Policy
 from rlhf_recipes.rewards.matching import kinds_of
 
@@ -88,7 +88,7 @@ def _example(measurement: Measurement, drawn: dict[str, Drawn], group: str, row:
         return {"text": text, "kind": kinds_of([text], [reference], arguments.abstentions)[0] if known else None}
 
     return {
-        "prompt": as_text(entry["prompt"]),
+        "prompt": prompt_as_text(entry["prompt"]),
         "reference": reference,
         "group": None if group == "all" else group,
         "answers": {name: shown(one) for name, one in drawn.items()},

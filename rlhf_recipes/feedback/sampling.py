@@ -10,14 +10,14 @@ from typing import Any
 
 from rlhf_recipes.config.sample import SampleArguments
 from rlhf_recipes.core.errors import RecipeError
-from rlhf_recipes.core.files import read_json, write_json
+from rlhf_recipes.core.files import SAMPLED, read_json, write_json
 from rlhf_recipes.core.provenance import files_in
 from rlhf_recipes.generation.answers import sample
 from rlhf_recipes.generation.policies import Policy, PolicyBank
 
 from datasets import Dataset
 
-GROUPS, STATE = "groups.jsonl", "sample.json"
+GROUPS = "groups.jsonl"
 
 
 def refuse_best_of(policies: dict[str, Policy]) -> None:
@@ -32,7 +32,7 @@ def refuse_best_of(policies: dict[str, Policy]) -> None:
 
 
 def sample_groups(
-    bench: PolicyBank, policies: Sequence[str], rows: Dataset, arguments: SampleArguments, done: int = 0
+    bank: PolicyBank, policies: Sequence[str], rows: Dataset, arguments: SampleArguments, done: int = 0
 ) -> Iterator[list[dict[str, Any]]]:
     """Groups of `prompt`, `completions` and `sources` (which policy wrote each), with the data's other columns, part by part.
 
@@ -41,7 +41,7 @@ def sample_groups(
     does not depend on where a run was broken off.
 
     Args:
-        bench: the base with the policies.
+        bank: the base with the policies.
         policies: their names.
         rows: `prompt`, and columns that go along.
         arguments: what to draw.
@@ -54,7 +54,7 @@ def sample_groups(
     size = part_size(arguments)
     for first in range(done, len(rows), size):
         part = rows.select(range(first, min(first + size, len(rows))))
-        kept = _draw(bench, policies, part["prompt"], arguments, first)
+        kept = _draw(bank, policies, part["prompt"], arguments, first)
         yield [_group(row, found) for row, found in zip(part, kept, strict=True)]
 
 
@@ -64,7 +64,7 @@ def part_size(arguments: SampleArguments) -> int:
 
 
 def _draw(
-    bench: PolicyBank, policies: Sequence[str], prompts: Sequence[Any], arguments: SampleArguments, first: int
+    bank: PolicyBank, policies: Sequence[str], prompts: Sequence[Any], arguments: SampleArguments, first: int
 ) -> list[dict[str, tuple[str, str]]]:
     """Of each prompt the different completions: what one says -> its text as it came, and its policy."""
     kept: list[dict[str, tuple[str, str]]] = [{} for _ in prompts]
@@ -77,10 +77,10 @@ def _draw(
             ]
             if not asked:
                 continue
-            with bench.use_policy(policy) as model:
+            with bank.use_policy(policy) as model:
                 answers = sample(
                     model,
-                    bench.tokenizer,
+                    bank.tokenizer,
                     [prompts[place] for place in asked],
                     temperature=arguments.temperature,
                     max_new_tokens=arguments.max_completion_length,
@@ -108,7 +108,7 @@ def _group(row: dict[str, Any], found: dict[str, tuple[str, str]]) -> dict[str, 
 
 def discard(folder: Path) -> None:
     """Deletes what was sampled into a folder."""
-    for name in (GROUPS, STATE):
+    for name in (GROUPS, SAMPLED):
         (folder / name).unlink(missing_ok=True)
 
 
@@ -133,9 +133,9 @@ class GroupFile:
         self.folder, self.path = Path(folder), Path(folder) / GROUPS
         files = {path: [size, time] for path, size, time in files_in(arguments, leave_out=[self.folder])}
         arguments = json.loads(json.dumps(arguments, default=str))
-        self._state = read_json(self.folder / STATE)
+        self._state = read_json(self.folder / SAMPLED)
         if self._state and not _is_state(self._state):
-            raise RecipeError(f"output_dir: {self.folder / STATE}: was not written by this recipe: name another folder")
+            raise RecipeError(f"output_dir: {self.folder / SAMPLED}: was not written by this recipe: name another folder")
         if self._state:
             self._check(arguments, files)
         elif self.path.exists():
@@ -191,7 +191,7 @@ class GroupFile:
             self._save()
 
     def _save(self) -> None:
-        write_json(self.folder / STATE, self._state)
+        write_json(self.folder / SAMPLED, self._state)
 
     @contextlib.contextmanager
     def _writing(self) -> Iterator[None]:

@@ -126,7 +126,7 @@ def _answer_batch(
     max_new_tokens: int,
     **options: Any,
 ) -> list[Answer]:
-    sequences = prompt_ids(tokenizer, prompts)
+    sequences = encode_prompts(tokenizer, prompts)
     inputs = tokenizer.pad({"input_ids": sequences}, padding_side="left", return_tensors="pt").to(model.device)
     output = model.generate(**inputs, max_new_tokens=max_new_tokens, **options)[:, inputs["input_ids"].shape[1] :].tolist()
     answers = []
@@ -137,7 +137,7 @@ def _answer_batch(
     return answers
 
 
-def prompt_ids(tokenizer: PreTrainedTokenizerBase, prompts: Sequence[Prompt]) -> list[list[int]]:
+def encode_prompts(tokenizer: PreTrainedTokenizerBase, prompts: Sequence[Prompt]) -> list[list[int]]:
     """Token ids of each prompt: a text as it is, a conversation up to where the answer begins."""
     if isinstance(prompts[0], str):
         return tokenizer(list(prompts))["input_ids"]
@@ -167,7 +167,7 @@ def log_probs(
         temperature: above 0.
         batch_size: answers a forward pass.
     """
-    asked, was_training = prompt_ids(tokenizer, prompts), model.training
+    asked, was_training = encode_prompts(tokenizer, prompts), model.training
     starts = [len(ids) for ids in asked]
     sequences = [[*ids, *one.ids] for ids, one in zip(asked, answers, strict=True)]
     order = sorted(range(len(sequences)), key=lambda row: len(sequences[row]))  # alike lengths together: little padding

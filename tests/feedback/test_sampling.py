@@ -11,7 +11,7 @@ from rlhf_recipes.config.sample import SampleArguments
 from rlhf_recipes.core.errors import RecipeError
 from rlhf_recipes.feedback import sampling
 from rlhf_recipes.feedback.sampling import GroupFile, part_size, sample_groups
-from rlhf_recipes.generation.policies import Policy, load_bench
+from rlhf_recipes.generation.policies import Policy, load_policy_bank
 from rlhf_recipes.tiny import splits
 
 import pytest
@@ -25,7 +25,7 @@ BASE = "rlhf_recipes.tiny.base"
 
 
 @pytest.fixture(scope="module")
-def bench(tmp_path_factory):
+def bank(tmp_path_factory):
     """The tiny base, and an adapter that changes what it says."""
     from rlhf_recipes.core.hub import resolve_path
 
@@ -39,24 +39,24 @@ def bench(tmp_path_factory):
     model.save_pretrained(folder)
     tokenizer.save_pretrained(folder)
     policies = {"base": Policy("base"), "other": Policy("other", str(folder))}
-    return load_bench(ModelConfig(BASE, dtype="float32"), SampleArguments(), policies, tokenizer)
+    return load_policy_bank(ModelConfig(BASE, dtype="float32"), SampleArguments(), policies, tokenizer)
 
 
 def arguments(**options):
     return SampleArguments(**{"max_completion_length": 12, "batch_size": 8, "temperature": 2.0} | options)
 
 
-def drawn(bench, policies, rows, options, done=0):
-    return [group for part in sample_groups(bench, policies, rows, options, done) for group in part]
+def drawn(bank, policies, rows, options, done=0):
+    return [group for part in sample_groups(bank, policies, rows, options, done) for group in part]
 
 
 def texts(group):
     return [message["content"] for (message,) in group["completions"]]
 
 
-def test_completions_of_a_prompt_differ_and_other_columns_go_along(bench):
+def test_completions_of_a_prompt_differ_and_other_columns_go_along(bank):
     rows = splits.prompts(rows=6)
-    groups = drawn(bench, ["base"], rows, arguments(num_completions=3, temperature=4.0))
+    groups = drawn(bank, ["base"], rows, arguments(num_completions=3, temperature=4.0))
     assert [group["prompt"] for group in groups] == rows["prompt"]
     assert [group["reference"] for group in groups] == rows["reference"]
     for group in groups:
@@ -64,41 +64,41 @@ def test_completions_of_a_prompt_differ_and_other_columns_go_along(bench):
         assert group["sources"] == ["base"] * 3
 
 
-def test_several_policies_write_as_many(bench):
-    groups = drawn(bench, ["base", "other"], splits.prompts(rows=8), arguments(num_completions=3, temperature=4.0))
+def test_several_policies_write_as_many(bank):
+    groups = drawn(bank, ["base", "other"], splits.prompts(rows=8), arguments(num_completions=3, temperature=4.0))
     counts = Counter(source for group in groups for source in group["sources"])
     assert counts == {"base": 12, "other": 12}
     assert {tuple(sorted(Counter(group["sources"]).values())) for group in groups} == {(1, 2)}
 
 
-def test_plain_prompts_have_plain_completions(bench):
-    (group,) = drawn(bench, ["base"], Dataset.from_dict({"prompt": ["Zaza lives in"]}), arguments(num_completions=2))
+def test_plain_prompts_have_plain_completions(bank):
+    (group,) = drawn(bank, ["base"], Dataset.from_dict({"prompt": ["Zaza lives in"]}), arguments(num_completions=2))
     assert all(isinstance(text, str) for text in group["completions"])
 
 
-def test_what_is_lacking_is_asked_for_again(bench):
+def test_what_is_lacking_is_asked_for_again(bank):
     rows, options = splits.prompts(rows=16), {"num_completions": 4, "temperature": 1.0}
     once, often = (
-        [len(group["completions"]) for group in drawn(bench, ["base"], rows, arguments(max_attempts=attempts, **options))]
+        [len(group["completions"]) for group in drawn(bank, ["base"], rows, arguments(max_attempts=attempts, **options))]
         for attempts in (1, 6)
     )
     assert sum(once) < sum(often)
     assert max(often) == 4
 
 
-def test_a_run_that_was_broken_off_goes_on_to_the_same_file(bench, tmp_path):
+def test_a_run_that_was_broken_off_goes_on_to_the_same_file(bank, tmp_path):
     rows, options = splits.prompts(rows=7), arguments(num_completions=3)
     assert part_size(options) == 2
     whole, broken = (GroupFile(tmp_path / name, {"seed": 0}) for name in ("whole", "broken"))
-    for part in sample_groups(bench, ["base"], rows, options):
+    for part in sample_groups(bank, ["base"], rows, options):
         whole.append(part)
-    for part, _ in zip(sample_groups(bench, ["base"], rows, options), range(2), strict=False):
+    for part, _ in zip(sample_groups(bank, ["base"], rows, options), range(2), strict=False):
         broken.append(part)
     with broken.path.open("a") as file:
         file.write('{"prompt": [{"role": "us')  # killed in the middle of a line
     again = GroupFile(tmp_path / "broken", {"seed": 0})
     assert again.prompts == 4
-    for part in sample_groups(bench, ["base"], rows, options, done=again.prompts):
+    for part in sample_groups(bank, ["base"], rows, options, done=again.prompts):
         again.append(part)
     assert again.path.read_bytes() == whole.path.read_bytes()
     assert (again.prompts, again.groups) == (whole.prompts, whole.groups)

@@ -19,7 +19,7 @@ from rlhf_recipes.core.errors import RecipeError
 from rlhf_recipes.core.hub import resolve_path
 from rlhf_recipes.evaluation.evaluate import load_named_rewards
 from rlhf_recipes.generation.answers import log_probs
-from rlhf_recipes.generation.policies import load_bench, read_policies, trained_without_template
+from rlhf_recipes.generation.policies import load_policy_bank, read_policies, trained_without_template
 from rlhf_recipes.models.tokenizer import load_tokenizer
 from support import ROOT
 
@@ -46,7 +46,7 @@ def broken(prompts, completions, **columns):
 
 
 @pytest.fixture(scope="module")
-def bench(tmp_path_factory):
+def bank(tmp_path_factory):
     """The base and two adapters, of which `sft` hardly changes it."""
     policies = {"base": None}
     for name, size in (("sft", 0.02), ("ppo", 0.1)):
@@ -60,18 +60,18 @@ def bench(tmp_path_factory):
         AutoTokenizer.from_pretrained(BASE).save_pretrained(folder)
         policies[name] = str(folder)
     arguments = ChatArguments(policies=policies)
-    return load_bench(MODEL, arguments, read_policies(policies), load_tokenizer(MODEL, arguments))
+    return load_policy_bank(MODEL, arguments, read_policies(policies), load_tokenizer(MODEL, arguments))
 
 
 @pytest.fixture
-def talk(bench):
+def talk(bank):
     """A chat, and a way to say lines and get what is shown."""
 
     def make(rewards=(), policies=("base", "sft", "ppo"), width=100, **options):
         shown = io.StringIO()
         arguments = ChatArguments(policies=dict.fromkeys(policies), **{"max_new_tokens": 12, "temperature": 0.0} | options)
-        named = load_named_rewards(list(rewards), bench)
-        made = Chat(bench, arguments.policies, named, arguments, Console(file=shown, width=width, highlight=False))
+        named = load_named_rewards(list(rewards), bank)
+        made = Chat(bank, arguments.policies, named, arguments, Console(file=shown, width=width, highlight=False))
 
         def say(*lines):
             shown.seek(0)
@@ -88,13 +88,13 @@ def talk(bench):
 # --- Turns -----------------------------------------------------------------------------------------------
 
 
-def test_an_answer_comes_as_the_policy_gives_it(bench, talk):
+def test_an_answer_comes_as_the_policy_gives_it(bank, talk):
     made, say = talk()
     shown = say(QUESTION)
     (turn,) = made.sides[0].turns
     assert shown == f"base: {turn.answer.text.strip()}\n"
     assert (turn.message, turn.policy, turn.answer.ended) == (QUESTION, "base", True)
-    tokenizer = bench.tokenizer
+    tokenizer = bank.tokenizer
     ids = tokenizer.apply_chat_template([{"role": "user", "content": QUESTION}], add_generation_prompt=True, return_dict=True)
     expected = AutoModelForCausalLM.from_pretrained(BASE).generate(
         torch.tensor([ids["input_ids"]]), max_new_tokens=12, do_sample=False, eos_token_id=tokenizer.eos_token_id
@@ -151,7 +151,7 @@ def test_a_conversation_that_is_too_long_is_refused_before_the_model_fails(talk)
     with pytest.raises(RecipeError, match=r"the conversation has \d+ tokens, and the model reads 256: /undo or /clear"):
         say("a " * 300)
     assert made.sides[0].turns == []
-    ids = [2 + len(made.bench.tokenizer("x " * n)["input_ids"]) for n in range(300)]
+    ids = [2 + len(made.bank.tokenizer("x " * n)["input_ids"]) for n in range(300)]
     assert made._room(made.sides[0], "x " * next(n for n, length in enumerate(ids) if length > 235)) < 30
 
 
@@ -221,7 +221,7 @@ def test_a_message_may_begin_with_a_slash(talk):
 REWARDS = ({"path": f"{__name__}.loud"}, {"path": "rlhf_recipes.rewards.normalised_match", "name": "right"})
 
 
-def test_score_shows_each_reward_and_the_kl(bench, talk):
+def test_score_shows_each_reward_and_the_kl(bank, talk):
     made, say = talk(REWARDS)
     say("/policy ppo", QUESTION)
     shown = say("/score")
@@ -231,8 +231,8 @@ def test_score_shows_each_reward_and_the_kl(bench, talk):
     prompt = [{"role": "user", "content": QUESTION}]
     logps = []
     for name in ("ppo", "sft"):
-        with bench.use_policy(name) as model:
-            logps += [log_probs(model, bench.tokenizer, [prompt], [turn.answer])[0]]
+        with bank.use_policy(name) as model:
+            logps += [log_probs(model, bank.tokenizer, [prompt], [turn.answer])[0]]
     kl = logps[0] - logps[1]
     assert f"{kl:.2f} nats, {kl / len(turn.answer.ids):.3f} a token" in shown
     assert "KL from sft" in shown
@@ -258,10 +258,10 @@ def test_a_reward_that_fails_does_not_end_the_chat(talk):
     assert "nothing works" in " ".join(say(QUESTION, "/score").split())
 
 
-def test_without_an_sft_policy_kl_is_measured_from_the_base(bench, talk):
+def test_without_an_sft_policy_kl_is_measured_from_the_base(bank, talk):
     _, say = talk(policies=("ppo",))
     assert "KL from the base" in say(QUESTION, "/score")
-    bench._adapters.pop(chat.BASE)  # the next test has the same bench
+    bank._adapters.pop(chat.BASE)  # the next test has the same bank
 
 
 # --- What the recipe is given ----------------------------------------------------------------------------
@@ -287,10 +287,10 @@ def test_what_a_user_got_wrong_is_one_message(launch, options, message):
     assert message in error
 
 
-def test_a_base_without_a_template_is_talked_to_in_plain_words(talk, bench, monkeypatch):
-    monkeypatch.setattr(bench.tokenizer, "chat_template", chat_template())
+def test_a_base_without_a_template_is_talked_to_in_plain_words(talk, bank, monkeypatch):
+    monkeypatch.setattr(bank.tokenizer, "chat_template", chat_template())
     made, _ = talk(system_prompt="Be kind.")
-    text = bench.tokenizer.apply_chat_template(made._messages([], "Hello."), tokenize=False, add_generation_prompt=True)
+    text = bank.tokenizer.apply_chat_template(made._messages([], "Hello."), tokenize=False, add_generation_prompt=True)
     assert text.endswith("System: Be kind.\nUser: Hello.\nAssistant:")
 
 

@@ -20,9 +20,8 @@ from types import SimpleNamespace
 
 from rlhf_recipes.config.ppo import LOSSES, PPOConfig, _One
 from rlhf_recipes.models.kernels import without_compilation
-from rlhf_recipes.rewards.functions import FROM_TRL
+from rlhf_recipes.rewards.functions import TRL_KEYWORDS
 from rlhf_recipes.training.ppo import checkpoint
-from rlhf_recipes.training.ppo.actor_critic import ActorCriticTrainer
 from rlhf_recipes.training.ppo.trainer import PPOTrainer
 from rlhf_recipes.training.reward import RankingCollator, RankingTrainer
 from support import ROOT
@@ -78,10 +77,6 @@ HOOKS = {
     "compute_entropy, compute_aux_loss, pixel_values, image_grid_thw, num_images, pixel_attention_mask, spatial_shapes, "
     "num_tiles, image_sizes, token_type_ids, mm_token_type_ids, image_position_ids",
     "_get_train_sampler": "self, dataset",
-    "_load_from_checkpoint": "self, resume_from_checkpoint, model",
-    "_load_optimizer_and_scheduler": "self, checkpoint",
-    "_save": "self, output_dir, state_dict",
-    "_save_rng_state": "self, output_dir",
     "training_step": "self, model, inputs, num_items_in_batch",
 }
 """What `PPOTrainer` overrides, with the parameters that TRL and Transformers give it."""
@@ -93,6 +88,17 @@ REWARD_HOOKS = {
     "save_model": "self, output_dir, _internal_call",
 }
 """What `RankingTrainer` overrides."""
+
+MIXIN_HOOKS = {
+    "_load_from_checkpoint": "self, resume_from_checkpoint, model",
+    "_load_optimizer_and_scheduler": "self, checkpoint",
+    "_load_rng_state": "self, checkpoint",
+    "_save": "self, output_dir, state_dict",
+    "_save_rng_state": "self, output_dir",
+    "create_model_card": "self, model_name, dataset_name, tags",
+    "log": "self, logs, start_time",
+}
+"""What `TrainerMixin` overrides in every trainer."""
 
 
 def our_classes(trainer):
@@ -140,7 +146,7 @@ def test_everything_that_is_imported_is_there():
 
 @pytest.mark.parametrize(
     ("ours", "theirs", "hooks"),
-    [(PPOTrainer, GRPOTrainer, HOOKS), (RankingTrainer, RewardTrainer, REWARD_HOOKS)],
+    [(PPOTrainer, GRPOTrainer, HOOKS | MIXIN_HOOKS), (RankingTrainer, RewardTrainer, REWARD_HOOKS | MIXIN_HOOKS)],
     ids=["ppo", "reward"],
 )
 def test_every_override_stands_in_the_place_of_something(ours, theirs, hooks):
@@ -234,6 +240,9 @@ def lengths(completion_ids, **columns):
     return [float(len(ids) + ids[0]) for ids in completion_ids]
 
 
+CHECKPOINT_HOOKS = ("_load_from_checkpoint", "_load_optimizer_and_scheduler", "_save", "_save_rng_state")
+
+
 class Listening(GRPOTrainer):
     """TRL's trainer, which notes what it is told to do, in order, with the arguments."""
 
@@ -261,7 +270,7 @@ def listen(name):
     return method
 
 
-for _name in [*HOOKS, "_prepare_inputs", "_clip_grad_norm", "_maybe_log_save_evaluate"]:
+for _name in [*HOOKS, *CHECKPOINT_HOOKS, "_prepare_inputs", "_clip_grad_norm", "_maybe_log_save_evaluate"]:
     setattr(Listening, _name, listen(_name))
 
 
@@ -328,7 +337,7 @@ ALREADY_THERE = {"ref_model", "_step", "_buffered_inputs", "model"}  # which PPO
 
 def test_the_trainer_has_every_attribute_that_is_read(aligned):
     tree = ast.Module([*map(class_tree, our_classes(PPOTrainer)), ast.parse(inspect.getsource(checkpoint))], [])
-    own = (assigned(tree) - ALREADY_THERE) | set(vars(PPOTrainer)) | set(vars(ActorCriticTrainer))
+    own = (assigned(tree) - ALREADY_THERE) | {name for cls in our_classes(PPOTrainer) for name in vars(cls)}
     gone = {name for name in attributes(tree, "self") - own if not hasattr(aligned, name)}
     assert not gone, f"GRPOTrainer has no {sorted(gone)} any more, which rlhf_recipes/training/ppo reads"
     gone = {
@@ -586,7 +595,7 @@ def test_a_reward_function_is_called_with_these_keywords(tmp_path):
     data = prompts(answer=[f"a{row}" for row in range(8)])
     trainer = make_trainer(tmp_path, reward=look, data=data, max_steps=1)
     trainer.train()
-    assert seen[0].keys() == {*FROM_TRL, "answer"}, "TRL passes other keywords: see FROM_TRL in rewards/functions.py"
+    assert seen[0].keys() == {*TRL_KEYWORDS, "answer"}, "TRL passes other keywords: see TRL_KEYWORDS in rewards/functions.py"
     ((rewards,),) = [call[1] for call in trainer.of("end of _calculate_rewards")]
     assert rewards.tolist() == [[0.0], [0.5], [1.0], [1.5]], "(N, functions), of all processes"
     assert trainer.reward_func_names == ["look"]
@@ -971,11 +980,15 @@ def test_4_bit_layers_have_the_switch_against_repacking(tmp_path):
 
 
 def test_what_a_trainer_counts_stands_where_it_is_taken_up_from():
-    """`rlhf_recipes.training.counters` leaves it beside checkpoints, and puts it back when the loop has begun anew."""
+    """`rlhf_recipes.training.mixin` saves it with checkpoints, and restores it with the random state."""
     loop = inspect.getsource(Trainer._inner_training_loop) + inspect.getsource(Trainer._maybe_log_save_evaluate)
     for name in ("_tr_loss", "_total_loss_scalar", "_globalstep_last_logged"):
         assert f"self.{name}" in loop, name
     assert "self._save_rng_state(" in inspect.getsource(Trainer._save_checkpoint)
+    epoch = inspect.getsource(Trainer._run_epoch)
+    assert epoch.index("self._load_rng_state(") < epoch.index("self.training_step("), (
+        "counters are restored after the first step"
+    )
     for kind in (SFTTrainer, DPOTrainer, RewardTrainer):
         assert "self._total_train_tokens" in inspect.getsource(kind), kind
         assert "self._metrics[" in inspect.getsource(kind), kind

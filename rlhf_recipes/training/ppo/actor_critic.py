@@ -8,9 +8,10 @@ from typing import Any
 from rlhf_recipes.config.ppo import PPOConfig
 from rlhf_recipes.core.errors import RecipeError
 from rlhf_recipes.models.kernels import check_vllm, compile_layers, without_compilation
-from rlhf_recipes.models.precision import keep_adapter_in_fp32, preserve_param_dtypes
-from rlhf_recipes.models.roles import POLICY, save_single_adapter, use_adapter
-from rlhf_recipes.rewards.checks import checked
+from rlhf_recipes.models.precision import preserve_param_dtypes
+from rlhf_recipes.models.roles import use_adapter
+from rlhf_recipes.rewards.protocol import checked_reward
+from rlhf_recipes.training.mixin import TrainerMixin
 from rlhf_recipes.training.ppo.checkpoint import load_ppo_state, save_ppo_state
 from rlhf_recipes.training.ppo.critic import CriticOptimizer, make_critic
 from rlhf_recipes.training.ppo.diagnostics import DiagnosticsCallback, check_rewards
@@ -22,6 +23,7 @@ from rlhf_recipes.training.ppo.recorder import GenerationRecorder, read_recorder
 from rlhf_recipes.training.ppo.rollout import IterationProgress, TokenBatch
 from rlhf_recipes.training.ppo.setup import first_reward_model, load_rewards_onto, make_reference, prepare_policy
 from rlhf_recipes.training.ppo.vllm import send_policy_alone
+from rlhf_recipes.training.resume import resume_errors
 
 import torch
 from datasets import Dataset, IterableDataset
@@ -39,7 +41,7 @@ from trl import GRPOTrainer
 from trl.trainer.utils import add_fused_lm_head, get_config_model_id
 
 
-class ActorCriticTrainer(GRPOTrainer):
+class ActorCriticTrainer(TrainerMixin, GRPOTrainer):
     """Base of `PPOTrainer`, where the parameters are described: roles, forward passes, checkpoints.
 
     Attributes:
@@ -88,21 +90,19 @@ class ActorCriticTrainer(GRPOTrainer):
         self.kl = KLController(args.kl_coef, args.kl_target, args.kl_horizon)
         self.score_scaling = ScoreScaling(args.use_score_scaling, args.use_score_norm, args.score_clip)
         self.pretraining_text = PretrainingText(ptx_dataset, tokenizer, args) if args.ptx_coef else None
-        with preserve_param_dtypes(model):
-            super().__init__(
-                model=model,
-                reward_funcs=[reward if isinstance(reward, nn.Module) else checked(reward) for reward in rewards],
-                args=args,
-                train_dataset=fill_batch(train_dataset, args),
-                eval_dataset=eval_dataset,
-                processing_class=tokenizer,
-                reward_processing_classes=reward_processing_classes,
-                callbacks=[DiagnosticsCallback(), *(callbacks or [])],
-                optimizers=optimizers,
-                rollout_func=check_rollout_func(rollout_func) if rollout_func else None,
-                **options,
-            )
-        keep_adapter_in_fp32(self)
+        super().__init__(
+            model=model,
+            reward_funcs=[reward if isinstance(reward, nn.Module) else checked_reward(reward) for reward in rewards],
+            args=args,
+            train_dataset=fill_batch(train_dataset, args),
+            eval_dataset=eval_dataset,
+            processing_class=tokenizer,
+            reward_processing_classes=reward_processing_classes,
+            callbacks=[DiagnosticsCallback(), *(callbacks or [])],
+            optimizers=optimizers,
+            rollout_func=check_rollout_func(rollout_func) if rollout_func else None,
+            **options,
+        )
         send_policy_alone(self)
         self.reference_adapter = None if isinstance(reference, nn.Module) else reference
         if isinstance(reference, nn.Module):
@@ -246,9 +246,8 @@ class ActorCriticTrainer(GRPOTrainer):
     # --- Checkpoints -------------------------------------------------------------------------------------
 
     def _save(self, output_dir: str | None = None, state_dict: dict[str, Tensor] | None = None) -> None:
-        """Save the policy, without the other adapters on its base, and the critic."""
-        with save_single_adapter(self.model, POLICY):
-            super()._save(output_dir, state_dict)
+        """Save the policy and the critic."""
+        super()._save(output_dir, state_dict)
         if self.args.should_save:
             self.critic.save(output_dir or self.args.output_dir)
 
@@ -259,10 +258,12 @@ class ActorCriticTrainer(GRPOTrainer):
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
         super()._load_from_checkpoint(resume_from_checkpoint, model)
-        self.critic.load(resume_from_checkpoint)
+        with resume_errors(resume_from_checkpoint):
+            self.critic.load(resume_from_checkpoint)
 
     def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
         super()._load_optimizer_and_scheduler(checkpoint)
         if checkpoint is not None:
-            self.critic.load(checkpoint)  # DeepSpeed loads its policy without `_load_from_checkpoint`
-            load_ppo_state(self, checkpoint)
+            with resume_errors(checkpoint):
+                self.critic.load(checkpoint)  # DeepSpeed loads its policy without `_load_from_checkpoint`
+                load_ppo_state(self, checkpoint)

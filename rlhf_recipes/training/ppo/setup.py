@@ -8,9 +8,9 @@ from rlhf_recipes.config.ppo import PPOConfig
 from rlhf_recipes.core.errors import RecipeError
 from rlhf_recipes.models.precision import disable_cpu_4bit_repacking
 from rlhf_recipes.models.roles import NO_ADAPTER, POLICY, copy_adapter
+from rlhf_recipes.rewards.reward_funcs import SavedReward
 from rlhf_recipes.rewards.reward_models import Ensemble, RewardModel, Scorer
-from rlhf_recipes.rewards.saved import load_saved_rewards
-from rlhf_recipes.rewards.specs import SavedReward
+from rlhf_recipes.rewards.saved import load_saved_reward
 
 from peft import PeftConfig, PeftModel, get_peft_model
 from transformers import BitsAndBytesConfig, PreTrainedModel, PreTrainedTokenizerBase
@@ -85,7 +85,7 @@ def load_rewards_onto(
         if isinstance(reward, SavedReward):
             size = args.local_rollout_forward_batch_size or args.per_device_train_batch_size
             options = (reward.combine, reward.uncertainty_coef, size)
-            reward = load_saved_rewards(reward.folder, model, tokenizer, *options)
+            reward = load_saved_reward(reward.folder, model, tokenizer, *options)
         rewards.append(reward)
     return rewards
 
