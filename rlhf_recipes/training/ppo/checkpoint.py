@@ -2,7 +2,6 @@
 
 from dataclasses import asdict
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 from rlhf_recipes.core.errors import RecipeError
 from rlhf_recipes.core.files import read_json, write_json
@@ -11,15 +10,18 @@ from rlhf_recipes.training.ppo.maths import Moments
 import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
-
-if TYPE_CHECKING:
-    from rlhf_recipes.training.ppo.actor_critic import ActorCriticTrainer
+from trl import GRPOTrainer
 
 STATE, OPTIMIZER, ROLLOUT = "ppo_state.json", "critic_optimizer.pt", "rollout-{}.safetensors"
 
 
-def save_ppo_state(trainer: "ActorCriticTrainer", folder: str | Path) -> None:
-    """Save all that an unbroken run would still know. Each process saves its own part of the rollout."""
+def save_ppo_state(trainer: GRPOTrainer, folder: str | Path) -> None:
+    """Save all that an uninterrupted run would still know. Each process saves its part of the rollout.
+
+    Args:
+        trainer: an `ActorCriticTrainer`.
+        folder: the checkpoint.
+    """
     folder = Path(folder)
     if trainer._buffered_inputs is not None:
         tensors = {
@@ -40,7 +42,7 @@ def save_ppo_state(trainer: "ActorCriticTrainer", folder: str | Path) -> None:
         write_json(folder / STATE, state)
 
 
-def load_ppo_state(trainer: "ActorCriticTrainer", folder: str | Path) -> None:
+def load_ppo_state(trainer: GRPOTrainer, folder: str | Path) -> None:
     """Load what `save_ppo_state` wrote.
 
     Raises:
