@@ -14,7 +14,7 @@ from rlhf_recipes.config.data import DataArguments
 from rlhf_recipes.config.parser import parse_arguments
 from rlhf_recipes.config.sample import SampleArguments
 from rlhf_recipes.data import check_lengths, drop_overlong_mode, load_data
-from rlhf_recipes.feedback.sampling import GroupFile, refuse_best_of, sample_groups
+from rlhf_recipes.feedback.sampling import GroupFile, reject_best_of, sample_groups
 from rlhf_recipes.generation.policies import load_policy_bank, load_policy_tokenizer, read_policies
 
 from accelerate import PartialState
@@ -30,7 +30,7 @@ def main() -> None:
     if not PartialState().is_main_process:
         return
     policies = read_policies(sample_args.policies)
-    refuse_best_of(policies)
+    reject_best_of(policies)
 
     # Data
     rows = load_data(data_args, "prompt", evaluate=False, seed=sample_args.seed).train

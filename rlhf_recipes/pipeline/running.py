@@ -22,7 +22,7 @@ from rlhf_recipes.core.files import LOG, read_json, write_json, write_text
 from rlhf_recipes.data import Kind, check_source
 from rlhf_recipes.evaluation.report.html import METRICS, PAGE
 from rlhf_recipes.evaluation.report.seeds import write_summary
-from rlhf_recipes.feedback.sampling import discard
+from rlhf_recipes.feedback.sampling import delete_samples
 from rlhf_recipes.memory.autofit import written
 from rlhf_recipes.pipeline.reading import TRAINERS, Stage, read_stages
 from rlhf_recipes.training.resume import checkpoints_in, remove_checkpoint
@@ -250,7 +250,7 @@ def _forget(stage: Stage) -> None:
         for checkpoint in checkpoints_in(folder):
             remove_checkpoint(checkpoint)
     if stage.recipe == "sample":
-        discard(stage.folder)
+        delete_samples(stage.folder)
 
 
 def read_pipeline(config: Path, recipes: Path, only: list[str] | None = None) -> Pipeline:
