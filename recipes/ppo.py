@@ -10,29 +10,26 @@ base, in 4 bits with `load_in_4bit: true`. Saves the policy's adapter with its t
 from pathlib import Path
 
 from rlhf_recipes.cli import exit_on_recipe_error
-from rlhf_recipes.config.data import DataArguments
-from rlhf_recipes.config.parser import as_recipe_error, parse_arguments
-from rlhf_recipes.config.ppo import PPOArguments
+from rlhf_recipes.config.parser import as_recipe_error
 from rlhf_recipes.data import drop_overlong_mode, load_data, load_texts
 from rlhf_recipes.export.upload import publish
 from rlhf_recipes.models.loading import load_policy, strip_consumed_arguments
 from rlhf_recipes.models.tokenizer import load_tokenizer
 from rlhf_recipes.rewards.specs import SavedReward, load_rewards, paths_of
-from rlhf_recipes.training.ppo import PPOConfig, PPOTrainer
+from rlhf_recipes.stages import parse_arguments
+from rlhf_recipes.training.ppo import PPOTrainer
 from rlhf_recipes.training.record import RunRecorder, write_record
 from rlhf_recipes.training.result import evaluate_at_end, save_policy
 from rlhf_recipes.training.resume import checkpoint_to_resume
 from rlhf_recipes.training.run import run_dependencies, shutdown_distributed, train
 
 from accelerate import PartialState
-from trl import ModelConfig, get_peft_config
-
-ARGUMENTS = (PPOArguments, DataArguments, PPOConfig, ModelConfig)
+from trl import get_peft_config
 
 
 def main() -> None:
     """Runs the stage, after those that it needs."""
-    ppo_args, data_args, training_args, model_args = parse_arguments(__file__, *ARGUMENTS)
+    ppo_args, data_args, training_args, model_args = parse_arguments(__file__)
     checkpoint = checkpoint_to_resume(training_args, ppo_args, data_args, model_args)
     run_dependencies(ppo_args.needs, Path(__file__).parent, inputs=[ppo_args.start_from, *paths_of(ppo_args.reward_funcs)])
 

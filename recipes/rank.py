@@ -10,35 +10,33 @@ labels are lacking, it says how many, and is run again when they are there. One 
 from pathlib import Path
 
 from rlhf_recipes.cli import exit_on_recipe_error
-from rlhf_recipes.config.parser import parse_arguments
-from rlhf_recipes.config.rank import RankArguments
 from rlhf_recipes.core.files import check_writable
-from rlhf_recipes.feedback.ranking import choose, load_ensemble, read_labeller, read_sampled, write_rankings
+from rlhf_recipes.feedback.groups import read_groups
+from rlhf_recipes.feedback.ranking import read_labeler, write_rankings
+from rlhf_recipes.feedback.selection import choose_groups, load_ensemble
 from rlhf_recipes.models.loading import model_path
+from rlhf_recipes.stages import parse_arguments
 
 from accelerate import PartialState
-from trl import ModelConfig
-
-ARGUMENTS = (RankArguments, ModelConfig)
 
 
 def main() -> None:
     """Chooses, ranks and writes."""
-    rank_args, model_args = parse_arguments(__file__, *ARGUMENTS)
+    rank_args, model_args = parse_arguments(__file__)
     if not PartialState().is_main_process:
         return
     if rank_args.choose == "disagreement":
         model_path(model_args)  # refused in the first round, which has no ensemble yet, and not in the second
     check_writable(Path(rank_args.output_dir))
-    labeller = read_labeller(rank_args.labeller, rank_args.seed)
-    groups = read_sampled(rank_args.groups)
+    labeler = read_labeler(rank_args.labeller, rank_args.seed)
+    groups = read_groups(rank_args.groups)
 
     # Which: by an ensemble, where there is one already
     ensemble = load_ensemble(model_args, rank_args) if rank_args.choose == "disagreement" and rank_args.reward else None
-    chosen = choose(groups, rank_args.num_groups, rank_args.seed, ensemble)
+    chosen = choose_groups(groups, rank_args.num_groups, rank_args.seed, ensemble)
 
     # By whom
-    rows = labeller(chosen)
+    rows = labeler.rank(chosen)
     print(write_rankings(rank_args.output_dir, rows, len(chosen)))
 
 

@@ -173,7 +173,7 @@ def choose_judge(arguments: EvaluateArguments, rewards: dict[str, NamedReward]) 
     """
     if isinstance(arguments.judge, dict):
         judge = read_chat_judge(arguments.judge)
-        judge.try_out()
+        judge.check_replies()
         return judge
     if arguments.judge is not None and arguments.judge not in rewards:
         raise RecipeError(f"judge: {arguments.judge!r} is none of the rewards ({', '.join(rewards)})")

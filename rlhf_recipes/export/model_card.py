@@ -7,17 +7,16 @@ from typing import Any
 
 from rlhf_recipes.core.files import RECIPE, read_json, write_text
 from rlhf_recipes.core.hub import resolve_path
+from rlhf_recipes.stages import STAGES, Stage
 
 from huggingface_hub import ModelCardData
 
 CARD = "README.md"
 """The model card's file, as on the Hub."""
 
-_PAPERS = {"reward": "2203.02155", "ppo": "2203.02155", "dpo": "2305.18290"}  # on arXiv: InstructGPT, and DPO
-_KINDS = {"reward": "reward model"}  # the rest are policies
-_ARGUMENTS = ("start_from", "reward_funcs", "load_in_4bit", "load_in_8bit", "lora_r", "lora_alpha", "learning_rate")
-_ARGUMENTS += ("num_train_epochs", "max_steps", "per_device_train_batch_size", "gradient_accumulation_steps", "loss_type")
-_ARGUMENTS += ("beta", "kl_coef", "ptx_coef", "train_on", "max_length", "seed")
+_ARGUMENTS = ("start_from", "load_in_4bit", "load_in_8bit", "lora_r", "lora_alpha", "learning_rate", "num_train_epochs")
+_ARGUMENTS += ("max_steps", "per_device_train_batch_size", "gradient_accumulation_steps", "max_length", "seed")
+_UNKNOWN = Stage(arguments=())  # a stage of others
 _UNSET = (None, [], "", -1)  # 0 is a value, and False is not
 _OF_TRAINING = ("runtime", "per_second", "num_tokens", "epoch", "clip_ratio", "step_time", "/min_", "/max_")
 _OF_TRAINING += ("learning_rate", "grad_norm", "total_flos", "step")
@@ -119,7 +118,7 @@ def _card(record: dict[str, Any], stages: list[dict[str, Any]], location: str) -
 
 def kind_of(stages: list[dict[str, Any]]) -> str:
     """What the last stage made: a "policy" or a "reward model"."""
-    return _KINDS.get(stages[-1].get("recipe") if stages else None, "policy")
+    return STAGES.get(stages[-1].get("recipe") if stages else None, _UNKNOWN).output
 
 
 def _metadata(record: dict[str, Any], kind: str, base: str, merged: bool) -> ModelCardData:
@@ -147,12 +146,13 @@ def _stage(number: int, stage: dict[str, Any]) -> str:
     run = stage.get("run") or {}
     cost = f", {run['steps']} steps in {run['wall_time_s']:.0f} s" if run.get("steps") else ""
     recipe = stage["recipe"]
-    paper = f" ([arXiv](https://arxiv.org/abs/{_PAPERS[recipe]}))" if recipe in _PAPERS else ""
+    registered = STAGES.get(recipe, _UNKNOWN)
+    paper = f" ([arXiv](https://arxiv.org/abs/{registered.paper}))" if registered.paper else ""
     lines = [f"{number}. **{recipe}**{paper}, `{stage['folder']}`{cost}"]
     lines += [f"   - {split}: {text}" for split, text in _data(stage)]
     unread = ("lora_",) if _argument(stage, "start_from") else ()  # the adapter has its parent's
-    unread += () if recipe == "dpo" else ("loss_type", "beta")
-    values = {name: _argument(stage, name) for name in _ARGUMENTS if not name.startswith(unread)}
+    names = [name for name in (*_ARGUMENTS, *registered.card_arguments) if not name.startswith(unread)]
+    values = {name: _argument(stage, name) for name in names}
     set_ones = [f"`{name}: {_brief(value)}`" for name, value in values.items() if value is not False and value not in _UNSET]
     if set_ones:
         lines.append(f"   - {', '.join(set_ones)}")

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from rlhf_recipes.core.errors import RecipeError
-from rlhf_recipes.core.files import write_json, write_text
+from rlhf_recipes.core.files import RANKED, write_json, write_text
 from rlhf_recipes.feedback.groups import Group
 from rlhf_recipes.feedback.labels import Store, rankings
 from rlhf_recipes.generation.judges import ChatJudge, read_chat_judge
@@ -21,7 +21,7 @@ from rlhf_recipes.rewards.specs import load_rewards
 
 from trl.trainer.utils import get_callable_name
 
-RANKINGS, RANKED = "rankings.jsonl", "rank.json"
+RANKINGS = "rankings.jsonl"
 Rows = list[dict[str, Any]]
 
 

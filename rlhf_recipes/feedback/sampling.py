@@ -10,15 +10,13 @@ from typing import Any
 
 from rlhf_recipes.config.sample import SampleArguments
 from rlhf_recipes.core.errors import RecipeError
-from rlhf_recipes.core.files import read_json, write_json
+from rlhf_recipes.core.files import SAMPLED, read_json, write_json
 from rlhf_recipes.core.provenance import files_in
 from rlhf_recipes.feedback.groups import GROUPS
 from rlhf_recipes.generation.answers import sample
 from rlhf_recipes.generation.policies import Policy, PolicyBank
 
 from datasets import Dataset
-
-STATE = "sample.json"
 
 
 def reject_best_of(policies: dict[str, Policy]) -> None:
@@ -106,7 +104,7 @@ def _group(row: dict[str, Any], texts: dict[str, tuple[str, str]]) -> dict[str, 
 
 def delete_samples(folder: Path) -> None:
     """Delete the samples in a folder."""
-    for name in (GROUPS, STATE):
+    for name in (GROUPS, SAMPLED):
         (folder / name).unlink(missing_ok=True)
 
 
@@ -125,9 +123,9 @@ class GroupFile:
         self.folder, self.path = Path(folder), Path(folder) / GROUPS
         files = {path: [size, time] for path, size, time in files_in(arguments, leave_out=[self.folder])}
         arguments = json.loads(json.dumps(arguments, default=str))
-        self._state = read_json(self.folder / STATE)
+        self._state = read_json(self.folder / SAMPLED)
         if self._state:
-            self._check_state(arguments, files)
+            self._check_state(arguments | files)
         elif self.path.exists():
             raise RecipeError(f"output_dir: {self.path}: was not written by this recipe. Fix: name another folder")
         with self._write_errors():
@@ -138,24 +136,19 @@ class GroupFile:
             with self.path.open("ab") as file:
                 file.truncate(self._state["bytes"])  # drop an incomplete part
 
-    def _check_state(self, arguments: dict[str, Any], files: dict[str, list[int]]) -> None:
-        """Reject samples of other arguments or files, and a file that has lost samples."""
+    def _check_state(self, inputs: dict[str, Any]) -> None:
+        """Reject samples of other arguments or changed files, and a file that has lost samples."""
         fix = "Fix: name another folder, or delete this one"
         try:
-            before, files_before, size = (self._state[key] for key in ("arguments", "files", "bytes"))
-            changed = [key for key in before if before[key] != arguments.get(key)]
-            changed_files = [path for path in files_before | files if files_before.get(path) != files.get(path)]
+            before, size = self._state["arguments"] | self._state["files"], self._state["bytes"]
+            changed = [key for key in before | inputs if before.get(key) != inputs.get(key)]
             lost = size - (self.path.stat().st_size if self.path.exists() else 0)
         except (KeyError, TypeError) as error:
-            raise RecipeError(f"output_dir: {self.folder / STATE}: is damaged. {fix}") from error
+            raise RecipeError(f"output_dir: {self.folder / SAMPLED}: is damaged. {fix}") from error
         if changed:
             key = changed[0]
-            raise RecipeError(
-                f"output_dir: {self.folder}: holds samples of another run, with {key}: {before[key]!r}, not "
-                f"{arguments.get(key)!r}. {fix}"
-            )
-        if changed_files:
-            raise RecipeError(f"output_dir: {self.folder}: holds samples from before {changed_files[0]} changed. {fix}")
+            difference = f"{key}: {before.get(key)!r} then, {inputs.get(key)!r} now"
+            raise RecipeError(f"output_dir: {self.folder}: holds samples of another run ({difference}). {fix}")
         if lost > 0:
             raise RecipeError(f"output_dir: {self.path}: {lost} of {size} bytes are missing. {fix}")
 
@@ -186,7 +179,7 @@ class GroupFile:
             self._save()
 
     def _save(self) -> None:
-        write_json(self.folder / STATE, self._state)
+        write_json(self.folder / SAMPLED, self._state)
 
     @contextlib.contextmanager
     def _write_errors(self) -> Iterator[None]:

@@ -18,13 +18,12 @@ from rlhf_recipes.models.compatibility import check_base, check_tokenizer, check
 from rlhf_recipes.models.loading import load_model
 from rlhf_recipes.models.roles import NO_ADAPTER, use_adapter
 from rlhf_recipes.models.tokenizer import load_tokenizer
+from rlhf_recipes.stages import training_stages
 
 from accelerate import PartialState
 from peft import LoraConfig, PeftModel, get_peft_model
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from trl import ModelConfig
-
-_RECIPES = ("sft", "dpo", "ppo", "reward")
 
 
 @dataclass(frozen=True)
@@ -114,7 +113,7 @@ def require_adapter(folder: str, where: str) -> None:
         raise RecipeError(
             f"{where}: {folder} holds a whole model, and only adapters share a base: evaluate it by itself, as model"
         )
-    stage = next((name for name in _RECIPES if name in Path(folder).name or name in where), None)
+    stage = next((name for name in training_stages() if name in Path(folder).name or name in where), None)
     recipe = f"recipes/{stage}.py" if stage else "recipes/sft.py, dpo.py or ppo.py"
     raise RecipeError(
         f"{where}: {folder} holds no adapter (no adapter_config.json): train it first with {recipe}, or name another"

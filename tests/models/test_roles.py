@@ -21,6 +21,7 @@ from rlhf_recipes.rewards.saved import load_reward, load_saved_rewards, load_who
 from rlhf_recipes.tiny import splits
 from rlhf_recipes.training.reward import RankingTrainer
 from support import ROOT
+from support.tolerance import assert_close
 
 import pytest
 import torch
@@ -116,7 +117,7 @@ def logits(model, batch):
 
 
 def close(scores, expected):
-    torch.testing.assert_close(scores, expected, rtol=0, atol=1e-5)
+    assert_close(scores, expected, torch.float32)
 
 
 # --- Round trip ------------------------------------------------------------------------------------------

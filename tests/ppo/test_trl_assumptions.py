@@ -961,11 +961,15 @@ def test_4_bit_layers_have_the_switch_against_repacking(tmp_path):
 
 
 def test_what_a_trainer_counts_stands_where_it_is_taken_up_from():
-    """`rlhf_recipes.training.counters` leaves it beside checkpoints, and puts it back when the loop has begun anew."""
+    """`rlhf_recipes.training.mixin` saves it with checkpoints, and restores it with the random state."""
     loop = inspect.getsource(Trainer._inner_training_loop) + inspect.getsource(Trainer._maybe_log_save_evaluate)
     for name in ("_tr_loss", "_total_loss_scalar", "_globalstep_last_logged"):
         assert f"self.{name}" in loop, name
     assert "self._save_rng_state(" in inspect.getsource(Trainer._save_checkpoint)
+    epoch = inspect.getsource(Trainer._run_epoch)
+    assert epoch.index("self._load_rng_state(") < epoch.index("self.training_step("), (
+        "counters are restored after the first step"
+    )
     for kind in (SFTTrainer, DPOTrainer, RewardTrainer):
         assert "self._total_train_tokens" in inspect.getsource(kind), kind
         assert "self._metrics[" in inspect.getsource(kind), kind
