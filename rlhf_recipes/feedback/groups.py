@@ -2,10 +2,10 @@
 
     {"prompt": T, "completions": [T, T, ...], "sources": ["sft", "ppo", ...], "id": "..."}
 
-`T` is text or a list of messages `{"role": ..., "content": ...}`. A prompt ends with the user's turn. A completion is one message
-of the assistant and may be empty. A group has 2 to 64 completions. `sources` (optional) names the policy that wrote each
-completion; labellers never see it. `id` (optional) defaults to a hash of prompt and completions. Other columns are kept for
-reward functions.
+`T` is text or a list of messages `{"role": ..., "content": ...}`. A prompt ends with the user's turn. A completion is one
+message of the assistant and may be empty. A group has 2 to 64 completions. `sources` (optional) names the policy that wrote
+each completion; labellers never see it. `id` (optional) defaults to a hash of prompt and completions. Reward functions get the
+other columns.
 """
 
 import hashlib
@@ -176,7 +176,9 @@ def read_groups(path: str | Path) -> list[Group]:
         group = row.group()
         first = groups.setdefault(group.id, group)
         if first != group:
-            raise RecipeError(f"{where}: id: '{group.id}' is the id of an earlier, different row. Fix: give each group its own id")
+            raise RecipeError(
+                f"{where}: id: '{group.id}' is the id of an earlier, different row. Fix: give each group its own id"
+            )
         if group.conversational != next(iter(groups.values())).conversational:
             raise RecipeError(f"{where}: prompt: texts and messages are mixed. Fix: write all prompts in one form")
     if not groups:

@@ -120,8 +120,8 @@ class JudgeLabeler:
 class SimulatedLabeler:
     """A labeller who prefers completions by a reward with noise, as in the Bradley-Terry model.
 
-    Equal rewards tie. Of two others the higher is preferred with probability sigmoid(difference / noise): each reward in a group
-    gets one draw of Gumbel noise, seeded by the id of the group.
+    Equal rewards tie. Of two others the higher one is preferred with probability sigmoid(difference / noise): each reward in a
+    group gets one draw of Gumbel noise, seeded by the id of the group.
 
     Parameters:
         reward: a reward function.

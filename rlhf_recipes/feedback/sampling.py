@@ -187,6 +187,6 @@ class GroupFile:
             yield
         except OSError as error:
             raise RecipeError(
-                f"output_dir: {self.folder}: cannot be written to ({error.strerror}); earlier samples are kept. Fix: make room, "
-                "and run again"
+                f"output_dir: {self.folder}: cannot be written to ({error.strerror}); earlier samples are kept. Fix: free "
+                "some space, and run again"
             ) from error

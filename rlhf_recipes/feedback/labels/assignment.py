@@ -1,7 +1,7 @@
 """Which group a labeller gets next.
 
-Every labeller gets a share of the groups (`overlap`); each of the others goes to one labeller. A group that is on somebody's screen
-is leased for an hour. A skipped group goes to another labeller.
+Every labeller gets a share of the groups (`overlap`); each of the others goes to one labeller. A group on somebody's screen is
+leased for an hour. A skipped group goes to another labeller.
 """
 
 from typing import NamedTuple

@@ -54,7 +54,9 @@ def pairs(contents: Contents) -> Rows:
 def demonstrations(contents: Contents) -> Rows:
     """Return one row of `prompt`, `completion`, `labeller`, `id` per answer that a labeller wrote."""
     return [
-        _row(group, label, completion=group.completion(label.demonstration)) for group, label in _flat(contents) if label.demonstration
+        _row(group, label, completion=group.completion(label.demonstration))
+        for group, label in _flat(contents)
+        if label.demonstration
     ]
 
 
@@ -126,7 +128,9 @@ def export_labels(store: Store, folder: Path) -> dict[str, int]:
 
 
 def _export_row(group: Group, labels: list[Label]) -> dict[str, Any]:
-    return group.row() | {"labels": [{key: value for key, value in asdict(label).items() if key != "group"} for label in labels]}
+    return group.row() | {
+        "labels": [{key: value for key, value in asdict(label).items() if key != "group"} for label in labels]
+    }
 
 
 def _is_export(path: Path) -> bool:

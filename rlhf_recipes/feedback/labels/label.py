@@ -57,7 +57,9 @@ def normalize(label: Label, group: Group) -> Label:
 def _normalize_ranks(ranks: list[int | None], group: Group) -> list[int | None]:
     texts = group.texts()
     if len(ranks) != len(texts):
-        raise InvalidLabelError(f"ranks: {len(ranks)} for the {len(texts)} completions of group '{group.id}'. Fix: give one each")
+        raise InvalidLabelError(
+            f"ranks: {len(ranks)} for the {len(texts)} completions of group '{group.id}'. Fix: give one each"
+        )
     if any(rank is not None and (type(rank) is not int or rank < 1) for rank in ranks):
         raise InvalidLabelError(f"ranks: {ranks}: a rank is a whole number from 1, or null for an unusable completion")
     rank_of: dict[str, int | None] = {"": None}

@@ -55,8 +55,8 @@ def listen(host: str, port: int, password: str = "") -> socket.socket:
         family, _, _, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)[0]
         if not _is_loopback(address) and not password:
             raise RecipeError(
-                f"--host: {host}: others could read and write labels there. Fix: set a password in the environment and name its "
-                "variable by --password-env, or listen on 127.0.0.1"
+                f"--host: {host}: others could read and write labels there. Fix: name an environment variable with a password "
+                "by --password-env, or listen on 127.0.0.1"
             )
         return socket.create_server(address[:2], family=family)
     except OSError as error:

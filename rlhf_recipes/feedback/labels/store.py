@@ -242,7 +242,9 @@ class Store:
     def _save(self, label: Label, submission: str) -> None:
         current = self._current(label)
         if current and current[-1] != submission:
-            raise AlreadyLabelledError(f"{label.labeller} has already labelled group '{label.group}'. Fix: undo that label first")
+            raise AlreadyLabelledError(
+                f"{label.labeller} has already labelled group '{label.group}'. Fix: undo that label first"
+            )
         if current:
             self._withdraw(current[0])
         self._database.execute(
