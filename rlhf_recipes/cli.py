@@ -7,7 +7,7 @@ from pathlib import Path
 
 from rlhf_recipes.config.parser import LAUNCHED, ORIGIN
 from rlhf_recipes.core.errors import RecipeError, causes, lack_of_memory, refused_to_write
-from rlhf_recipes.memory.exhausted import explain
+from rlhf_recipes.memory.out_of_memory import explain_out_of_memory
 
 
 @contextlib.contextmanager
@@ -61,4 +61,4 @@ def _not_written(error: BaseException) -> str | None:
 
 
 def _with_advice(error: BaseException, exhausted: BaseException) -> str:
-    return explain(exhausted, LAUNCHED.get(), getattr(error, "__notes__", []))
+    return explain_out_of_memory(exhausted, LAUNCHED.get(), getattr(error, "__notes__", []))

@@ -38,7 +38,7 @@ MODELS = {
 
 
 def load_config(name, *options):
-    """In place of `rlhf_recipes.memory.models.load_config`."""
-    from rlhf_recipes.memory import models
+    """In place of `rlhf_recipes.memory.model_shape.load_config`."""
+    from rlhf_recipes.memory import model_shape
 
-    return MODELS[name] if name in MODELS else models.load_config(name, *options)
+    return MODELS[name] if name in MODELS else model_shape.load_config(name, *options)

@@ -13,7 +13,7 @@ from rlhf_recipes.config.parser import parse_arguments
 from rlhf_recipes.core.errors import RecipeError, lack_of_memory
 from rlhf_recipes.core.hub import explain_load_error
 from rlhf_recipes.core.machine import check_bitsandbytes
-from rlhf_recipes.memory.models import load_config
+from rlhf_recipes.memory.model_shape import load_config
 from rlhf_recipes.models.fingerprint import fingerprint
 from rlhf_recipes.models.loading import load_model
 from rlhf_recipes.models.tokenizer import load_tokenizer
