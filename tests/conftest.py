@@ -1,24 +1,46 @@
-"""Fixtures and order of the whole test suite."""
+"""Fixtures, order and summary of the whole test suite."""
 
 import gc
+from collections import Counter
 from pathlib import Path
 
-from support import SHARED, run_recipe  # first: it sets the environment
+from support import SHARED, has_gpu, run_recipe  # first, since it sets the environment
 
 import pytest
 
-# Those that take minutes, each in a few tests: begun first, they are not what one process does last and alone
-LONG = ("test_real_pipeline.py", "test_tiny_stages.py", "test_distributed.py", "test_real_rewards.py", "test_real_ppo.py")
-LONG += ("test_documents.py", "test_pipeline.py", "test_real_input.py", "test_kills.py")
+# Files whose few tests take long run first, so that no worker is left alone with them at the end.
+LONG = ("test_real_pipeline.py", "test_tiny_stages.py", "test_distributed.py", "test_real_rewards.py", "test_real.py")
+LONG += ("test_documents.py", "test_pipeline.py", "test_real_input.py", "test_kills.py", "test_smoke.py")
+LEFT_OUT = ("browser", "fuzz", "kill", "real", "slow")
+"""Markers of tests that `make test` leaves out."""
+
+deselected: Counter[str] = Counter()
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """The long ones first."""
+    """Put the files in `LONG` first, and skip tests of GPUs without one."""
     items.sort(key=lambda item: LONG.index(item.path.name) if item.path.name in LONG else len(LONG))
+    on_gpu = [item for item in items if item.get_closest_marker("gpu")]
+    if on_gpu and not has_gpu():
+        for item in on_gpu:
+            item.add_marker(pytest.mark.skip(reason="needs a CUDA device"))
+
+
+def pytest_deselected(items: list[pytest.Item]) -> None:
+    """Count tests that `-m` leaves out, by marker."""
+    for item in items:
+        deselected[next((name for name in LEFT_OUT if item.get_closest_marker(name)), "other")] += 1
+
+
+def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
+    """Name the tests that were left out, and the command that runs them."""
+    if deselected:
+        counts = ", ".join(f"{count} {name}" for name, count in sorted(deselected.items()))
+        terminalreporter.write_line(f"left out by marker: {counts}; `.ci/run` runs them all")
 
 
 def pytest_collection_finish() -> None:
-    """What is imported stays: collections of garbage, of which each run of a recipe makes several, need not look at it."""
+    """Exempt imported modules from garbage collection, which recipes trigger often."""
     gc.collect()
     gc.freeze()
 
@@ -33,7 +55,7 @@ def _datasets_cache(tmp_path_factory):
 
 @pytest.fixture(scope="session")
 def shared() -> Path:
-    """The folder of real models and data, which a developer has and a user has not."""
+    """The folder of real models and data, which users do not have."""
     if not SHARED.is_dir():
         pytest.skip("needs ../shared: real models and data")
     return SHARED
@@ -41,7 +63,7 @@ def shared() -> Path:
 
 @pytest.fixture
 def launch(capsys):
-    """Runs a recipe in this process: `launch("sft", "--seed", 1)`; returns its exit status and what it printed on stderr."""
+    """Run a recipe in this process: `launch("sft", "--seed", 1)` returns its exit status and its stderr."""
 
     def run(recipe: str, *options: object) -> tuple[int, str]:
         capsys.readouterr()

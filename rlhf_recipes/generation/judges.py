@@ -1,22 +1,20 @@
-"""A chat model that says which of two answers is better, asked in both orders."""
+"""A chat model as judge of which of two answers is better."""
 
-import http.client
-import json
+import logging
 import os
 import re
-import time
-import urllib.error
-import urllib.parse
-import urllib.request
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
-from typing import Any
+from functools import cached_property
+from typing import Annotated, Any
 
 from rlhf_recipes.core.errors import RecipeError, first_line
 from rlhf_recipes.generation.answers import Prompt
 
-from pydantic import ConfigDict, Field, TypeAdapter, ValidationError
+from pydantic import AfterValidator, ConfigDict, Field, HttpUrl, TypeAdapter, ValidationError
 from pydantic.dataclasses import dataclass
+
+logger = logging.getLogger(__name__)
 
 INSTRUCTIONS = (
     "You compare two answers to one question. Judge whether they are correct, helpful and honest; neither order nor length is "
@@ -25,31 +23,35 @@ INSTRUCTIONS = (
 )
 _QUESTION = "[Question]\n{prompt}\n\n[Answer A]\n{first}\n\n[Answer B]\n{second}"
 _MARK = re.compile(r"\[\[([ABC])\]\]")
-_BARE = re.compile(r"\W*([ABC])\W*")
-_WORTH = {"A": 1.0, "B": 0.0, "C": 0.5}
-_PASSING = (408, 409, 429)  # HTTP statuses that are worth another try, besides all from 500
+_BARE_MARK = re.compile(r"\W*([ABC])\W*")
+_CREDIT = {"A": 1.0, "B": 0.0, "C": 0.5, None: 0.5}
+
+
+def _check_url(url: str) -> str:
+    TypeAdapter(HttpUrl).validate_python(url)
+    return url
 
 
 @dataclass(config=ConfigDict(extra="forbid"))
 class ChatJudge:
-    """A chat model at an OpenAI-compatible address, local or remote, in the role of a judge (Zheng et al., 2023).
+    """A chat model at an OpenAI-compatible URL, local or remote, in the role of a judge.
 
-    Models prefer the first answer, or the second; each pair is asked about in both orders, and the two verdicts are averaged.
+    Models prefer the first answer, or the second. Each pair is judged in both orders, and the two verdicts are averaged
+    (Zheng et al., 2023).
 
     Parameters:
-        url: up to and without `/chat/completions`, for instance http://localhost:8000/v1.
+        url: of the API, without `/chat/completions`, for instance http://localhost:8000/v1.
         model: its name there.
-        api_key_env: the environment variable that holds the key, if one is needed.
+        api_key_env: the environment variable that holds the API key, where the server needs one.
         instructions: the system prompt; it must ask for [[A]], [[B]] or [[C]].
-        max_pairs: how many pairs are judged, the first ones.
+        max_pairs: the number of pairs to judge, from the first on.
         max_tokens: of a reply.
         timeout_s: seconds to wait for a reply.
-        retries: how often a request is repeated that failed and may pass later.
-        pause_s: seconds before the first repetition; each further pause is twice as long.
+        retries: repetitions of a request that failed and may succeed later; the client pauses longer before each.
         parallel: requests at once.
     """
 
-    url: str
+    url: Annotated[str, AfterValidator(_check_url)]
     model: str
     api_key_env: str | None = None
     instructions: str = INSTRUCTIONS
@@ -57,130 +59,107 @@ class ChatJudge:
     max_tokens: int = Field(default=512, gt=0)
     timeout_s: float = Field(default=60.0, gt=0)
     retries: int = Field(default=3, ge=0)
-    pause_s: float = Field(default=1.0, ge=0)
     parallel: int = Field(default=4, gt=0)
 
     def compare(self, prompts: Sequence[Prompt], answers: Sequence[str], others: Sequence[str]) -> dict[str, Any]:
-        """Asks about every pair in both orders.
+        """Judge every pair of answers in both orders.
 
         Args:
             prompts: (N,) texts or conversations.
             answers: (N,) of one policy.
-            others: (N,) of another.
+            others: (N,) of another policy.
 
         Returns:
             `credits`, (N,): the mean over both orders of 1 for a win of `answers`, 0 for a loss and .5 for a tie;
-            `swayed`: the share of pairs in which the order changed the verdict; `unreadable`: how many replies had no mark,
-            which count as ties.
+            `swayed`: the share of pairs in which the order changed the verdict; `unreadable`: the number of replies without
+            a mark, which count as ties.
 
         Raises:
-            RecipeError: if the address cannot be reached or refuses the request, or the environment lacks the key.
+            RecipeError: if the server cannot be reached or rejects the request, or the environment has no API key.
         """
         pairs = list(zip(map(prompt_as_text, prompts), answers, others, strict=True))
-        asked = [(p, a, b) for p, a, b in pairs] + [(p, b, a) for p, a, b in pairs]
+        swapped_pairs = [(prompt, other, answer) for prompt, answer, other in pairs]
+        self._client  # noqa: B018 - opened once, before the threads ask for it
         with ThreadPoolExecutor(self.parallel) as pool:
-            marks = list(pool.map(self._ask, asked))
-        worths = [_WORTH.get(mark, 0.5) for mark in marks]
-        straight, swapped = worths[: len(pairs)], [1 - worth for worth in worths[len(pairs) :]]
+            marks = list(pool.map(self._ask, [*pairs, *swapped_pairs]))
+        verdicts = [_CREDIT[mark] for mark in marks[: len(pairs)]]
+        swapped = [1 - _CREDIT[mark] for mark in marks[len(pairs) :]]
         return {
-            "credits": [(one + other) / 2 for one, other in zip(straight, swapped, strict=True)],
-            "swayed": sum(one != other for one, other in zip(straight, swapped, strict=True)) / len(pairs),
+            "credits": [(one + other) / 2 for one, other in zip(verdicts, swapped, strict=True)],
+            "swayed": sum(one != other for one, other in zip(verdicts, swapped, strict=True)) / len(pairs),
             "unreadable": marks.count(None),
         }
 
-    def try_out(self) -> None:
-        """Asks one trivial question, so that what is wrong is known before hours of sampling, and not after.
+    def check_replies(self) -> None:
+        """Ask one trivial question, so that a wrong URL or key fails before hours of sampling.
 
         Raises:
-            RecipeError: as `compare`; not for a reply without a mark, which is printed.
+            RecipeError: as `compare`. A reply without a mark is only logged.
         """
         if self._ask(("How much is 1 + 1?", "2", "3")) is None:
-            print(f"judge: {self.model} was asked a trivial question and replied without a mark; such replies count as ties")
+            logger.warning("judge: %s gave no verdict on a trivial question. Replies without a mark count as ties.", self.model)
 
     def _ask(self, pair: tuple[str, str, str]) -> str | None:
-        """A, B or C; None where the reply does not say."""
+        """Return the verdict A, B or C; None where the reply has none."""
         prompt, first, second = pair
         question = _QUESTION.format(prompt=prompt, first=first, second=second)
-        reply = self._post([{"role": "system", "content": self.instructions}, {"role": "user", "content": question}])
+        reply = self._reply([{"role": "system", "content": self.instructions}, {"role": "user", "content": question}])
         marks = _MARK.findall(reply)
-        bare = _BARE.fullmatch(reply)
+        bare = _BARE_MARK.fullmatch(reply)
         return marks[-1] if marks else bare[1] if bare else None
 
-    def _post(self, messages: list[dict[str, str]]) -> str:
-        body = {"model": self.model, "messages": messages, "temperature": 0, "max_tokens": self.max_tokens}
-        headers = {"Content-Type": "application/json"}
+    def _reply(self, messages: list[dict[str, str]]) -> str:
+        client = self._client
+        import openai  # an optional extra, which `_client` has found
+
+        options = {"temperature": 0, "max_tokens": self.max_tokens}
+        try:
+            reply = client.chat.completions.create(model=self.model, messages=messages, **options)
+            content = reply.choices[0].message.content or ""
+            return content + ""  # a list of parts is no text
+        except openai.APIConnectionError as error:
+            problem = f"cannot be reached ({first_line(error.__cause__ or error)}). Fix: start the server, or correct `url`"
+        except openai.APIStatusError as error:
+            problem = (
+                f"status {error.status_code}: {error.response.text[:300].strip()}. Fix: correct `url`, `model` or the API key"
+            )
+        except (AttributeError, LookupError, TypeError, ValueError, openai.OpenAIError) as error:
+            problem = f"the reply does not follow OpenAI's chat API ({first_line(error)}). Fix: correct `url`"
+        raise RecipeError(f"judge: {self.url}: {problem}, or name one of `rewards` as judge.")
+
+    @cached_property
+    def _client(self) -> Any:
+        try:
+            import openai
+        except ImportError as error:
+            raise RecipeError(
+                "judge: a chat model needs the client of OpenAI. Fix: pip install --editable '.[judge]'"
+            ) from error
+        key = "unused"  # without a key the client would send OPENAI_API_KEY to whatever `url` names
         if self.api_key_env:
-            if self.api_key_env not in os.environ:
-                raise RecipeError(f"judge: api_key_env: the environment has no {self.api_key_env}: set it to your key")
-            headers["Authorization"] = f"Bearer {os.environ[self.api_key_env]}"
-        address = f"{self.url.rstrip('/')}/chat/completions"
-        request = urllib.request.Request(address, json.dumps(body).encode(), headers)
-        for attempt in range(self.retries + 1):
-            if attempt:
-                time.sleep(self.pause_s * 2 ** (attempt - 1))
-            try:
-                with urllib.request.urlopen(request, timeout=self.timeout_s) as response:
-                    return _content(response.read(), address)
-            except urllib.error.HTTPError as error:
-                problem = f"status {error.code}: {_said(error) or error.reason}"
-                if error.code < 500 and error.code not in _PASSING:
-                    refused = f"judge: {address} refuses the request ({problem}): mend `url`, `model` or the key"
-                    raise RecipeError(refused) from None
-            except (OSError, http.client.HTTPException) as error:  # no such host, refused, timed out, broken off
-                problem = first_line(getattr(error, "reason", error) if isinstance(error, urllib.error.URLError) else error)
-        raise RecipeError(
-            f"judge: {address} cannot be reached, in {self.retries + 1} attempts ({problem}): start the server, mend `url`, or "
-            "name one of `rewards` as judge"
-        )
+            key = os.environ.get(self.api_key_env)
+            if not key:
+                raise RecipeError(
+                    f"judge: api_key_env: the environment has no {self.api_key_env}. Fix: set it to your API key."
+                )
+        return openai.OpenAI(base_url=self.url, api_key=key, timeout=self.timeout_s, max_retries=self.retries)
 
 
 def read_chat_judge(entry: dict[str, Any]) -> ChatJudge:
-    """A judge of the mapping in YAML.
+    """Return the judge that a mapping in YAML describes.
 
     Raises:
-        RecipeError: for a key that is missing, unknown, or has a value of the wrong type; for an address that is not of http,
-            or malformed.
+        RecipeError: for a key that is missing or unknown, or a value of the wrong type.
     """
     try:
-        judge = TypeAdapter(ChatJudge).validate_python(entry)
+        return TypeAdapter(ChatJudge).validate_python(entry)
     except ValidationError as error:
         first = error.errors()[0]
         raise RecipeError(f"judge: {'.'.join(map(str, first['loc']))}: {first['msg']}") from error
-    if not judge.url.startswith(("http://", "https://")):
-        raise RecipeError(f"judge: url: must begin with http:// or https://, found {judge.url!r}")
-    if not _is_address(judge.url):
-        raise RecipeError(f"judge: url: {judge.url!r} is no address: write it like http://localhost:8000/v1, without spaces")
-    return judge
-
-
-def _is_address(url: str) -> bool:
-    """Whether there is a host, a port that is a number if there is one, and nothing that a request could not hold."""
-    try:
-        parts = urllib.parse.urlsplit(url)
-        parts.port  # noqa: B018 - parsed here, and refused
-    except ValueError:
-        return False
-    return bool(parts.hostname) and url.isascii() and url.isprintable() and " " not in url
-
-
-def _said(error: urllib.error.HTTPError) -> str:
-    """How the body of a refusal begins, if it comes."""
-    try:
-        return error.read(300).decode(errors="replace").strip()
-    except (OSError, http.client.HTTPException):
-        return ""
-
-
-def _content(body: bytes, address: str) -> str:
-    try:
-        content = json.loads(body)["choices"][0]["message"]["content"] or ""
-        return content + ""  # a list of parts, say, is no text
-    except (ValueError, LookupError, TypeError) as error:
-        raise RecipeError(f"judge: {address} does not answer as OpenAI's interface does: {body[:200]!r}") from error
 
 
 def prompt_as_text(prompt: Prompt) -> str:
-    """A prompt for people: its text, or the turns of a conversation with who speaks, where there are several."""
+    """Return a prompt for people: its text, or its turns with their roles where there are several."""
     if isinstance(prompt, str):
         return prompt
     if len(prompt) == 1:

@@ -22,7 +22,8 @@ from rlhf_recipes.memory.plan import (
     UNQUANTISED,
     Plan,
 )
-from rlhf_recipes.models.adapters import adapter_config
+from rlhf_recipes.models.adapters import read_adapter_config
+from rlhf_recipes.stages import STAGES
 
 from peft import LoraConfig
 from transformers import PretrainedConfig
@@ -156,7 +157,7 @@ class Estimator:
 
     @property
     def _has_adapters(self) -> bool:
-        return self.adapter is not None or self.arguments.recipe in ("evaluate", "sample")
+        return self.adapter is not None or not STAGES[self.arguments.recipe].trains
 
     def _activations(self) -> Activations:
         adapter, values = self.adapter, self.arguments
@@ -226,8 +227,8 @@ def _precision_of(arguments: StageArguments, config: PretrainedConfig) -> Precis
 def _lora_config(arguments: StageArguments) -> LoraConfig:
     """Return the LoRA that the arguments of a stage describe."""
     values = arguments.values
-    # The arguments of these two do not describe the adapters of their policies
-    default_layers = "all-linear" if arguments.recipe in ("evaluate", "sample") else None
+    # The arguments of a stage that does not train do not describe the adapters that it loads
+    default_layers = None if STAGES[arguments.recipe].trains else "all-linear"
     return LoraConfig(
         r=values.get("lora_r", 16),
         lora_alpha=values.get("lora_alpha", 32),
@@ -246,4 +247,4 @@ def _lora_config_in(folder: str, producers: Mapping[str, StageArguments]) -> Lor
     if producer is not None:
         parent = producer.get("start_from")
         return _lora_config_in(parent, producers) if parent else _lora_config(producer)
-    return adapter_config(folder) if (Path(folder) / "adapter_config.json").is_file() else None
+    return read_adapter_config(folder) if (Path(folder) / "adapter_config.json").is_file() else None

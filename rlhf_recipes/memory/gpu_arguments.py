@@ -1,12 +1,10 @@
 """The arguments of a stage as on a machine with a GPU, whatever machine this is."""
 
-import runpy
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
-from pathlib import Path
 from typing import Any
 
-from rlhf_recipes.config.parser import parse_values
+from rlhf_recipes.stages import parse_values
 
 _MIXED_PRECISION = ("bf16", "fp16", "tf32")
 
@@ -48,7 +46,6 @@ def resolve_for_gpu(
     stage: str,
     recipe: str,
     values: Mapping[str, Any],
-    recipes: Path,
     producers: Mapping[str, StageArguments],
     on_gpu: bool = True,
 ) -> StageArguments:
@@ -58,18 +55,16 @@ def resolve_for_gpu(
         stage: its name.
         recipe: the recipe's name.
         values: what its YAML file holds.
-        recipes: the folder of the recipes.
         producers: folder -> the arguments of the stage that writes it.
         on_gpu: False resolves them for a CPU.
 
     Raises:
         RecipeError: what the recipe would raise.
     """
-    types = runpy.run_path(str(recipes / f"{recipe}.py"), run_name="stage")["ARGUMENTS"]
     # Without a GPU the parser rejects mixed precision, and defaults to none
     mixed = {key: values[key] for key in _MIXED_PRECISION if key in values and not values.get("use_cpu")}
     others = {key: value for key, value in values.items() if key not in mixed}
-    groups = parse_values(recipes / recipe, *types, values=others, here=False)
+    groups = parse_values(recipe, others, here=False)
     parsed = {key: value for group in groups for key, value in vars(group).items()}
     if on_gpu and not values.get("use_cpu"):
         parsed |= {"bf16": not mixed.get("fp16"), **mixed}

@@ -1,6 +1,6 @@
 """The memory plan of each stage: what stays in memory, and what its phases add."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 
 from rlhf_recipes.config.launcher import plain
 from rlhf_recipes.core.errors import RecipeError
@@ -8,14 +8,15 @@ from rlhf_recipes.memory.arithmetic import full_logits_bytes
 from rlhf_recipes.memory.estimator import Estimator, Phase
 from rlhf_recipes.memory.gpu_arguments import StageArguments
 from rlhf_recipes.memory.plan import ACTIVATIONS, ADAPTERS, BATCH, LOGITS, MODELS, Plan
-from rlhf_recipes.rewards.specs import paths_of
+from rlhf_recipes.rewards.reward_funcs import reward_paths
+from rlhf_recipes.stages import STAGES
 
 _ROLLOUT_BYTES = 80  # a token of a rollout: ids and masks of 8 bytes, five columns of fp32, and their copies
 
 
 def has_planner(recipe: str) -> bool:
     """Return whether a recipe can be planned."""
-    return recipe in _PLANNERS
+    return recipe in STAGES and STAGES[recipe].planner is not None
 
 
 def plan_stage(arguments: StageArguments) -> Plan:
@@ -24,14 +25,14 @@ def plan_stage(arguments: StageArguments) -> Plan:
     Raises:
         RecipeError: for a recipe or model that cannot be planned, or a length without a bound.
     """
-    planner = _PLANNERS.get(arguments.recipe)
-    if planner is None:
-        known = ", ".join(_PLANNERS)
+    if not has_planner(arguments.recipe):
+        known = ", ".join(filter(has_planner, STAGES))
         raise RecipeError(f"{arguments.stage}: no memory plan for recipes/{arguments.recipe}.py, only for {known}")
-    return planner(Estimator(arguments))
+    return STAGES[arguments.recipe].memory_planner()(Estimator(arguments))
 
 
-def _plan_sft(run: Estimator) -> Plan:
+def plan_sft(run: Estimator) -> Plan:
+    """Return the plan of supervised fine-tuning."""
     values, length = run.arguments, run.length("max_length")
     trainable, width = run.trainable()
     resident = {**run.base_weights(), **run.training_state(trainable, width), ADAPTERS: 4.0 * _adapter_parameters(run)}
@@ -43,7 +44,8 @@ def _plan_sft(run: Estimator) -> Plan:
     return run.plan(resident, phases, {"policy": _adapter_parameters(run)})
 
 
-def _plan_reward(run: Estimator) -> Plan:
+def plan_reward(run: Estimator) -> Plan:
+    """Return the plan of training a reward model."""
     values, length, hidden = run.arguments, run.length("max_length"), run.shape.hidden
     adapter = _adapter_parameters(run)
     trainable, width = run.trainable(head=False, heads=hidden)
@@ -65,7 +67,8 @@ def _plan_reward(run: Estimator) -> Plan:
     return run.plan(resident, phases, {role: members * adapter + members * hidden})
 
 
-def _plan_dpo(run: Estimator) -> Plan:
+def plan_dpo(run: Estimator) -> Plan:
+    """Return the plan of DPO."""
     values, length = run.arguments, run.length("max_length")
     adapter = _adapter_parameters(run)
     trainable, width = run.trainable()
@@ -90,7 +93,8 @@ def _plan_dpo(run: Estimator) -> Plan:
     return run.plan(resident, phases, roles)
 
 
-def _plan_ppo(run: Estimator) -> Plan:
+def plan_ppo(run: Estimator) -> Plan:
+    """Return the plan of PPO."""
     values = run.arguments
     prompt, completion = run.length("max_prompt_length"), run.length("max_completion_length")
     resident, roles, trainable = _ppo_roles(run)
@@ -135,7 +139,7 @@ def _ppo_roles(run: Estimator) -> tuple[Phase, dict[str, int], int]:
         resident[MODELS] += float(shape.parameters() * width)
     elif values.kl_coef > 0 and values.get("start_from"):
         roles["reference"] = policy
-    adapters, full_models = run.reward_models(paths_of(values.get("reward_funcs") or []))
+    adapters, full_models = run.reward_models(reward_paths(values.get("reward_funcs") or []))
     roles["reward models"] = sum(adapters) + full_models
     resident[MODELS] += full_models * float(width)
     critic = shape.hidden  # of the adapters' kind: in fp32
@@ -181,14 +185,15 @@ def completions_per_iteration(arguments: StageArguments) -> int:
     )
 
 
-def _plan_evaluate(run: Estimator) -> Plan:
+def plan_evaluate(run: Estimator) -> Plan:
+    """Return the plan of evaluation, or of sampling answers."""
     values, width = run.arguments, run.precision.weights
     prompt, completion = run.length("max_prompt_length"), run.length("max_completion_length")
     folders = [policy.get("path") if isinstance(policy, Mapping) else policy for policy in values.policies.values()]
     adapters = [run.adapter_in(folder) for folder in dict.fromkeys(filter(None, folders))]
     run.frozen_parts = frozenset().union(*(adapter.parts for adapter in adapters))
     policies = sum(adapter.parameters for adapter in adapters)
-    rewards, full_models = run.reward_models(paths_of(values.get("rewards") or []))
+    rewards, full_models = run.reward_models(reward_paths(values.get("rewards") or []))
     resident = {**run.base_weights(), ADAPTERS: 4.0 * (policies + sum(rewards)), MODELS: full_models * float(width)}
     rows, length = values.batch_size, prompt + completion
     phases = run.sampling(rows, prompt, completion)
@@ -213,13 +218,3 @@ def _adapter_parameters(run: Estimator) -> int:
 def _evaluates(arguments: StageArguments) -> bool:
     """Return whether the stage evaluates as it trains."""
     return plain(arguments.get("eval_strategy", "no")) != "no"
-
-
-_PLANNERS: dict[str, Callable[[Estimator], Plan]] = {
-    "sft": _plan_sft,
-    "reward": _plan_reward,
-    "ppo": _plan_ppo,
-    "dpo": _plan_dpo,
-    "evaluate": _plan_evaluate,
-    "sample": _plan_evaluate,
-}
