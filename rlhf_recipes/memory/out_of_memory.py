@@ -2,9 +2,9 @@
 
 import os
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 
-from rlhf_recipes.config.parser import Launched
+from rlhf_recipes.config.current import CurrentRun
 from rlhf_recipes.core.errors import RecipeError, first_line
 from rlhf_recipes.memory.autofit import advice, needed
 from rlhf_recipes.memory.gpu_arguments import StageArguments
@@ -19,23 +19,21 @@ _FREE = re.compile(rf"of which {_SIZE} is free")
 _SAFER_SHARE = 0.8  # of the card that a plan predicts, where the prediction was too low
 
 
-def explain_out_of_memory(error: BaseException, launched: Launched | None, notes: Sequence[str] = ()) -> str:
-    """Return a message with the memory requested, the plan, its advice, and the checkpoint to resume from.
+def explain_out_of_memory(error: BaseException, run: CurrentRun | None, when: str = "") -> str:
+    """Return what was requested, what the plan of the run predicts, and what to change.
 
     Args:
         error: by which the GPU or the machine reported the lack of memory.
-        launched: the recipe that ran, or None where that is not known.
-        notes: on the moment of the failure and what is kept, as `rlhf_recipes.training.run` adds them.
+        run: the run of this process, or None where it is not known.
+        when: the step of the training, such as " after 3 of 9 steps".
     """
     on_gpu = isinstance(error, torch.OutOfMemoryError) or any(name in str(error) for name in ("CUDA", "CUBLAS", "HIP", "XPU"))
     total = _total_memory(on_gpu)
-    stage = f"{launched.recipe.stem}: " if launched else ""
+    stage = f"{run.recipe.stem}: " if run else ""
     memory = "the GPU's memory" if on_gpu else "this machine's memory (RAM)"
     size = f" of {total:.1f} GiB" if total else ""
-    moment = "".join(f" {note}" for note in notes[:1])
-    sentences = [f"{stage}{memory}{size} was not enough{moment} ({_request(error)})"]
-    sentences += _remedies(launched, total, on_gpu) if launched else []
-    return ". ".join([*sentences, *notes[1:]])
+    sentences = [f"{stage}{memory}{size} was not enough{when} ({_request(error)})"]
+    return ". ".join([*sentences, *(_remedies(run, total, on_gpu) if run else ())])
 
 
 def _request(error: BaseException) -> str:
@@ -55,8 +53,8 @@ def _total_memory(on_gpu: bool) -> float | None:
         return None
 
 
-def _remedies(launched: Launched, total: float | None, on_gpu: bool) -> Iterator[str]:
-    recipe, values = launched.recipe.stem, launched.values
+def _remedies(run: CurrentRun, total: float | None, on_gpu: bool) -> Iterator[str]:
+    recipe, values = run.recipe.stem, run.values
     if not on_gpu and torch.cuda.is_available() and not values.get("use_cpu"):
         yield "Weights pass through RAM on their way to the GPU. Fix: stop other programs, or set `dtype: bfloat16`"
         return
@@ -70,7 +68,7 @@ def _remedies(launched: Launched, total: float | None, on_gpu: bool) -> Iterator
         reason = f" ({first_line(error)})" if isinstance(error, RecipeError) else ""
         yield f"It has no memory plan{reason}. Fix: smaller micro-batches, `gradient_checkpointing: true`"
         return
-    yield f"More: `python {launched.recipe.parent / 'plan.py'} --config {launched.config} --recipe {recipe}`"
+    yield f"More: `python {run.recipe.parent / 'plan.py'} --config {run.config} --recipe {recipe}`"
 
 
 def _planned(arguments: StageArguments, total: float | None) -> str:
