@@ -10,12 +10,12 @@ base, in 4 bits with `load_in_4bit: true`. Saves the policy's adapter with its t
 from pathlib import Path
 
 from rlhf_recipes.cli import exit_on_recipe_error
-from rlhf_recipes.config.parser import as_recipe_error
+from rlhf_recipes.core.errors import as_recipe_error
 from rlhf_recipes.data import drop_overlong_mode, load_data, load_texts
 from rlhf_recipes.export.upload import publish
 from rlhf_recipes.models.loading import load_policy, strip_consumed_arguments
 from rlhf_recipes.models.tokenizer import load_tokenizer
-from rlhf_recipes.rewards.specs import SavedReward, load_rewards, paths_of
+from rlhf_recipes.rewards.reward_funcs import SavedReward, load_rewards, reward_paths
 from rlhf_recipes.stages import parse_arguments
 from rlhf_recipes.training.ppo import PPOTrainer
 from rlhf_recipes.training.record import RunRecorder, write_record
@@ -31,7 +31,7 @@ def main() -> None:
     """Runs the stage, after those that it needs."""
     ppo_args, data_args, training_args, model_args = parse_arguments(__file__)
     checkpoint = checkpoint_to_resume(training_args, ppo_args, data_args, model_args)
-    run_dependencies(ppo_args.needs, Path(__file__).parent, inputs=[ppo_args.start_from, *paths_of(ppo_args.reward_funcs)])
+    run_dependencies(ppo_args.needs, Path(__file__).parent, inputs=[ppo_args.start_from, *reward_paths(ppo_args.reward_funcs)])
 
     # Data: prompts, and what the reward functions want to know besides
     data = load_data(data_args, "prompt", evaluate=training_args.eval_strategy != "no", seed=training_args.seed)

@@ -15,9 +15,9 @@ from rlhf_recipes.core.files import RANKED, write_json, write_text
 from rlhf_recipes.feedback.groups import Group
 from rlhf_recipes.feedback.labels import Store, rankings
 from rlhf_recipes.generation.judges import ChatJudge, read_chat_judge
-from rlhf_recipes.rewards.checks import ask
 from rlhf_recipes.rewards.functions import Reward
-from rlhf_recipes.rewards.specs import load_rewards
+from rlhf_recipes.rewards.protocol import score_completions
+from rlhf_recipes.rewards.reward_funcs import load_rewards
 
 from trl.trainer.utils import get_callable_name
 
@@ -153,7 +153,9 @@ class SimulatedLabeler:
         keys = dict.fromkeys(key for group in groups for key in group.columns)
         columns = {key: [group.columns.get(key) for group in groups for _ in group.completions] for key in keys}
         prompts = [group.prompt for group in groups for _ in group.completions]
-        scores = ask(self.reward, prompts, [answer for group in groups for answer in group.completions], **columns)
+        scores = score_completions(
+            self.reward, prompts, [answer for group in groups for answer in group.completions], **columns
+        )
         if None in scores:
             prompt = prompts[scores.index(None)]
             raise RecipeError(f"labeller: {get_callable_name(self.reward)}: returned None for an answer to {prompt!r:.80}")

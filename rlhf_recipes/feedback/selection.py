@@ -11,7 +11,7 @@ from rlhf_recipes.feedback.groups import Group
 from rlhf_recipes.generation.policies import load_policy_bank
 from rlhf_recipes.models.tokenizer import load_tokenizer
 from rlhf_recipes.rewards.reward_models import Ensemble
-from rlhf_recipes.rewards.saved import load_saved_rewards
+from rlhf_recipes.rewards.saved import load_saved_reward
 
 from trl import ModelConfig
 
@@ -63,11 +63,11 @@ def load_ensemble(model: ModelConfig, arguments: RankArguments) -> Ensemble:
     """Load the ensemble in the folder `reward`, on its base.
 
     Raises:
-        RecipeError: as in `load_saved_rewards`, and for a single reward model.
+        RecipeError: as in `load_saved_reward`, and for a single reward model.
     """
     tokenizer = load_tokenizer(model, arguments, start_from=arguments.reward)
     bank = load_policy_bank(model, arguments, {}, tokenizer)
-    reward = load_saved_rewards(arguments.reward, bank.model, tokenizer)
+    reward = load_saved_reward(arguments.reward, bank.model, tokenizer)
     if not isinstance(reward, Ensemble):
         raise RecipeError(
             f"reward: {arguments.reward} holds one reward model, which cannot disagree. Fix: train with `ensemble_size: 3`"

@@ -12,7 +12,7 @@ from typing import Any
 from rlhf_recipes.core.files import LOG, PENDING, RECIPE, read_json, write_json, write_text
 from rlhf_recipes.core.provenance import peak_memory, versions
 from rlhf_recipes.export.model_card import write_card
-from rlhf_recipes.export.upload import repository_of
+from rlhf_recipes.export.upload import repository_name
 from rlhf_recipes.models.fingerprint import fingerprint
 from rlhf_recipes.models.loading import model_path
 from rlhf_recipes.training.resume import result_arguments
@@ -142,7 +142,7 @@ def finish_record(training: TrainingArguments) -> dict[str, Any]:
     """Gives a pending record its name, by which the stage is done, and returns it; the model card is written."""
     output = Path(training.output_dir)
     os.replace(output / PENDING, output / RECIPE)
-    write_card(output, repository_of(output, training.hub_model_id) if training.push_to_hub else None)
+    write_card(output, repository_name(output, training.hub_model_id) if training.push_to_hub else None)
     return read_json(output / RECIPE)
 
 
