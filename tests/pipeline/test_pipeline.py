@@ -14,8 +14,8 @@ from pathlib import Path
 
 from rlhf_recipes.cli import exit_on_recipe_error
 from rlhf_recipes.core.errors import RecipeError
-from rlhf_recipes.feedback.labels import Label, Store
 from rlhf_recipes.feedback.groups import read_groups
+from rlhf_recipes.feedback.labels import Label, Store
 from rlhf_recipes.pipeline import check_arguments, read_pipeline, reading, running
 from support import ROOT
 
