@@ -21,7 +21,7 @@ from rlhf_recipes.core.yaml import to_yaml
 from rlhf_recipes.data import Kind, check_source
 from rlhf_recipes.evaluation.report.html import PAGE
 from rlhf_recipes.evaluation.report.seeds import write_summary
-from rlhf_recipes.feedback.sampling import discard
+from rlhf_recipes.feedback.sampling import delete_samples
 from rlhf_recipes.memory.autofit import as_yaml
 from rlhf_recipes.pipeline.reading import Stage, read_stages
 from rlhf_recipes.stages import STAGES, parse_values
@@ -247,7 +247,7 @@ def _forget(stage: Stage) -> None:
         for checkpoint in checkpoints_in(folder):
             remove_checkpoint(checkpoint)
     if stage.recipe == "sample":
-        discard(stage.folder)
+        delete_samples(stage.folder)
 
 
 def read_pipeline(config: Path, recipes: Path, only: list[str] | None = None) -> Pipeline:

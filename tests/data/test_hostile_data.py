@@ -5,12 +5,10 @@ import gzip
 import io
 import json
 import math
-import sqlite3
 from pathlib import Path
 
 from rlhf_recipes.config.data import DataArguments
 from rlhf_recipes.data import load_data
-from rlhf_recipes.feedback.labels import Group, Label, Store, export_labels, import_labels, read_groups
 from support import hostile
 
 import pytest
@@ -246,107 +244,3 @@ def test_dates_in_a_slice(folder):
     arguments = DataArguments(dataset_name=str(folder / "dates.jsonl"), dataset_train_split="train[1:2]+train[-1:]")
     rows = load_data(arguments, "sft", evaluate=False, seed=0).train.to_list()
     assert [row["completion"] for row in rows] == ["2024-01-02", "2024-01-05"]
-
-
-# --- Groups and labels -----------------------------------------------------------------------------------
-
-GROUPS = [
-    {"id": "one", "prompt": "Q?", "completions": ["A", "B", "C"], "sources": ["sft", "ppo", "sft"]},
-    {"id": "two", "prompt": "R?", "completions": ["D", ""]},
-    {"id": "three", "prompt": "S?", "completions": ["E", "F"]},
-]
-
-
-@pytest.fixture(scope="module")
-def exported(folder) -> list[dict]:
-    """The rows of a labels.jsonl."""
-    with Store(folder / "valid.sqlite") as store:
-        store.add([Group(**GROUPS[0]), Group(**GROUPS[2])])
-        store.save(Label("one", "Ann", [1, 2, None], "Better", "note"))
-        store.save(Label("three", "Ann", None))
-        store.save(Label("one", "Bob", [2, 1, 1]))
-        export_labels(store, folder / "export")
-    return [json.loads(line) for line in (folder / "export" / "labels.jsonl").read_text().splitlines()]
-
-
-@hostile.examples(60)
-@given(data=st.data())
-def test_groups(folder, data):
-    path = data.draw(st.sampled_from(hostile.places(GROUPS)))
-    rows = hostile.replaced(GROUPS, path, data.draw(hostile.values))
-    file = folder / "groups.jsonl"
-    file.write_bytes(written(rows, "jsonl"))
-    groups, message = hostile.outcome(lambda: read_groups(file))
-    if message is not None:
-        assert str(file) in message
-        return
-    rows = [json.loads(line) for line in file.read_text().splitlines()]
-    assert [group.prompt for group in groups] == [row["prompt"] for row in rows]
-    (folder / "groups.sqlite").unlink(missing_ok=True)
-    with Store(folder / "groups.sqlite") as store:
-        store.add(groups)
-        assert store.groups() == [group for group in groups if group.comparable()]
-
-
-@hostile.examples(60)
-@given(data=st.data())
-def test_imports(folder, exported, data):
-    """Labels come back as they were exported, or nothing is imported."""
-    path = data.draw(st.sampled_from(hostile.places(exported)))
-    rows = hostile.replaced(exported, path, data.draw(hostile.values))
-    file = folder / "labels.jsonl"
-    file.write_bytes(written(rows, "jsonl"))
-    (folder / "import.sqlite").unlink(missing_ok=True)
-    with Store(folder / "import.sqlite") as store:
-        number, message = hostile.outcome(lambda: import_labels(store, file))
-        if message is None:
-            assert number == len(store.labels()) == sum(len(row["labels"]) for row in rows)
-        else:
-            assert str(file) in message
-            assert not store.groups()
-
-
-@hostile.examples(40)
-@given(data=st.data())
-def test_bytes_of_an_export(folder, exported, data):
-    file = folder / "labels.jsonl"
-    file.write_bytes(data.draw(hostile.spoilt_bytes(written(exported, "jsonl"))))
-    (folder / "import.sqlite").unlink(missing_ok=True)
-    with Store(folder / "import.sqlite") as store:
-        _, message = hostile.outcome(lambda: import_labels(store, file))
-        assert message is None or str(file) in message
-
-
-def read_store(path: Path) -> None:
-    with Store(path) as store:
-        store.contents()
-        store.progress("Ann")
-        store.claim("Ann")
-
-
-@hostile.examples(40)
-@given(data=st.data())
-def test_bytes_of_a_store(folder, exported, data):
-    path = folder / "spoilt.sqlite"
-    path.write_bytes(data.draw(hostile.spoilt_bytes((folder / "valid.sqlite").read_bytes())))
-    _, message = hostile.outcome(lambda: read_store(path))
-    assert message is None or str(path) in message
-
-
-@hostile.examples(40)
-@given(data=st.data())
-def test_cells_of_a_store(folder, exported, data):
-    """A database that somebody has edited."""
-    path = folder / "edited.sqlite"
-    path.write_bytes((folder / "valid.sqlite").read_bytes())
-    places = [("groups", "content"), ("groups", "id"), ("labels", "ranks"), ("labels", "at"), ("labels", "demonstration")]
-    table, column = data.draw(st.sampled_from([*places, ("labellers", "name"), ("settings", "overlap"), ("settings", "seed")]))
-    value = data.draw(hostile.leaves.filter(lambda value: not isinstance(value, int) or abs(value) < 2**63))
-    with sqlite3.connect(path) as connection:
-        try:
-            connection.execute(f"UPDATE {table} SET {column} = ? WHERE rowid = 1", [value])
-        except (sqlite3.Error, UnicodeEncodeError):
-            assume(False)
-    connection.close()
-    _, message = hostile.outcome(lambda: read_store(path))
-    assert message is None or str(path) in message
