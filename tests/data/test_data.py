@@ -715,7 +715,7 @@ def test_conversion_that_changes_is_not_taken_from_a_cache(write, monkeypatch):
     path = write([{"prompt": "a", "completion": "b"}])
     before = load(path, "sft").train._fingerprint
     assert load(path, "sft").train._fingerprint == before
-    monkeypatch.setattr(rows, "_SOURCE", rows._SOURCE + "# changed")
+    monkeypatch.setattr(rows, "_CODE", [*rows._CODE, "# changed"])
     assert load(path, "sft").train._fingerprint != before
 
 
