@@ -31,12 +31,10 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-from rlhf_recipes.config.data import DataArguments
-from rlhf_recipes.config.parser import parse_arguments
-from rlhf_recipes.config.reward import RewardArguments
 from rlhf_recipes.data import Data
 from rlhf_recipes.evaluation.reward_models import measure_reward
-from rlhf_recipes.rewards.saved import load_saved_rewards
+from rlhf_recipes.rewards.saved import load_saved_reward
+from rlhf_recipes.stages import parse_arguments
 from rlhf_recipes.training.ensemble import load_comparisons
 
 import yaml
@@ -48,7 +46,6 @@ from sklearn.feature_extraction.text import CountVectorizer
 from sklearn.linear_model import LogisticRegressionCV
 from sklearn.model_selection import GroupKFold
 from transformers import AutoModelForCausalLM, PreTrainedTokenizerBase
-from trl import ModelConfig, RewardConfig
 
 RECIPE = Path(__file__).parent.parent / "recipes" / "reward.py"
 CANDIDATES = (0.001, 0.01, 0.1, 1.0, 10.0, 100.0)
@@ -195,8 +192,7 @@ def _text(answer: list[dict[str, str]]) -> str:
 
 def load_as_recipe(config: Path) -> tuple[Data, PreTrainedTokenizerBase]:
     """The rows that the recipe trains on and holds out, given this YAML file, and its tokenizer."""
-    groups = (RewardArguments, DataArguments, RewardConfig, ModelConfig)
-    reward_args, data_args, training_args, model_args = parse_arguments(RECIPE, *groups, argv=["--config", str(config)])
+    reward_args, data_args, training_args, model_args = parse_arguments(RECIPE, argv=["--config", str(config)])
     return load_comparisons(reward_args, data_args, training_args, model_args)
 
 
@@ -214,7 +210,7 @@ def gains(folder: Path, base_model: str | Path, words: BagOfWords, rows: Dataset
     """Of each held-out comparison, by how much the reward model in `folder` does better than the words: -1 to 1."""
     base = AutoModelForCausalLM.from_pretrained(base_model)
     policy = get_peft_model(base, LoraConfig(target_modules="all-linear"))  # as in PPO; it changes nothing
-    reward = load_saved_rewards(folder, policy, words.tokenizer)
+    reward = load_saved_reward(folder, policy, words.tokenizer)
     prompts, better, worse = zip(*(pair for row in rows for pair in _pairs(row)), strict=True)
     credits = []
     for scorer in (reward, words):

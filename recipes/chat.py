@@ -9,21 +9,17 @@ answer, `/help` the rest. Lines may come through a pipe. Start it with `python`:
 
 from rlhf_recipes.chat import Chat
 from rlhf_recipes.cli import exit_on_recipe_error
-from rlhf_recipes.config.chat import ChatArguments
-from rlhf_recipes.config.parser import parse_arguments
 from rlhf_recipes.evaluation.evaluate import load_named_rewards
 from rlhf_recipes.feedback.sampling import refuse_best_of
 from rlhf_recipes.generation.policies import load_policy_bank, load_policy_tokenizer, read_policies, trained_without_template
+from rlhf_recipes.stages import parse_arguments
 
 from accelerate import PartialState
-from trl import ModelConfig
-
-ARGUMENTS = (ChatArguments, ModelConfig)
 
 
 def main() -> None:
     """Loads, and talks."""
-    chat_args, model_args = parse_arguments(__file__, *ARGUMENTS)
+    chat_args, model_args = parse_arguments(__file__)
     if not PartialState().is_main_process:
         return
     policies = read_policies(chat_args.policies)

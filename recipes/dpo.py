@@ -10,14 +10,12 @@ frozen copy on the same base is the reference, in 4 bits with `load_in_4bit: tru
 from pathlib import Path
 
 from rlhf_recipes.cli import exit_on_recipe_error
-from rlhf_recipes.config.data import DataArguments
-from rlhf_recipes.config.dpo import DPOConfig
-from rlhf_recipes.config.parser import as_recipe_error, parse_arguments
-from rlhf_recipes.config.policy import PolicyArguments
+from rlhf_recipes.config.parser import as_recipe_error
 from rlhf_recipes.data import load_data
 from rlhf_recipes.export.upload import publish
 from rlhf_recipes.models.loading import load_policy, strip_consumed_arguments
 from rlhf_recipes.models.tokenizer import load_tokenizer
+from rlhf_recipes.stages import parse_arguments
 from rlhf_recipes.training.dpo import DPOTrainer
 from rlhf_recipes.training.record import RunRecorder, write_record
 from rlhf_recipes.training.result import evaluate_at_end, save_policy
@@ -25,14 +23,12 @@ from rlhf_recipes.training.resume import checkpoint_to_resume
 from rlhf_recipes.training.run import run_dependencies, shutdown_distributed, train
 
 from accelerate import PartialState
-from trl import ModelConfig, get_peft_config
-
-ARGUMENTS = (PolicyArguments, DataArguments, DPOConfig, ModelConfig)
+from trl import get_peft_config
 
 
 def main() -> None:
     """Runs the stage, after those that it needs."""
-    policy_args, data_args, training_args, model_args = parse_arguments(__file__, *ARGUMENTS)
+    policy_args, data_args, training_args, model_args = parse_arguments(__file__)
     checkpoint = checkpoint_to_resume(training_args, policy_args, data_args, model_args)
     run_dependencies(policy_args.needs, Path(__file__).parent, inputs=[policy_args.start_from])
 

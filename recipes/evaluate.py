@@ -10,9 +10,6 @@ curves, reward against KL, reliability diagrams, and answers side by side. One p
 from pathlib import Path
 
 from rlhf_recipes.cli import exit_on_recipe_error
-from rlhf_recipes.config.data import DataArguments
-from rlhf_recipes.config.evaluate import EvaluateArguments
-from rlhf_recipes.config.parser import parse_arguments
 from rlhf_recipes.core.files import check_writable
 from rlhf_recipes.data import check_lengths, drop_overlong_mode, load_texts
 from rlhf_recipes.evaluation.evaluate import (
@@ -28,16 +25,14 @@ from rlhf_recipes.evaluation.evaluate import (
 from rlhf_recipes.evaluation.report.html import write_report
 from rlhf_recipes.evaluation.results import collect
 from rlhf_recipes.generation.policies import load_policy_bank, load_policy_tokenizer, read_policies
+from rlhf_recipes.stages import parse_arguments
 
 from accelerate import PartialState
-from trl import ModelConfig
-
-ARGUMENTS = (EvaluateArguments, DataArguments, ModelConfig)
 
 
 def main() -> None:
     """Measures and writes."""
-    evaluate_args, data_args, model_args = parse_arguments(__file__, *ARGUMENTS)
+    evaluate_args, data_args, model_args = parse_arguments(__file__)
     if not PartialState().is_main_process:
         return
     check_writable(Path(evaluate_args.output_dir))

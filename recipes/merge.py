@@ -9,8 +9,6 @@ scale of a reward model, `recipe.json`, and a model card. It is done on the CPU,
 """
 
 from rlhf_recipes.cli import exit_on_recipe_error
-from rlhf_recipes.config.merge import MergeArguments
-from rlhf_recipes.config.parser import parse_arguments
 from rlhf_recipes.export.merge import (
     adapter_and_base,
     atomic_directory,
@@ -21,16 +19,14 @@ from rlhf_recipes.export.merge import (
     push,
 )
 from rlhf_recipes.models.tokenizer import load_tokenizer
+from rlhf_recipes.stages import parse_arguments
 
 from accelerate import PartialState
-from trl import ModelConfig
-
-ARGUMENTS = (MergeArguments, ModelConfig)
 
 
 def main() -> None:
     """Merges, checks, and puts the result into its place."""
-    merge_args, model_args = parse_arguments(__file__, *ARGUMENTS)
+    merge_args, model_args = parse_arguments(__file__)
     if not PartialState().is_main_process:
         return
     is_reward, model_args = adapter_and_base(merge_args, model_args)
@@ -47,7 +43,7 @@ def main() -> None:
     print(found)
     print(f"The merged model is in {merge_args.output_dir}")
     if merge_args.push_to_hub:
-        print(f"It is at {push(merge_args)}")
+        print(f"Uploaded to {push(merge_args)}")
 
 
 if __name__ == "__main__":

@@ -10,31 +10,28 @@ base, in 4 bits with `load_in_4bit: true`. Saves the policy's adapter with its t
 from pathlib import Path
 
 from rlhf_recipes.cli import exit_on_recipe_error
-from rlhf_recipes.config.data import DataArguments
-from rlhf_recipes.config.parser import as_recipe_error, parse_arguments
-from rlhf_recipes.config.ppo import PPOArguments
+from rlhf_recipes.config.parser import as_recipe_error
 from rlhf_recipes.data import drop_overlong_mode, load_data, load_texts
 from rlhf_recipes.export.upload import publish
 from rlhf_recipes.models.loading import load_policy, strip_consumed_arguments
 from rlhf_recipes.models.tokenizer import load_tokenizer
-from rlhf_recipes.rewards.specs import SavedReward, load_rewards, paths_of
-from rlhf_recipes.training.ppo import PPOConfig, PPOTrainer
+from rlhf_recipes.rewards.reward_funcs import SavedReward, load_rewards, reward_paths
+from rlhf_recipes.stages import parse_arguments
+from rlhf_recipes.training.ppo import PPOTrainer
 from rlhf_recipes.training.record import RunRecorder, write_record
 from rlhf_recipes.training.result import evaluate_at_end, save_policy
 from rlhf_recipes.training.resume import checkpoint_to_resume
 from rlhf_recipes.training.run import run_dependencies, shutdown_distributed, train
 
 from accelerate import PartialState
-from trl import ModelConfig, get_peft_config
-
-ARGUMENTS = (PPOArguments, DataArguments, PPOConfig, ModelConfig)
+from trl import get_peft_config
 
 
 def main() -> None:
     """Runs the stage, after those that it needs."""
-    ppo_args, data_args, training_args, model_args = parse_arguments(__file__, *ARGUMENTS)
+    ppo_args, data_args, training_args, model_args = parse_arguments(__file__)
     checkpoint = checkpoint_to_resume(training_args, ppo_args, data_args, model_args)
-    run_dependencies(ppo_args.needs, Path(__file__).parent, inputs=[ppo_args.start_from, *paths_of(ppo_args.reward_funcs)])
+    run_dependencies(ppo_args.needs, Path(__file__).parent, inputs=[ppo_args.start_from, *reward_paths(ppo_args.reward_funcs)])
 
     # Data: prompts, and what the reward functions want to know besides
     data = load_data(data_args, "prompt", evaluate=training_args.eval_strategy != "no", seed=training_args.seed)

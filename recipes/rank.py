@@ -10,21 +10,17 @@ labels are lacking, it says how many, and is run again when they are there. One 
 from pathlib import Path
 
 from rlhf_recipes.cli import exit_on_recipe_error
-from rlhf_recipes.config.parser import parse_arguments
-from rlhf_recipes.config.rank import RankArguments
 from rlhf_recipes.core.files import check_writable
 from rlhf_recipes.feedback.ranking import choose, load_ensemble, read_labeller, read_sampled, write_rankings
 from rlhf_recipes.models.loading import model_path
+from rlhf_recipes.stages import parse_arguments
 
 from accelerate import PartialState
-from trl import ModelConfig
-
-ARGUMENTS = (RankArguments, ModelConfig)
 
 
 def main() -> None:
     """Chooses, ranks and writes."""
-    rank_args, model_args = parse_arguments(__file__, *ARGUMENTS)
+    rank_args, model_args = parse_arguments(__file__)
     if not PartialState().is_main_process:
         return
     if rank_args.choose == "disagreement":

@@ -11,14 +11,13 @@ average with deviation 1, and what held-out comparisons say of it: `evaluation.j
 from pathlib import Path
 
 from rlhf_recipes.cli import exit_on_recipe_error
-from rlhf_recipes.config.data import DataArguments
-from rlhf_recipes.config.parser import as_recipe_error, parse_arguments
-from rlhf_recipes.config.reward import RewardArguments
+from rlhf_recipes.config.parser import as_recipe_error
 from rlhf_recipes.data import load_demonstrations
 from rlhf_recipes.evaluation.reward_models import measure_and_scale, summary, write_evaluation
 from rlhf_recipes.export.upload import publish
 from rlhf_recipes.models.loading import release_memory, strip_consumed_arguments
 from rlhf_recipes.rewards.classifier import load_reward_model
+from rlhf_recipes.stages import parse_arguments
 from rlhf_recipes.training.ensemble import (
     checkpoints_to_resume,
     ensemble_members,
@@ -33,14 +32,11 @@ from rlhf_recipes.training.reward import RankingTrainer
 from rlhf_recipes.training.run import run_dependencies, shutdown_distributed, train
 
 from accelerate import PartialState
-from trl import ModelConfig, RewardConfig
-
-ARGUMENTS = (RewardArguments, DataArguments, RewardConfig, ModelConfig)
 
 
 def main() -> None:
     """Trains every member of the ensemble, then puts them on one base, measures and scales them."""
-    reward_args, data_args, training_args, model_args = parse_arguments(__file__, *ARGUMENTS)
+    reward_args, data_args, training_args, model_args = parse_arguments(__file__)
     run_dependencies(reward_args.needs, Path(__file__).parent, inputs=[reward_args.start_from])
 
     # Data: comparisons, and the demonstrations on which scores are scaled

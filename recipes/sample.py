@@ -10,23 +10,18 @@ all.
 from dataclasses import asdict
 
 from rlhf_recipes.cli import exit_on_recipe_error
-from rlhf_recipes.config.data import DataArguments
-from rlhf_recipes.config.parser import parse_arguments
-from rlhf_recipes.config.sample import SampleArguments
 from rlhf_recipes.data import check_lengths, drop_overlong_mode, load_data
 from rlhf_recipes.feedback.sampling import GroupFile, refuse_best_of, sample_groups
 from rlhf_recipes.generation.policies import load_policy_bank, load_policy_tokenizer, read_policies
+from rlhf_recipes.stages import parse_arguments
 
 from accelerate import PartialState
 from tqdm import tqdm
-from trl import ModelConfig
-
-ARGUMENTS = (SampleArguments, DataArguments, ModelConfig)
 
 
 def main() -> None:
     """Samples and writes."""
-    sample_args, data_args, model_args = parse_arguments(__file__, *ARGUMENTS)
+    sample_args, data_args, model_args = parse_arguments(__file__)
     if not PartialState().is_main_process:
         return
     policies = read_policies(sample_args.policies)

@@ -8,27 +8,25 @@ it with the tokenizer, the chat template and `recipe.json`, which says what was 
 """
 
 from rlhf_recipes.cli import exit_on_recipe_error
-from rlhf_recipes.config.data import DataArguments
-from rlhf_recipes.config.parser import as_recipe_error, parse_arguments
+from rlhf_recipes.config.parser import as_recipe_error
 from rlhf_recipes.data import load_data
 from rlhf_recipes.export.upload import publish
 from rlhf_recipes.models.loading import load_model, strip_consumed_arguments
-from rlhf_recipes.models.precision import keep_adapter_in_fp32
 from rlhf_recipes.models.tokenizer import load_tokenizer
+from rlhf_recipes.stages import parse_arguments
 from rlhf_recipes.training.record import RunRecorder, write_record
 from rlhf_recipes.training.result import evaluate_at_end, save_policy
 from rlhf_recipes.training.resume import checkpoint_to_resume
 from rlhf_recipes.training.run import shutdown_distributed, train
+from rlhf_recipes.training.sft import SFTTrainer
 
 from accelerate import PartialState
-from trl import ModelConfig, SFTConfig, SFTTrainer, get_peft_config
-
-ARGUMENTS = (DataArguments, SFTConfig, ModelConfig)
+from trl import get_peft_config
 
 
 def main() -> None:
     """Runs the stage."""
-    data_args, training_args, model_args = parse_arguments(__file__, *ARGUMENTS)
+    data_args, training_args, model_args = parse_arguments(__file__)
     checkpoint = checkpoint_to_resume(training_args, data_args, model_args)
 
     # Data: demonstrations in any of the shapes of docs/data.md
@@ -54,7 +52,6 @@ def main() -> None:
             callbacks=[meter],
         )
 
-    keep_adapter_in_fp32(trainer)
     train(trainer, checkpoint)
     evaluate_at_end(trainer)
     save_policy(trainer)

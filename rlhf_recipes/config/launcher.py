@@ -12,7 +12,6 @@ from rlhf_recipes.core.yaml import read_yaml
 
 from accelerate.utils import parse_flag_from_env
 
-_TRAIN = ("sft", "reward", "ppo", "dpo")  # the other recipes are of one process, whatever launches them
 _DDP = "configs/accelerate/ddp.yaml"
 _FSDP = "configs/accelerate/fsdp.yaml"
 
@@ -76,15 +75,13 @@ def check_launcher_support(recipe: str, values: Mapping[str, Any], engine: Launc
     """Refuses arguments that the engine of a stage would fail on, or get wrong, once it runs.
 
     Args:
-        recipe: of the stage; those that do not train are left alone.
+        recipe: of the stage, which trains.
         values: its arguments as they are written or parsed; any may be absent. Their own `deepspeed` and `fsdp` are heeded.
         engine: that launches it.
 
     Raises:
         RecipeError: with the key, and what to take instead.
     """
-    if recipe not in _TRAIN:
-        return
     engine = _own_engine(values) or engine
     for message in (*_not_under_fsdp(recipe, values, engine), *_not_under_deepspeed(recipe, values, engine)):
         raise RecipeError(message)

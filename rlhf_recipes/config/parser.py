@@ -68,7 +68,7 @@ _WIDER_TYPES = {
 }
 
 
-def parse_arguments(
+def parse_dataclasses(
     recipe: str | Path, *dataclass_types: type, argv: Sequence[str] | None = None, here: bool = True
 ) -> tuple[Any, ...]:
     """The dataclasses of a recipe, filled from its YAML file and, over it, from the command line.
@@ -126,7 +126,8 @@ def parse_arguments(
     if here:
         _refuse_each_alone(groups, where)
         try:
-            check_launcher_support(recipe.stem, values, current_launcher())
+            if "learning_rate" in values:  # it trains
+                check_launcher_support(recipe.stem, values, current_launcher())
         except RecipeError as error:
             raise RecipeError(f"{where}: {error}") from error
     LAUNCHED.set(Launched(recipe, config, values))
@@ -150,14 +151,14 @@ def merge_overrides(under: Mapping[str, Any], over: Mapping[str, Any]) -> dict[s
     return {key: value for key, value in under.items() if key not in gone} | dict(over)
 
 
-def parse_values(recipe: str | Path, *types: type, values: Mapping[str, Any], here: bool = True) -> tuple[Any, ...]:
-    """As `parse_arguments` with a YAML file of these values; messages name no file, neither now nor later.
+def parse_mapping(recipe: str | Path, *types: type, values: Mapping[str, Any], here: bool = True) -> tuple[Any, ...]:
+    """As `parse_dataclasses` with a YAML file of these values; messages name no file, neither now nor later.
 
     Args:
         recipe: the recipe's file.
         types: its dataclasses.
         values: what its YAML file would hold.
-        here: as in `parse_arguments`.
+        here: as in `parse_dataclasses`.
 
     Raises:
         RecipeError: what the recipe would say.
@@ -167,7 +168,7 @@ def parse_values(recipe: str | Path, *types: type, values: Mapping[str, Any], he
         written.write_text(yaml.safe_dump(dict(values)), encoding="utf-8")
         try:
             # In a context of its own: what goes wrong later does not come from this file
-            return copy_context().run(parse_arguments, recipe, *types, argv=["--config", str(written)], here=here)
+            return copy_context().run(parse_dataclasses, recipe, *types, argv=["--config", str(written)], here=here)
         except RecipeError as error:
             raise RecipeError(str(error).removeprefix(f"{written}: ")) from error
 

@@ -12,6 +12,8 @@ RECIPE = "recipe.json"
 """Of every stage: what was run, on which base, and what it cost."""
 PENDING = "recipe.unfinished.json"
 """The same, of a stage that has trained and not measured yet: by `recipe.json` others take a stage for done."""
+SAMPLED, RANKED, METRICS = "sample.json", "rank.json", "metrics.json"
+"""What `sample`, `rank` and `evaluate` write last."""
 LOG = "log.jsonl"
 """Of a training: a line of JSON for everything that was logged."""
 REWARD_EVALUATION = ("evaluation.json", "reliability-*.svg", "scores-*.svg")

@@ -10,14 +10,14 @@ from typing import Any
 
 from rlhf_recipes.config.sample import SampleArguments
 from rlhf_recipes.core.errors import RecipeError
-from rlhf_recipes.core.files import read_json, write_json
+from rlhf_recipes.core.files import SAMPLED, read_json, write_json
 from rlhf_recipes.core.provenance import files_in
 from rlhf_recipes.generation.answers import sample
 from rlhf_recipes.generation.policies import Policy, PolicyBank
 
 from datasets import Dataset
 
-GROUPS, STATE = "groups.jsonl", "sample.json"
+GROUPS = "groups.jsonl"
 
 
 def refuse_best_of(policies: dict[str, Policy]) -> None:
@@ -108,7 +108,7 @@ def _group(row: dict[str, Any], found: dict[str, tuple[str, str]]) -> dict[str, 
 
 def discard(folder: Path) -> None:
     """Deletes what was sampled into a folder."""
-    for name in (GROUPS, STATE):
+    for name in (GROUPS, SAMPLED):
         (folder / name).unlink(missing_ok=True)
 
 
@@ -133,9 +133,9 @@ class GroupFile:
         self.folder, self.path = Path(folder), Path(folder) / GROUPS
         files = {path: [size, time] for path, size, time in files_in(arguments, leave_out=[self.folder])}
         arguments = json.loads(json.dumps(arguments, default=str))
-        self._state = read_json(self.folder / STATE)
+        self._state = read_json(self.folder / SAMPLED)
         if self._state and not _is_state(self._state):
-            raise RecipeError(f"output_dir: {self.folder / STATE}: was not written by this recipe: name another folder")
+            raise RecipeError(f"output_dir: {self.folder / SAMPLED}: was not written by this recipe: name another folder")
         if self._state:
             self._check(arguments, files)
         elif self.path.exists():
@@ -191,7 +191,7 @@ class GroupFile:
             self._save()
 
     def _save(self) -> None:
-        write_json(self.folder / STATE, self._state)
+        write_json(self.folder / SAMPLED, self._state)
 
     @contextlib.contextmanager
     def _writing(self) -> Iterator[None]:

@@ -1,6 +1,6 @@
 """What each stage of a run needs: what is in memory all the time, and what comes and goes in its phases."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -11,8 +11,9 @@ from rlhf_recipes.core.files import REWARD, read_json
 from rlhf_recipes.memory import arithmetic as sizes
 from rlhf_recipes.memory.arithmetic import Numbers, Training
 from rlhf_recipes.memory.models import Adapter, adapter_of, load_config, shape_of
-from rlhf_recipes.models.adapters import adapter_config
-from rlhf_recipes.rewards.specs import paths_of
+from rlhf_recipes.models.adapters import read_adapter_config
+from rlhf_recipes.rewards.reward_funcs import reward_paths
+from rlhf_recipes.stages import STAGES
 
 from peft import LoraConfig
 from transformers import PretrainedConfig
@@ -118,7 +119,7 @@ class Arguments:
 
 def can_be_planned(recipe: str) -> bool:
     """Whether there is a plan for a recipe."""
-    return recipe in _PLANNERS
+    return recipe in STAGES and STAGES[recipe].planner is not None
 
 
 def plan_stage(arguments: Arguments) -> Plan:
@@ -127,11 +128,10 @@ def plan_stage(arguments: Arguments) -> Plan:
     Raises:
         RecipeError: for a model that cannot be planned, or a length that has no bound.
     """
-    planner = _PLANNERS.get(arguments.recipe)
-    if planner is None:
-        known = ", ".join(_PLANNERS)
+    if not can_be_planned(arguments.recipe):
+        known = ", ".join(filter(can_be_planned, STAGES))
         raise RecipeError(f"{arguments.stage}: there is no plan for recipes/{arguments.recipe}.py, only for {known}")
-    return planner(_Run(arguments))
+    return STAGES[arguments.recipe].memory_planner()(_Run(arguments))
 
 
 class _Run:
@@ -142,7 +142,7 @@ class _Run:
         self.config = _config_of(arguments)
         self.shape = shape_of(self.config)
         self.numbers = _numbers(arguments, self.config)
-        self.peft = bool(arguments.get("use_peft")) or arguments.recipe in ("evaluate", "sample")
+        self.peft = bool(arguments.get("use_peft")) or not STAGES[arguments.recipe].trains
         self.adapter = self._lora() if arguments.get("use_peft") else None
         self.reserved = 0.0
         self.asked: frozenset[str] = frozenset()  # parts of a layer that adapters are on, where none is trained
@@ -319,7 +319,7 @@ def _numbers(arguments: Arguments, config: PretrainedConfig) -> Numbers:
 def own_lora(arguments: Arguments) -> LoraConfig:
     """The LoRA that the arguments of a stage describe."""
     values = arguments.values
-    trains = arguments.recipe not in ("evaluate", "sample")  # which know nothing of what their policies are
+    trains = STAGES[arguments.recipe].trains  # which know nothing of what their policies are
     return LoraConfig(
         r=values.get("lora_r", 16),
         lora_alpha=values.get("lora_alpha", 32),
@@ -339,7 +339,7 @@ def lora_in(folder: str, earlier: Mapping[str, Arguments]) -> LoraConfig | None:
         parent = before.get("start_from")
         return lora_in(parent, earlier) if parent else own_lora(before)
     if (Path(folder) / "adapter_config.json").is_file():
-        return adapter_config(folder)
+        return read_adapter_config(folder)
     return None
 
 
@@ -353,7 +353,8 @@ def _length(arguments: Arguments, key: str) -> int:
 # --- The stages ------------------------------------------------------------------------------------------
 
 
-def _plan_sft(run: _Run) -> Plan:
+def plan_sft(run: _Run) -> Plan:
+    """Return the plan of supervised fine-tuning."""
     values, length = run.arguments, _length(run.arguments, "max_length")
     trained, width = run.trained()
     resident = {**run.weights(), **run.training_state(trained, width)}
@@ -366,7 +367,8 @@ def _plan_sft(run: _Run) -> Plan:
     return run.plan(resident, phases, {"policy": run.adapter.parameters if run.adapter else 0})
 
 
-def _plan_reward(run: _Run) -> Plan:
+def plan_reward(run: _Run) -> Plan:
+    """Return the plan of training a reward model."""
     values, length, shape = run.arguments, _length(run.arguments, "max_length"), run.shape
     trained, width = run.trained(head=False, heads=shape.hidden)
     members = values.ensemble_size if run.adapter else 1
@@ -388,7 +390,8 @@ def _plan_reward(run: _Run) -> Plan:
     return run.plan(resident, phases, {"reward models" if members > 1 else "reward model": count})
 
 
-def _plan_dpo(run: _Run) -> Plan:
+def plan_dpo(run: _Run) -> Plan:
+    """Return the plan of DPO."""
     values, length = run.arguments, _length(run.arguments, "max_length")
     trained, width = run.trained()
     resident = {**run.weights(), **run.training_state(trained, width)}
@@ -411,7 +414,8 @@ def _plan_dpo(run: _Run) -> Plan:
     return run.plan(resident, phases, roles)
 
 
-def _plan_ppo(run: _Run) -> Plan:
+def plan_ppo(run: _Run) -> Plan:
+    """Return the plan of PPO."""
     values, shape = run.arguments, run.shape
     prompt, completion = _length(values, "max_prompt_length"), _length(values, "max_completion_length")
     resident, roles, trained = _ppo_roles(run)
@@ -459,7 +463,7 @@ def _ppo_roles(run: _Run) -> tuple[dict[str, float], dict[str, int], int]:
         resident[MODELS] += float(shape.parameters() * run.width)
     elif values.kl_coef > 0 and values.get("start_from"):
         roles["reference"] = own
-    scored, models = rewards_of(run, paths_of(values.get("reward_funcs") or []))
+    scored, models = rewards_of(run, reward_paths(values.get("reward_funcs") or []))
     roles["reward models"] = sum(scored) + models
     resident[MODELS] += models * float(run.width)
     learnt = trained + roles["critic"]
@@ -511,14 +515,15 @@ def sampled_rows(arguments: Arguments) -> int:
     )
 
 
-def _plan_evaluate(run: _Run) -> Plan:
+def plan_evaluate(run: _Run) -> Plan:
+    """Return the plan of evaluation, and of sampling."""
     values = run.arguments
     prompt, completion = _length(values, "max_prompt_length"), _length(values, "max_completion_length")
     policies = [_folder_of(entry) for entry in values.policies.values()]
     adapters = [run.adapter_in(folder) for folder in dict.fromkeys(filter(None, policies))]
     run.asked = frozenset().union(*(adapter.parts for adapter in adapters))
     own = [adapter.parameters for adapter in adapters]
-    rewards, models = rewards_of(run, paths_of(values.get("rewards") or []))
+    rewards, models = rewards_of(run, reward_paths(values.get("rewards") or []))
     resident = {**run.weights(), ADAPTERS: 4.0 * (sum(own) + sum(rewards)), MODELS: models * float(run.width)}
     rows = values.batch_size
     phases = run.rollout(rows, prompt, completion)
@@ -544,13 +549,3 @@ def _folder_of(entry: Any) -> str | None:
 def _evaluates(arguments: Arguments) -> bool:
     """Whether the stage evaluates as it trains."""
     return plain(arguments.get("eval_strategy", "no")) != "no"
-
-
-_PLANNERS: dict[str, Callable[[_Run], Plan]] = {
-    "sft": _plan_sft,
-    "reward": _plan_reward,
-    "ppo": _plan_ppo,
-    "dpo": _plan_dpo,
-    "evaluate": _plan_evaluate,
-    "sample": _plan_evaluate,
-}

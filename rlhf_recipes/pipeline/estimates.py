@@ -7,7 +7,8 @@ from rlhf_recipes.core.errors import RecipeError
 from rlhf_recipes.core.yaml import read_yaml
 from rlhf_recipes.memory.arguments import resolve
 from rlhf_recipes.memory.stages import Arguments, can_be_planned
-from rlhf_recipes.pipeline.reading import RECIPES, checked_card, found, read_stages
+from rlhf_recipes.pipeline.reading import checked_card, found, read_stages
+from rlhf_recipes.stages import pipeline_stages
 
 
 def card_in(config: Path) -> float | None:
@@ -43,15 +44,15 @@ def arguments_in(
         stages = [(stage.name, stage.recipe, stage.values) for stage in read.stages]
     else:
         recipe = recipe or config.stem
-        if recipe not in RECIPES:
-            raise RecipeError(f"{config}: of which recipe is it? say so with --recipe: one of {', '.join(RECIPES)}")
+        if recipe not in pipeline_stages():
+            raise RecipeError(f"{config}: of which recipe is it? say so with --recipe: one of {', '.join(pipeline_stages())}")
         stages = [(path.stem, path.stem, read_yaml(path)) for path in _needed(values, recipes)]
         stages.append((recipe, recipe, values))
     earlier: dict[str, Arguments] = {}
     planned = []
     for name, kind, given in stages:
         if can_be_planned(kind):
-            planned.append(resolve(name, kind, given, recipes, dict(earlier), triton))
+            planned.append(resolve(name, kind, given, dict(earlier), triton))
             earlier[str(planned[-1].output_dir)] = planned[-1]
     return planned if "stages" in values else planned[-1:]
 
@@ -59,4 +60,4 @@ def arguments_in(
 def _needed(values: dict, recipes: Path) -> list[Path]:
     """The YAML files of the stages that a single one names in `needs`, so far as they are there."""
     paths = [found(path, recipes) for path in values.get("needs") or []]
-    return [path for path in paths if path.is_file() and path.stem in RECIPES]
+    return [path for path in paths if path.is_file() and path.stem in pipeline_stages()]

@@ -13,22 +13,16 @@ from typing import Any
 from rlhf_recipes.config.launcher import Launcher, check_launcher_support, read_launcher, refuse_one_gpus_arithmetic
 from rlhf_recipes.config.parser import merge_overrides
 from rlhf_recipes.core.errors import RecipeError, did_you_mean
-from rlhf_recipes.core.files import RECIPE
 from rlhf_recipes.core.provenance import files_in
 from rlhf_recipes.core.yaml import read_yaml
-from rlhf_recipes.evaluation.report.html import METRICS
-from rlhf_recipes.feedback.ranking import RANKED
-from rlhf_recipes.feedback.sampling import STATE
 from rlhf_recipes.memory import Arguments, NoFitError, Plan, autofit
 from rlhf_recipes.memory.arguments import resolve
 from rlhf_recipes.memory.autofit import with_values
 from rlhf_recipes.memory.stages import GIB, can_be_planned
+from rlhf_recipes.stages import STAGES, pipeline_stages
 
 from accelerate.commands.config import default_config_file
 
-TRAINERS = ("sft", "reward", "ppo", "dpo")
-# Every recipe that a stage may be, and the file that it writes last
-RECIPES = dict.fromkeys(TRAINERS, RECIPE) | {"evaluate": METRICS, "sample": STATE, "rank": RANKED}
 _OF_TRACKERS = ("report_to", "project")  # of the pipeline for all stages that train; they decide nothing of a result
 _KEYS = {"output_dir", "stages", "seeds", "rounds", "jobs", "accelerate_config", "gpu_memory", *_OF_TRACKERS}
 _STAGE_KEYS = {"name", "recipe", "config", "arguments", "each_round"}
@@ -70,7 +64,7 @@ class Stage:
 
     def result(self) -> list[int] | None:
         """Size and time of the file that the recipe writes last: another run in the folder leaves another one."""
-        path = self.folder / RECIPES[self.recipe]
+        path = self.folder / STAGES[self.recipe].result
         return [path.stat().st_size, path.stat().st_mtime_ns] if path.is_file() else None
 
 
@@ -240,7 +234,7 @@ class _Reader:
         name, recipe, config, arguments = self._checked(entry, where, turn)
         place = (self.output if turn is None else self.output / f"round-{turn}") / name
         own = {"output_dir": str(place)} if self.seed is None else {"output_dir": str(place), "seed": self.seed}
-        own |= self.tracked if recipe in TRAINERS else {}
+        own |= self.tracked if STAGES[recipe].trains else {}
         with _named(f"{where}: config"):
             values = merge_overrides(read_yaml(found(config, self.recipes)), own | arguments)
         values.pop("needs", None)  # the order of the stages says so
@@ -251,7 +245,8 @@ class _Reader:
         values = {key: filling.fill(value, f"{where}: {key}") for key, value in values.items()}
         with _named(where):
             with _named(name):
-                check_launcher_support(recipe, values, self.engine)
+                if STAGES[recipe].trains:
+                    check_launcher_support(recipe, values, self.engine)
             picked, plan = self._pick(name, recipe, values, arguments)
         values |= picked
         predicted, notes = (plan.allocated / GIB, plan.notes) if plan else (None, ())
@@ -273,7 +268,7 @@ class _Reader:
         """What `gpu_memory` chooses for a stage, and the plan with it."""
         if self.card is None or not can_be_planned(recipe):
             return {}, None
-        stage = resolve(name, recipe, values, self.recipes, dict(self.planned))
+        stage = resolve(name, recipe, values, dict(self.planned))
         try:
             picked, plan = autofit(stage, self.card, fixed=arguments)
         except NoFitError as error:
@@ -291,10 +286,9 @@ class _Reader:
             raise RecipeError(f"{where}: name: {name!r} is no name: letters, digits, - and _")
         if len(self.stages.get(name, ())) >= (turn or 1):
             raise RecipeError(f"{where}: name: '{name}' stands twice: give each stage a name, and `recipe` beside it")
-        if not isinstance(recipe, str) or recipe not in RECIPES:
-            raise RecipeError(
-                f"{where}: recipe: {recipe!r} is none of {', '.join(RECIPES)}{did_you_mean(str(recipe), RECIPES)}"
-            )
+        if not isinstance(recipe, str) or recipe not in pipeline_stages():
+            known = pipeline_stages()
+            raise RecipeError(f"{where}: recipe: {recipe!r} is none of {', '.join(known)}{did_you_mean(str(recipe), known)}")
         config, arguments = entry.get("config"), entry.get("arguments", {})
         if not isinstance(config, str):
             raise RecipeError(f"{where}: config: name the YAML file of its recipe, such as configs/tiny/{recipe}.yaml")

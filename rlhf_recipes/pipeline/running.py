@@ -3,7 +3,6 @@
 import fcntl
 import json
 import os
-import runpy
 import subprocess
 import sys
 import time
@@ -16,15 +15,15 @@ from pathlib import Path
 from typing import Any
 
 from rlhf_recipes.config.data import DatasetSource
-from rlhf_recipes.config.parser import parse_values
 from rlhf_recipes.core.errors import RecipeError, did_you_mean
-from rlhf_recipes.core.files import LOG, read_json, write_json, write_text
+from rlhf_recipes.core.files import LOG, METRICS, read_json, write_json, write_text
 from rlhf_recipes.data import Kind, check_source
-from rlhf_recipes.evaluation.report.html import METRICS, PAGE
+from rlhf_recipes.evaluation.report.html import PAGE
 from rlhf_recipes.evaluation.report.seeds import write_summary
 from rlhf_recipes.feedback.sampling import discard
 from rlhf_recipes.memory.autofit import written
-from rlhf_recipes.pipeline.reading import TRAINERS, Stage, read_stages
+from rlhf_recipes.pipeline.reading import Stage, read_stages
+from rlhf_recipes.stages import STAGES, parse_values
 from rlhf_recipes.training.resume import checkpoints_in, remove_checkpoint
 
 import torch
@@ -32,8 +31,6 @@ import yaml
 
 STATE, LOCK = "pipeline.json", "pipeline.lock"
 LOG_TAIL = 30  # lines of a failed stage's output that are shown
-_KINDS: dict[str, Kind] = {"sft": "sft", "reward": "preference", "dpo": "preference", "ppo": "prompt", "sample": "prompt"}
-_KINDS |= {"evaluate": "prompt"}
 PULSE = 30  # seconds after which stages that run side by side are said to be at work
 
 
@@ -223,7 +220,7 @@ class Pipeline:
         self._remember(stage, begun=stage.fingerprint)
         command = [sys.executable, *self._launcher()]
         command += [str(self.recipes / f"{stage.recipe}.py"), "--config", str(config)]
-        return [*command, "--resume_from_checkpoint", "true"] if goes_on and stage.recipe in TRAINERS else command
+        return [*command, "--resume_from_checkpoint", "true"] if goes_on and STAGES[stage.recipe].trains else command
 
     def _launcher(self) -> list[str]:
         """Accelerate's, where there is anything to launch: a configuration, or several GPUs; a Ctrl-C is a traceback there."""
@@ -286,12 +283,10 @@ def check_arguments(pipeline: Pipeline, config: Path) -> None:
     Raises:
         RecipeError: what the recipe would say, with the stage.
     """
-    recipes = {stage.recipe: pipeline.recipes / f"{stage.recipe}.py" for stage in pipeline.stages}
-    types_of = {name: runpy.run_path(str(recipe), run_name="stage")["ARGUMENTS"] for name, recipe in recipes.items()}
     folders, seen = [stage.folder for stage in (*pipeline.stages, *pipeline.unselected)], set()
     for stage in pipeline.stages:
         try:
-            groups = parse_values(recipes[stage.recipe], *types_of[stage.recipe], values=stage.values)
+            groups = parse_values(stage.recipe, stage.values)
             if pipeline.status(stage) != "done":
                 _check_data(stage.recipe, groups, folders, seen)
         except RecipeError as error:
@@ -310,7 +305,7 @@ def progress(stage: Stage) -> str:
 def _check_data(recipe: str, groups: Sequence[Any], folders: Sequence[Path], seen: set[str]) -> None:
     """Refuses files of data that are not there, or of which a stage can make nothing, but for what others will write."""
     for group in groups:
-        for source, kind in _sources_of(group, _KINDS.get(recipe)):
+        for source, kind in _sources_of(group, STAGES[recipe].data):
             written = any(Path(source.path).absolute().is_relative_to(folder.absolute()) for folder in folders)
             if not written and (known := f"{source} {kind}") not in seen:
                 check_source(source, kind)

@@ -18,10 +18,11 @@ from rlhf_recipes.tiny.text import pretraining_text
 from rlhf_recipes.tiny.tokenizer import build_tokenizer
 from rlhf_recipes.tiny.world import World
 from rlhf_recipes.training.record import RunRecorder
+from rlhf_recipes.training.sft import SFTTrainer
 
 from datasets import Dataset
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast, set_seed
-from trl import SFTConfig, SFTTrainer
+from trl import SFTConfig
 
 
 def build_model(tokenizer: PreTrainedTokenizerFast) -> LlamaForCausalLM:

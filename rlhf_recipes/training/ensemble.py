@@ -17,9 +17,9 @@ from rlhf_recipes.core.files import PENDING, RECIPE, REWARD, REWARD_EVALUATION, 
 from rlhf_recipes.data import Data, drop_overlong_mode, load_data
 from rlhf_recipes.models.loading import load_model
 from rlhf_recipes.models.tokenizer import load_tokenizer
-from rlhf_recipes.rewards.records import write_ensemble_record
+from rlhf_recipes.rewards.reward_json import write_ensemble_record
 from rlhf_recipes.rewards.reward_models import RewardModel
-from rlhf_recipes.rewards.saved import load_reward, load_whole_reward
+from rlhf_recipes.rewards.saved import load_full_reward, load_reward_adapter
 from rlhf_recipes.training.record import finish_record
 from rlhf_recipes.training.result import remove_results
 from rlhf_recipes.training.resume import checkpoint_to_resume, refuse_unfinished
@@ -142,7 +142,7 @@ def load_members(
         arguments: of the base, which is loaded again where FSDP or DeepSpeed left this process parts of it.
 
     Raises:
-        RecipeError: as `load_reward` and `load_whole_reward`.
+        RecipeError: as `load_reward_adapter` and `load_full_reward`.
     """
     folders = [Path(member.output_dir) for member in members]
     names = [folder.name for folder in folders] if len(members) > 1 else ["reward"]
@@ -153,9 +153,9 @@ def load_members(
             base = load_model(arguments, trainer.args)
         else:
             base = trainer.model.unload()
-        return [load_reward(base, folder, name, tokenizer, size) for name, folder in zip(names, folders, strict=True)]
+        return [load_reward_adapter(base, folder, name, tokenizer, size) for name, folder in zip(names, folders, strict=True)]
     place = {"device_map": {"": trainer.args.device}}
-    return [load_whole_reward(folder, name, tokenizer, size, **place) for name, folder in zip(names, folders, strict=True)]
+    return [load_full_reward(folder, name, tokenizer, size, **place) for name, folder in zip(names, folders, strict=True)]
 
 
 def finish(training: RewardConfig, members: Sequence[RewardConfig], arguments: RewardArguments) -> None:

@@ -12,11 +12,10 @@ from typing import Any
 from rlhf_recipes.core.files import LOG, PENDING, RECIPE, read_json, write_json, write_text
 from rlhf_recipes.core.provenance import peak_memory, versions
 from rlhf_recipes.export.model_card import write_card
-from rlhf_recipes.export.upload import repository_of
+from rlhf_recipes.export.upload import repository_name
 from rlhf_recipes.models.fingerprint import fingerprint
 from rlhf_recipes.models.loading import model_path
-from rlhf_recipes.training.counters import tokens
-from rlhf_recipes.training.resume import ARGUMENTS, result_arguments
+from rlhf_recipes.training.resume import result_arguments
 
 import torch
 from accelerate.utils import is_peft_model
@@ -61,14 +60,10 @@ class RunRecorder(TrainerCallback):
         """Stops the clock."""
         self.wall_time = time.perf_counter() - self.start
 
-    def leave_arguments(self, folder: str | Path) -> None:
-        """Leaves the arguments beside a checkpoint."""
-        write_json(Path(folder) / ARGUMENTS, self.arguments)
-
     def measured(self, trainer: Trainer) -> dict[str, Any]:
         """Seconds, steps, tokens per second (of this process's run, all devices) and peak memory in bytes."""
         steps = 0 if self.first_step is None else trainer.state.global_step - self.first_step
-        trained_on = tokens(trainer) - getattr(trainer, "tokens_before", 0)
+        trained_on = trainer.tokens_seen - trainer.first_token
         return {
             "wall_time_s": round(self.wall_time, 2),
             "steps": steps,
@@ -147,7 +142,7 @@ def finish_record(training: TrainingArguments) -> dict[str, Any]:
     """Gives a pending record its name, by which the stage is done, and returns it; the model card is written."""
     output = Path(training.output_dir)
     os.replace(output / PENDING, output / RECIPE)
-    write_card(output, repository_of(output, training.hub_model_id) if training.push_to_hub else None)
+    write_card(output, repository_name(output, training.hub_model_id) if training.push_to_hub else None)
     return read_json(output / RECIPE)
 
 

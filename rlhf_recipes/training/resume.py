@@ -1,14 +1,14 @@
 """Checkpoints to resume from: which are complete, and of the same run."""
 
+import contextlib
 import json
-import math
 import shutil
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from rlhf_recipes.core.errors import RecipeError, first_line
+from rlhf_recipes.core.errors import RecipeError, first_line, lack_of_memory
 from rlhf_recipes.core.files import RECIPE, check_writable, read_json
 
 from accelerate import PartialState
@@ -16,10 +16,7 @@ from transformers import TrainerState, TrainingArguments
 
 ARGUMENTS = "arguments.json"
 STATE = "trainer_state.json"  # of a checkpoint, written last
-# Of a checkpoint's state. Some that are given as whole numbers are written as 100.0
-_NUMBERS = ("global_step", "epoch", "max_steps", "num_train_epochs", "logging_steps", "eval_steps", "save_steps")
-_NUMBERS += ("train_batch_size", "num_input_tokens_seen", "total_flos", "best_global_step")
-OTHER_CHECKPOINT = "go on from another checkpoint, or start anew"
+OTHER_CHECKPOINT = "resume from another checkpoint, or start over"
 # What may differ between a run and the one that goes on from its checkpoint; all else decides the result.
 RESUME_IGNORED = (
     "output_dir",
@@ -66,24 +63,31 @@ def checkpoint_to_resume(training: TrainingArguments, *arguments: Any) -> str | 
 
 
 def read_trainer_state(checkpoint: Path) -> TrainerState:
-    """Read the trainer state of a checkpoint."""
+    """Return the trainer state of a checkpoint.
+
+    Raises:
+        RecipeError: if it is damaged.
+    """
     path = checkpoint / STATE
+    with resume_errors(path):
+        return TrainerState.load_from_json(str(path))
+
+
+@contextlib.contextmanager
+def resume_errors(path: str | Path | None) -> Iterator[None]:
+    """Turn what a damaged checkpoint raises within into one message that names it.
+
+    Transformers reads the pickles of a checkpoint with `weights_only`, so damaged ones run no code.
+
+    Args:
+        path: the checkpoint, or the file in it that is read.
+    """
     try:
-        state = TrainerState.load_from_json(str(path))
-        for name in _NUMBERS:
-            value = getattr(state, name)
-            if value is not None and (type(value) not in (int, float) or not 0 <= value < math.inf):
-                raise ValueError(f"{name}: {value!r} is no number from 0")
-        if type(state.global_step) is not int or state.epoch is None:
-            raise ValueError(f"global_step {state.global_step!r} and epoch {state.epoch!r} say not how far it has come")
-        best = state.best_metric, state.best_model_checkpoint
-        if not isinstance(best[0], int | float | None) or not isinstance(best[1], str | None):
-            raise ValueError(f"best_metric {best[0]!r} and best_model_checkpoint {best[1]!r} are none")
-        if not isinstance(state.log_history, list) or not all(isinstance(entry, dict) for entry in state.log_history):
-            raise ValueError("log_history is no list of mappings")
-    except (OSError, ValueError, TypeError, AttributeError, RecursionError) as error:
-        raise RecipeError(f"resume_from_checkpoint: {path}: {first_line(error)}: {OTHER_CHECKPOINT}") from error
-    return state
+        yield
+    except Exception as error:  # pickles, archives, JSON and shapes each have errors of their own
+        if isinstance(error, RecipeError) or lack_of_memory(error):
+            raise
+        raise RecipeError(f"resume_from_checkpoint: {path}: {first_line(error)}. Fix: {OTHER_CHECKPOINT}") from error
 
 
 def remove_checkpoint(checkpoint: Path) -> None:

@@ -1,6 +1,5 @@
 """Reward models: what TRL's `RewardTrainer` lacks, which is rankings, an fp32 head, and a start from the SFT adapter."""
 
-import contextlib
 import logging
 from pathlib import Path
 from typing import Any
@@ -9,9 +8,9 @@ from rlhf_recipes.core.errors import RecipeError
 from rlhf_recipes.models.backbone import base_name
 from rlhf_recipes.models.fingerprint import fingerprint
 from rlhf_recipes.models.kernels import keep_forward
-from rlhf_recipes.models.precision import keep_adapter_in_fp32, preserve_param_dtypes
 from rlhf_recipes.models.tokenizer import encode
-from rlhf_recipes.rewards.records import write_reward_record
+from rlhf_recipes.rewards.reward_json import write_reward_record
+from rlhf_recipes.training.mixin import TrainerMixin
 
 import torch
 from datasets import Dataset, IterableDataset
@@ -75,7 +74,7 @@ class RankingCollator(DataCollatorForPreference):
         }
 
 
-class RankingTrainer(RewardTrainer):
+class RankingTrainer(TrainerMixin, RewardTrainer):
     """TRL's `RewardTrainer` that also takes rankings: one row, one ranking, each completion through the model once.
 
     Rows of `prompt, chosen, rejected` (and `margin`) train as TRL does it. Rows of `prompt, completions, ranks`, lower ranks
@@ -85,10 +84,8 @@ class RankingTrainer(RewardTrainer):
     """
 
     def __init__(self, model: PreTrainedModel | PeftModel | str, *args: Any, **kwargs: Any):
-        with contextlib.nullcontext() if isinstance(model, str) else preserve_param_dtypes(model):
-            super().__init__(model, *args, **kwargs)
+        super().__init__(model, *args, **kwargs)
         keep_forward(self.args)
-        keep_adapter_in_fp32(self)
         if type(self.data_collator) is DataCollatorForPreference:
             self.data_collator = RankingCollator(self.data_collator.pad_token_id, self.data_collator.pad_to_multiple_of)
         self._base_fingerprint = fingerprint(self.model)

@@ -1,24 +1,18 @@
 """What a run leaves beside its result: `recipe.json`; and where an interrupted run goes on."""
 
 import contextlib
-import functools
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any
 
 from rlhf_recipes.config.trackers import begin_tracking, complaint_of_tracker
-from rlhf_recipes.core.errors import RecipeError, first_line, lack_of_memory
+from rlhf_recipes.core.errors import RecipeError, lack_of_memory
 from rlhf_recipes.core.files import PENDING, RECIPE
 from rlhf_recipes.core.yaml import read_yaml
-from rlhf_recipes.models.adapters import check_adapter_complete
-from rlhf_recipes.models.weights import ADAPTER, check_finite, each_weight, read_weights
-from rlhf_recipes.training.counters import ResumeCounters
 from rlhf_recipes.training.record import RunRecorder, write_log
 from rlhf_recipes.training.resume import (
-    OTHER_CHECKPOINT,
     checkpoints_in,
     is_complete,
     read_trainer_state,
@@ -26,9 +20,7 @@ from rlhf_recipes.training.resume import (
     step_of,
 )
 
-import torch
 from accelerate import PartialState
-from accelerate.utils import is_peft_model
 from transformers import Trainer
 
 
@@ -72,74 +64,22 @@ def train(trainer: Trainer, checkpoint: str | None) -> None:
         for old in checkpoints_in(Path(trainer.args.output_dir)):
             remove_checkpoint(old)
     begin_tracking(trainer.args)
-    counts = ResumeCounters(trainer, checkpoint)
-    trainer.add_callback(counts)
-    _leave_arguments(trainer)
-    trainer.create_model_card = lambda *_, **__: None  # which TRL writes at every checkpoint over that of an earlier result
+    recorders = [callback for callback in trainer.callback_handler.callbacks if isinstance(callback, RunRecorder)]
+    trainer.run_arguments = recorders[0].arguments if recorders else None
     if checkpoint:
-        _explain_resumption(trainer, checkpoint)
         state, args = read_trainer_state(Path(checkpoint)), trainer.args
         done = state.global_step >= args.max_steps if args.max_steps > 0 else state.epoch >= args.num_train_epochs
         if done:
             trainer._load_from_checkpoint(checkpoint)
-            trainer._load_rng_state(checkpoint)
             trainer.state = state
+            trainer._load_rng_state(checkpoint)
             if trainer.is_world_process_zero():
                 write_log(trainer.args, state)
             if not any("train_loss" in entry for entry in state.log_history):
-                counts.log_end()
+                trainer.log_missing_summary()
             return
     with annotate_failure(trainer):
         trainer.train(resume_from_checkpoint=checkpoint)
-
-
-def _leave_arguments(trainer: Trainer) -> None:
-    """Has the arguments of the run stand beside a checkpoint before it is whole: on others it is not gone on from."""
-    save = trainer._save_rng_state
-
-    def save_rng_state(folder: str) -> None:
-        save(folder)
-        for meter in trainer.callback_handler.callbacks:
-            if isinstance(meter, RunRecorder) and trainer.is_world_process_zero():
-                meter.leave_arguments(folder)
-
-    trainer._save_rng_state = save_rng_state
-
-
-def _explain_resumption(trainer: Trainer, checkpoint: str) -> None:
-    """Has what a damaged checkpoint raises, and what it would silently bring in, said in one message.
-
-    Transformers reads its pickles (optimizer, schedule, random state) with `weights_only`: what else they hold is not run.
-    """
-
-    def explained(load: Callable[..., Any]) -> Callable[..., Any]:
-        @functools.wraps(load)
-        def loading(*arguments: Any, **options: Any) -> Any:
-            try:
-                return load(*arguments, **options)
-            except RecipeError:
-                raise
-            except Exception as error:  # pickles, archives, JSON and shapes, each with errors of its own
-                raise RecipeError(f"resume_from_checkpoint: {checkpoint}: {first_line(error)}: {OTHER_CHECKPOINT}") from error
-
-        return loading
-
-    def load_optimizer(folder: str | None, load: Callable[..., Any] = trainer._load_optimizer_and_scheduler) -> None:
-        load(folder)
-        for state in () if trainer.is_deepspeed_enabled else trainer.optimizer.state.values():
-            tensors = {name: value for name, value in state.items() if isinstance(value, torch.Tensor)}
-            check_finite(tensors, f"resume_from_checkpoint: {checkpoint}: optimizer")
-
-    trainer._load_optimizer_and_scheduler = load_optimizer
-    for name in ("_load_from_checkpoint", "_load_optimizer_and_scheduler", "_load_rng_state"):
-        setattr(trainer, name, explained(getattr(trainer, name)))
-    for path in sorted(Path(checkpoint).glob("*.safetensors")):
-        if path.name == ADAPTER and is_peft_model(trainer.model):
-            named = f"resume_from_checkpoint: {checkpoint}"
-            check_adapter_complete(trainer.model, trainer.model.active_adapters[0], read_weights(path), named)
-            continue
-        for _ in each_weight(path):  # only looked at: a whole model is read by Transformers
-            pass
 
 
 @contextlib.contextmanager

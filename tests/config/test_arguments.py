@@ -8,10 +8,10 @@ from rlhf_recipes.cli import exit_on_recipe_error
 from rlhf_recipes.config import parser
 from rlhf_recipes.config.data import DataArguments
 from rlhf_recipes.config.evaluate import EvaluateArguments
-from rlhf_recipes.config.parser import parse_arguments
+from rlhf_recipes.config.parser import parse_dataclasses
 from rlhf_recipes.core.errors import RecipeError
 from rlhf_recipes.core.yaml import read_yaml
-from rlhf_recipes.rewards.specs import load_rewards
+from rlhf_recipes.rewards.reward_funcs import load_rewards
 from support import ROOT
 
 import pytest
@@ -23,7 +23,7 @@ RECIPE = ROOT / "recipes" / "sft.py"
 def parse(tmp_path, text, *argv, types=(DataArguments, SFTConfig, ModelConfig)):
     config = tmp_path / "my.yaml"
     config.write_text(text)
-    return parse_arguments(RECIPE, *types, argv=["--config", str(config), *argv])
+    return parse_dataclasses(RECIPE, *types, argv=["--config", str(config), *argv])
 
 
 def refusal(tmp_path, text, *argv) -> str:
@@ -45,7 +45,7 @@ def test_file_fills_the_dataclasses_and_the_command_line_overrides_it(tmp_path):
 
 
 def test_without_config_the_tiny_one_of_the_recipe_is_read():
-    data, training, _ = parse_arguments(RECIPE, DataArguments, SFTConfig, ModelConfig, argv=[])
+    data, training, _ = parse_dataclasses(RECIPE, DataArguments, SFTConfig, ModelConfig, argv=[])
     assert data.dataset_name == "rlhf_recipes.tiny.splits.demonstrations"
     assert training.output_dir == "runs/tiny/sft"
 
@@ -191,7 +191,7 @@ def test_value_that_a_dataclass_itself_refuses_is_one_message(tmp_path):
 
     (tmp_path / "my.yaml").write_text("size: -1\n")
     with pytest.raises(RecipeError, match=r"my\.yaml: size must be positive"):
-        parse_arguments(RECIPE, Picky, argv=["--config", str(tmp_path / "my.yaml")])
+        parse_dataclasses(RECIPE, Picky, argv=["--config", str(tmp_path / "my.yaml")])
 
 
 def test_recipe_exits_with_status_2_and_one_line(tmp_path):
@@ -208,7 +208,7 @@ def test_mappings_in_lists_are_written_as_json_on_the_command_line(tmp_path):
     types = (EvaluateArguments, DataArguments)
     spec, data = '{"path": "a.b", "name": "one"}', '[{"path": "c.jsonl"}, {"path": "d.jsonl", "split": "test"}]'
     argv = ["--config", str(config), "--rewards", spec, "e.f", "--eval_datasets", data]
-    evaluation, sources = parse_arguments(tmp_path / "evaluate.py", *types, argv=argv)
+    evaluation, sources = parse_dataclasses(tmp_path / "evaluate.py", *types, argv=argv)
     assert evaluation.rewards == [{"path": "a.b", "name": "one"}, "e.f"]
     assert [(source.path, source.split) for source in sources.eval_datasets] == [("c.jsonl", "train"), ("d.jsonl", "test")]
 
@@ -254,6 +254,6 @@ def test_dotted_paths_are_looked_for_where_a_recipe_is_launched(tmp_path, monkey
     (tmp_path / "x.yaml").write_text("policies: {base: null}\n")
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(sys, "path", list(sys.path))
-    parse_arguments(tmp_path / "evaluate.py", EvaluateArguments, argv=["--config", "x.yaml"])
+    parse_dataclasses(tmp_path / "evaluate.py", EvaluateArguments, argv=["--config", "x.yaml"])
     (reward,), _ = load_rewards(["rewards_nearby.short"])
     assert reward(prompts=["a"], completions=["b"]) == [0.0]

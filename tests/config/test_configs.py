@@ -2,42 +2,37 @@
 
 import dataclasses
 import re
-import runpy
 
 from rlhf_recipes.config import chat, data, evaluate, merge, policy, ppo, rank, reward, sample
-from rlhf_recipes.config.parser import parse_arguments
 from rlhf_recipes.core.yaml import read_yaml
 from rlhf_recipes.memory import stages
 from rlhf_recipes.models import tokenizer
 from rlhf_recipes.pipeline import read_pipeline
+from rlhf_recipes.stages import STAGES, parse_arguments, parse_values, pipeline_stages
 from support import ROOT, published
 
 import pytest
-import yaml
 from accelerate.commands.launch import _validate_launch_command, launch_command_parser
 from trl import GRPOConfig, ModelConfig
 
 PIPELINES = sorted(path for path in (ROOT / "configs").rglob("*.yaml") if "stages" in read_yaml(path))
 ENGINES = sorted((ROOT / "configs" / "accelerate").glob("*.yaml"))
 CONFIGS = sorted({*(ROOT / "configs").rglob("*.yaml")} - {*PIPELINES, *ENGINES})
-ALONE = ("chat", "merge")  # one process, and a Ctrl-C in a chat would end `accelerate launch`
+ALONE = STAGES.keys() - pipeline_stages()  # one process, and a Ctrl-C in a chat would end `accelerate launch`
 SOURCES = [*(ROOT / "recipes").glob("*.py"), *(ROOT / "rlhf_recipes").rglob("*.py")]
 
 
 def test_there_is_a_tiny_config_for_each_recipe_that_has_arguments():
-    recipes = {path.stem for path in (ROOT / "recipes").glob("*.py") if "ARGUMENTS" in path.read_text()}
-    assert recipes == {path.stem for path in CONFIGS if path.parent.name == "tiny"}
+    assert {*STAGES} == {path.stem for path in (ROOT / "recipes").glob("*.py") if "parse_arguments" in path.read_text()}
+    assert {*STAGES} == {path.stem for path in CONFIGS if path.parent.name == "tiny"}
 
 
 @pytest.mark.parametrize("config", PIPELINES, ids=lambda path: str(path.relative_to(ROOT)))
-def test_every_stage_of_a_pipeline_parses_by_its_recipe_and_fits_the_card(config, tmp_path, monkeypatch):
+def test_every_stage_of_a_pipeline_parses_by_its_recipe_and_fits_the_card(config, monkeypatch):
     monkeypatch.setattr(stages, "load_config", published.load_config)
     for stage in read_pipeline(config, ROOT / "recipes").stages:  # refused where a stage does not fit
         assert ("gpu_memory" in read_yaml(config)) == (stage.predicted is not None)
-        recipe = ROOT / "recipes" / f"{stage.recipe}.py"
-        types = runpy.run_path(str(recipe), run_name="not main")["ARGUMENTS"]
-        (tmp_path / "stage.yaml").write_text(yaml.safe_dump(stage.values))
-        parse_arguments(recipe, *types, argv=["--config", str(tmp_path / "stage.yaml")])
+        parse_values(stage.recipe, stage.values)
 
 
 @pytest.mark.parametrize("config", ENGINES, ids=lambda path: path.stem)
@@ -55,8 +50,7 @@ def test_accelerate_reads_its_configs(config):
 @pytest.mark.parametrize("config", CONFIGS, ids=lambda path: str(path.relative_to(ROOT)))
 def test_config_parses_by_its_recipe(config):
     recipe = ROOT / "recipes" / f"{config.stem}.py"
-    types = runpy.run_path(str(recipe), run_name="not main")["ARGUMENTS"]
-    parsed = parse_arguments(recipe, *types, argv=["--config", str(config)])
+    parsed = parse_arguments(recipe, argv=["--config", str(config)])
     values = {name: value for group in parsed for name, value in vars(group).items()}
     for key, written in read_yaml(config).items():
         if isinstance(written, (int, float, bool)):
@@ -99,7 +93,7 @@ def without_the_model(path) -> str:
 
 def readers(name: str, *exclude: str) -> list[str]:
     # as an attribute of something that holds arguments: `path.name` reads no key
-    holder = r"(?:arguments|source|\w+_args|training)"
+    holder = r"(?:arguments|source|\w+_args|args|training)"
     return [path.name for path in SOURCES if path.name not in exclude and re.search(rf"\b{holder}\.{name}\b", path.read_text())]
 
 

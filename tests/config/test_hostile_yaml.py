@@ -7,14 +7,13 @@ from functools import cache
 from pathlib import Path
 
 from rlhf_recipes.config.data import DatasetSource
-from rlhf_recipes.config.parser import parse_arguments
 from rlhf_recipes.core.yaml import read_yaml
 from rlhf_recipes.data import load_data
 from rlhf_recipes.models.loading import load_policy
 from rlhf_recipes.models.tokenizer import load_tokenizer
 from rlhf_recipes.pipeline import check_arguments, read_pipeline
+from rlhf_recipes.stages import STAGES, parse_arguments
 from support import ROOT, hostile
-from support.hostile import RECIPES, arguments_of
 
 import pytest
 import yaml
@@ -48,9 +47,7 @@ def parse(recipe: str, config: Path, content: str | bytes) -> tuple[dict | None,
     """The values of a recipe by a file of this content, or the message."""
     config.write_bytes(content if isinstance(content, bytes) else content.encode("utf-8", "surrogatepass"))
     argv = ["--config", str(config)]
-    groups, message = hostile.outcome(
-        lambda: parse_arguments(ROOT / "recipes" / f"{recipe}.py", *arguments_of(recipe), argv=argv)
-    )
+    groups, message = hostile.outcome(lambda: parse_arguments(ROOT / "recipes" / f"{recipe}.py", argv=argv))
     if message is not None:
         assert str(config) in message
         return None, message
@@ -84,7 +81,7 @@ def spoilt_values(draw, name: str) -> tuple[str, dict]:
     return path[0], hostile.replaced(content, path, draw(hostile.values))
 
 
-@pytest.mark.parametrize("recipe", RECIPES)
+@pytest.mark.parametrize("recipe", STAGES)
 @hostile.examples(12)
 @given(data=st.data())
 def test_values(config, recipe, data):
@@ -197,7 +194,7 @@ def misspelt(draw, name: str) -> tuple[str, str]:
 @hostile.examples(12)
 @given(data=st.data())
 def test_misspelt_keys(config, data):
-    recipe = data.draw(st.sampled_from(RECIPES))
+    recipe = data.draw(st.sampled_from([*STAGES]))
     wrong, text = data.draw(misspelt(recipe))
     _, message = parse(recipe, config, text)
     assert message is not None
@@ -257,7 +254,7 @@ def test_loading(config, data):
     recipe = ROOT / "recipes" / "sft.py"
 
     def load() -> object:
-        data_args, training, model_args = parse_arguments(recipe, *arguments_of("sft"), argv=["--config", str(config)])
+        data_args, training, model_args = parse_arguments(recipe, argv=["--config", str(config)])
         data = load_data(data_args, "sft", evaluate=False, seed=training.seed)
         tokenizer = load_tokenizer(model_args, training)
         fitted = data.filter_by_length(tokenizer, training.max_length, data_args.long_rows)

@@ -70,7 +70,6 @@ def test_the_engine_of_a_process(monkeypatch, variables, engine):
 def test_what_an_engine_cannot_do_is_refused(recipe, values, engine, message):
     with pytest.raises(RecipeError, match=message):
         check_launcher_support(recipe, values, engine)
-    check_launcher_support("evaluate", values, engine)
     own = {key: value for key, value in values.items() if key not in ("fsdp", "deepspeed")}
     check_launcher_support(recipe, own, Launcher())
 

@@ -28,6 +28,7 @@ from support.small_ppo import (
     save_reward,
     with_adapter,
 )
+from support.tolerance import assert_close, tolerance
 
 import pytest
 import requests
@@ -82,7 +83,7 @@ def test_a_quantised_base_is_sent_in_the_type_of_the_rest_and_not_requantised(ba
     before, ids = copies(model.state_dict()), torch.arange(5, 13)[None]
     other = make_model(seed=7)
     assert not other.load_state_dict(dict(vllm.policy_weights(model))).missing_keys
-    torch.testing.assert_close(other(input_ids=ids).logits, model(input_ids=ids).logits, rtol=0, atol=1e-4)
+    assert_close(other(input_ids=ids).logits, model(input_ids=ids).logits, torch.float32)
     assert not moved(before, copies(model.state_dict()))
 
 
@@ -169,9 +170,9 @@ def test_rollouts_by_vllm_are_those_of_the_policy_and_go_through_ppo(fake_vllm, 
     for batch in trainer.batches:
         here = batch["completion_mask"].bool()
         gaps = (batch["sampling_per_token_logps"] - batch["old_per_token_logps"])[here].abs()
-        assert gaps.max() < 1e-4
+        assert gaps.max() < tolerance(torch.float32)
     if "vllm_importance_sampling_correction" not in options:
-        assert max(logged(trainer, "sampling/sampling_logp_difference/max")) < 1e-4
+        assert max(logged(trainer, "sampling/sampling_logp_difference/max")) < tolerance(torch.float32)
         assert logged(trainer, "sampling/importance_sampling_ratio/mean") == pytest.approx([1.0] * 2, abs=1e-3)
     after = {name: weight for name, weight in trainer.model.state_dict().items() if name in frozen}
     assert all(".critic." in name for name in moved(frozen, after))

@@ -166,7 +166,7 @@ def test_stages_can_be_chosen(project, launched):
         ({"stages": [{"name": "a b"}]}, "stages, entry 1: name: 'a b' is no name"),
         (
             {"stages": [{"name": "sftt"}]},
-            "entry 1: recipe: 'sftt' is none of sft, reward, ppo, dpo, evaluate, sample, rank; did you mean 'sft'?",
+            "entry 1: recipe: 'sftt' is none of sft, reward, ppo, dpo, sample, rank, evaluate; did you mean 'sft'?",
         ),
         ({"stages": [{"name": "sft", "config": "sft.yml"}]}, "sft.yml: no such file; did you mean"),
         ({"stages": [{"name": "sft", "config": "sft.yaml"}] * 2}, "entry 2: name: 'sft' stands twice"),

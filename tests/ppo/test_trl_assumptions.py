@@ -20,7 +20,7 @@ from types import SimpleNamespace
 
 from rlhf_recipes.config.ppo import LOSSES, PPOConfig, _One
 from rlhf_recipes.models.kernels import without_compilation
-from rlhf_recipes.rewards.functions import FROM_TRL
+from rlhf_recipes.rewards.functions import TRL_KEYWORDS
 from rlhf_recipes.training.ppo.trainer import PPOTrainer
 from rlhf_recipes.training.reward import RankingCollator, RankingTrainer
 from support import ROOT
@@ -576,7 +576,7 @@ def test_a_reward_function_is_called_with_these_keywords(tmp_path):
     data = prompts(answer=[f"a{row}" for row in range(8)])
     trainer = make_trainer(tmp_path, reward=look, data=data, max_steps=1)
     trainer.train()
-    assert seen[0].keys() == {*FROM_TRL, "answer"}, "TRL passes other keywords: see FROM_TRL in rewards/functions.py"
+    assert seen[0].keys() == {*TRL_KEYWORDS, "answer"}, "TRL passes other keywords: see TRL_KEYWORDS in rewards/functions.py"
     ((rewards,),) = [call[1] for call in trainer.of("end of _calculate_rewards")]
     assert rewards.tolist() == [[0.0], [0.5], [1.0], [1.5]], "(N, functions), of all processes"
     assert trainer.reward_func_names == ["look"]
@@ -961,11 +961,15 @@ def test_4_bit_layers_have_the_switch_against_repacking(tmp_path):
 
 
 def test_what_a_trainer_counts_stands_where_it_is_taken_up_from():
-    """`rlhf_recipes.training.counters` leaves it beside checkpoints, and puts it back when the loop has begun anew."""
+    """`rlhf_recipes.training.mixin` saves it with checkpoints, and restores it with the random state."""
     loop = inspect.getsource(Trainer._inner_training_loop) + inspect.getsource(Trainer._maybe_log_save_evaluate)
     for name in ("_tr_loss", "_total_loss_scalar", "_globalstep_last_logged"):
         assert f"self.{name}" in loop, name
     assert "self._save_rng_state(" in inspect.getsource(Trainer._save_checkpoint)
+    epoch = inspect.getsource(Trainer._run_epoch)
+    assert epoch.index("self._load_rng_state(") < epoch.index("self.training_step("), (
+        "counters are restored after the first step"
+    )
     for kind in (SFTTrainer, DPOTrainer, RewardTrainer):
         assert "self._total_train_tokens" in inspect.getsource(kind), kind
         assert "self._metrics[" in inspect.getsource(kind), kind

@@ -18,12 +18,12 @@ import sys
 from importlib.util import find_spec
 from pathlib import Path
 
-from rlhf_recipes.config.parser import parse_arguments
 from rlhf_recipes.core.yaml import read_yaml
 from rlhf_recipes.feedback.labels import server
 from rlhf_recipes.feedback.labels.server import listen
 from rlhf_recipes.memory import stages
 from rlhf_recipes.pipeline import read_pipeline
+from rlhf_recipes.stages import parse_arguments, training_stages
 from support import ROOT, published
 
 import pytest
@@ -35,7 +35,6 @@ PAGES = [ROOT / "README.md", *(ROOT / "docs").glob("*.md")]
 PAGES.sort(key=lambda page: (FIRST.index(page.stem) if page.stem in FIRST else len(FIRST), page.stem))
 
 IN_TEXT = re.compile(r"`((?:[A-Z_]+=\S+ )*(?:\.venv/bin/)?(?:make \w+|(?:python|accelerate launch) [^`]*(?:\.py|-m )[^`]*))`")
-TRAINING = ("sft", "reward", "ppo", "dpo")
 SMALL = {
     "max_steps": 2,
     "save_steps": 1,
@@ -144,7 +143,9 @@ def project(tmp_path_factory):
 def make_small(folder):
     """Configurations of few rows and steps, on the tiny base."""
     for path in folder.glob("*.yaml"):
-        values = small(read_yaml(path)) | ({"max_steps": 30 if path.stem == "sft" else 2} if path.stem in TRAINING else {})
+        values = small(read_yaml(path))
+        if path.stem in training_stages():
+            values["max_steps"] = 30 if path.stem == "sft" else 2
         values |= {key: value for key, value in TINY.items() if key in values}
         path.write_text(yaml.safe_dump(values, sort_keys=False))
 
@@ -237,8 +238,7 @@ def read_block(text, recipe, name=None):
         read_pipeline(Path("block.yaml"), Path("recipes"))
     else:
         Path("block.yaml").write_text(text)
-        source = ROOT / "recipes" / f"{recipe}.py"
-        parse_arguments(source, *runpy.run_path(str(source), run_name="not main")["ARGUMENTS"], argv=["--config", "block.yaml"])
+        parse_arguments(ROOT / "recipes" / f"{recipe}.py", argv=["--config", "block.yaml"])
 
 
 def begin(page):
@@ -252,7 +252,7 @@ def begin(page):
             values = yaml.safe_load(text)
             for stage in values.get("stages", []):
                 provide(Path(stage["config"]), stage.get("recipe", stage["name"]))
-            values = small(values) | (TINY if words[0] in TRAINING else {})
+            values = small(values) | (TINY if words[0] in training_stages() else {})
             Path(words[1]).write_text(yaml.safe_dump(values, sort_keys=False))
 
 

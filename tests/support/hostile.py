@@ -5,12 +5,10 @@ the same each time.
 """
 
 import contextlib
-import importlib.util
 import os
 import signal
 import traceback
 from collections.abc import Callable, Iterator
-from functools import cache
 from typing import Any
 
 from rlhf_recipes.core.errors import RecipeError
@@ -19,7 +17,6 @@ from support import ROOT
 from hypothesis import HealthCheck, Phase, settings
 from hypothesis import strategies as st
 
-RECIPES = ("sft", "reward", "ppo", "dpo", "sample", "rank", "evaluate", "chat", "merge")
 LONGEST = 4_000  # characters of a message
 SECONDS = 60  # for one case; those that hang take for ever
 
@@ -133,11 +130,3 @@ def spoilt_bytes(draw: st.DrawFn, content: bytes) -> bytes:
     pieces = [b"\x00", b"\xff\xfe", b"\xef\xbb\xbf", b"\t", b'"', b"\n", b"\r", b"{", b"[", b"}", b"\xed\xa0\x80", b"NaN", b"-"]
     piece = draw(st.one_of(st.sampled_from(pieces), st.binary(min_size=1, max_size=4)))
     return content[:place] + piece + content[place + (len(piece) if kind == "change" else 0) :]
-
-
-@cache
-def arguments_of(recipe: str) -> tuple[type, ...]:
-    spec = importlib.util.spec_from_file_location(f"recipe_{recipe}", ROOT / "recipes" / f"{recipe}.py")
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module.ARGUMENTS

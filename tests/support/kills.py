@@ -27,6 +27,7 @@ from pathlib import Path
 
 from rlhf_recipes.core.files import RECIPE
 from rlhf_recipes.pipeline.running import LOCK
+from rlhf_recipes.stages import training_stages
 from support import ROOT, run_recipe
 
 # What recipes import where they are first asked for it
@@ -85,7 +86,7 @@ def ended(process, seconds):
 
 def full_disk(recipe, folder):
     """Lets this process write small files alone, or if it writes no others, none."""
-    if recipe in ("sft", "reward", "dpo", "ppo"):
+    if recipe in training_stages():
         resource.setrlimit(resource.RLIMIT_FSIZE, (200_000, 200_000))
     else:
         io.open = refusing(io.open, errno.ENOSPC, folder, in_writing)

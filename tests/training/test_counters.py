@@ -3,7 +3,8 @@
 import json
 import shutil
 
-from rlhf_recipes.training.counters import COUNTS
+from rlhf_recipes.stages import training_stages
+from rlhf_recipes.training.mixin import COUNTERS
 from rlhf_recipes.training.record import RunRecorder
 from rlhf_recipes.training.resume import ARGUMENTS
 from support.small_stages import small, without_times
@@ -12,15 +13,13 @@ import pytest
 import yaml
 from transformers import TrainerState
 
-RECIPES = ("sft", "reward", "dpo", "ppo")
-
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
     """YAML files of small stages: a line of the log every two steps, a checkpoint at each."""
     folder = tmp_path_factory.mktemp("counting")
     files = small(folder)
-    for name in RECIPES:
+    for name in training_stages():
         values = files[name] | {"save_total_limit": 9, "ensemble_size": 1}
         if name != "reward":
             del values["ensemble_size"]
@@ -42,7 +41,7 @@ def told(output):
     return without_times({"log": record["log"], "metrics": record["metrics"], "lines": lines})
 
 
-@pytest.mark.parametrize("recipe", RECIPES)
+@pytest.mark.parametrize("recipe", training_stages())
 def test_a_resumed_run_logs_what_the_unbroken_one_does(launch, folder, tmp_path, monkeypatch, recipe):
     monkeypatch.setattr(RunRecorder, "on_train_end", lambda meter, *_, **__: setattr(meter, "wall_time", 10.0))
     whole = tmp_path / "whole"
@@ -65,8 +64,8 @@ def test_a_resumed_run_logs_what_the_unbroken_one_does(launch, folder, tmp_path,
 def test_counts_that_nobody_left_are_begun_anew_and_spoilt_ones_are_one_message(launch, folder, tmp_path):
     whole = tmp_path / "whole"
     run(launch, folder, "sft", whole)
-    counts = whole / "checkpoint-1" / COUNTS.format(0)
-    for content in ("{", "[]", '{"loss": 1}', json.dumps(json.loads(counts.read_text()) | {"metrics": {"loss": ["x"]}})):
+    counts = whole / "checkpoint-1" / COUNTERS.format(0)
+    for content in ("{", "[]", '{"loss": 1}', json.dumps(json.loads(counts.read_text()) | {"metrics": []})):
         counts.write_text(content)
         options = ("--output_dir", tmp_path / "spoilt", "--resume_from_checkpoint", whole / "checkpoint-1")
         status, error = launch("sft", "--config", folder / "sft.yaml", *options)
@@ -90,5 +89,5 @@ def test_a_checkpoint_is_not_whole_before_its_arguments_and_counts_are_there(lau
     with pytest.raises(Killed):
         run(launch, folder, "sft", tmp_path)
     names = {path.name for path in (tmp_path / "checkpoint-1").iterdir()}
-    assert {ARGUMENTS, COUNTS.format(0), "optimizer.pt", "adapter_model.safetensors"} < names
+    assert {ARGUMENTS, COUNTERS.format(0), "optimizer.pt", "adapter_model.safetensors"} < names
     assert "trainer_state.json" not in names

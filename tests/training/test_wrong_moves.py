@@ -8,8 +8,6 @@ import logging
 from types import SimpleNamespace
 
 from rlhf_recipes.cli import exit_on_recipe_error
-from rlhf_recipes.config.data import DataArguments
-from rlhf_recipes.config.parser import parse_arguments
 from rlhf_recipes.core.errors import RecipeError, lack_of_memory
 from rlhf_recipes.core.hub import explain_load_error
 from rlhf_recipes.core.machine import check_bitsandbytes
@@ -17,6 +15,7 @@ from rlhf_recipes.memory.models import load_config
 from rlhf_recipes.models.fingerprint import fingerprint
 from rlhf_recipes.models.loading import load_model
 from rlhf_recipes.models.tokenizer import load_tokenizer
+from rlhf_recipes.stages import parse_arguments
 from support.small_ppo import make_tokenizer, save_base, with_adapter
 
 import bitsandbytes
@@ -235,7 +234,7 @@ def test_a_gpu_without_bf16(tmp_path, old_gpu, values):
     config = tmp_path / "my.yaml"
     config.write_text(yaml.safe_dump(values))
     with pytest.raises(RecipeError) as raised:
-        parse_arguments("sft.py", DataArguments, SFTConfig, ModelConfig, argv=["--config", str(config)])
+        parse_arguments("sft.py", argv=["--config", str(config)])
     for part in ("my.yaml", next(iter(values)), "(Tesla T4) has no bf16", "`bf16: false`", "`fp16: true`", "`dtype: float32`"):
         assert part in str(raised.value)
 
@@ -245,7 +244,7 @@ def test_where_nobody_asks_for_bf16_an_old_gpu_does_without(tmp_path, old_gpu, m
     config.write_text("dtype: float32\n")
     seen = {}
     monkeypatch.setattr("trl.TrlParser.parse_dict", lambda self, values: seen.update(values) or ())
-    parse_arguments("sft.py", DataArguments, SFTConfig, ModelConfig, argv=["--config", str(config)])
+    parse_arguments("sft.py", argv=["--config", str(config)])
     assert seen["bf16"] is False
 
 

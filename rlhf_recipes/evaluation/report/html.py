@@ -5,21 +5,17 @@ from pathlib import Path
 from typing import Any
 
 from rlhf_recipes.core.errors import RecipeError
-from rlhf_recipes.core.files import RECIPE, read_json, write_json, write_text
+from rlhf_recipes.core.files import METRICS, RECIPE, read_json, write_json, write_text
 from rlhf_recipes.evaluation.evaluate import is_insignificant
 from rlhf_recipes.evaluation.report import plots
 from rlhf_recipes.evaluation.reward_models import summary
+from rlhf_recipes.stages import STAGES, Stage
 
 from jinja2 import Environment, PackageLoader
 from markupsafe import Markup
 
-METRICS, PAGE = "metrics.json", "index.html"
-_CURVES = {
-    "sft": ("loss", "eval_loss", "mean_token_accuracy"),
-    "reward": ("loss", "eval_loss", "eval_accuracy"),
-    "dpo": ("loss", "rewards/accuracies", "rewards/margins"),
-    "ppo": ("score", "kl", "entropy", "completions/mean_length", "value/explained_variance", "loss"),
-}
+PAGE = "index.html"
+_UNKNOWN = Stage(arguments=())  # a training of others
 
 
 def write_report(folder: str | Path, metrics: dict[str, Any]) -> Path:
@@ -92,7 +88,7 @@ def _curves(metrics: dict[str, Any]) -> dict[str, list[Markup]]:
         path = Path(folder or "") / RECIPE
         if folder and path.is_file():
             record = read_json(path)
-            log, wanted = record.get("log", ()), _CURVES.get(record.get("recipe"), ("loss", "eval_loss"))
+            log, wanted = record.get("log", ()), STAGES.get(record.get("recipe"), _UNKNOWN).curves
             logged = [key for key in wanted if any(entry.get(key) is not None for entry in log)]
             pictures[name] = [_picture(plots.learning_curves(log, [key])) for key in logged]
     return {name: drawn for name, drawn in pictures.items() if drawn}

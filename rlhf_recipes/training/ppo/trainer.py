@@ -6,7 +6,6 @@ Everything that it assumes about TRL beyond its public interface is stated, and 
 import contextlib
 import copy
 import logging
-import math
 from collections.abc import Callable, Iterator
 from dataclasses import asdict
 from pathlib import Path
@@ -17,12 +16,13 @@ from rlhf_recipes.core.errors import RecipeError
 from rlhf_recipes.core.files import read_json, write_json
 from rlhf_recipes.models.backbone import backbone, forward_backbone
 from rlhf_recipes.models.kernels import check_vllm, compile_layers, eager_mode, without_compilation
-from rlhf_recipes.models.precision import disable_cpu_4bit_repacking, keep_adapter_in_fp32, preserve_param_dtypes
-from rlhf_recipes.models.roles import NO_ADAPTER, POLICY, copy_adapter, save_single_adapter, use_adapter
-from rlhf_recipes.rewards.checks import checked
+from rlhf_recipes.models.precision import disable_cpu_4bit_repacking, preserve_param_dtypes
+from rlhf_recipes.models.roles import NO_ADAPTER, POLICY, copy_adapter, use_adapter
+from rlhf_recipes.rewards.protocol import checked_reward
+from rlhf_recipes.rewards.reward_funcs import SavedReward
 from rlhf_recipes.rewards.reward_models import Ensemble, RewardModel, Scorer
-from rlhf_recipes.rewards.saved import load_saved_rewards
-from rlhf_recipes.rewards.specs import SavedReward
+from rlhf_recipes.rewards.saved import load_saved_reward
+from rlhf_recipes.training.mixin import TrainerMixin
 from rlhf_recipes.training.ppo.critic import make_critic, positions, shift_hidden_states
 from rlhf_recipes.training.ppo.diagnostics import DiagnosticsCallback
 from rlhf_recipes.training.ppo.maths import (
@@ -48,6 +48,7 @@ from rlhf_recipes.training.ppo.sampling import (
     pad_right,
 )
 from rlhf_recipes.training.ppo.vllm import send_policy_alone
+from rlhf_recipes.training.resume import resume_errors
 
 import torch
 from accelerate.utils import gather_object
@@ -82,7 +83,7 @@ REFERENCE = "reference"
 STATE, ROLLOUT = "ppo_state.json", "rollout-{}.safetensors"
 
 
-class PPOTrainer(GRPOTrainer):
+class PPOTrainer(TrainerMixin, GRPOTrainer):
     """Proximal policy optimisation with a critic and a KL penalty in the reward (Ziegler et al., 2019; Ouyang et al., 2022).
 
     It maximises E[score - kl_coef * KL(policy || reference)] + ptx_coef * E[log-likelihood of pretraining text].
@@ -157,21 +158,19 @@ class PPOTrainer(GRPOTrainer):
         self.kl = KLController(args.kl_coef, args.kl_target, args.kl_horizon)
         self.score_scaling = ScoreScaling(args.use_score_scaling, args.use_score_norm, args.score_clip)
         self._ptx = PretrainingText(ptx_dataset, tokenizer, args) if args.ptx_coef else None
-        with preserve_param_dtypes(model):
-            super().__init__(
-                model=model,
-                reward_funcs=[reward if isinstance(reward, nn.Module) else checked(reward) for reward in rewards],
-                args=args,
-                train_dataset=at_least_one_batch(train_dataset, args),
-                eval_dataset=eval_dataset,
-                processing_class=tokenizer,
-                reward_processing_classes=reward_processing_classes,
-                callbacks=[DiagnosticsCallback(), *(callbacks or [])],
-                optimizers=optimizers,
-                rollout_func=check_rollouts(rollout_func) if rollout_func else None,
-                **options,
-            )
-        keep_adapter_in_fp32(self)
+        super().__init__(
+            model=model,
+            reward_funcs=[reward if isinstance(reward, nn.Module) else checked_reward(reward) for reward in rewards],
+            args=args,
+            train_dataset=at_least_one_batch(train_dataset, args),
+            eval_dataset=eval_dataset,
+            processing_class=tokenizer,
+            reward_processing_classes=reward_processing_classes,
+            callbacks=[DiagnosticsCallback(), *(callbacks or [])],
+            optimizers=optimizers,
+            rollout_func=check_rollouts(rollout_func) if rollout_func else None,
+            **options,
+        )
         send_policy_alone(self)
         self._place_roles(reference)
         self._forward, self._record, self._has_learnt = _Forward(), None, False
@@ -643,9 +642,8 @@ class PPOTrainer(GRPOTrainer):
     # --- Checkpoints -------------------------------------------------------------------------------------
 
     def _save(self, output_dir: str | None = None, state_dict: dict[str, Tensor] | None = None) -> None:
-        """Saves the policy, without the other adapters on its base, and the critic."""
-        with save_single_adapter(self.model, POLICY):
-            super()._save(output_dir, state_dict)
+        """Save the policy and the critic."""
+        super()._save(output_dir, state_dict)
         if self.args.should_save:
             self.critic.save(output_dir or self.args.output_dir)
 
@@ -675,20 +673,25 @@ class PPOTrainer(GRPOTrainer):
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
         """Loads policy and critic: of a run that is over, nothing else is."""
         super()._load_from_checkpoint(resume_from_checkpoint, model)
-        self.critic.load(resume_from_checkpoint)
+        with resume_errors(resume_from_checkpoint):
+            self.critic.load(resume_from_checkpoint)
 
     def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
-        """Loads all of it again."""
+        """Load all of it again."""
         super()._load_optimizer_and_scheduler(checkpoint)
         if checkpoint is None:
             return
         folder = Path(checkpoint)
         if not (folder / STATE).exists():
             raise RecipeError(f"{folder}: no checkpoint that PPO can go on from (no {STATE}; `save_only_model` leaves none)")
+        with resume_errors(checkpoint):
+            self._load_ppo_state(folder)
+
+    def _load_ppo_state(self, folder: Path) -> None:
         self.critic.load(folder)  # again, since DeepSpeed loads its policy by itself
         optimizer = torch.load(folder / "critic_optimizer.pt", map_location="cpu", weights_only=True)
         self.critic_optimizer.load_state_dict(optimizer)  # which moves it to where the weights are
-        state = _read_state(folder / STATE)
+        state = read_json(folder / STATE)
         self._step, self._stopped, self._updated = state["step"], state["stopped"], state["updated"]
         self.kl.coefficient, self.score_scaling.moments = state["kl_coef"], Moments(**state["scores"])
         rollout = folder / ROLLOUT.format(self.accelerator.process_index)
@@ -698,20 +701,6 @@ class PPOTrainer(GRPOTrainer):
                 place, _, key = name.partition("/")
                 batches.setdefault(int(place), {})[key] = value.to(self.accelerator.device)
             self._buffered_inputs = [batches[place] for place in sorted(batches)]
-
-
-def _read_state(path: Path) -> dict[str, Any]:
-    """What `_save_rng_state` wrote."""
-    state = read_json(path)
-    numbers = [state["kl_coef"], *(state["scores"][name] for name in ("count", "mean", "squares"))]
-    bits = [state["stopped"], state["updated"]]
-    if (
-        type(state["step"]) is not int
-        or not all(type(bit) is bool for bit in bits)
-        or not all(type(one) in (int, float) and math.isfinite(one) for one in numbers)
-    ):
-        raise ValueError(f"{path.name} was not written by PPO")
-    return state
 
 
 class _Forward:
@@ -811,7 +800,7 @@ def _as_reward(reward: Any, model: PreTrainedModel | PeftModel, tokenizer: PreTr
     if not isinstance(reward, SavedReward):
         return reward
     size = args.local_rollout_forward_batch_size or args.per_device_train_batch_size
-    return load_saved_rewards(reward.folder, model, tokenizer, reward.combine, reward.uncertainty_coef, size)
+    return load_saved_reward(reward.folder, model, tokenizer, reward.combine, reward.uncertainty_coef, size)
 
 
 def _first_reward_model(rewards: list[Any]) -> RewardModel | None:

@@ -1,0 +1,122 @@
+"""What all trainers of this project add to TRL's: exact resumption, weights in their own type, one adapter a checkpoint.
+
+`tests/ppo/test_trl_assumptions.py` states what is assumed here about Transformers and TRL.
+"""
+
+import contextlib
+import json
+from pathlib import Path
+from typing import Any
+
+from rlhf_recipes.core.files import read_json, write_json
+from rlhf_recipes.models.adapters import check_adapter_complete
+from rlhf_recipes.models.precision import keep_adapter_in_fp32, preserve_param_dtypes
+from rlhf_recipes.models.roles import POLICY, save_single_adapter
+from rlhf_recipes.models.weights import ADAPTER, iterate_weights, read_weights
+from rlhf_recipes.training.resume import ARGUMENTS, resume_errors
+
+import torch
+from accelerate.utils import is_peft_model
+from torch import Tensor, nn
+
+COUNTERS = "counts-{}.json"
+"""File of a checkpoint with the counters of one process."""
+
+
+class TrainerMixin:
+    """Mixin for a TRL trainer, named before it: `class DPOTrainer(TrainerMixin, trl.DPOTrainer)`.
+
+    - Weights keep their types. TRL casts what it trains on a quantised base to bf16.
+    - A checkpoint holds one adapter, though several share the base. TRL writes no model card beside it.
+    - A resumed run logs what the unbroken one does: tokens, averages and losses are saved with each checkpoint.
+    - A damaged checkpoint is one message.
+    """
+
+    run_arguments: dict[str, Any] | None = None
+    """Saved with each checkpoint, for `checkpoint_to_resume` to compare."""
+    first_token = 0
+    """Tokens that earlier processes of this run trained on."""
+    _resumed_counters: dict[str, Any] | None = None
+
+    def __init__(self, model: str | nn.Module, *args: Any, **kwargs: Any):
+        with preserve_param_dtypes(model) if isinstance(model, nn.Module) else contextlib.nullcontext():
+            super().__init__(model, *args, **kwargs)
+        keep_adapter_in_fp32(self)
+
+    def create_model_card(self, *args: Any, **kwargs: Any) -> None:
+        """Write nothing: TRL would replace the card of an earlier result at every checkpoint."""
+
+    @property
+    def tokens_seen(self) -> int:
+        """Number of tokens trained on (for PPO: sampled) since the first step, by all processes."""
+        return getattr(self, "_total_train_tokens", 0) or self.state.num_input_tokens_seen
+
+    def log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
+        """Log, with the training loss averaged over all steps of a resumed run."""
+        if "train_loss" in logs and self._resumed_counters:
+            logs["train_loss"] = self._total_loss_scalar / max(self.state.global_step, 0.001)
+        super().log(logs, *args, **kwargs)
+
+    # --- Checkpoints -------------------------------------------------------------------------------------
+
+    def _save(self, output_dir: str | None = None, state_dict: dict[str, Tensor] | None = None) -> None:
+        with save_single_adapter(self.model, POLICY):
+            super()._save(output_dir, state_dict)
+
+    def _save_rng_state(self, output_dir: str) -> None:
+        """Save, beside the random state, counters and arguments: later than all but the state of the trainer."""
+        super()._save_rng_state(output_dir)
+        metrics = getattr(self, "_metrics", {}).get("train", {})
+        counters = {
+            "loss": self._tr_loss.item(),
+            "total_loss": self._total_loss_scalar,
+            "last_logged": self._globalstep_last_logged,
+            "tokens": getattr(self, "_total_train_tokens", 0),
+            "training": self.model.training,  # TRL logs the metrics of this mode
+            "metrics": json.loads(json.dumps(metrics, default=float)),
+        }
+        write_json(self._counters_path(output_dir), counters)
+        if self.run_arguments is not None and self.is_world_process_zero():
+            write_json(Path(output_dir) / ARGUMENTS, self.run_arguments)
+
+    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
+        """Load the weights, which must be complete and finite."""
+        with resume_errors(resume_from_checkpoint):
+            for path in sorted(Path(resume_from_checkpoint).glob("*.safetensors")):
+                if path.name == ADAPTER and is_peft_model(self.model):
+                    name = f"resume_from_checkpoint: {resume_from_checkpoint}"
+                    check_adapter_complete(self.model, self.model.active_adapters[0], read_weights(path), name)
+                else:
+                    for _ in iterate_weights(path):  # checks each that it reads
+                        pass
+            super()._load_from_checkpoint(resume_from_checkpoint, model)
+
+    def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
+        with resume_errors(checkpoint):
+            super()._load_optimizer_and_scheduler(checkpoint)
+
+    def _load_rng_state(self, checkpoint: str | None) -> None:
+        """Load the random state, and the counters, which Transformers has reset by now."""
+        with resume_errors(checkpoint):
+            super()._load_rng_state(checkpoint)
+        if checkpoint is None or not (path := self._counters_path(checkpoint)).exists():
+            return
+        with resume_errors(path):
+            counters = self._resumed_counters = read_json(path)
+            self._tr_loss = torch.tensor(counters["loss"], device=self.args.device)
+            self._total_loss_scalar = counters["total_loss"]
+            self._globalstep_last_logged = counters["last_logged"]
+            self._total_train_tokens = counters["tokens"]
+            for name, values in counters["metrics"].items():
+                self._metrics["train"][name] = [*values]
+        self.first_token = self.tokens_seen
+
+    def log_missing_summary(self) -> None:
+        """Log the last line of a run that was killed between its last checkpoint and that line."""
+        if self._resumed_counters:
+            self._total_loss_scalar += self._tr_loss.item()
+            self.model.train(self._resumed_counters["training"])
+            self.log({"total_flos": self.state.total_flos, "train_loss": 0.0})
+
+    def _counters_path(self, folder: str | Path) -> Path:
+        return Path(folder) / COUNTERS.format(self.args.process_index)
