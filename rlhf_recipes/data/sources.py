@@ -157,23 +157,21 @@ def _check_csv(path: str) -> None:
 
 def _json_rows(path: str) -> Iterator[dict[str, Any]]:
     """Yield the rows of a JSON file, which is one list of rows, or has one row a line."""
-    with (
-        gzip.open(path, "rt", encoding="utf-8-sig")
-        if path.lower().endswith(".gz")
-        else open(path, encoding="utf-8-sig") as file
-    ):
+    open_text = gzip.open if path.lower().endswith(".gz") else open
+    with open_text(path, "rt", encoding="utf-8-sig") as file:
         first = next((line for line in file if line.strip()), "")
         file.seek(0)
         if first.lstrip().startswith("["):
-            rows = _parse_json(file.read())
+            rows, unit = _parse_json(file.read()), "row"
             if all(isinstance(row, str) for row in rows):  # `datasets` names their column `text`
                 rows = [{"text": row} for row in rows]
             numbered = enumerate(rows, 1)
         else:
-            numbered = ((number, _parse_json(line, number)) for number, line in enumerate(file, 1) if line.strip())
+            unit = "line"
+            numbered = ((number, _parse_json(line.rstrip(), number)) for number, line in enumerate(file, 1) if line.strip())
         for number, row in numbered:
             if not isinstance(row, dict):
-                raise _BadFileError(f"row {number}: {str(row)[:40]}: not a row. Fix: write a mapping of columns to values.")
+                raise _BadFileError(f"{unit} {number}: {str(row)[:40]}: not a row. Fix: write a mapping of columns to values.")
             yield row
 
 
@@ -187,6 +185,8 @@ def _parse_json(text: str, line: int = 1) -> Any:
 
 
 def _explain_read_error(error: Exception) -> str:
+    if isinstance(error, _BadFileError):
+        return str(error)
     cause = error.__cause__ or error
     if isinstance(cause, UnicodeDecodeError):
         return f"not UTF-8 text ({cause}). Fix: save it as UTF-8."
