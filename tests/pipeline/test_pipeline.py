@@ -14,8 +14,8 @@ from pathlib import Path
 
 from rlhf_recipes.cli import exit_on_recipe_error
 from rlhf_recipes.core.errors import RecipeError
+from rlhf_recipes.feedback.groups import read_groups
 from rlhf_recipes.feedback.labels import Label, Store
-from rlhf_recipes.feedback.ranking import read_sampled
 from rlhf_recipes.pipeline import check_arguments, read_pipeline, reading, running
 from support import ROOT
 
@@ -734,7 +734,7 @@ def test_two_rounds_from_sampling_to_ppo(tmp_path, in_process):
     turns = [f"{name}-round-{turn}" for turn in (1, 2) for name in ("sample", "rank", "reward", "ppo")]
     assert in_process == ["sft", *turns]
     folders = [tmp_path / "runs" / f"round-{turn}" for turn in (1, 2)]
-    groups = [[one.group.id for one in read_sampled(folder / "sample")] for folder in folders]
+    groups = [[group.id for group in read_groups(folder / "sample")] for folder in folders]
     ranked = [[row["id"] for row in rows(folder / "rank")] for folder in folders]
     assert not set(groups[0]) & set(groups[1])
     for sampled, chosen in zip(groups, ranked, strict=True):
