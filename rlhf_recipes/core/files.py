@@ -65,7 +65,7 @@ def holds_result(folder: str | Path) -> bool:
     return any((Path(folder) / name).is_file() for name in names)
 
 
-def taught_conversations(folder: str | Path) -> bool | None:
+def trained_on_conversations(folder: str | Path) -> bool | None:
     """Whether what the stage in a folder was trained on were conversations; None where no record says so.
 
     Raises:

@@ -6,7 +6,7 @@ import math
 from typing import Any
 
 from rlhf_recipes.core.errors import RecipeError, first_line
-from rlhf_recipes.core.files import taught_conversations
+from rlhf_recipes.core.files import trained_on_conversations
 from rlhf_recipes.data.sources import BATCH, SHOWN
 
 from datasets import Dataset
@@ -90,7 +90,7 @@ def _warn_of_plain_prompts(dataset: Dataset, tokenizer: PreTrainedTokenizerBase,
     """Says so where prompts are texts: what demonstrations of them teach, and where an earlier stage taught conversations."""
     if "prompt" not in dataset.column_names or not isinstance(dataset[0]["prompt"], str):
         return
-    if taught_conversations(tokenizer.name_or_path):
+    if trained_on_conversations(tokenizer.name_or_path):
         logger.warning(
             "%s: the prompts are plain texts, and %s was taught conversations: its chat template is not used, and the answers "
             "may be nonsense. With `column_mapping: {prompt: instruction}` the prompts become conversations",
