@@ -21,7 +21,7 @@ from rlhf_recipes.data import Kind, check_source
 from rlhf_recipes.evaluation.report.html import PAGE
 from rlhf_recipes.evaluation.report.seeds import write_summary
 from rlhf_recipes.feedback.sampling import discard
-from rlhf_recipes.memory.autofit import written
+from rlhf_recipes.memory.autofit import as_yaml
 from rlhf_recipes.pipeline.reading import Stage, read_stages
 from rlhf_recipes.stages import STAGES, parse_values
 from rlhf_recipes.training.resume import checkpoints_in, remove_checkpoint
@@ -77,7 +77,7 @@ class Pipeline:
             reads = f", reads {', '.join(stage.inputs)}" if stage.inputs else ""
             yield f"{number}. {stage.name}: recipes/{stage.recipe}.py -> {stage.folder}{reads}: {self.status(stage)}"
             if stage.picked:
-                yield f"   gpu_memory sets {written(stage.picked)}; {stage.predicted:.1f} GiB at the peak (predicted)"
+                yield f"   gpu_memory sets {as_yaml(stage.picked)}; {stage.predicted:.1f} GiB at the peak (predicted)"
 
     def run(self) -> None:
         """Runs what is not done, in order; what is done is said to be.
