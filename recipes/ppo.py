@@ -11,7 +11,7 @@ from rlhf_recipes.cli import exit_on_recipe_error
 from rlhf_recipes.data import drop_overlong_mode, load_data, load_texts
 from rlhf_recipes.models.loading import load_policy
 from rlhf_recipes.models.tokenizer import load_tokenizer
-from rlhf_recipes.rewards.specs import load_rewards, paths_of
+from rlhf_recipes.rewards.reward_funcs import load_rewards, reward_paths
 from rlhf_recipes.stages import parse_arguments
 from rlhf_recipes.training.ppo import PPOTrainer
 from rlhf_recipes.training.run import Run
@@ -23,7 +23,7 @@ from trl import get_peft_config
 def main() -> None:
     """Train the policy, after the stages that it needs."""
     ppo_args, data_args, training_args, model_args = parse_arguments(__file__)
-    inputs = [ppo_args.start_from, *paths_of(ppo_args.reward_funcs)]
+    inputs = [ppo_args.start_from, *reward_paths(ppo_args.reward_funcs)]
     with Run(__file__, ppo_args, data_args, training_args, model_args, inputs=inputs) as run:
         # Data: prompts, and the columns that reward functions read
         data = load_data(data_args, "prompt", evaluate=training_args.eval_strategy != "no", seed=training_args.seed)

@@ -29,10 +29,10 @@ from rlhf_recipes.generation.answers import Answer, Prompt, log_probs, sample
 from rlhf_recipes.generation.judges import ChatJudge, read_chat_judge
 from rlhf_recipes.generation.policies import Policy, PolicyBank, require_adapter
 from rlhf_recipes.models.backbone import base_of
-from rlhf_recipes.rewards.checks import ask, checked
 from rlhf_recipes.rewards.matching import KINDS, kinds_of
-from rlhf_recipes.rewards.saved import load_saved_rewards
-from rlhf_recipes.rewards.specs import SavedReward, load_rewards
+from rlhf_recipes.rewards.protocol import checked_reward, score_completions
+from rlhf_recipes.rewards.reward_funcs import SavedReward, load_rewards
+from rlhf_recipes.rewards.saved import load_saved_reward
 from rlhf_recipes.training.resume import TRAINER_STATE, checkpoints_in, step_of
 
 import numpy as np
@@ -127,7 +127,7 @@ def load_named_rewards(specs: Sequence[str | dict[str, Any]], bank: PolicyBank, 
         batch_size: answers that a reward model reads at once.
 
     Raises:
-        RecipeError: as in `load_rewards` and `load_saved_rewards`; if two have one name.
+        RecipeError: as in `load_rewards` and `load_saved_reward`; if two have one name.
     """
     rewards: dict[str, NamedReward] = {}
     for number, spec in enumerate(specs, start=1):
@@ -161,7 +161,7 @@ def _load_reward(spec: dict[str, Any], bank: PolicyBank, where: str, batch_size:
     if not isinstance(reward, SavedReward):
         return reward, None
     combination = (reward.combine, reward.uncertainty_coef, batch_size)
-    scorer = load_saved_rewards(reward.folder, bank.model, bank.tokenizer, *combination)
+    scorer = load_saved_reward(reward.folder, bank.model, bank.tokenizer, *combination)
     return scorer, reward.folder
 
 
@@ -320,8 +320,8 @@ class Measurement:
     def _ask(self, reward: NamedReward, rows: list[int], answers: list[Answer]) -> list[float]:
         """The score of each answer to its row."""
         asked = self.rows.select(rows)
-        scores = ask(
-            checked(reward.function, reward.name),
+        scores = score_completions(
+            checked_reward(reward.function, reward.name),
             list(asked["prompt"]),
             [_completion(prompt, answer) for prompt, answer in zip(asked["prompt"], answers, strict=True)],
             completion_ids=[list(answer.ids) for answer in answers],

@@ -20,10 +20,10 @@ from rlhf_recipes.feedback.sampling import GROUPS
 from rlhf_recipes.generation.judges import ChatJudge, read_chat_judge
 from rlhf_recipes.generation.policies import load_policy_bank
 from rlhf_recipes.models.tokenizer import load_tokenizer
-from rlhf_recipes.rewards.checks import ask
+from rlhf_recipes.rewards.protocol import score_completions
+from rlhf_recipes.rewards.reward_funcs import load_rewards
 from rlhf_recipes.rewards.reward_models import Ensemble
-from rlhf_recipes.rewards.saved import load_saved_rewards
-from rlhf_recipes.rewards.specs import load_rewards
+from rlhf_recipes.rewards.saved import load_saved_reward
 
 from trl import ModelConfig
 from trl.trainer.utils import get_callable_name
@@ -108,11 +108,11 @@ def load_ensemble(model: ModelConfig, arguments: RankArguments) -> Ensemble:
     """The ensemble in the folder `reward`, on its base.
 
     Raises:
-        RecipeError: as in `load_saved_rewards`; for a single reward model.
+        RecipeError: as in `load_saved_reward`; for a single reward model.
     """
     tokenizer = load_tokenizer(model, arguments, start_from=arguments.reward)
     bank = load_policy_bank(model, arguments, {}, tokenizer)
-    reward = load_saved_rewards(arguments.reward, bank.model, tokenizer)
+    reward = load_saved_reward(arguments.reward, bank.model, tokenizer)
     if not isinstance(reward, Ensemble):
         raise RecipeError(
             f"reward: {arguments.reward} holds one reward model, which cannot disagree: train with `ensemble_size: 3`"
@@ -242,7 +242,9 @@ class SimulatedLabeler:
         keys = dict.fromkeys(key for one in groups for key in one.columns)
         columns = {key: [one.columns.get(key) for one in groups for _ in one.group.completions] for key in keys}
         prompts = [one.group.prompt for one in groups for _ in one.group.completions]
-        scores = ask(self.reward, prompts, [answer for one in groups for answer in one.group.completions], **columns)
+        scores = score_completions(
+            self.reward, prompts, [answer for one in groups for answer in one.group.completions], **columns
+        )
         if None in scores:
             place = scores.index(None)
             raise RecipeError(f"labeller: {get_callable_name(self.reward)} says nothing of an answer to {prompts[place]!r:.80}")

@@ -2,9 +2,9 @@
 
 import os
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 
-from rlhf_recipes.config.parser import Launched
+from rlhf_recipes.config.current import CurrentRun
 from rlhf_recipes.core.errors import RecipeError, first_line
 from rlhf_recipes.memory.autofit import advice, needed, smallest_card
 from rlhf_recipes.memory.stages import GIB, Arguments, can_be_planned, plan_stage
@@ -17,22 +17,22 @@ _FREE = re.compile(rf"of which {_SIZE} is free")
 _LESS = 0.8  # of what a plan needs that should have fitted: where to look for what to change
 
 
-def explain(error: BaseException, launched: Launched | None, notes: Sequence[str] = ()) -> str:
-    """What was asked for, what the plan makes of it, and what is left to go on from.
+def explain(error: BaseException, run: CurrentRun | None, when: str = "") -> str:
+    """Return what was requested, what the plan of the run predicts, and what to change.
 
     Args:
-        error: by which a GPU or the machine said that it has no memory left.
-        launched: what ran, or None where that is not known.
-        notes: when it happened, as `rlhf_recipes.training.run` adds it.
+        error: the error by which a GPU or the machine ran out of memory.
+        run: the run of this process, or None if it is not known.
+        when: the step of the training, such as " after 3 of 9 steps".
     """
     on_gpu = isinstance(error, torch.OutOfMemoryError) or any(name in str(error) for name in ("CUDA", "CUBLAS", "HIP", "XPU"))
     card = _card(on_gpu)
-    stage = f"{launched.recipe.stem}: " if launched else ""
+    stage = f"{run.recipe.stem}: " if run else ""
     whose = "the GPU's memory" if on_gpu else "this machine's memory (RAM)"
     size = f" of {card:.1f} GiB" if card else ""
-    sentences = [f"{stage}{whose}{size} was not enough{''.join(f' {note}' for note in notes[:1])} ({_asked(error)})"]
-    sentences += _remedies(launched, card, on_gpu) if launched else []
-    return ". ".join([*sentences, *notes[1:]])
+    sentences = [f"{stage}{whose}{size} was not enough{when} ({_asked(error)})"]
+    sentences += _remedies(run, card, on_gpu) if run else []
+    return ". ".join(sentences)
 
 
 def _asked(error: BaseException) -> str:
@@ -52,8 +52,8 @@ def _card(on_gpu: bool) -> float | None:
         return None
 
 
-def _remedies(launched: Launched, card: float | None, on_gpu: bool) -> Iterator[str]:
-    recipe, values = launched.recipe.stem, launched.values
+def _remedies(run: CurrentRun, card: float | None, on_gpu: bool) -> Iterator[str]:
+    recipe, values = run.recipe.stem, run.values
     if not on_gpu and torch.cuda.is_available() and not values.get("use_cpu"):
         yield "Weights pass through it on their way to the GPU: end what else takes it, or set `dtype: bfloat16`"
         return
@@ -67,7 +67,7 @@ def _remedies(launched: Launched, card: float | None, on_gpu: bool) -> Iterator[
         reason = f": {first_line(error)}" if isinstance(error, RecipeError) else ""
         yield f"There is no plan for it{reason}. What helps first: smaller micro-batches, `gradient_checkpointing: true`"
         return
-    yield f"More: `python {launched.recipe.parent / 'plan.py'} --config {launched.config} --recipe {recipe}`"
+    yield f"More: `python {run.recipe.parent / 'plan.py'} --config {run.config} --recipe {recipe}`"
 
 
 def _planned(arguments: Arguments, card: float | None) -> str:

@@ -11,8 +11,8 @@ from rlhf_recipes.core.files import REWARD, read_json
 from rlhf_recipes.memory import arithmetic as sizes
 from rlhf_recipes.memory.arithmetic import Numbers, Training
 from rlhf_recipes.memory.models import Adapter, adapter_of, load_config, shape_of
-from rlhf_recipes.models.adapters import adapter_config
-from rlhf_recipes.rewards.specs import paths_of
+from rlhf_recipes.models.adapters import read_adapter_config
+from rlhf_recipes.rewards.reward_funcs import reward_paths
 from rlhf_recipes.stages import STAGES
 
 from peft import LoraConfig
@@ -339,7 +339,7 @@ def lora_in(folder: str, earlier: Mapping[str, Arguments]) -> LoraConfig | None:
         parent = before.get("start_from")
         return lora_in(parent, earlier) if parent else own_lora(before)
     if (Path(folder) / "adapter_config.json").is_file():
-        return adapter_config(folder)
+        return read_adapter_config(folder)
     return None
 
 
@@ -463,7 +463,7 @@ def _ppo_roles(run: _Run) -> tuple[dict[str, float], dict[str, int], int]:
         resident[MODELS] += float(shape.parameters() * run.width)
     elif values.kl_coef > 0 and values.get("start_from"):
         roles["reference"] = own
-    scored, models = rewards_of(run, paths_of(values.get("reward_funcs") or []))
+    scored, models = rewards_of(run, reward_paths(values.get("reward_funcs") or []))
     roles["reward models"] = sum(scored) + models
     resident[MODELS] += models * float(run.width)
     learnt = trained + roles["critic"]
@@ -523,7 +523,7 @@ def plan_evaluate(run: _Run) -> Plan:
     adapters = [run.adapter_in(folder) for folder in dict.fromkeys(filter(None, policies))]
     run.asked = frozenset().union(*(adapter.parts for adapter in adapters))
     own = [adapter.parameters for adapter in adapters]
-    rewards, models = rewards_of(run, paths_of(values.get("rewards") or []))
+    rewards, models = rewards_of(run, reward_paths(values.get("rewards") or []))
     resident = {**run.weights(), ADAPTERS: 4.0 * (sum(own) + sum(rewards)), MODELS: models * float(run.width)}
     rows = values.batch_size
     phases = run.rollout(rows, prompt, completion)

@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from rlhf_recipes.config.data import DatasetSource
-from rlhf_recipes.core.errors import RecipeError, did_you_mean
+from rlhf_recipes.core.errors import RecipeError, did_you_mean, error_context
 from rlhf_recipes.core.files import LOG, METRICS, read_json, write_json, write_text
 from rlhf_recipes.data import Kind, check_source
 from rlhf_recipes.evaluation.report.html import PAGE
@@ -97,8 +97,8 @@ class Pipeline:
             raise RecipeError(
                 f"output_dir: {self.folder}: cannot be written to ({error.strerror}): make room, or name another"
             ) from error
-        except KeyboardInterrupt as stop:
-            stop.__notes__ = ["", "run the pipeline again to go on"]
+        except KeyboardInterrupt:
+            print("\nRun the pipeline again to resume it", file=sys.stderr)
             raise
 
     def _check_unselected(self) -> None:
@@ -285,12 +285,10 @@ def check_arguments(pipeline: Pipeline, config: Path) -> None:
     """
     folders, seen = [stage.folder for stage in (*pipeline.stages, *pipeline.unselected)], set()
     for stage in pipeline.stages:
-        try:
+        with error_context(f"{config}: stages: {stage.name} (its YAML file with its `arguments`)"):
             groups = parse_values(stage.recipe, stage.values)
             if pipeline.status(stage) != "done":
                 _check_data(stage.recipe, groups, folders, seen)
-        except RecipeError as error:
-            raise RecipeError(f"{config}: stages: {stage.name} (its YAML file with its `arguments`): {error}") from error
 
 
 def progress(stage: Stage) -> str:

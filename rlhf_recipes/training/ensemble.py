@@ -10,6 +10,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+from rlhf_recipes.config.current import set_trainer
 from rlhf_recipes.config.data import DataArguments
 from rlhf_recipes.config.reward import RewardArguments
 from rlhf_recipes.core.errors import RecipeError
@@ -18,9 +19,9 @@ from rlhf_recipes.data import Data, drop_overlong_mode, load_data
 from rlhf_recipes.export.upload import publish
 from rlhf_recipes.models.loading import load_model, release_memory
 from rlhf_recipes.models.tokenizer import load_tokenizer
-from rlhf_recipes.rewards.records import write_ensemble_record
+from rlhf_recipes.rewards.reward_json import write_ensemble_record
 from rlhf_recipes.rewards.reward_models import RewardModel
-from rlhf_recipes.rewards.saved import load_reward, load_whole_reward
+from rlhf_recipes.rewards.saved import load_full_reward, load_reward_adapter
 from rlhf_recipes.training.record import finish_record
 from rlhf_recipes.training.result import remove_results
 from rlhf_recipes.training.resume import checkpoint_to_resume, refuse_unfinished
@@ -102,6 +103,7 @@ class EnsembleRun(Run):
             shutdown_distributed(member.trainer, last)
             if not last:
                 self.trainer = member.trainer = None
+                set_trainer(None)
                 release_memory()
 
     def clear(self) -> None:
@@ -123,20 +125,20 @@ class EnsembleRun(Run):
         it is loaded again.
 
         Raises:
-            RecipeError: as `load_reward` and `load_whole_reward`.
+            RecipeError: as `load_reward_adapter` and `load_full_reward`.
         """
         folders, trainer = [member.output for member in self.member_runs], self.trainer
         names = [folder.name for folder in folders] if len(folders) > 1 else ["reward"]
         size = trainer.args.per_device_eval_batch_size
         if not isinstance(trainer.model, PeftModel):
             place = {"device_map": {"": trainer.args.device}}
-            return [load_whole_reward(*of, tokenizer, size, **place) for of in zip(folders, names, strict=True)]
+            return [load_full_reward(*of, tokenizer, size, **place) for of in zip(folders, names, strict=True)]
         if trainer.is_fsdp_enabled or trainer.is_deepspeed_enabled:
             unset_hf_deepspeed_config()  # one process is left, which loads all
             base = load_model(next(group for group in self.arguments if isinstance(group, ModelConfig)), trainer.args)
         else:
             base = trainer.model.unload()
-        return [load_reward(base, *of, tokenizer, size) for of in zip(folders, names, strict=True)]
+        return [load_reward_adapter(base, *of, tokenizer, size) for of in zip(folders, names, strict=True)]
 
     def _finish(self) -> None:
         """Mark the members as done, and then the stage; write `reward.json` and `recipe.json` of an ensemble."""

@@ -8,12 +8,12 @@ import json
 from pathlib import Path
 from typing import Any
 
-from rlhf_recipes.config.parser import as_recipe_error
+from rlhf_recipes.core.errors import as_recipe_error
 from rlhf_recipes.core.files import read_json, write_json
 from rlhf_recipes.models.adapters import check_adapter_complete
 from rlhf_recipes.models.precision import keep_adapter_in_fp32, preserve_param_dtypes
 from rlhf_recipes.models.roles import POLICY, save_single_adapter
-from rlhf_recipes.models.weights import ADAPTER, each_weight, read_weights
+from rlhf_recipes.models.weights import ADAPTER, iterate_weights, read_weights
 from rlhf_recipes.training.resume import ARGUMENTS, read_trainer_state, resume_errors
 
 import torch
@@ -107,7 +107,7 @@ class TrainerMixin:
                     name = f"resume_from_checkpoint: {resume_from_checkpoint}"
                     check_adapter_complete(self.model, self.model.active_adapters[0], read_weights(path), name)
                 else:
-                    for _ in each_weight(path):  # checks each that it reads
+                    for _ in iterate_weights(path):  # checks each that it reads
                         pass
             super()._load_from_checkpoint(resume_from_checkpoint, model)
 

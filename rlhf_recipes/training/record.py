@@ -12,7 +12,7 @@ from typing import Any
 from rlhf_recipes.core.files import LOG, PENDING, RECIPE, read_json, write_json, write_text
 from rlhf_recipes.core.provenance import peak_memory, versions
 from rlhf_recipes.export.model_card import write_card
-from rlhf_recipes.export.upload import repository_of
+from rlhf_recipes.export.upload import repository_name
 from rlhf_recipes.models.loading import model_path
 
 import torch
@@ -120,5 +120,5 @@ def finish_record(training: TrainingArguments) -> dict[str, Any]:
     """Mark a stage as done: rename its record to `recipe.json`, and write its model card. Return the record."""
     output = Path(training.output_dir)
     os.replace(output / PENDING, output / RECIPE)
-    write_card(output, repository_of(output, training.hub_model_id) if training.push_to_hub else None)
+    write_card(output, repository_name(output, training.hub_model_id) if training.push_to_hub else None)
     return read_json(output / RECIPE)

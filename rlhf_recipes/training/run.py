@@ -8,8 +8,9 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any
 
-from rlhf_recipes.config.trackers import begin_tracking, complaint_of_tracker
-from rlhf_recipes.core.errors import RecipeError, lack_of_memory
+from rlhf_recipes.config.current import set_trainer
+from rlhf_recipes.config.trackers import begin_tracking
+from rlhf_recipes.core.errors import RecipeError
 from rlhf_recipes.core.files import PENDING, RECIPE
 from rlhf_recipes.core.yaml import read_yaml
 from rlhf_recipes.export.upload import publish
@@ -20,7 +21,6 @@ from rlhf_recipes.training.record import RunRecorder, finish_record, write_log, 
 from rlhf_recipes.training.result import save_result
 from rlhf_recipes.training.resume import (
     checkpoint_to_resume,
-    newest_checkpoint,
     remove_checkpoints,
     result_arguments,
 )
@@ -34,7 +34,7 @@ class Run:
     """One run of a training stage, as a context in which the recipe makes its trainer and calls `fit`.
 
     Entering it finds the checkpoint to resume from, and runs the stages that the YAML file names in `needs`. Leaving it writes
-    `recipe.json`, which marks the stage as done, and uploads the result. To an error in training it adds the step.
+    `recipe.json`, which marks the stage as done, and uploads the result.
 
     Parameters:
         recipe: the recipe's `__file__`.
@@ -72,6 +72,7 @@ class Run:
             report: what `load_data` and `filter_by_length` report, for the record.
         """
         self.trainer = trainer
+        set_trainer(trainer)
         base = fingerprint(trainer.model) if is_peft_model(trainer.model) else None  # FSDP will leave no whole weights
         recorder = RunRecorder()
         trainer.add_callback(recorder)
@@ -100,8 +101,6 @@ class Run:
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None) -> None:
         if error is None:
             self._finish()
-        elif self.trainer is not None and isinstance(error, Exception | KeyboardInterrupt):
-            self._annotate_failure(error)
 
     def _finish(self) -> None:
         if self.trainer.is_world_process_zero():
@@ -112,26 +111,6 @@ class Run:
 
     def _announce(self) -> None:
         print(f"The {self.stage.output} is in {self.output}")
-
-    def _annotate_failure(self, error: BaseException) -> None:
-        """Add the step and the newest checkpoint to a lack of memory and to a Ctrl-C.
-
-        Raises:
-            RecipeError: in place of an error of a tracker.
-        """
-        print(file=sys.stderr)  # ends the line of the progress bar
-        stopped = isinstance(error, KeyboardInterrupt)
-        if stopped or lack_of_memory(error):
-            state = self.trainer.state
-            error.add_note(f"after {state.global_step} of {state.max_steps} steps")
-            checkpoint = newest_checkpoint(Path(self.trainer.args.output_dir))
-            if checkpoint is not None:
-                in_ensemble = checkpoint.parent.name.startswith("member-")  # which no key names
-                by_name = f": `resume_from_checkpoint: {checkpoint}` resumes from it, with the same `optim`"
-                how = ": `resume_from_checkpoint: true` resumes from it" if stopped else "" if in_ensemble else by_name
-                error.add_note(f"{checkpoint} is kept{how}")
-        elif complaint := complaint_of_tracker(error):
-            raise complaint from error
 
 
 def run_dependencies(configs: Sequence[str], recipes: Path, inputs: Sequence[str | Path]) -> None:

@@ -813,7 +813,7 @@ def test_whether_a_policy_was_trained_against_a_reward_is_said_of_each():
 def test_a_reward_model_scores_and_chooses_and_its_own_evaluation_is_shown(tmp_path, launch):
     """On the base alone, without an adapter of any policy."""
     from rlhf_recipes.evaluation.reward_models import measure_reward, write_evaluation
-    from rlhf_recipes.rewards.saved import load_reward
+    from rlhf_recipes.rewards.saved import load_reward_adapter
 
     options = ("--max_steps", 2, "--per_device_train_batch_size", 4, "--save_strategy", "no", "--eval_strategy", "no")
     rows = ("--dataset_arguments", '{"rows": 32, "k": 4}')
@@ -821,7 +821,7 @@ def test_a_reward_model_scores_and_chooses_and_its_own_evaluation_is_shown(tmp_p
     assert status == 0, message
     tokenizer = AutoTokenizer.from_pretrained(BASE)
     model = AutoModelForCausalLM.from_pretrained(BASE)
-    reward = load_reward(model, tmp_path / "reward", "reward", tokenizer)
+    reward = load_reward_adapter(model, tmp_path / "reward", "reward", tokenizer)
     write_evaluation(tmp_path / "reward", {"reward": measure_reward(reward, splits.rankings("test", rows=8))})
     values = {
         "policies": {"base": None, "best": {"best_of": {"policy": "base", "n": 3, "reward": "model"}}},

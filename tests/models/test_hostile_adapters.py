@@ -20,7 +20,7 @@ from rlhf_recipes.models.compatibility import check_tokenizer
 from rlhf_recipes.models.loading import load_model, load_policy
 from rlhf_recipes.models.tokenizer import load_tokenizer
 from rlhf_recipes.rewards.classifier import load_reward_model
-from rlhf_recipes.rewards.saved import load_saved_rewards, load_whole_reward
+from rlhf_recipes.rewards.saved import load_full_reward, load_saved_reward
 from rlhf_recipes.rewards.similarity import Similarity
 from rlhf_recipes.stages import STAGES, parse_arguments
 from rlhf_recipes.training.ppo.critic import FILE as CRITIC
@@ -90,7 +90,7 @@ def policy_of(folder: Path, base: Path, stage: Path) -> dict[str, torch.Tensor]:
 
 def scores_of(stage: Path) -> list[float]:
     """What a reward model says on a base that has an adapter already."""
-    return load_saved_rewards(stage, with_adapter(make_model()), make_tokenizer())(PROMPTS, ANSWERS)
+    return load_saved_reward(stage, with_adapter(make_model()), make_tokenizer())(PROMPTS, ANSWERS)
 
 
 def judge(folder: Path, base: Path, stage: Path) -> str | None:
@@ -185,7 +185,7 @@ def test_a_pickle_in_the_place_of_a_base(folder, base):
     (copy / "pytorch_model.bin").write_bytes(pickle.dumps(Executed(mark)))
     for load_it in (
         lambda: load_model(ModelConfig(str(copy)), training(folder)),
-        lambda: load_whole_reward(copy, "x", make_tokenizer()),
+        lambda: load_full_reward(copy, "x", make_tokenizer()),
     ):
         _, message = hostile.outcome(load_it)
         assert str(copy) in message
@@ -399,7 +399,7 @@ def test_code_of_a_model_is_not_run(folder, with_code):
         lambda: load_tokenizer(
             ModelConfig(str(copy.parents[1] / "base")), SFTConfig("x", chat_template_path=str(copy), bf16=False)
         ),
-        lambda: load_whole_reward(copy, "x", make_tokenizer()),
+        lambda: load_full_reward(copy, "x", make_tokenizer()),
         lambda: load_reward_model(model, training(folder, RewardConfig), make_tokenizer(), None),
         lambda: Similarity(str(copy), "cross-encoder")(["a"], ["b"]),
         lambda: check_tokenizer(copy, make_tokenizer()),

@@ -14,7 +14,7 @@ from rlhf_recipes.data import load_data, load_demonstrations
 from rlhf_recipes.evaluation.reward_models import measure_reward
 from rlhf_recipes.models.loading import load_model
 from rlhf_recipes.rewards import reward_models
-from rlhf_recipes.rewards.saved import load_reward, load_saved_rewards, load_whole_reward
+from rlhf_recipes.rewards.saved import load_full_reward, load_reward_adapter, load_saved_reward
 from rlhf_recipes.tiny import splits
 from rlhf_recipes.training import run as runs
 from rlhf_recipes.training.run import run_dependencies
@@ -297,7 +297,9 @@ def test_best_answers_of_the_training_rows_score_0_with_deviation_1(trained, fil
     prompts, answers = best_answers(read_rows(files / "rankings.train.jsonl"))
     check_normalisation(folder, raw_scores(folder, prompts, answers), 16)
     tokenizer = AutoTokenizer.from_pretrained(folder)
-    scores = np.array(load_reward(AutoModelForCausalLM.from_pretrained(BASE), folder, "any", tokenizer)(prompts, answers))
+    scores = np.array(
+        load_reward_adapter(AutoModelForCausalLM.from_pretrained(BASE), folder, "any", tokenizer)(prompts, answers)
+    )
     assert scores.mean() == pytest.approx(0, abs=1e-5)
     assert scores.std() == pytest.approx(1, abs=1e-5)
 
@@ -330,7 +332,7 @@ def test_in_4_bits(trained, files):
     options = {"load_in_4bit": True, "use_bnb_nested_quant": True, "dtype": "float32"}
     base = load_model(ModelConfig(model_name_or_path=BASE, **options), SFTConfig(bf16=False))
     tokenizer = AutoTokenizer.from_pretrained(folder)
-    scorer = load_reward(base, folder, "any", tokenizer)
+    scorer = load_reward_adapter(base, folder, "any", tokenizer)
     scores = np.array(scorer(*best_answers(read_rows(files / "rankings.train.jsonl"))))
     assert (scores.mean(), scores.std()) == (pytest.approx(0, abs=1e-4), pytest.approx(1, abs=1e-4))
     rankings = read_rows(files / "rankings.test.jsonl")
@@ -354,7 +356,7 @@ def test_whole_models(trained, files):
         check_evaluation(results[member.name], scores[-1], [row["ranks"] for row in rankings])
         demonstrations = best_answers(read_rows(files / "rankings.train.jsonl"))
         check_normalisation(member, raw_scores(member, *demonstrations), 16)
-        whole = load_whole_reward(member, "any", AutoTokenizer.from_pretrained(member))
+        whole = load_full_reward(member, "any", AutoTokenizer.from_pretrained(member))
         assert np.mean(whole(*demonstrations)) == pytest.approx(0, abs=1e-4)
     assert abs(scores[0] - scores[1]).max() > 0.1
 
@@ -487,7 +489,7 @@ def test_record_of_an_ensemble_says_what_it_is_made_of(trained, files):
     assert (record["recipe"], record["seed"], record["base_model"]) == ("reward", 5, first["base_model"])
     policy = get_peft_model(AutoModelForCausalLM.from_pretrained(BASE), LoraConfig(r=2, target_modules=["q_proj"]))
     tokenizer = AutoTokenizer.from_pretrained(folder / "member-0")
-    ensemble = load_saved_rewards(folder, policy, tokenizer)
+    ensemble = load_saved_reward(folder, policy, tokenizer)
     prompts, answers = flat(read_rows(files / "rankings.test.jsonl"))
     scores = [raw_scores(folder / name, prompts, answers) for name in stored["members"]]
     scales = [normalisation(folder / name) for name in stored["members"]]

@@ -88,7 +88,7 @@ def test_a_full_gpu_is_said_with_the_step_the_plan_and_the_checkpoint(launch, fa
         "`per_device_train_batch_size: 4`, `gradient_accumulation_steps: 32`",
         "plan.py --config",
         "--recipe sft",
-        f"{tmp_path}/checkpoint-1 is kept: `resume_from_checkpoint: {tmp_path}/checkpoint-1` goes on from it",
+        f"{tmp_path}/checkpoint-1 is kept: resume from it with `resume_from_checkpoint: {tmp_path}/checkpoint-1`",
     ):
         assert part in said
 
