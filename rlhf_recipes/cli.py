@@ -8,7 +8,7 @@ from pathlib import Path
 from rlhf_recipes.config.current import CURRENT_RUN, CurrentRun
 from rlhf_recipes.config.trackers import tracker_complaint
 from rlhf_recipes.core.errors import RecipeError, causes, failed_write, lack_of_memory
-from rlhf_recipes.memory.exhausted import explain
+from rlhf_recipes.memory.out_of_memory import explain_out_of_memory
 from rlhf_recipes.training.resume import newest_checkpoint
 
 
@@ -42,7 +42,7 @@ def exit_on_recipe_error() -> Iterator[None]:
 def _message(error: Exception, run: CurrentRun | None) -> str | None:
     """Return the message of an error that the user can fix, None for any other."""
     if exhausted := lack_of_memory(error):
-        return ". ".join([explain(exhausted, run, _when(run)), *_kept(run)])
+        return ". ".join([explain_out_of_memory(exhausted, run, _when(run)), *_kept(run)])
     if isinstance(error, RecipeError):
         return str(error)
     return tracker_complaint(error) or _failed_write(error, run)

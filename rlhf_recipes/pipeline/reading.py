@@ -14,10 +14,10 @@ from rlhf_recipes.config.parser import merge_overrides
 from rlhf_recipes.core.errors import RecipeError, did_you_mean, error_context
 from rlhf_recipes.core.provenance import files_in
 from rlhf_recipes.core.yaml import read_yaml
-from rlhf_recipes.memory import Arguments, NoFitError, Plan, autofit
-from rlhf_recipes.memory.arguments import resolve
-from rlhf_recipes.memory.autofit import with_values
-from rlhf_recipes.memory.stages import GIB, can_be_planned
+from rlhf_recipes.memory import NoFitError, Plan, StageArguments, autofit
+from rlhf_recipes.memory.gpu_arguments import resolve_for_gpu
+from rlhf_recipes.memory.plan import GIB
+from rlhf_recipes.memory.planners import has_planner
 from rlhf_recipes.stages import STAGES, pipeline_stages
 
 from accelerate.commands.config import default_config_file
@@ -209,7 +209,7 @@ class _Reader:
     must_fit: bool
     tracked: dict[str, Any]
     stages: dict[str, list[Stage]] = field(default_factory=dict)  # entry -> its stages so far, one of each round
-    planned: dict[str, Arguments] = field(default_factory=dict)  # folder -> the arguments of the stage that writes it
+    planned: dict[str, StageArguments] = field(default_factory=dict)  # folder -> the arguments of the stage that writes it
 
     def read(self, entries: list[tuple[int | None, int, dict[str, Any]]]) -> list[Stage]:
         """The stages."""
@@ -256,16 +256,16 @@ class _Reader:
         self, name: str, recipe: str, values: dict[str, Any], arguments: dict[str, Any]
     ) -> tuple[dict[str, Any], Plan | None]:
         """What `gpu_memory` chooses for a stage, and the plan with it."""
-        if self.card is None or not can_be_planned(recipe):
+        if self.card is None or not has_planner(recipe):
             return {}, None
-        stage = resolve(name, recipe, values, dict(self.planned))
+        stage = resolve_for_gpu(name, recipe, values, dict(self.planned))
         try:
             picked, plan = autofit(stage, self.card, fixed=arguments)
         except NoFitError as error:
             if self.must_fit:
                 raise
             picked, plan = error.choice, error.plan
-        self.planned[values["output_dir"]] = with_values(stage, picked)
+        self.planned[values["output_dir"]] = stage.override(picked)
         return picked, plan
 
     def _checked(self, entry: dict[str, Any], where: str, turn: int | None) -> tuple[str, str, str, dict[str, Any]]:

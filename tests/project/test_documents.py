@@ -20,7 +20,7 @@ from pathlib import Path
 from rlhf_recipes.core.yaml import read_yaml
 from rlhf_recipes.feedback.labels import server
 from rlhf_recipes.feedback.labels.server import listen
-from rlhf_recipes.memory import stages
+from rlhf_recipes.memory import estimator
 from rlhf_recipes.pipeline import read_pipeline
 from rlhf_recipes.stages import parse_arguments, training_stages
 from support import ROOT, published
@@ -133,7 +133,7 @@ def project(tmp_path_factory):
         patch.syspath_prepend(folder)
         patch.setenv("LABEL_PASSWORD", "a long one")
         patch.setattr(subprocess, "run", run)
-        patch.setattr(stages, "load_config", published.load_config)
+        patch.setattr(estimator, "load_config", published.load_config)
         patch.setattr(server, "serve", lambda *_: None)
         patch.setattr(server, "listen", lambda host, port, password: listen(host, 0, password))  # 8000 may be taken
         yield folder

@@ -39,6 +39,6 @@ MODELS = {
 
 def load_config(name, *options):
     """Stand in for the memory package's `load_config`."""
-    from rlhf_recipes.memory import models
+    from rlhf_recipes.memory import model_shape
 
-    return MODELS[name] if name in MODELS else models.load_config(name, *options)
+    return MODELS[name] if name in MODELS else model_shape.load_config(name, *options)
