@@ -359,7 +359,7 @@ def test_data_that_are_not_there_are_found_before_the_first_stage_runs(project):
     values = yaml.safe_load(Path("pipeline.yaml").read_text())
     values["stages"][2]["arguments"]["datasets"] = [{"path": "{sft}/rows.jsonl"}, {"path": "nothing.jsonl"}]
     write(stages=values["stages"])
-    with pytest.raises(RecipeError, match=r"stages: dpo .*: nothing\.jsonl: there is no such file \(looked in "):
+    with pytest.raises(RecipeError, match=r"stages: dpo .*: nothing\.jsonl: there is no such file"):
         check_arguments(pipeline(), Path("pipeline.yaml"))
     values["stages"][2]["arguments"]["datasets"].pop()
     write(stages=values["stages"])
@@ -369,9 +369,9 @@ def test_data_that_are_not_there_are_found_before_the_first_stage_runs(project):
 @pytest.mark.parametrize(
     ("content", "message"),
     [
-        ("", r"late\.jsonl: the file is empty"),
-        ('{"question": "a"}\n', r"late\.jsonl: the columns are question, but a stage on preference data needs one of: chosen"),
-        ('{"prompt": "a", \n', r"late\.jsonl: line 1 is not valid JSON"),
+        ("", r"late\.jsonl: the file has no rows"),
+        ('{"question": "a"}\n', r"late\.jsonl: the columns are question, but a stage on preference data needs one of: "),
+        ('{"prompt": "a", \n', r"late\.jsonl: line 1, "),
     ],
 )
 def test_data_of_which_a_stage_can_make_nothing_are_found_before_the_first_one_runs(project, content, message):

@@ -206,7 +206,7 @@ def test_data_that_the_hub_does_not_give(launch, monkeypatch, case):
     monkeypatch.setattr("datasets.config.HF_HUB_OFFLINE", False)
     monkeypatch.setattr("huggingface_hub.HfApi.hf_hub_download", fail)
     said = message(*launch("sft", "--dataset_name", NAME, "--dataset_arguments", "none"))
-    assert f"{NAME} is not a local file or directory" in said
+    assert f"{NAME}: not a local file" in said
     assert reason.format(place=f"datasets/{NAME}", kind="dataset") in said
     if case == "offline":
         assert f"`hf download --repo-type dataset {NAME} --local-dir FOLDER`" in said
