@@ -440,7 +440,7 @@ def test_a_policy_may_have_the_name_of_a_checkpoint_on_the_frontier(runs, tiny):
     assert abs(last["kl"]["mean"]) > 0.01  # from the policy, not from itself
     with bank.use_policy("checkpoint-10") as model:  # which is still there
         assert sample(model, tiny[1], list(measurement.rows["prompt"]), max_new_tokens=1)
-    with pytest.raises(RecipeError, match="there is a policy 'checkpoint-10' already: rename"):
+    with pytest.raises(RecipeError, match="policies: checkpoint-10: "):
         bank.add("checkpoint-10", None, "policies: checkpoint-10")
 
 
