@@ -13,7 +13,7 @@ from pathlib import Path
 from rlhf_recipes.cli import exit_on_recipe_error
 from rlhf_recipes.config.parser import as_recipe_error
 from rlhf_recipes.data import load_demonstrations
-from rlhf_recipes.evaluation.reward_models import measure_and_scale, summary, write_evaluation
+from rlhf_recipes.evaluation.reward_evaluation import measure_and_scale, summary, write_evaluation
 from rlhf_recipes.export.upload import publish
 from rlhf_recipes.models.loading import release_memory, strip_consumed_arguments
 from rlhf_recipes.rewards.classifier import load_reward_model

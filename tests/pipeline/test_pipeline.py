@@ -14,10 +14,12 @@ from pathlib import Path
 
 from rlhf_recipes.cli import exit_on_recipe_error
 from rlhf_recipes.core.errors import RecipeError
+from rlhf_recipes.evaluation.types import to_json
 from rlhf_recipes.feedback.labels import Label, Store
 from rlhf_recipes.feedback.ranking import read_sampled
 from rlhf_recipes.pipeline import check_arguments, read_pipeline, reading, running
 from support import ROOT
+from support.evaluations import evaluation_results, exactly, policy_result
 
 import pytest
 import torch
@@ -525,8 +527,8 @@ def test_evaluations_under_several_seeds_are_summed_up(project, launched):
     write(seeds=[3, 4], stages=[{"name": "evaluate", "config": "dpo.yaml"}])
     run()
     for seed, mean in ((3, 0.25), (4, 0.5)):
-        policy = {"rewards": {"score": {"mean": mean}}, "win_rate": None, "kl": None, "entropy": None, "length": {"mean": 4.0}}
-        metrics = {"seed": seed, "compare_with": "a", "kl_reference": "a", "rewards": {"score": {}}, "policies": {"a": policy}}
+        policy = policy_result(rewards={"score": exactly(mean)}, length=exactly(4.0))
+        metrics = to_json(evaluation_results({"a": policy}, {"score": False}, seed=seed))
         Path(f"runs/seed-{seed}/evaluate/metrics.json").write_text(json.dumps(metrics))
     (text,) = pipeline().write_summaries()
     assert "| policy | score | length |\n|---|---|---|\n| a | 0.38 (0.25 to 0.50) | 4.00 |" in text
