@@ -33,7 +33,7 @@ from typing import Any
 
 from rlhf_recipes.data import Data
 from rlhf_recipes.evaluation.reward_evaluation import measure_reward
-from rlhf_recipes.rewards.saved import load_saved_rewards
+from rlhf_recipes.rewards.saved import load_saved_reward
 from rlhf_recipes.stages import parse_arguments
 from rlhf_recipes.training.ensemble import load_comparisons
 
@@ -210,7 +210,7 @@ def gains(folder: Path, base_model: str | Path, words: BagOfWords, rows: Dataset
     """Of each held-out comparison, by how much the reward model in `folder` does better than the words: -1 to 1."""
     base = AutoModelForCausalLM.from_pretrained(base_model)
     policy = get_peft_model(base, LoraConfig(target_modules="all-linear"))  # as in PPO; it changes nothing
-    reward = load_saved_rewards(folder, policy, words.tokenizer)
+    reward = load_saved_reward(folder, policy, words.tokenizer)
     prompts, better, worse = zip(*(pair for row in rows for pair in _pairs(row)), strict=True)
     credits = []
     for scorer in (reward, words):

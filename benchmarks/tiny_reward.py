@@ -16,7 +16,7 @@ from pathlib import Path
 from rlhf_recipes.core.hub import resolve_path
 from rlhf_recipes.evaluation.metrics.accuracy import pair_accuracy
 from rlhf_recipes.rewards.reward_models import Scorer
-from rlhf_recipes.rewards.saved import load_reward
+from rlhf_recipes.rewards.saved import load_reward_adapter
 from rlhf_recipes.tiny import splits, text
 from rlhf_recipes.tiny.world import ABSTENTION, ATTRIBUTES
 
@@ -95,7 +95,7 @@ def _row(seed: str, output: Path) -> str:
 
     tokenizer = AutoTokenizer.from_pretrained(output)
     base = AutoModelForCausalLM.from_pretrained(resolve_path("rlhf_recipes.tiny.base"))
-    shares = compare_answers(load_reward(base, output, "reward", tokenizer))
+    shares = compare_answers(load_reward_adapter(base, output, "reward", tokenizer))
     low, high = result["accuracy"]["interval"]
     cells = [seed, f"{seen:.2f}", f"{result['accuracy']['accuracy']:.3f} [{low:.3f}, {high:.3f}]"]
     cells.append(f"{result['calibration']['ece']:.3f} ({result['calibration']['ece_if_calibrated']:.3f})")

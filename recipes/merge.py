@@ -43,7 +43,7 @@ def main() -> None:
     print(found)
     print(f"The merged model is in {merge_args.output_dir}")
     if merge_args.push_to_hub:
-        print(f"It is at {push(merge_args)}")
+        print(f"Uploaded to {push(merge_args)}")
 
 
 if __name__ == "__main__":

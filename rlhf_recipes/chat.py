@@ -14,7 +14,7 @@ from rlhf_recipes.generation.answers import Answer, encode_prompts, log_probs, s
 from rlhf_recipes.generation.policies import Policy, PolicyBank
 from rlhf_recipes.models.backbone import base_of
 from rlhf_recipes.models.loading import release_memory
-from rlhf_recipes.rewards.checks import ask, checked
+from rlhf_recipes.rewards.protocol import checked_reward, score_completions
 
 import torch
 from jinja2 import TemplateError
@@ -283,7 +283,7 @@ class Chat:
         completion = [{"role": "assistant", "content": answer.text}]
         columns: dict[str, Any] = {"completion_ids": [list(answer.ids)], "reference": [reference]}
         try:
-            (score,) = ask(checked(reward.function, reward.name), [prompt], [completion], **columns)
+            (score,) = score_completions(checked_reward(reward.function, reward.name), [prompt], [completion], **columns)
         except RecipeError as error:
             return str(error)
         missing = "does not apply" if reference else "does not apply (if it compares: /score ANSWER)"

@@ -55,7 +55,7 @@ STAGES: dict[str, Stage] = {
         result=RECIPE,
         trains=True,
         curves=("loss", "eval_loss", "mean_token_accuracy"),
-        planner="rlhf_recipes.memory.stages.plan_sft",
+        planner="rlhf_recipes.memory.planners.plan_sft",
     ),
     "reward": Stage(
         arguments=(f"{_CONFIG}.reward.RewardArguments", _DATA, "trl.RewardConfig", _MODEL),
@@ -66,7 +66,7 @@ STAGES: dict[str, Stage] = {
         curves=("loss", "eval_loss", "eval_accuracy"),
         card_arguments=("train_on",),
         paper="2203.02155",
-        planner="rlhf_recipes.memory.stages.plan_reward",
+        planner="rlhf_recipes.memory.planners.plan_reward",
     ),
     "ppo": Stage(
         arguments=(f"{_CONFIG}.ppo.PPOArguments", _DATA, f"{_CONFIG}.ppo.PPOConfig", _MODEL),
@@ -76,7 +76,7 @@ STAGES: dict[str, Stage] = {
         curves=("score", "kl", "entropy", "completions/mean_length", "value/explained_variance", "loss"),
         card_arguments=("reward_funcs", "kl_coef", "ptx_coef"),
         paper="2203.02155",
-        planner="rlhf_recipes.memory.stages.plan_ppo",
+        planner="rlhf_recipes.memory.planners.plan_ppo",
     ),
     "dpo": Stage(
         arguments=(f"{_CONFIG}.policy.PolicyArguments", _DATA, f"{_CONFIG}.dpo.DPOConfig", _MODEL),
@@ -86,20 +86,20 @@ STAGES: dict[str, Stage] = {
         curves=("loss", "rewards/accuracies", "rewards/margins"),
         card_arguments=("loss_type", "beta"),
         paper="2305.18290",
-        planner="rlhf_recipes.memory.stages.plan_dpo",
+        planner="rlhf_recipes.memory.planners.plan_dpo",
     ),
     "sample": Stage(
         arguments=(f"{_CONFIG}.sample.SampleArguments", _DATA, _MODEL),
         data="prompt",
         result=SAMPLED,
-        planner="rlhf_recipes.memory.stages.plan_evaluate",
+        planner="rlhf_recipes.memory.planners.plan_evaluate",
     ),
     "rank": Stage(arguments=(f"{_CONFIG}.rank.RankArguments", _MODEL), result=RANKED),
     "evaluate": Stage(
         arguments=(f"{_CONFIG}.evaluate.EvaluateArguments", _DATA, _MODEL),
         data="prompt",
         result=METRICS,
-        planner="rlhf_recipes.memory.stages.plan_evaluate",
+        planner="rlhf_recipes.memory.planners.plan_evaluate",
     ),
     "chat": Stage(arguments=(f"{_CONFIG}.chat.ChatArguments", _MODEL)),
     "merge": Stage(arguments=(f"{_CONFIG}.merge.MergeArguments", _MODEL)),
@@ -147,15 +147,15 @@ def parse_arguments(recipe: str | Path, argv: Sequence[str] | None = None) -> tu
     return parse_dataclasses(recipe, *stage.argument_classes(), argv=argv)
 
 
-def parse_values(recipe: str | Path, values: Mapping[str, Any], here: bool = True) -> tuple[Any, ...]:
+def parse_values(recipe: str, values: Mapping[str, Any], here: bool = True) -> tuple[Any, ...]:
     """Return the arguments of a recipe from the values that its YAML file would hold.
 
     Args:
-        recipe: name or file of the recipe.
+        recipe: name of the recipe.
         values: keys and values.
         here: whether the recipe is to run on this machine, and is refused what the machine lacks.
 
     Raises:
         RecipeError: as `parse_arguments`; it names no file.
     """
-    return parse_mapping(recipe, *find_stage(Path(recipe).stem).argument_classes(), values=values, here=here)
+    return parse_mapping(recipe, *find_stage(recipe).argument_classes(), values=values, here=here)

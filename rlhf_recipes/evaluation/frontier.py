@@ -8,7 +8,7 @@ from rlhf_recipes.evaluation.metrics.comparison import best_of_n
 from rlhf_recipes.evaluation.metrics.intervals import Floats
 from rlhf_recipes.evaluation.types import Estimate, Frontier, FrontierPoint
 from rlhf_recipes.generation.policies import Policy, require_adapter
-from rlhf_recipes.training.resume import STATE, checkpoints_in, step_of
+from rlhf_recipes.training.resume import TRAINER_STATE, checkpoints_in, step_of
 
 import numpy as np
 
@@ -30,7 +30,7 @@ def measure_frontier(measurement: Measurement, seed: int) -> Frontier | None:
 def _run_points(measurement: Measurement, run: Path, seed: int) -> list[FrontierPoint]:
     points = []
     for checkpoint in sorted(checkpoints_in(run), key=step_of):
-        if not (checkpoint / STATE).is_file():  # an incomplete checkpoint of a killed run
+        if not (checkpoint / TRAINER_STATE).is_file():  # an incomplete checkpoint of a killed run
             continue
         require_adapter(str(checkpoint), "frontier")
         policy = Policy(f"frontier: {checkpoint}", str(checkpoint))  # a policy may be called checkpoint-10 too

@@ -17,7 +17,7 @@ from rlhf_recipes.evaluation.named_rewards import NamedReward
 from rlhf_recipes.generation.answers import Answer, Prompt, log_probs, sample
 from rlhf_recipes.generation.judges import ChatJudge, read_chat_judge
 from rlhf_recipes.generation.policies import Policy, PolicyBank, require_adapter
-from rlhf_recipes.rewards.checks import ask, checked
+from rlhf_recipes.rewards.protocol import checked_reward, score_completions
 
 import numpy as np
 from datasets import Dataset
@@ -132,8 +132,8 @@ class Measurement:
 
     def _ask(self, reward: NamedReward, places: list[int], answers: list[Answer]) -> list[float]:
         rows = self.rows.select(places)
-        scores = ask(
-            checked(reward.function, reward.name),
+        scores = score_completions(
+            checked_reward(reward.function, reward.name),
             list(rows["prompt"]),
             [_completion(prompt, answer) for prompt, answer in zip(rows["prompt"], answers, strict=True)],
             completion_ids=[list(answer.ids) for answer in answers],

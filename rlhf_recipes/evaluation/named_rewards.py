@@ -8,8 +8,8 @@ from typing import Any
 from rlhf_recipes.core.errors import RecipeError
 from rlhf_recipes.core.files import holds_result
 from rlhf_recipes.generation.policies import PolicyBank
-from rlhf_recipes.rewards.saved import load_saved_rewards
-from rlhf_recipes.rewards.specs import SavedReward, load_rewards
+from rlhf_recipes.rewards.reward_funcs import SavedReward, load_rewards
+from rlhf_recipes.rewards.saved import load_saved_reward
 
 from trl.trainer.utils import get_callable_name
 
@@ -52,7 +52,7 @@ def load_named_rewards(specs: Sequence[str | dict[str, Any]], bank: PolicyBank, 
         batch_size: Answers that a reward model reads at once.
 
     Raises:
-        RecipeError: As `load_rewards` and `load_saved_rewards`. Also if two rewards have one name.
+        RecipeError: As `load_rewards` and `load_saved_reward`. Also if two rewards have one name.
     """
     rewards: dict[str, NamedReward] = {}
     for number, spec in enumerate(specs, start=1):
@@ -82,4 +82,4 @@ def _load_reward(spec: dict[str, Any], bank: PolicyBank, key: str, batch_size: i
     if not isinstance(reward, SavedReward):
         return reward, None
     combination = (reward.combine, reward.uncertainty_coef, batch_size)
-    return load_saved_rewards(reward.folder, bank.model, bank.tokenizer, *combination), reward.folder
+    return load_saved_reward(reward.folder, bank.model, bank.tokenizer, *combination), reward.folder

@@ -16,15 +16,15 @@ from rlhf_recipes.core.errors import RecipeError, first_line
 from rlhf_recipes.core.files import RECIPE, REWARD, read_json, write_json
 from rlhf_recipes.core.provenance import versions
 from rlhf_recipes.export.model_card import lineage, write_card
-from rlhf_recipes.export.upload import for_others, repository_of, upload
+from rlhf_recipes.export.upload import redact, repository_name, upload
 from rlhf_recipes.generation.policies import Placement, PolicyBank, require_adapter
-from rlhf_recipes.models.adapters import adapter_config, fitting
+from rlhf_recipes.models.adapters import fitting, read_adapter_config
 from rlhf_recipes.models.compatibility import check_tokenizer, check_vocabulary
 from rlhf_recipes.models.loading import load_model, release_memory
 from rlhf_recipes.models.tokenizer import encode
 from rlhf_recipes.rewards.classifier import load_classifier
 from rlhf_recipes.rewards.reward_models import HEAD
-from rlhf_recipes.rewards.saved import load_reward, load_whole_reward
+from rlhf_recipes.rewards.saved import load_full_reward, load_reward_adapter
 
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
@@ -100,7 +100,7 @@ def adapter_and_base(arguments: MergeArguments, model: ModelConfig) -> tuple[boo
     if (folder / "config.json").is_file() and not (folder / "adapter_config.json").is_file():
         raise RecipeError(f"adapter: {folder} holds a whole model: there is nothing to merge")
     require_adapter(arguments.adapter, "adapter")
-    config = adapter_config(folder, "adapter")
+    config = read_adapter_config(folder, "adapter")
     if model.model_name_or_path is None:
         model = replace(model, model_name_or_path=config.base_model_name_or_path)
     return config.task_type == "SEQ_CLS", model
@@ -131,15 +131,15 @@ def merge_reward(arguments: MergeArguments, model_args: ModelConfig, tokenizer: 
     """The same of a reward model: its head, in fp32, and the scale of its scores go with it.
 
     Raises:
-        RecipeError: as `load_model` and `load_reward`; if the adapter is not finite.
+        RecipeError: as `load_model` and `load_reward_adapter`; if the adapter is not finite.
     """
     placement = Placement(arguments.trust_remote_code)
     base, _ = load_classifier(model_args, placement)  # whose head is the adapter's
     _check_whole(base, tokenizer)
-    targets = adapter_config(arguments.adapter, "adapter").target_modules
+    targets = read_adapter_config(arguments.adapter, "adapter").target_modules
     with fitting(f"adapter: {arguments.adapter}", base):
         place = get_peft_model(base, LoraConfig(r=1, target_modules=targets), adapter_name="unused")
-    reward = load_reward(place, arguments.adapter, "reward", tokenizer)
+    reward = load_reward_adapter(place, arguments.adapter, "reward", tokenizer)
     values = reward.score(**_batch(tokenizer))[:, None]
     merged = _merged(place, arguments.adapter, "reward")
     setattr(merged, HEAD, reward.head)
@@ -214,7 +214,7 @@ def check(said: _Said, is_reward: bool, arguments: MergeArguments, tokenizer: Pr
     """
     release_memory()
     if is_reward:
-        values = load_whole_reward(folder, "merged", tokenizer, dtype="auto").score(**_batch(tokenizer))[:, None]
+        values = load_full_reward(folder, "merged", tokenizer, dtype="auto").score(**_batch(tokenizer))[:, None]
     else:
         check_tokenizer(folder, tokenizer)
         model = load_model(ModelConfig(str(folder), dtype="auto"), Placement(arguments.trust_remote_code))
@@ -313,7 +313,7 @@ def describe(folder: Path, arguments: MergeArguments, model_args: ModelConfig, f
         "arguments": {type(group).__name__: asdict(group) for group in (arguments, model_args)},
     }
     with _writing(arguments.output_dir):
-        write_json(folder / RECIPE, for_others(record))
+        write_json(folder / RECIPE, redact(record))
         write_card(folder, arguments.hub_model_id or arguments.output_dir)
 
 
@@ -323,5 +323,5 @@ def push(arguments: MergeArguments) -> str:
     Raises:
         RecipeError: as `upload`.
     """
-    repository = repository_of(arguments.output_dir, arguments.hub_model_id)
+    repository = repository_name(arguments.output_dir, arguments.hub_model_id)
     return upload(arguments.output_dir, repository, arguments.hub_private_repo)

@@ -36,14 +36,14 @@ print(generator([{{"role": "user", "content": "..."}}], max_new_tokens=128, retu
     (
         "reward model",
         False,
-    ): """from rlhf_recipes.models.roles import load_reward  # on a base in memory, beside other adapters
+    ): """from rlhf_recipes.rewards.saved import load_reward_adapter  # on a base in memory, beside other adapters
 
-reward = load_reward(model, "{name}", "reward", tokenizer)
+reward = load_reward_adapter(model, "{name}", "reward", tokenizer)
 print(reward([[{{"role": "user", "content": "..."}}]], [[{{"role": "assistant", "content": "..."}}]]))""",
     ("reward model", True): """from transformers import AutoTokenizer
-from rlhf_recipes.rewards.saved import load_whole_reward
+from rlhf_recipes.rewards.saved import load_full_reward
 
-reward = load_whole_reward("{name}", "reward", AutoTokenizer.from_pretrained("{name}"))
+reward = load_full_reward("{name}", "reward", AutoTokenizer.from_pretrained("{name}"))
 print(reward([[{{"role": "user", "content": "..."}}]], [[{{"role": "assistant", "content": "..."}}]]))""",
 }
 
@@ -62,7 +62,7 @@ def write_card(folder: str | Path, location: str | Path | None = None) -> None:
     if "members" in record:
         return
     stages = record.get("stages") or lineage(folder)  # of a merged model those of its adapter
-    write_text(folder / CARD, _card(record, stages, shown(location or folder)))
+    write_text(folder / CARD, _card(record, stages, display_name(location or folder)))
 
 
 def lineage(folder: str | Path) -> list[dict[str, Any]]:
@@ -86,26 +86,29 @@ def _collect(folder: Path, found: dict[str, dict[str, Any]], above: tuple[str, .
         found.setdefault(stage.get("folder"), stage)
     for parent in () if "stages" in record else record.get("parents", ()):
         _collect(Path(parent), found, (*above, key))
-    found[key] = {"folder": shown(folder), **{key: value for key, value in record.items() if key not in ("log", "stages")}}
+    found[key] = {
+        "folder": display_name(folder),
+        **{key: value for key, value in record.items() if key not in ("log", "stages")},
+    }
 
 
-def shown(path: str | Path) -> str:
+def display_name(path: str | Path) -> str:
     """A Hub name or relative path as it is, and of an absolute one its last part: cards are read elsewhere."""
     return Path(path).name if Path(path).is_absolute() else str(path)
 
 
 def _card(record: dict[str, Any], stages: list[dict[str, Any]], location: str) -> str:
     merged = record.get("recipe") == "merge"
-    kind = kind_of(stages)
+    kind = model_kind(stages)
     base = (record.get("base_model") or {}).get("name") or "its base"
-    made = f"{shown(base)} with a LoRA adapter merged into it" if merged else f"an adapter on {shown(base)}"
+    made = f"{display_name(base)} with a LoRA adapter merged into it" if merged else f"an adapter on {display_name(base)}"
     if not merged and not _is_adapter(record):
-        made = f"{shown(base)}, all of whose weights were trained"
+        made = f"{display_name(base)}, all of whose weights were trained"
     sections = [
         f"# {Path(location).name}",
         f"A {kind}: {made}, by rlhf-recipes on [TRL](https://github.com/huggingface/trl).",
         "## Use",
-        f"```python\n{_LOADING[kind, merged or not _is_adapter(record)].format(name=location, base=shown(base))}\n```",
+        f"```python\n{_LOADING[kind, merged or not _is_adapter(record)].format(name=location, base=display_name(base))}\n```",
         "## How it came about",
         *(_stage(number, stage) for number, stage in enumerate(stages, start=1)),
         *_metrics(stages),
@@ -116,7 +119,7 @@ def _card(record: dict[str, Any], stages: list[dict[str, Any]], location: str) -
     return f"---\n{_metadata(record, kind, base, merged).to_yaml()}\n---\n\n" + "\n\n".join(sections) + "\n"
 
 
-def kind_of(stages: list[dict[str, Any]]) -> str:
+def model_kind(stages: list[dict[str, Any]]) -> str:
     """What the last stage made: a "policy" or a "reward model"."""
     return STAGES.get(stages[-1].get("recipe") if stages else None, _UNKNOWN).output
 
@@ -165,14 +168,14 @@ def _brief(value: Any) -> str:
         return ", ".join(map(_brief, value))
     if isinstance(value, dict):
         return f"{_brief(value.get('path'))}" + (f" x {value['weight']}" if "weight" in value else "")
-    return shown(value) if isinstance(value, str) else str(value)
+    return display_name(value) if isinstance(value, str) else str(value)
 
 
 def _data(stage: dict[str, Any]) -> Iterator[tuple[str, str]]:
     """Of each split, what it was read from and how many rows were left."""
     for split, report in (stage.get("data") or {}).items():
         if isinstance(report, dict) and report.get("sources"):
-            sources = ", ".join(shown(source["source"]) for source in report["sources"])
+            sources = ", ".join(display_name(source["source"]) for source in report["sources"])
             yield (
                 {"train": "trained on", "eval": "evaluated on"}.get(split, split),
                 f"{report.get('rows', '?')} rows of {sources}",

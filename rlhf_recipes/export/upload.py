@@ -1,40 +1,41 @@
-"""Results on the Hub: uploaded at once, when they are whole, and with nothing in them that is of this machine alone."""
+"""Upload finished results to the Hub, without paths and secrets of this machine."""
 
-import json
-from fnmatch import fnmatch
+import os
+import shutil
+import tempfile
 from pathlib import Path
 from typing import Any
 
 from rlhf_recipes.core.errors import RecipeError, first_line
-from rlhf_recipes.core.files import PENDING, RECIPE, read_json
-from rlhf_recipes.core.hub import is_of_the_hub
-from rlhf_recipes.export.model_card import shown
+from rlhf_recipes.core.files import PENDING, RECIPE, read_json, write_json
+from rlhf_recipes.core.hub import is_hub_error
+from rlhf_recipes.export.model_card import display_name
 
-from huggingface_hub import CommitOperationAdd, HfApi
+from huggingface_hub import HfApi
 from transformers import TrainingArguments
 
-_NOT_FOR_OTHERS = (PENDING, "training_args.bin", "checkpoint-*", ".*")
+_NOT_UPLOADED = (PENDING, "checkpoint-*", "*.bin", "*.pt", "*.pth", ".*")
 _WEIGHTS = ("*.safetensors", "*.safetensors.index.json", "*.bin", "*.bin.index.json", "adapter_config.json")
 
 
-def repository_of(folder: str | Path, hub_model_id: str | None) -> str:
-    """The name on the Hub of what is in a folder: by itself that of the folder, as TRL's trainers have it."""
+def repository_name(folder: str | Path, hub_model_id: str | None) -> str:
+    """Return the name on the Hub; by default that of the folder, as in TRL's trainers."""
     return hub_model_id or Path(folder).resolve().name
 
 
 def publish(training: TrainingArguments) -> None:
-    """Uploads what a stage has left, if `push_to_hub` asks for it; of several processes the first one does.
+    """Upload a stage's result from the main process if `push_to_hub` is set.
 
     Args:
-        training: the trainer's arguments as they were parsed, after the stage has written its record and its card.
+        training: the trainer's arguments as parsed. The stage has written its record and its model card.
 
     Raises:
         RecipeError: as `upload`.
     """
     if training.push_to_hub and training.process_index == 0:
-        repository = repository_of(training.output_dir, training.hub_model_id)
+        repository = repository_name(training.output_dir, training.hub_model_id)
         options = {"private": training.hub_private_repo, "token": training.hub_token, "revision": training.hub_revision}
-        print(f"It is at {upload(training.output_dir, repository, **options)}")
+        print(f"Uploaded to {upload(training.output_dir, repository, **options)}")
 
 
 def upload(
@@ -44,62 +45,55 @@ def upload(
     token: str | None = None,
     revision: str | None = None,
 ) -> str:
-    """Uploads a result in one commit, without checkpoints and pickles; returns its address.
+    """Upload a result in one commit, without checkpoints and pickles, and return its address.
 
     Args:
         folder: of the result.
-        repository: on the Hub; it is made if it is not there.
-        private: whether it is made so; None: as the account has it.
+        repository: on the Hub; created if missing.
+        private: visibility of a new repository; None: the account's default.
         token: in place of that of `hf auth login`.
         revision: the branch; None: the main one.
 
     Raises:
-        RecipeError: if the Hub cannot be reached or refuses, or the repository holds weights that would be loaded in place of
-            these, or with them; the result stays in its folder.
+        RecipeError: if the Hub is unreachable or refuses, or if the repository holds other weights. The result stays in its
+            folder.
     """
-    folder = Path(folder)
     try:
         api = HfApi(token=token)
         url = api.create_repo(repository, private=private, exist_ok=True)
-        _refuse_other_weights(api.list_repo_files(url.repo_id, revision=revision), folder, url.repo_id)
-        files = [path for path in sorted(folder.rglob("*")) if path.is_file()]
-        names = [path.relative_to(folder) for path in files]
-        kept = [name for name in names if not any(fnmatch(part, of) for part in name.parts for of in _NOT_FOR_OTHERS)]
-        operations = [CommitOperationAdd(name.as_posix(), _content(folder / name)) for name in kept]
-        api.create_commit(url.repo_id, operations, commit_message="From rlhf-recipes", revision=revision)
+        _check_no_other_weights(api.list_repo_files(url.repo_id, revision=revision), Path(folder), url.repo_id)
+        with tempfile.TemporaryDirectory() as links:  # so that recipe.json can differ in the same commit
+            ignored = shutil.ignore_patterns(*_NOT_UPLOADED)
+            shutil.copytree(Path(folder).resolve(), links, ignore=ignored, copy_function=os.symlink, dirs_exist_ok=True)
+            for record in Path(links).rglob(RECIPE):
+                write_json(record, redact(read_json(record)))
+            api.upload_folder(repo_id=url.repo_id, folder_path=links, commit_message="From rlhf-recipes", revision=revision)
     except Exception as error:
-        if not is_of_the_hub(error):
+        if not is_hub_error(error):
             raise
         raise RecipeError(
-            f"push_to_hub: {repository}: {first_line(error)}; the result is in {folder}. With a network, and after `hf auth "
-            f"login`, upload it with `hf upload {repository} {folder} --exclude 'checkpoint-*'` (recipe.json names folders)"
+            f"push_to_hub: {repository}: {first_line(error)}; the result is in {folder}. Fix: after `hf auth login`, "
+            f"run `hf upload {repository} {folder} --exclude 'checkpoint-*'` (recipe.json names local folders)"
         ) from error
     return str(url)
 
 
-def for_others(value: Any, key: str = "") -> Any:
-    """A record as it may be read elsewhere: without the folders of this machine, and without what opens doors."""
+def redact(value: Any, key: str = "") -> Any:
+    """Return a record without absolute paths, tokens and passwords."""
     if isinstance(value, dict):
-        return {name: for_others(item, name) for name, item in value.items()}
+        return {name: redact(item, name) for name, item in value.items()}
     if isinstance(value, list | tuple):
-        return [for_others(item, key) for item in value]
+        return [redact(item, key) for item in value]
     if key.split("_")[-1] in ("token", "password", "secret") and key != "eos_token" and isinstance(value, str):
         return "<not shown>"
-    return shown(value) if isinstance(value, str) else value
+    return display_name(value) if isinstance(value, str) else value
 
 
-def _content(path: Path) -> str | bytes:
-    """What is uploaded of a file: a record as others may read it, else the file that is named."""
-    if path.name != RECIPE:
-        return str(path)
-    return json.dumps(for_others(read_json(path)), indent=2, ensure_ascii=False).encode()
-
-
-def _refuse_other_weights(there: list[str], folder: Path, repository: str) -> None:
-    """Of a model in one file and one in shards Transformers takes the first, and an adapter goes on top of either."""
-    left = [name for name in there if any(map(Path(name).match, _WEIGHTS)) and not (folder / name).exists()]
-    if left:
+def _check_no_other_weights(present: list[str], folder: Path, repository: str) -> None:
+    """Refuse to upload beside other weights, which Transformers would load instead or in addition."""
+    others = [name for name in present if any(map(Path(name).match, _WEIGHTS)) and not (folder / name).exists()]
+    if others:
         raise RecipeError(
-            f"push_to_hub: {repository} holds weights of another model ({', '.join(sorted(left)[:3])}), which would be loaded "
-            f"in place of these or with them: name another `hub_model_id`, or delete them there. The result is in {folder}"
+            f"push_to_hub: {repository} holds weights of another model ({', '.join(sorted(others)[:3])}). Fix: name another "
+            f"`hub_model_id`, or delete them there. The result is in {folder}"
         )

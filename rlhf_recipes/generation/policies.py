@@ -13,7 +13,7 @@ from rlhf_recipes.config.rank import RankArguments
 from rlhf_recipes.config.sample import SampleArguments
 from rlhf_recipes.core.errors import RecipeError, did_you_mean
 from rlhf_recipes.core.files import RECIPE, holds_result, read_json, taught_conversations
-from rlhf_recipes.models.adapters import adapter_config, put_adapter, refuse_reward_adapter
+from rlhf_recipes.models.adapters import check_policy_adapter, load_adapter, read_adapter_config
 from rlhf_recipes.models.compatibility import check_base, check_tokenizer, check_vocabulary
 from rlhf_recipes.models.loading import load_model
 from rlhf_recipes.models.roles import NO_ADAPTER, use_adapter
@@ -147,11 +147,11 @@ class PolicyBank:
             return
         adapter = f"policy_{next(self._numbers)}"  # PyTorch allows no dots in names, and `1.5` must not be `1_5`
         check_tokenizer(Path(folder), self.tokenizer)
-        config = adapter_config(folder, where)
-        refuse_reward_adapter(f"{where}: {folder}", config.task_type)
+        config = read_adapter_config(folder, where)
+        check_policy_adapter(f"{where}: {folder}", config.task_type)
         record = read_json(Path(folder) / RECIPE) or read_json(Path(folder).parent / RECIPE)  # of a checkpoint, its run's
         check_base(f"{where}: {folder}", config.base_model_name_or_path, record, self.model)
-        self.model = put_adapter(self.model, folder, adapter, where)
+        self.model = load_adapter(self.model, folder, adapter, where)
         self.model.requires_grad_(False)
         self._adapters[name] = adapter
 

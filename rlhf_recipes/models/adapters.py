@@ -17,7 +17,7 @@ from transformers import (
 )
 
 
-def adapter_config(folder: str | Path, where: str = "") -> PeftConfig:
+def read_adapter_config(folder: str | Path, where: str = "") -> PeftConfig:
     """The configuration of an adapter, of which every number is one.
 
     Args:
@@ -48,7 +48,7 @@ def adapter_config(folder: str | Path, where: str = "") -> PeftConfig:
         raise RecipeError(f"{named}: {first_line(error)}") from error
 
 
-def put_adapter(
+def load_adapter(
     model: PreTrainedModel | PeftModel, folder: str | Path, name: str, where: str, trainable: bool = False
 ) -> PeftModel:
     """The model with a saved adapter on it, of which every weight is in the file, and no other.
@@ -63,7 +63,7 @@ def put_adapter(
     Raises:
         RecipeError: if it cannot be read, or does not fit.
     """
-    config, weights = adapter_config(folder, where), read_weights(Path(folder) / ADAPTER)
+    config, weights = read_adapter_config(folder, where), read_weights(Path(folder) / ADAPTER)
     check_ranks(config, weights, f"{where}: {folder}")
     with fitting(f"{where}: {folder}", model):
         if isinstance(model, PeftModel):
@@ -125,7 +125,7 @@ def check_adapter_complete(model: PeftModel, name: str, weights: Mapping[str, to
         raise RecipeError(f"{where}: its weights do not fit {base_name(model)}: {min(others)} has no counterpart")
 
 
-def refuse_reward_adapter(where: str, task_type: str | None) -> None:
+def check_policy_adapter(where: str, task_type: str | None) -> None:
     """Refuses a reward model in the place of a policy: its adapter would load, and speak.
 
     Raises:

@@ -13,10 +13,10 @@ from rlhf_recipes.core.errors import RecipeError, first_line
 from rlhf_recipes.core.files import RECIPE, read_json
 from rlhf_recipes.core.hub import explain_load_error, resolve_path
 from rlhf_recipes.core.machine import check_bitsandbytes
-from rlhf_recipes.models.adapters import adapter_config, put_adapter, refuse_reward_adapter
+from rlhf_recipes.models.adapters import check_policy_adapter, load_adapter, read_adapter_config
 from rlhf_recipes.models.compatibility import check_base, check_vocabulary
 from rlhf_recipes.models.kernels import check_kernel_options, compile_layers, without_compilation
-from rlhf_recipes.models.precision import check_4bit_sides, disable_cpu_4bit_repacking
+from rlhf_recipes.models.precision import check_4bit_shapes, disable_cpu_4bit_repacking
 from rlhf_recipes.models.weights import check_finite
 
 import torch
@@ -72,7 +72,7 @@ def load_policy(
         RecipeError: as in `load_model`; if there is no such adapter, or it was trained on another base; if the base has no
             embedding for some of the tokenizer's words.
     """
-    config = adapter_config(start_from, "start_from") if start_from is not None else None
+    config = read_adapter_config(start_from, "start_from") if start_from is not None else None
     model = load_model(arguments, training)
     check_vocabulary(model, tokenizer)
     if config is None:
@@ -81,9 +81,9 @@ def load_policy(
         raise RecipeError(
             f"start_from: {start_from} is an adapter: set `use_peft: true`, or merge it and name the result as model"
         )
-    refuse_reward_adapter(f"start_from: {start_from}", config.task_type)
+    check_policy_adapter(f"start_from: {start_from}", config.task_type)
     check_base(f"start_from: {start_from}", config.base_model_name_or_path, read_json(Path(start_from) / RECIPE), model)
-    return put_adapter(model, start_from, "default", "start_from", trainable=True)
+    return load_adapter(model, start_from, "default", "start_from", trainable=True)
 
 
 def load_architecture(
@@ -132,7 +132,7 @@ def load_architecture(
             ) from error
         raise RecipeError(f"model_name_or_path: {path}: {explain_load_error(path, error)}") from error
     check_finite(dict(model.named_parameters()), f"model_name_or_path: {path}", "copy or download it again")
-    check_4bit_sides(model, path)
+    check_4bit_shapes(model, path)
     disable_cpu_4bit_repacking(model)
     compile_layers(model, training)
     return model, set(loading["missing_keys"])

@@ -55,7 +55,7 @@ def keep_adapter_in_fp32(trainer: Trainer) -> None:
             weight.data = weight.data.float()
 
 
-def check_4bit_sides(model: torch.nn.Module, path: str) -> None:
+def check_4bit_shapes(model: torch.nn.Module, path: str) -> None:
     """Refuse 4-bit matrices on a CPU whose sides are no multiples of 32."""
     if model.device.type != "cpu":
         return

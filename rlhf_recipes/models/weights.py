@@ -19,10 +19,10 @@ def read_weights(path: str | Path) -> dict[str, torch.Tensor]:
     Raises:
         RecipeError: if the file is missing or damaged, or a weight is NaN or infinite.
     """
-    return dict(each_weight(path))
+    return dict(iterate_weights(path))
 
 
-def each_weight(path: str | Path) -> Iterator[tuple[str, torch.Tensor]]:
+def iterate_weights(path: str | Path) -> Iterator[tuple[str, torch.Tensor]]:
     """The same one after the other, so that a whole model need not be in memory to be looked at.
 
     Raises:

@@ -15,20 +15,20 @@ from pathlib import Path
 from typing import Any
 
 from rlhf_recipes.config.data import DatasetSource
-from rlhf_recipes.core.errors import RecipeError, did_you_mean
+from rlhf_recipes.core.errors import RecipeError, did_you_mean, error_context
 from rlhf_recipes.core.files import LOG, METRICS, read_json, write_json, write_text
+from rlhf_recipes.core.yaml import to_yaml
 from rlhf_recipes.data import Kind, check_source
 from rlhf_recipes.evaluation.report.html import PAGE
 from rlhf_recipes.evaluation.report.seeds import write_summary
 from rlhf_recipes.evaluation.types import read_results
-from rlhf_recipes.feedback.sampling import discard
-from rlhf_recipes.memory.autofit import written
+from rlhf_recipes.feedback.sampling import delete_samples
+from rlhf_recipes.memory.autofit import as_yaml
 from rlhf_recipes.pipeline.reading import Stage, read_stages
 from rlhf_recipes.stages import STAGES, parse_values
 from rlhf_recipes.training.resume import checkpoints_in, remove_checkpoint
 
 import torch
-import yaml
 
 STATE, LOCK = "pipeline.json", "pipeline.lock"
 LOG_TAIL = 30  # lines of a failed stage's output that are shown
@@ -78,7 +78,7 @@ class Pipeline:
             reads = f", reads {', '.join(stage.inputs)}" if stage.inputs else ""
             yield f"{number}. {stage.name}: recipes/{stage.recipe}.py -> {stage.folder}{reads}: {self.status(stage)}"
             if stage.picked:
-                yield f"   gpu_memory sets {written(stage.picked)}; {stage.predicted:.1f} GiB at the peak (predicted)"
+                yield f"   gpu_memory sets {as_yaml(stage.picked)}; {stage.predicted:.1f} GiB at the peak (predicted)"
 
     def run(self) -> None:
         """Runs what is not done, in order; what is done is said to be.
@@ -98,8 +98,8 @@ class Pipeline:
             raise RecipeError(
                 f"output_dir: {self.folder}: cannot be written to ({error.strerror}): make room, or name another"
             ) from error
-        except KeyboardInterrupt as stop:
-            stop.__notes__ = ["", "run the pipeline again to go on"]
+        except KeyboardInterrupt:
+            print("\nRun the pipeline again to resume it", file=sys.stderr)
             raise
 
     def _check_unselected(self) -> None:
@@ -216,7 +216,7 @@ class Pipeline:
             _forget(stage)
         config = self.folder / "configs" / f"{stage.name}.yaml"
         config.parent.mkdir(parents=True, exist_ok=True)
-        text = f"# Written by recipes/pipeline.py\n{yaml.safe_dump(stage.values, sort_keys=False)}"
+        text = f"# Written by recipes/pipeline.py\n{to_yaml(stage.values)}"
         write_text(config, text)
         self._remember(stage, begun=stage.fingerprint)
         command = [sys.executable, *self._launcher()]
@@ -248,7 +248,7 @@ def _forget(stage: Stage) -> None:
         for checkpoint in checkpoints_in(folder):
             remove_checkpoint(checkpoint)
     if stage.recipe == "sample":
-        discard(stage.folder)
+        delete_samples(stage.folder)
 
 
 def read_pipeline(config: Path, recipes: Path, only: list[str] | None = None) -> Pipeline:
@@ -286,12 +286,10 @@ def check_arguments(pipeline: Pipeline, config: Path) -> None:
     """
     folders, seen = [stage.folder for stage in (*pipeline.stages, *pipeline.unselected)], set()
     for stage in pipeline.stages:
-        try:
+        with error_context(f"{config}: stages: {stage.name} (its YAML file with its `arguments`)"):
             groups = parse_values(stage.recipe, stage.values)
             if pipeline.status(stage) != "done":
                 _check_data(stage.recipe, groups, folders, seen)
-        except RecipeError as error:
-            raise RecipeError(f"{config}: stages: {stage.name} (its YAML file with its `arguments`): {error}") from error
 
 
 def progress(stage: Stage) -> str:

@@ -1,8 +1,8 @@
 """Rewards: functions to name by dotted path, and reward models as roles on the policy's base."""
 
 from rlhf_recipes.rewards.functions import Abstention, LengthPenalty, RepetitionPenalty, exact_match, normalised_match
+from rlhf_recipes.rewards.reward_funcs import load_rewards
 from rlhf_recipes.rewards.similarity import Similarity
-from rlhf_recipes.rewards.specs import load_rewards
 
 __all__ = [
     "Abstention",

@@ -6,13 +6,13 @@ from pathlib import Path
 
 from rlhf_recipes.core.errors import RecipeError, first_line
 from rlhf_recipes.core.files import RECIPE, read_json
-from rlhf_recipes.models.adapters import adapter_config, check_ranks
+from rlhf_recipes.models.adapters import check_ranks, read_adapter_config
 from rlhf_recipes.models.compatibility import check_base, check_tokenizer, check_vocabulary
 from rlhf_recipes.models.loading import load_architecture
 from rlhf_recipes.models.roles import POLICY
 from rlhf_recipes.models.weights import ADAPTER, read_weights
 from rlhf_recipes.rewards.reward_models import HEAD, ScalarHead
-from rlhf_recipes.rewards.saved import PREFIX, fill_adapter, stored_head
+from rlhf_recipes.rewards.saved import PREFIX, fill_adapter, read_head
 
 import transformers
 from peft import LoraConfig, PeftModel, get_peft_model
@@ -101,13 +101,13 @@ def _install_head(model: PreTrainedModel, fresh: bool, revision: str | None) -> 
     if fresh:
         nn.init.normal_(head.weight, std=(old.in_features + 1) ** -0.5)
     else:
-        head.weight.data.copy_(stored_head(model.name_or_path, old.weight.data, revision))
+        head.weight.data.copy_(read_head(model.name_or_path, old.weight.data, revision))
     setattr(model, HEAD, head.to(old.weight.device))
 
 
 def _continue_adapter(model: PreTrainedModel, parent: Path) -> PeftModel:
     """A new reward adapter with the weights of a parent that was trained on the same base for another task."""
-    config = adapter_config(parent, "start_from")
+    config = read_adapter_config(parent, "start_from")
     if config.peft_type != "LORA":
         raise RecipeError(f"{parent}: only a LoRA adapter can be started from, and this is {config.peft_type}")
     check_base(parent, config.base_model_name_or_path, read_json(parent / RECIPE), model)

@@ -11,9 +11,9 @@ from pydantic.dataclasses import dataclass
 
 Text = str | list[dict[str, Any]]
 Reward = Callable[..., Any]  # to a list[float | None], or to a coroutine of one
-FROM_TRL = ("prompts", "completions", "completion_ids", "trainer_state", "log_extra", "log_metric")
+TRL_KEYWORDS = ("prompts", "completions", "completion_ids", "trainer_state", "log_extra", "log_metric")
 """The keywords that TRL passes to every reward function, besides the columns of the dataset."""
-FINITE = ConfigDict(allow_inf_nan=False)
+FINITE_FLOATS = ConfigDict(allow_inf_nan=False)
 
 
 def last_text(value: Text) -> str:
@@ -28,7 +28,7 @@ def exact_match(completions: list[Text], reference: list[str | None] | None = No
     """
     return [
         None if truth is None else float(last_text(completion) == truth)
-        for completion, truth in with_references(completions, reference, "exact_match")
+        for completion, truth in pair_with_references(completions, reference, "exact_match")
     ]
 
 
@@ -39,11 +39,11 @@ def normalised_match(completions: list[Text], reference: list[str | None] | None
     """
     return [
         None if truth is None else float(normalise(last_text(completion)) == normalise(truth))
-        for completion, truth in with_references(completions, reference, "normalised_match")
+        for completion, truth in pair_with_references(completions, reference, "normalised_match")
     ]
 
 
-@dataclass(config=FINITE)
+@dataclass(config=FINITE_FLOATS)
 class Abstention:
     """One of three values: for the right answer, for an abstention, for anything else.
 
@@ -83,7 +83,7 @@ class Abstention:
         **columns: Any,
     ) -> list[float | None]:
         """Scores (B,), each one of the three values or None, and reports the shares."""
-        pairs = with_references(completions, reference, "Abstention")
+        pairs = pair_with_references(completions, reference, "Abstention")
         kinds = [
             None if truth is None else judge(last_text(completion), truth, self._beginnings) for completion, truth in pairs
         ]
@@ -106,7 +106,9 @@ def _shares(kinds: list[str | None], known: list[bool | None] | None) -> Iterato
             yield "over", answerable.count("abstained") / len(answerable)
 
 
-def with_references(completions: list[Text], reference: list[str | None] | None, name: str) -> list[tuple[Text, str | None]]:
+def pair_with_references(
+    completions: list[Text], reference: list[str | None] | None, name: str
+) -> list[tuple[Text, str | None]]:
     """Each completion with its stripped reference, or None where a row has none."""
     if reference is None:
         raise RecipeError(
@@ -119,7 +121,7 @@ def with_references(completions: list[Text], reference: list[str | None] | None,
     return [(one, (text or "").strip() or None) for one, text in zip(completions, reference, strict=True)]
 
 
-@dataclass(config=FINITE)
+@dataclass(config=FINITE_FLOATS)
 class LengthPenalty:
     """0 for a length from `shortest` to `longest`, and `slope` less for each token or word out of that range; in (-inf, 0].
 
@@ -153,7 +155,7 @@ class LengthPenalty:
         return [self.slope * min(0, self.longest - length, length - self.shortest) for length in lengths]
 
 
-@dataclass(config=FINITE)
+@dataclass(config=FINITE_FLOATS)
 class RepetitionPenalty:
     """Minus the share of the completion's n-grams of words that stand in it earlier: 0 if none repeats, at most 0, above -1.
 
@@ -175,7 +177,7 @@ class RepetitionPenalty:
         return len(set(ngrams)) / len(ngrams) - 1 if ngrams else 0.0
 
 
-def reason_of(error: Exception) -> str:
+def explain_argument_error(error: Exception) -> str:
     """In one line, which argument is wrong and why."""
     if not isinstance(error, ValidationError):
         return " ".join(str(error).split())

@@ -9,7 +9,7 @@ from rlhf_recipes.core.errors import RecipeError
 from rlhf_recipes.models.backbone import backbone, forward_backbone
 from rlhf_recipes.models.roles import use_adapter
 from rlhf_recipes.models.tokenizer import encode, template_gap
-from rlhf_recipes.rewards.records import Normalisation, is_fp32_number, store_normalisation
+from rlhf_recipes.rewards.reward_json import Normalisation, is_fp32_number, store_normalisation
 
 import torch
 from torch import Tensor, nn

@@ -7,13 +7,13 @@ from typing import Any
 
 from rlhf_recipes.core.errors import RecipeError, first_line
 from rlhf_recipes.core.files import REWARD, read_json
-from rlhf_recipes.models.adapters import adapter_config, check_ranks, fitting
+from rlhf_recipes.models.adapters import check_ranks, fitting, read_adapter_config
 from rlhf_recipes.models.backbone import backbone, base_name, base_of
 from rlhf_recipes.models.compatibility import check_base, check_tokenizer
 from rlhf_recipes.models.precision import disable_cpu_4bit_repacking
 from rlhf_recipes.models.roles import restore_adapter_state
 from rlhf_recipes.models.weights import ADAPTER, check_finite, read_weights
-from rlhf_recipes.rewards.records import read_ensemble, read_normalisation
+from rlhf_recipes.rewards.reward_json import read_ensemble, read_normalisation
 from rlhf_recipes.rewards.reward_models import HEAD, Ensemble, RewardModel, ScalarHead, Scorer
 
 import torch
@@ -31,7 +31,7 @@ PREFIX = "base_model.model."
 _HEAD_NAMES = {"score", "classifier"}  # PEFT lists both for every sequence classifier
 
 
-def load_reward(
+def load_reward_adapter(
     model: PreTrainedModel | PeftModel,
     folder: str | Path,
     name: str,
@@ -70,7 +70,7 @@ def load_reward(
     return RewardModel(model, name, head, tokenizer, normalisation, folder, name, batch_size)
 
 
-def load_whole_reward(
+def load_full_reward(
     folder: str | Path, name: str, tokenizer: PreTrainedTokenizerBase, batch_size: int = 32, **options: Any
 ) -> RewardModel:
     """A reward model with weights of its own (`use_peft: false`, or a merged one), as a role.
@@ -87,7 +87,7 @@ def load_whole_reward(
     """
     folder = Path(folder)
     if (folder / "adapter_config.json").exists():
-        raise RecipeError(f"{folder} holds an adapter, not a whole model: put it on its base with `load_reward`")
+        raise RecipeError(f"{folder} holds an adapter, not a whole model: put it on its base with `load_reward_adapter`")
     try:
         model, loading = AutoModelForSequenceClassification.from_pretrained(
             folder, use_safetensors=True, output_loading_info=True, trust_remote_code=False, **options
@@ -98,13 +98,13 @@ def load_whole_reward(
         raise RecipeError(f"{folder}: its files lack {', '.join(sorted(loading['missing_keys']))}: it would score at random")
     check_finite(dict(model.named_parameters()), folder)
     check_tokenizer(folder, tokenizer)
-    head = _build_head({"weight": stored_head(folder, _find_head(model).weight.data, options.get("revision"))}, model, folder)
+    head = _build_head({"weight": read_head(folder, _find_head(model).weight.data, options.get("revision"))}, model, folder)
     normalisation = read_normalisation(read_json(folder / REWARD), folder)
     disable_cpu_4bit_repacking(model)
     return RewardModel(model.eval(), None, head, tokenizer, normalisation, folder, name, batch_size)
 
 
-def stored_head(name: str | Path, loaded: Tensor, revision: str | None = None) -> Tensor:
+def read_head(name: str | Path, loaded: Tensor, revision: str | None = None) -> Tensor:
     """The weight of a whole model's head as it stands in its file, in fp32: `from_pretrained` rounds it to the base's type.
 
     Args:
@@ -122,7 +122,7 @@ def stored_head(name: str | Path, loaded: Tensor, revision: str | None = None) -
         return weights.get_tensor(key).float() if key in weights.keys() else loaded  # noqa: SIM118 (no mapping)
 
 
-def load_saved_rewards(
+def load_saved_reward(
     folder: str | Path,
     model: PreTrainedModel | PeftModel,
     tokenizer: PreTrainedTokenizerBase,
@@ -145,7 +145,7 @@ def load_saved_rewards(
         batch_size: completions a forward pass.
 
     Raises:
-        RecipeError: as in `load_reward` and `load_whole_reward`; for an adapter where `model` has none and is trained itself;
+        RecipeError: as in `load_reward_adapter` and `load_full_reward`; for an adapter where `model` has none;
             for `combine` or `uncertainty_coef` where there is no ensemble; and for one that was not finished.
     """
     folder = Path(folder)
@@ -169,13 +169,13 @@ def load_saved_rewards(
 def _load_saved(folder: Path, model: nn.Module, tokenizer: PreTrainedTokenizerBase, name: str, batch_size: int) -> RewardModel:
     if not (folder / "adapter_config.json").exists():
         # where the policy is, or will be when its trainer has placed it
-        reward = load_whole_reward(folder, name, tokenizer, batch_size, device_map={"": PartialState().device})
+        reward = load_full_reward(folder, name, tokenizer, batch_size, device_map={"": PartialState().device})
     elif not isinstance(model, PeftModel):
         raise RecipeError(f"{folder} is an adapter, which needs a base that stays as it is: set `use_peft: true`, or merge it")
     else:
         name = name.replace(".", "_")  # PyTorch allows no dots there
         taken = sum(other == name or other.startswith(f"{name}_") for other in model.peft_config)
-        reward = load_reward(model, folder, f"{name}_{taken + 1}" if taken else name, tokenizer, batch_size)
+        reward = load_reward_adapter(model, folder, f"{name}_{taken + 1}" if taken else name, tokenizer, batch_size)
     if reward.normalisation is None:
         logger.warning(
             "%s has no scale (`normalisation` in %s): its raw scores are used, whose mean and spread are arbitrary; "
@@ -192,7 +192,7 @@ def _adapter_config(folder: Path) -> LoraConfig:
     Raises:
         RecipeError: if there is none in the folder, or one of another kind.
     """
-    config = adapter_config(folder)
+    config = read_adapter_config(folder)
     if config.peft_type != "LORA":
         raise RecipeError(f"{folder}: a reward adapter is LoRA (peft_type LORA), and this is {config.peft_type.value}")
     if (task := config.task_type) != "SEQ_CLS":

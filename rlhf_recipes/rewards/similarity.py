@@ -1,54 +1,47 @@
 """A reward for meaning the same as a reference."""
 
-import math
-from collections.abc import Callable
+import importlib.util
+import logging
 from functools import cached_property
 from typing import Any, Literal
 
 from rlhf_recipes.core.errors import RecipeError
 from rlhf_recipes.core.hub import explain_load_error
 from rlhf_recipes.models.loading import model_path
-from rlhf_recipes.rewards.functions import FINITE, Text, last_text, with_references
+from rlhf_recipes.rewards.functions import FINITE_FLOATS, Text, last_text, pair_with_references
 
 import torch
 from accelerate import PartialState
 from pydantic import Field
 from pydantic.dataclasses import dataclass
 from torch.nn.functional import cosine_similarity
-from transformers import (
-    AutoModel,
-    AutoModelForSequenceClassification,
-    AutoTokenizer,
-    PreTrainedModel,
-    PreTrainedTokenizerBase,
-)
+from transformers.utils import cached_file
 from trl import ModelConfig
 
-_SAME_MEANING = ("entailment", "equivalent", "paraphrase", "duplicate")  # names of one label in NLI, MRPC, PAWS, QQP
+logger = logging.getLogger(__name__)
+_SAME_MEANING = ("entailment", "equivalent", "paraphrase", "duplicate")  # label names of NLI, MRPC, PAWS and QQP models
 
 
-@dataclass(config=FINITE)
+@dataclass(config=FINITE_FLOATS)
 class Similarity:
-    """How much a completion says what the reference says, in the judgement of a model that was trained to compare two texts.
+    """How far a completion means the same as the reference, by a model that compares texts.
 
-    To compare two texts is easier than to write one, and supervised learning does it well. So demonstrations can serve as
-    references: the policy is free to say the same in its own words, where imitation would ask for the labeller's.
-
-    An empty completion scores 0 without being read. The model is loaded at the first call, without gradients, and needs room
-    beside the policy.
+    Comparing two texts is easier than writing one, and supervised models do it well. So demonstrations can serve as references,
+    and the policy may use its own words. An empty completion scores 0. The model loads at the first call, without gradients,
+    and needs memory beside the policy. Needs the extra `similarity` (sentence-transformers).
 
     Parameters:
-        model_name_or_path: a Hub name or local folder, with weights in safetensors.
+        model_name_or_path: Hub name or local folder, with weights in safetensors.
         kind: what the model is.
-            `"cross-encoder"` reads both texts at once. With one output: its sigmoid, in [0, 1] (STS models of
-            sentence-transformers), or the output itself, in the range of its training labels, if the model's configuration
-            says `problem_type: regression`. With several: the probability, in [0, 1], of the label that is named entailment
-            (NLI), equivalent, paraphrase or duplicate. Both orders are read and the lower score counts, since one-sided
-            entailment pays a policy for saying less, or more, than the reference (compare Kuhn et al., 2023).
-            `"embedding"` reads each text alone: the cosine, in [-1, 1], of the means of the last hidden states (Reimers and
-            Gurevych, 2019). Choose a model that was trained with mean pooling. Cheaper, but it sees a "not" less well.
-        batch_size: texts, or pairs of texts, in one forward pass.
-        max_length: tokens of a text, or pair, that are read (fewer if the model reads no more); what follows is not judged.
+            `"cross-encoder"` reads both texts at once. With one output, the score is its sigmoid, in [0, 1], or the output
+            itself if the model's configuration has `problem_type: regression`. With several outputs, it is the probability of
+            the label named entailment (NLI), equivalent, paraphrase or duplicate. Both orders are read and the lower score
+            counts: one-sided entailment rewards a policy for writing less, or more, than the reference (compare Kuhn et al.,
+            2023).
+            `"embedding"` reads each text alone. The score is the cosine of the two embeddings, in [-1, 1] (Reimers and
+            Gurevych, 2019), with the pooling that is saved with the model. Cheaper, but less sensitive to a "not".
+        batch_size: texts, or pairs of texts, in a forward pass.
+        max_length: tokens of a text or pair that are read; fewer if the model reads fewer.
     """
 
     model_name_or_path: str
@@ -56,90 +49,70 @@ class Similarity:
     batch_size: int = Field(default=32, gt=0)
     max_length: int = Field(default=512, gt=0)
 
+    def __post_init__(self):
+        if importlib.util.find_spec("sentence_transformers") is None:
+            raise RecipeError("Similarity: needs sentence-transformers. Fix: pip install --editable '.[similarity]'")
+
     def __call__(
         self, completions: list[Text], reference: list[str | None] | None = None, **columns: Any
     ) -> list[float | None]:
-        """Scores (B,), in the range of the model's kind, or None."""
-        pairs = [(last_text(one), truth) for one, truth in with_references(completions, reference, "Similarity")]
+        """Return scores (B,) in the range of the model's kind, and None where a row has no reference."""
+        pairs = [(last_text(one), truth) for one, truth in pair_with_references(completions, reference, "Similarity")]
         scores = [None if truth is None else 0.0 for _, truth in pairs]
-        readable = [row for row, (text, truth) in enumerate(pairs) if text and truth is not None]
-        if readable:
-            compare = self._in_both_orders if self.kind == "cross-encoder" else self._cosine
-            for row, score in zip(readable, compare(*zip(*(pairs[row] for row in readable), strict=True)), strict=True):
+        rows = [row for row, (text, truth) in enumerate(pairs) if text and truth is not None]
+        if rows:
+            compare = self._cross_encode if self.kind == "cross-encoder" else self._embed
+            for row, score in zip(rows, compare([pairs[row] for row in rows]).tolist(), strict=True):
                 scores[row] = score
         return scores
 
-    def _in_both_orders(self, texts: tuple[str, ...], references: tuple[str, ...]) -> list[float]:
-        scores = self._read(
-            lambda inputs, output: self._sameness(output.logits.float()), texts + references, references + texts
-        )
-        return scores.view(2, -1).amin(0).tolist()
+    def _cross_encode(self, pairs: list[tuple[str, str]]) -> torch.Tensor:
+        both_orders = [*pairs, *((truth, text) for text, truth in pairs)]
+        options = {"activation_fn": torch.nn.Identity(), "convert_to_tensor": True, "show_progress_bar": False}
+        logits = self._model.predict(both_orders, batch_size=self.batch_size, **options).float()
+        return self._same_meaning(logits.view(2 * len(pairs), -1)).view(2, -1).amin(0)
 
-    def _cosine(self, texts: tuple[str, ...], references: tuple[str, ...]) -> list[float]:
-        sums = self._read(  # for a cosine as good as means
-            lambda inputs, output: _masked_sum(output.last_hidden_state.float(), inputs["attention_mask"]), texts + references
-        )
-        return cosine_similarity(*sums.chunk(2)).tolist()
+    def _embed(self, pairs: list[tuple[str, str]]) -> torch.Tensor:
+        texts = [text for text, _ in pairs] + [truth for _, truth in pairs]
+        options = {"convert_to_tensor": True, "show_progress_bar": False}
+        return cosine_similarity(*self._model.encode(texts, batch_size=self.batch_size, **options).float().chunk(2))
 
-    @torch.no_grad()
-    def _read(self, summarise: Callable[[Any, Any], torch.Tensor], *texts: tuple[str, ...]) -> torch.Tensor:
-        """What `summarise` makes of the model's inputs and outputs, over all batches; two sequences are read as pairs."""
-        tokenizer, model, limit = self._loaded
-        results = []
-        for start in range(0, len(texts[0]), self.batch_size):
-            inputs = tokenizer(
-                *(list(part[start : start + self.batch_size]) for part in texts),
-                padding=True,
-                padding_side="right",  # models with absolute positions count from the left
-                truncation=True,
-                max_length=limit,
-                return_tensors="pt",
-            ).to(model.device)
-            results.append(summarise(inputs, model(**inputs)))
-        return torch.cat(results)
-
-    @cached_property
-    def _loaded(self) -> tuple[PreTrainedTokenizerBase, PreTrainedModel, int]:
-        """The tokenizer, the model, and how many tokens are read."""
-        auto = AutoModelForSequenceClassification if self.kind == "cross-encoder" else AutoModel
-        try:
-            path = model_path(ModelConfig(model_name_or_path=self.model_name_or_path))
-            tokenizer = AutoTokenizer.from_pretrained(path, trust_remote_code=False)
-            options = {"use_safetensors": True, "trust_remote_code": False}
-            model, report = auto.from_pretrained(path, **options, output_loading_info=True)
-        except RecipeError as error:
-            raise RecipeError(f"Similarity: {error}") from error
-        except Exception as error:  # as in `load_architecture`
-            raise self._error(explain_load_error(self.model_name_or_path, error)) from error
-        # Transformers makes up what a folder lacks: weights at random, and a tokenizer without words
-        missing = sorted(weight for weight in report["missing_keys"] if self.kind == "cross-encoder" or "pooler" not in weight)
-        if missing:
-            raise self._error(f"it is no {self.kind}: its weights lack {', '.join(missing[:3])}")
-        if len(tokenizer) <= len(tokenizer.all_special_tokens):
-            raise self._error("there is no tokenizer: its folder needs tokenizer.json and tokenizer_config.json")
-        if tokenizer.pad_token is None:
-            raise self._error("its tokenizer has no PAD")
-        limit = min(self.max_length, tokenizer.model_max_length, getattr(model.config, "max_position_embeddings", math.inf))
-        return tokenizer, model.eval().to(PartialState().device), limit
-
-    def _sameness(self, logits: torch.Tensor) -> torch.Tensor:
-        """Scores (B,) of logits (B, number of labels)."""
-        config = self._loaded[1].config
-        if config.num_labels == 1:
+    def _same_meaning(self, logits: torch.Tensor) -> torch.Tensor:
+        """Return scores (B,) of logits (B, labels)."""
+        config = self._model.config
+        if logits.shape[1] == 1:
             return logits[:, 0] if config.problem_type == "regression" else logits[:, 0].sigmoid()
         labels = {name.lower(): index for index, name in config.id2label.items()}
         for name in _SAME_MEANING:
             if name in labels:
                 return logits.softmax(-1)[:, labels[name]]
         raise self._error(
-            f"none of its labels ({', '.join(config.id2label.values())}) is named {', '.join(_SAME_MEANING)}; name them in "
-            "`id2label` of its config.json"
+            f"none of its labels ({', '.join(config.id2label.values())}) is named {', '.join(_SAME_MEANING)}. Fix: name them "
+            "in `id2label` of its config.json"
         )
+
+    @cached_property
+    def _model(self) -> Any:
+        from sentence_transformers import CrossEncoder, SentenceTransformer
+
+        architecture = CrossEncoder if self.kind == "cross-encoder" else SentenceTransformer
+        try:
+            path = model_path(ModelConfig(model_name_or_path=self.model_name_or_path))
+            options = {"device": str(PartialState().device), "trust_remote_code": False}
+            model = architecture(path, model_kwargs={"use_safetensors": True}, **options)
+        except RecipeError as error:
+            raise RecipeError(f"Similarity: {error}") from error
+        except Exception as error:  # config.json, weights, tokenizer and the Hub each raise their own
+            raise self._error(explain_load_error(self.model_name_or_path, error)) from error
+        # Transformers draws at random a head that is not in the files
+        if self.kind == "cross-encoder" and not str(model.config.architectures).endswith("ForSequenceClassification']"):
+            raise self._error(f"not a cross-encoder: its files hold a {', '.join(model.config.architectures or ['?'])}")
+        if len(model.tokenizer) <= len(model.tokenizer.all_special_tokens):  # invented where tokenizer.json is missing
+            raise self._error("no tokenizer. Fix: add tokenizer.json and tokenizer_config.json to its folder")
+        if self.kind == "embedding" and not cached_file(path, "modules.json", _raise_exceptions_for_missing_entries=False):
+            logger.warning("Similarity: %s has no modules.json: it is read with %s pooling", path, model[1].pooling_mode)
+        model.max_seq_length = min(self.max_length, model.max_seq_length or self.max_length)
+        return model
 
     def _error(self, reason: str) -> RecipeError:
         return RecipeError(f"Similarity: model_name_or_path: {self.model_name_or_path}: {reason}")
-
-
-def _masked_sum(states: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
-    """Sums (B, H) of states (B, T, H) over the tokens that are not padding."""
-    return (states * mask.unsqueeze(-1)).sum(1)

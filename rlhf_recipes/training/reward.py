@@ -9,7 +9,7 @@ from rlhf_recipes.models.backbone import base_name
 from rlhf_recipes.models.fingerprint import fingerprint
 from rlhf_recipes.models.kernels import keep_forward
 from rlhf_recipes.models.tokenizer import encode
-from rlhf_recipes.rewards.records import write_reward_record
+from rlhf_recipes.rewards.reward_json import write_reward_record
 from rlhf_recipes.training.mixin import TrainerMixin
 
 import torch

@@ -14,7 +14,7 @@ from rlhf_recipes.evaluation.report.html import render
 from rlhf_recipes.evaluation.report.verdict import verdict
 from rlhf_recipes.evaluation.reward_evaluation import measure_reward, write_evaluation
 from rlhf_recipes.evaluation.types import EvaluationResults, from_json, to_json
-from rlhf_recipes.rewards.saved import load_reward
+from rlhf_recipes.rewards.saved import load_reward_adapter
 from rlhf_recipes.tiny import splits
 from support import ROOT
 from support.chat_server import NOWHERE, chat_server
@@ -248,7 +248,7 @@ def test_a_reward_model_scores_and_chooses_and_its_evaluation_is_shown(tmp_path,
     assert status == 0, message
     tokenizer = AutoTokenizer.from_pretrained(BASE)
     model = AutoModelForCausalLM.from_pretrained(BASE)
-    reward = load_reward(model, tmp_path / "reward", "reward", tokenizer)
+    reward = load_reward_adapter(model, tmp_path / "reward", "reward", tokenizer)
     write_evaluation(tmp_path / "reward", {"reward": measure_reward(reward, splits.rankings("test", rows=8))})
     values = {
         "policies": {"base": None, "best": {"best_of": {"policy": "base", "n": 3, "reward": "model"}}},

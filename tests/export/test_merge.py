@@ -9,12 +9,12 @@ from rlhf_recipes.core.files import REWARD, write_json
 from rlhf_recipes.core.hub import resolve_path
 from rlhf_recipes.export import merge as merging
 from rlhf_recipes.export.model_card import lineage, write_card
-from rlhf_recipes.export.upload import for_others
+from rlhf_recipes.export.upload import redact
 from rlhf_recipes.models.backbone import base_of
 from rlhf_recipes.models.fingerprint import fingerprint
 from rlhf_recipes.models.loading import load_model
-from rlhf_recipes.rewards.records import write_reward_record
-from rlhf_recipes.rewards.saved import load_reward, load_whole_reward
+from rlhf_recipes.rewards.reward_json import write_reward_record
+from rlhf_recipes.rewards.saved import load_full_reward, load_reward_adapter
 from rlhf_recipes.tiny import splits
 from support.tolerance import assert_close
 
@@ -132,8 +132,8 @@ def test_a_merged_reward_model_scores_the_same(merge, reward, dtype):
     scores = [
         torch.tensor(scorer(*zip(*pairs, strict=True)))
         for scorer in (
-            load_reward(AutoModelForCausalLM.from_pretrained(BASE), reward, "reward", tokenizer),
-            load_whole_reward(output, "merged", tokenizer),
+            load_reward_adapter(AutoModelForCausalLM.from_pretrained(BASE), reward, "reward", tokenizer),
+            load_full_reward(output, "merged", tokenizer),
         )
     ]
     assert_close(scores[1], scores[0], getattr(torch, dtype), scale=scores[0].abs().max().item())
@@ -401,17 +401,17 @@ def test_what_was_checked_is_what_is_uploaded(merge, policy, monkeypatch):
         calls.append(("create_repo", repo_id, options))
         return RepoUrl(f"https://huggingface.co/someone/{repo_id}")
 
-    def create_commit(self, repo_id, operations, **options):
-        calls.append(("create_commit", repo_id, [operation.path_in_repo for operation in operations]))
+    def upload_folder(self, repo_id, folder_path, **options):
+        calls.append(("upload_folder", repo_id, sorted(os.listdir(folder_path))))
 
     monkeypatch.setattr(HfApi, "create_repo", create_repo)
-    monkeypatch.setattr(HfApi, "create_commit", create_commit)
+    monkeypatch.setattr(HfApi, "upload_folder", upload_folder)
     monkeypatch.setattr(HfApi, "list_repo_files", lambda self, repo_id, **_: [".gitattributes", "model.safetensors"])
     status, error, output = merge(policy, "--push_to_hub", "true", "--hub_model_id", "mine", "--hub_private_repo", "true")
     assert status == 0, error
     assert calls == [
         ("create_repo", "mine", {"private": True, "exist_ok": True}),
-        ("create_commit", "someone/mine", sorted(os.listdir(output))),
+        ("upload_folder", "someone/mine", sorted(os.listdir(output))),
     ]
     assert 'model="mine"' in (output / "README.md").read_text()
 
@@ -420,10 +420,10 @@ def test_what_was_checked_is_what_is_uploaded(merge, policy, monkeypatch):
 def test_weights_of_another_model_in_the_repository_are_not_mixed_with_these(merge, policy, monkeypatch, other):
     monkeypatch.setattr(HfApi, "create_repo", lambda self, repo_id, **options: RepoUrl(f"https://huggingface.co/a/{repo_id}"))
     monkeypatch.setattr(HfApi, "list_repo_files", lambda self, repo_id, **_: ["README.md", other])
-    monkeypatch.setattr(HfApi, "create_commit", lambda self, *_, **__: pytest.fail("was uploaded"))
+    monkeypatch.setattr(HfApi, "upload_folder", lambda self, *_, **__: pytest.fail("was uploaded"))
     status, error, output = merge(policy, "--push_to_hub", "true", "--hub_model_id", "mine")
     assert status == 2
-    assert f"push_to_hub: a/mine holds weights of another model ({other}), " in error
+    assert f"push_to_hub: a/mine holds weights of another model ({other})" in error
     assert (output / "model.safetensors").is_file()
 
 
@@ -432,7 +432,7 @@ def test_the_record_of_a_merged_model_tells_no_folder_of_this_machine(merge, pol
     text = (output / "recipe.json").read_text()
     assert str(policy.parent) not in text
     assert resolve_path(NAME) not in text
-    assert for_others({"model_init_kwargs": {"token": "hf_secret"}, "eos_token": "</s>"}) == {
+    assert redact({"model_init_kwargs": {"token": "hf_secret"}, "eos_token": "</s>"}) == {
         "model_init_kwargs": {"token": "<not shown>"},
         "eos_token": "</s>",
     }
@@ -452,7 +452,7 @@ def test_a_hub_that_cannot_be_reached_is_one_message_and_the_model_stays(merge, 
     status, error, output = merge(policy, "--push_to_hub", "true", "--hub_model_id", "someone/mine")
     assert status == 2
     assert "push_to_hub: someone/mine: " in error
-    assert f"upload it with `hf upload someone/mine {output} " in error
+    assert f"run `hf upload someone/mine {output} " in error
     assert (output / "model.safetensors").is_file()
 
 

@@ -13,19 +13,19 @@ from pathlib import Path
 
 from rlhf_recipes.config.merge import MergeArguments
 from rlhf_recipes.core.errors import RecipeError
+from rlhf_recipes.core.files import RECIPE, REWARD
 from rlhf_recipes.export.merge import adapter_and_base, merge_policy, merge_reward
 from rlhf_recipes.generation.policies import PolicyBank
-from rlhf_recipes.memory.models import load_config
+from rlhf_recipes.memory.model_shape import load_config
 from rlhf_recipes.models.compatibility import check_tokenizer
 from rlhf_recipes.models.loading import load_model, load_policy
 from rlhf_recipes.models.tokenizer import load_tokenizer
 from rlhf_recipes.rewards.classifier import load_reward_model
-from rlhf_recipes.rewards.saved import load_saved_rewards, load_whole_reward
+from rlhf_recipes.rewards.saved import load_full_reward, load_saved_reward
 from rlhf_recipes.rewards.similarity import Similarity
 from rlhf_recipes.stages import STAGES, parse_arguments
 from rlhf_recipes.training.ppo.critic import FILE as CRITIC
 from rlhf_recipes.training.resume import checkpoint_to_resume
-from rlhf_recipes.training.run import train
 from support import ROOT, hostile
 from support.small_ppo import make_args, make_model, make_tokenizer, make_trainer, save_base, save_reward, with_adapter
 
@@ -91,7 +91,7 @@ def policy_of(folder: Path, base: Path, stage: Path) -> dict[str, torch.Tensor]:
 
 def scores_of(stage: Path) -> list[float]:
     """What a reward model says on a base that has an adapter already."""
-    return load_saved_rewards(stage, with_adapter(make_model()), make_tokenizer())(PROMPTS, ANSWERS)
+    return load_saved_reward(stage, with_adapter(make_model()), make_tokenizer())(PROMPTS, ANSWERS)
 
 
 def judge(folder: Path, base: Path, stage: Path) -> str | None:
@@ -186,7 +186,7 @@ def test_a_pickle_in_the_place_of_a_base(folder, base):
     (copy / "pytorch_model.bin").write_bytes(pickle.dumps(Executed(mark)))
     for load_it in (
         lambda: load_model(ModelConfig(str(copy)), training(folder)),
-        lambda: load_whole_reward(copy, "x", make_tokenizer()),
+        lambda: load_full_reward(copy, "x", make_tokenizer()),
     ):
         _, message = hostile.outcome(load_it)
         assert str(copy) in message
@@ -204,7 +204,7 @@ def one_of(stages, file):
     return stages["sft" if (stages["sft"] / file).exists() and file != "reward.json" else "reward"]
 
 
-@pytest.mark.parametrize("file", JSON_FILES)
+@pytest.mark.parametrize("file", [file for file in JSON_FILES if file not in (RECIPE, REWARD)])
 @hostile.examples(10)
 @given(data=st.data())
 def test_json(folder, base, stages, file, data):
@@ -293,7 +293,7 @@ PICKLES = ("optimizer.pt", "scheduler.pt", "rng_state.pth", "critic_optimizer.pt
 def run(folder) -> Path:
     """A folder with the checkpoint of a first step of two."""
     trainer = resumed_trainer(folder / "run", save_strategy="steps", save_steps=1, max_steps=1)
-    train(trainer, None)
+    trainer.train()
     return folder / "run"
 
 
@@ -307,7 +307,7 @@ def resume(folder: Path, checkpoint: Path) -> str | None:
 
     def go_on() -> dict[str, torch.Tensor]:
         trainer = resumed_trainer(checkpoint.parent)
-        train(trainer, checkpoint_to_resume(training))
+        trainer.train(resume_from_checkpoint=checkpoint_to_resume(training))
         assert trainer.state.global_step == 2
         return get_peft_model_state_dict(trainer.model)
 
@@ -400,7 +400,7 @@ def test_code_of_a_model_is_not_run(folder, with_code):
         lambda: load_tokenizer(
             ModelConfig(str(copy.parents[1] / "base")), SFTConfig("x", chat_template_path=str(copy), bf16=False)
         ),
-        lambda: load_whole_reward(copy, "x", make_tokenizer()),
+        lambda: load_full_reward(copy, "x", make_tokenizer()),
         lambda: load_reward_model(model, training(folder, RewardConfig), make_tokenizer(), None),
         lambda: Similarity(str(copy), "cross-encoder")(["a"], ["b"]),
         lambda: check_tokenizer(copy, make_tokenizer()),

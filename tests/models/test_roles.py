@@ -9,15 +9,15 @@ from types import SimpleNamespace
 from rlhf_recipes.core.errors import RecipeError
 from rlhf_recipes.core.files import REWARD, read_json
 from rlhf_recipes.core.hub import resolve_path
-from rlhf_recipes.models import roles
 from rlhf_recipes.models.fingerprint import fingerprint
 from rlhf_recipes.models.loading import load_model
 from rlhf_recipes.models.precision import disable_cpu_4bit_repacking
 from rlhf_recipes.models.tokenizer import PLAIN_CHAT_TEMPLATE, encode, load_tokenizer
+from rlhf_recipes.rewards import saved
 from rlhf_recipes.rewards.classifier import load_reward_model
-from rlhf_recipes.rewards.records import store_normalisation, write_ensemble_record
+from rlhf_recipes.rewards.reward_json import store_normalisation, write_ensemble_record
 from rlhf_recipes.rewards.reward_models import Ensemble
-from rlhf_recipes.rewards.saved import load_reward, load_saved_rewards, load_whole_reward
+from rlhf_recipes.rewards.saved import load_full_reward, load_reward_adapter, load_saved_reward
 from rlhf_recipes.tiny import splits
 from rlhf_recipes.training.reward import RankingTrainer
 from support import ROOT
@@ -140,7 +140,7 @@ def test_scores_are_the_same_before_saving_and_wherever_the_adapter_is_loaded(tr
     # on a base in memory, bare and beside other adapters
     foreign = AutoModelForCausalLM.from_pretrained(BASE, **{k: v for k, v in options.items() if k != "num_labels"})
     for base in (load_base(**BITS[bits]), policy(**BITS[bits]), foreign):
-        reward = load_reward(base, folder, "reward", tokenizer, batch_size=3)
+        reward = load_reward_adapter(base, folder, "reward", tokenizer, batch_size=3)
         close(reward.score(**batch), before)
         assert reward.score(**batch).dtype == torch.float32
         close(torch.tensor(reward(*answers)), before)
@@ -180,19 +180,19 @@ def test_merged_at_full_precision_it_scores_the_same(trained, tokenizer, batch, 
     tokenizer.save_pretrained(tmp_path)
     with torch.no_grad():
         close(AutoModelForSequenceClassification.from_pretrained(tmp_path)(**batch).logits[:, 0], before)
-    merged = load_whole_reward(tmp_path, "merged", tokenizer)
+    merged = load_full_reward(tmp_path, "merged", tokenizer)
     close(merged.score(**batch), before)
     close(torch.tensor(merged(*answers)), before)
 
 
 def test_several_on_one_base_and_trained_with_a_bf16_base(trained, tokenizer, batch, tmp_path):
     model = policy()
-    rewards = [load_reward(model, trained[name][0], name, tokenizer) for name in ("fp32", "second")]
+    rewards = [load_reward_adapter(model, trained[name][0], name, tokenizer) for name in ("fp32", "second")]
     for _ in range(2):
         for reward in rewards:
             close(reward.score(**batch), trained[reward.__name__][1])
     before = train(tmp_path, tokenizer, batch, dtype="bfloat16")
-    close(load_reward(load_base(dtype="bfloat16"), tmp_path, "reward", tokenizer).score(**batch), before)
+    close(load_reward_adapter(load_base(dtype="bfloat16"), tmp_path, "reward", tokenizer).score(**batch), before)
 
 
 def test_in_4_bits_with_bf16_compute_it_scores_the_same_on_every_base(tokenizer, batch, answers, tmp_path):
@@ -201,7 +201,7 @@ def test_in_4_bits_with_bf16_compute_it_scores_the_same_on_every_base(tokenizer,
     before = train(tmp_path, tokenizer, batch, **options)
     assert before.std() > 0.1
     for base in (load_base(**options), policy(**options), policy(**options).train()):
-        reward = load_reward(base, tmp_path, "reward", tokenizer, batch_size=len(answers[0]))
+        reward = load_reward_adapter(base, tmp_path, "reward", tokenizer, batch_size=len(answers[0]))
         close(reward.score(**batch), before)
         assert reward.head.weight.dtype == torch.float32
 
@@ -217,7 +217,7 @@ def test_head_of_a_whole_bf16_model_is_read_as_it_was_saved(tokenizer, batch, tm
     with torch.no_grad():
         before = model.eval()(**batch).logits[:, 0]
     assert not torch.equal(model.score.weight, model.score.weight.bfloat16().float())
-    reward = load_whole_reward(tmp_path, "whole", tokenizer)
+    reward = load_full_reward(tmp_path, "whole", tokenizer)
     assert torch.equal(reward.head.weight, model.score.weight)
     close(reward.score(**batch), before)
     on = load_reward_model(ModelConfig(str(tmp_path), dtype="bfloat16"), RewardConfig(str(tmp_path), bf16=False), tokenizer)
@@ -228,7 +228,7 @@ def test_an_adapter_costs_its_own_weights_and_no_other_base(trained, tokenizer):
     model = load_base()
     pointers = {weight.data_ptr() for weight in model.parameters()}
     count = sum(weight.numel() for weight in model.parameters())
-    reward = load_reward(model, trained["fp32"][0], "reward", tokenizer)
+    reward = load_reward_adapter(model, trained["fp32"][0], "reward", tokenizer)
     saved = sum(weight.numel() for weight in load_file(trained["fp32"][0] / "adapter_model.safetensors").values())
     assert sum(weight.numel() for weight in model.parameters()) - count + reward.head.weight.numel() == saved
     assert pointers <= {weight.data_ptr() for weight in model.parameters()}
@@ -262,7 +262,7 @@ def test_scoring_leaves_every_other_role_as_it_was(trained, tokenizer, batch, bi
     next(weight for name, weight in model.named_parameters() if "lora_A.default" in name).requires_grad_(False)
     before, expected = state_of(model), logits(model, batch)
     random = torch.get_rng_state()
-    reward = load_reward(model, folder, "reward", tokenizer)
+    reward = load_reward_adapter(model, folder, "reward", tokenizer)
     assert torch.equal(torch.get_rng_state(), random)
     loaded = state_of(model)
     assert before["trained"] == loaded["trained"]
@@ -291,7 +291,7 @@ def test_gradients_of_the_policy_are_the_same_after_scoring(trained, tokenizer, 
         model(**batch, labels=batch["input_ids"]).loss.backward()
         return torch.cat([weight.grad.flatten() for weight in model.parameters() if weight.requires_grad])
 
-    reward = load_reward(model, trained[bits][0], "reward", tokenizer)
+    reward = load_reward_adapter(model, trained[bits][0], "reward", tokenizer)
     before = gradient()
     reward.score(**batch)
     assert before.norm() > 0
@@ -301,7 +301,7 @@ def test_gradients_of_the_policy_are_the_same_after_scoring(trained, tokenizer, 
 def test_a_bare_base_stays_bare_and_takes_other_adapters(trained, tokenizer, batch):
     model = load_base()
     expected = logits(model, batch)
-    rewards = [load_reward(model, trained[name][0], name, tokenizer) for name in ("fp32", "second")]
+    rewards = [load_reward_adapter(model, trained[name][0], name, tokenizer) for name in ("fp32", "second")]
     for reward in rewards:
         close(reward.score(**batch), trained[reward.__name__][1])
     assert torch.equal(logits(model, batch), expected)
@@ -315,7 +315,7 @@ def test_a_bare_base_stays_bare_and_takes_other_adapters(trained, tokenizer, bat
 
 def test_state_comes_back_after_an_error(trained, tokenizer, batch):
     model = policy().train()
-    reward = load_reward(model, trained["fp32"][0], "reward", tokenizer)
+    reward = load_reward_adapter(model, trained["fp32"][0], "reward", tokenizer)
     before = state_of(model)
     with pytest.raises(IndexError):
         reward.score(batch["input_ids"] + 10**6, batch["attention_mask"])
@@ -324,7 +324,7 @@ def test_state_comes_back_after_an_error(trained, tokenizer, batch):
 
 def test_merged_policy_is_not_unmerged_behind_its_back(trained, tokenizer, batch):
     model = policy()
-    reward = load_reward(model, trained["fp32"][0], "reward", tokenizer)
+    reward = load_reward_adapter(model, trained["fp32"][0], "reward", tokenizer)
     model.merge_adapter()
     with pytest.raises(RecipeError, match="merged into the base"):
         reward.score(**batch)
@@ -335,7 +335,7 @@ def test_policy_that_trains_its_embeddings_too(trained, tokenizer, batch):
     model = get_peft_model(load_base(), LoraConfig(r=2, target_modules=["q_proj"], modules_to_save=["embed_tokens", "norm"]))
     model.base_model.model.model.embed_tokens.modules_to_save.default.weight.data.add_(1.0)
     expected = logits(model, batch)
-    reward = load_reward(model, trained["fp32"][0], "reward", tokenizer)
+    reward = load_reward_adapter(model, trained["fp32"][0], "reward", tokenizer)
     before = state_of(model)
     close(reward.score(**batch), trained["fp32"][1])
     assert_unchanged(before, state_of(model))
@@ -346,7 +346,7 @@ def test_policy_that_trains_its_embeddings_too(trained, tokenizer, batch):
 
 
 def test_padding_does_not_matter(trained, tokenizer, batch):
-    reward = load_reward(load_base(), trained["fp32"][0], "reward", tokenizer)
+    reward = load_reward_adapter(load_base(), trained["fp32"][0], "reward", tokenizer)
     expected = reward.score(**batch)
     lengths = batch["attention_mask"].sum(1)
     for side, pad in (("left", 0), ("left", 7), ("right", 7), ("both", 7)):
@@ -367,7 +367,7 @@ def test_padding_does_not_matter(trained, tokenizer, batch):
 
 def test_generated_answers_score_like_written_ones(trained, tokenizer, answers):
     """The space that a template puts before an answer is generated with it, and stands there once."""
-    reward = load_reward(load_base(), trained["fp32"][0], "reward", tokenizer)
+    reward = load_reward_adapter(load_base(), trained["fp32"][0], "reward", tokenizer)
     prompts, written = answers
     generated = [[{**message, "content": " " + message["content"]} for message in completion] for completion in written]
     assert reward(prompts, generated) == reward(prompts, written)
@@ -377,7 +377,7 @@ def test_generated_answers_score_like_written_ones(trained, tokenizer, answers):
 
 def test_it_is_a_reward_function_of_trl(trained, tokenizer, tmp_path):
     model = policy()
-    rewards = [load_reward(model, trained[name][0], name, tokenizer) for name in ("fp32", "second")]
+    rewards = [load_reward_adapter(model, trained[name][0], name, tokenizer) for name in ("fp32", "second")]
     training = GRPOConfig(
         str(tmp_path),
         bf16=False,
@@ -414,7 +414,7 @@ def test_it_is_a_reward_function_of_trl(trained, tokenizer, tmp_path):
 
 def test_ensembles_combine_their_members(trained, tokenizer, batch, answers):
     model = load_base()
-    members = [load_reward(model, trained[name][0], name, tokenizer) for name in ("fp32", "second", "4bit")]
+    members = [load_reward_adapter(model, trained[name][0], name, tokenizer) for name in ("fp32", "second", "4bit")]
     scores = [member.score(**batch).tolist() for member in members]
     means = [sum(values) / 3 for values in zip(*scores, strict=True)]
     squares = [sum((value - mean) ** 2 for value in values) for *values, mean in zip(*scores, means, strict=True)]
@@ -432,7 +432,7 @@ def test_ensembles_combine_their_members(trained, tokenizer, batch, answers):
 
 
 def test_ensembles_that_make_no_sense(trained, tokenizer):
-    reward = load_reward(load_base(), trained["fp32"][0], "reward", tokenizer)
+    reward = load_reward_adapter(load_base(), trained["fp32"][0], "reward", tokenizer)
     with pytest.raises(RecipeError, match="at least one"):
         Ensemble([])
     with pytest.raises(RecipeError, match="by mean, min or uncertainty, not by 'max'"):
@@ -458,27 +458,27 @@ def test_ensemble_is_of_the_members_that_its_record_lists(ensemble, tokenizer, b
     write_ensemble_record(ensemble, ["member-0", "member-1"], "uncertainty", 0.5)
     (ensemble / "member-old").mkdir()
     model = policy()
-    reward = load_saved_rewards(ensemble, model, tokenizer)
-    members = [load_reward(model, ensemble / f"member-{n}", f"again-{n}", tokenizer) for n in range(2)]
+    reward = load_saved_reward(ensemble, model, tokenizer)
+    members = [load_reward_adapter(model, ensemble / f"member-{n}", f"again-{n}", tokenizer) for n in range(2)]
     close(reward.score(**batch), Ensemble(members, "uncertainty", 0.5).score(**batch))
-    least = load_saved_rewards(ensemble, policy(), tokenizer, combine="min", batch_size=2)
+    least = load_saved_reward(ensemble, policy(), tokenizer, combine="min", batch_size=2)
     close(least.score(**batch), Ensemble(members, "min").score(**batch))
     assert least.batch_size == least.members[0].batch_size == 2
 
 
 def test_ensemble_without_its_record_or_a_member_is_refused(ensemble, tokenizer):
     with pytest.raises(RecipeError, match=f"{ensemble} holds members of an ensemble, and no reward.json .* was not finished"):
-        load_saved_rewards(ensemble, policy(), tokenizer)
+        load_saved_reward(ensemble, policy(), tokenizer)
     write_ensemble_record(ensemble, ["member-0", "member-7"], "mean", 1.0)
     with pytest.raises(RecipeError, match=r"reward\.json: the member member-7 is not there"):
-        load_saved_rewards(ensemble, policy(), tokenizer)
+        load_saved_reward(ensemble, policy(), tokenizer)
     for elsewhere in ("../ensemble/member-0", str(ensemble / "member-0"), "..", ""):
         write_ensemble_record(ensemble, ["member-0", elsewhere], "mean", 1.0)
         with pytest.raises(RecipeError, match=r"reward\.json: ensemble: members: must be a list of names of folders"):
-            load_saved_rewards(ensemble, policy(), tokenizer)
+            load_saved_reward(ensemble, policy(), tokenizer)
     (ensemble / "reward.json").write_text('{"ensemble": ["member-0"]}')
-    with pytest.raises(RecipeError, match=r"reward\.json: ensemble: must be a mapping, and is \[\"member-0\"\]"):
-        load_saved_rewards(ensemble, policy(), tokenizer)
+    with pytest.raises(RecipeError, match=r"reward\.json: ensemble: .*member-0"):
+        load_saved_reward(ensemble, policy(), tokenizer)
 
 
 @pytest.mark.parametrize("options", [{"combine": "min"}, {"uncertainty_coef": 3.0}])
@@ -486,26 +486,26 @@ def test_one_reward_model_is_not_combined(folder, tokenizer, options):
     with pytest.raises(
         RecipeError, match=f"{folder} holds one reward model: `combine` and `uncertainty_coef` are for ensembles"
     ):
-        load_saved_rewards(folder, policy(), tokenizer, **options)
+        load_saved_reward(folder, policy(), tokenizer, **options)
 
 
 def test_reward_model_without_a_scale_is_warned_of_once(folder, tokenizer, batch, answers, caplog):
-    reward = load_saved_rewards(folder, policy(), tokenizer)
+    reward = load_saved_reward(folder, policy(), tokenizer)
     for _ in range(2):
         reward.score(**batch)
     (warning,) = caplog.messages
     assert warning.startswith(f"{folder} has no scale (`normalisation` in reward.json): its raw scores are used")
     reward.calibrate(*answers)
     caplog.clear()
-    load_saved_rewards(folder, policy(), tokenizer)
+    load_saved_reward(folder, policy(), tokenizer)
     assert not caplog.records
 
 
 def test_whole_reward_model_is_placed_where_the_policy_will_be(tmp_path, tokenizer, monkeypatch):
     AutoModelForSequenceClassification.from_pretrained(BASE, num_labels=1).save_pretrained(tmp_path)
     tokenizer.save_pretrained(tmp_path)
-    monkeypatch.setattr(roles, "PartialState", lambda: SimpleNamespace(device=torch.device("meta")))
-    reward = load_saved_rewards(tmp_path, load_base(), tokenizer, batch_size=5)
+    monkeypatch.setattr(saved, "PartialState", lambda: SimpleNamespace(device=torch.device("meta")))
+    reward = load_saved_reward(tmp_path, load_base(), tokenizer, batch_size=5)
     assert {weight.device.type for weight in reward.model.parameters()} == {"meta"}
     assert reward.head.weight.device.type == "meta"
     assert reward.batch_size == 5
@@ -515,12 +515,12 @@ def test_whole_reward_model_is_placed_where_the_policy_will_be(tmp_path, tokeniz
 
 
 def test_normalised_scores_have_mean_0_and_deviation_1_on_demonstrations(folder, tokenizer, batch, answers):
-    reward = load_reward(load_base(), folder, "reward", tokenizer)
+    reward = load_reward_adapter(load_base(), folder, "reward", tokenizer)
     raw = reward.score(**batch)
     assert (reward.normalisation, read_json(folder / REWARD)["normalisation"]) == (None, None)
     normalisation = reward.calibrate(*answers)
     assert normalisation.samples == len(raw)
-    again = load_reward(load_base(), folder, "reward", tokenizer)
+    again = load_reward_adapter(load_base(), folder, "reward", tokenizer)
     for scores in (
         reward.score(**batch),
         again.score(**batch),
@@ -536,7 +536,7 @@ def test_normalised_scores_have_mean_0_and_deviation_1_on_demonstrations(folder,
 
 
 def test_scale_that_cannot_be_measured_leaves_the_old_one(folder, tokenizer, answers):
-    reward = load_reward(load_base(), folder, "reward", tokenizer)
+    reward = load_reward_adapter(load_base(), folder, "reward", tokenizer)
     before = reward.calibrate(*answers)
     with pytest.raises(RecipeError, match="cannot be normalised"):
         reward.calibrate(answers[0][:1] * 3, answers[1][:1] * 3)
@@ -567,14 +567,14 @@ def test_malformed_normalisation_is_refused(folder, tokenizer, stored):
     record = json.loads((folder / "reward.json").read_text()) | {"normalisation": stored}
     (folder / "reward.json").write_text(json.dumps(record))
     with pytest.raises(RecipeError, match=r"reward\.json: normalisation: expected mean, std above 0 and samples, found"):
-        load_reward(load_base(), folder, "reward", tokenizer)
+        load_reward_adapter(load_base(), folder, "reward", tokenizer)
 
 
 @pytest.mark.parametrize("text", ["{", "[]"])
 def test_malformed_record_is_refused(folder, tokenizer, text):
     (folder / "reward.json").write_text(text)
     with pytest.raises(RecipeError, match=r"reward\.json: "):
-        load_reward(load_base(), folder, "reward", tokenizer)
+        load_reward_adapter(load_base(), folder, "reward", tokenizer)
 
 
 # --- Refusals --------------------------------------------------------------------------------------------
@@ -584,7 +584,7 @@ def refused(folder, tokenizer, match, model=None):
     model = model or load_base()
     names = set(dict(model.named_parameters()))
     with pytest.raises(RecipeError, match=match):
-        load_reward(model, folder, "reward", tokenizer)
+        load_reward_adapter(model, folder, "reward", tokenizer)
     assert set(dict(model.named_parameters())) == names  # nothing was put on the base
 
 
@@ -615,19 +615,19 @@ def test_head_of_another_width_is_refused(folder, tokenizer):
         folder, lambda w: {name: weight[:, :-1].contiguous() if "score" in name else weight for name, weight in w.items()}
     )
     with pytest.raises(RecipeError, match=r"a head of shape .*127.* needs one weight of \(1, 128\)"):
-        load_reward(load_base(), folder, "reward", tokenizer)
+        load_reward_adapter(load_base(), folder, "reward", tokenizer)
 
 
 def test_lora_weights_that_are_not_in_the_file_are_never_random(folder, tokenizer):
     edit_weights(folder, lambda weights: {n: w for n, w in weights.items() if "layers.0.self_attn.q_proj.lora_A" not in n})
     with pytest.raises(RecipeError, match=r"do not fit .*q_proj\.lora_A.* has no counterpart"):
-        load_reward(load_base(), folder, "reward", tokenizer)
+        load_reward_adapter(load_base(), folder, "reward", tokenizer)
 
 
 def test_lora_weights_that_the_base_has_no_place_for(folder, tokenizer):
     edit_config(folder, target_modules=["q_proj"])
     with pytest.raises(RecipeError, match=r"do not fit .* has no counterpart"):
-        load_reward(load_base(), folder, "reward", tokenizer)
+        load_reward_adapter(load_base(), folder, "reward", tokenizer)
 
 
 def test_adapter_of_another_task_is_refused(folder, tokenizer):
@@ -680,10 +680,10 @@ def test_base_that_an_adapter_was_merged_into_is_refused(folder, tokenizer):
 
 def test_base_in_4_bits_is_told_from_a_merged_one_by_its_name(folder, tokenizer, trained, caplog):
     """Its linear layers cannot be compared with those of another precision."""
-    load_reward(load_base(**IN_4_BITS), folder, "reward", tokenizer)
-    load_reward(load_base(), trained["4bit"][0], "reward", tokenizer)
+    load_reward_adapter(load_base(**IN_4_BITS), folder, "reward", tokenizer)
+    load_reward_adapter(load_base(), trained["4bit"][0], "reward", tokenizer)
     assert not caplog.records
-    load_reward(renamed("runs/sft-merged", **IN_4_BITS), folder, "reward", tokenizer)
+    load_reward_adapter(renamed("runs/sft-merged", **IN_4_BITS), folder, "reward", tokenizer)
     (warning,) = caplog.messages
     assert warning.startswith(
         f"{folder} was trained on {BASE}, and the base in memory is runs/sft-merged: their embeddings are"
@@ -694,15 +694,15 @@ def test_records_without_a_digest_of_the_linear_layers_are_read(folder, tokenize
     record = read_json(folder / REWARD)
     assert record["base_model"]["fingerprint"].pop("matrices")
     (folder / REWARD).write_text(json.dumps(record))
-    close(load_reward(load_base(), folder, "reward", tokenizer).score(**batch), trained["fp32"][1])
+    close(load_reward_adapter(load_base(), folder, "reward", tokenizer).score(**batch), trained["fp32"][1])
     assert not caplog.records
-    close(load_reward(renamed("moved"), folder, "reward", tokenizer).score(**batch), trained["fp32"][1])
+    close(load_reward_adapter(renamed("moved"), folder, "reward", tokenizer).score(**batch), trained["fp32"][1])
     assert f"trained on {BASE}, and the base in memory is moved" in caplog.text
 
 
 def test_where_weights_cannot_be_compared_the_name_decides(folder, tokenizer):
     """In fp16 there is nothing to compare: rounding differs from that of bf16."""
-    load_reward(load_base(dtype="float16"), folder, "reward", tokenizer)
+    load_reward_adapter(load_base(dtype="float16"), folder, "reward", tokenizer)
     both = f"{folder} was trained on {BASE}, and the base in memory is another-base: their weights cannot be compared"
     refused(folder, tokenizer, both, renamed("another-base", dtype="float16"))
 
@@ -710,12 +710,12 @@ def test_where_weights_cannot_be_compared_the_name_decides(folder, tokenizer):
 def test_base_that_was_moved_is_taken(folder, tokenizer, batch, trained, tmp_path):
     shutil.copytree(BASE, tmp_path / "elsewhere")
     moved = AutoModelForCausalLM.from_pretrained(tmp_path / "elsewhere")
-    close(load_reward(moved, folder, "reward", tokenizer).score(**batch), trained["fp32"][1])
+    close(load_reward_adapter(moved, folder, "reward", tokenizer).score(**batch), trained["fp32"][1])
 
 
 def test_without_a_fingerprint_the_name_decides(folder, tokenizer, batch, trained):
     (folder / "reward.json").unlink()
-    close(load_reward(load_base(), folder, "reward", tokenizer).score(**batch), trained["fp32"][1])
+    close(load_reward_adapter(load_base(), folder, "reward", tokenizer).score(**batch), trained["fp32"][1])
     edit_config(folder, base_model_name_or_path="somebody/other-model")
     refused(folder, tokenizer, f"was trained on somebody/other-model, and the base in memory is {BASE}")
 
@@ -758,7 +758,7 @@ def test_other_tokenizers_are_refused(folder, tokenizer):
     larger.add_tokens(["<turn>"])
     refused(folder, larger, f"{both}vocabulary \\({len(tokenizer)} tokens against {len(tokenizer) + 1}\\)")
     close_enough = other(padding_side="left", pad_token="<unk>")
-    assert load_reward(load_base(), folder, "reward", close_enough).tokenizer is close_enough
+    assert load_reward_adapter(load_base(), folder, "reward", close_enough).tokenizer is close_enough
     for path in (*folder.glob("tokenizer*"), folder / "chat_template.jinja"):
         path.unlink()
     refused(folder, tokenizer, f"{folder}: no tokenizer there")
@@ -766,21 +766,21 @@ def test_other_tokenizers_are_refused(folder, tokenizer):
 
 def test_a_name_that_is_taken(trained, tokenizer):
     with pytest.raises(RecipeError, match="has an adapter 'ref' already"):
-        load_reward(policy(), trained["fp32"][0], "ref", tokenizer)
+        load_reward_adapter(policy(), trained["fp32"][0], "ref", tokenizer)
     model = load_base()
-    load_reward(model, trained["fp32"][0], "reward", tokenizer)
+    load_reward_adapter(model, trained["fp32"][0], "reward", tokenizer)
     with pytest.raises(RecipeError, match="has an adapter 'reward' already"):
-        load_reward(model, trained["fp32"][0], "reward", tokenizer)
+        load_reward_adapter(model, trained["fp32"][0], "reward", tokenizer)
 
 
 def test_whole_models_that_cannot_score(trained, tokenizer, tmp_path):
-    with pytest.raises(RecipeError, match="put it on its base with `load_reward`"):
-        load_whole_reward(trained["fp32"][0], "whole", tokenizer)
+    with pytest.raises(RecipeError, match="put it on its base with `load_reward_adapter`"):
+        load_full_reward(trained["fp32"][0], "whole", tokenizer)
     with pytest.raises(RecipeError, match=r"its files lack score\.weight: it would score at random"):
-        load_whole_reward(BASE, "whole", tokenizer)
+        load_full_reward(BASE, "whole", tokenizer)
     with pytest.raises(RecipeError, match="no usable reward model there"):
-        load_whole_reward(tmp_path, "whole", tokenizer)
+        load_full_reward(tmp_path, "whole", tokenizer)
     AutoModelForSequenceClassification.from_pretrained(BASE, num_labels=2).save_pretrained(tmp_path)
     tokenizer.save_pretrained(tmp_path)
     with pytest.raises(RecipeError, match="has no head `score` with one output"):
-        load_whole_reward(tmp_path, "whole", tokenizer)
+        load_full_reward(tmp_path, "whole", tokenizer)

@@ -7,9 +7,8 @@ from rlhf_recipes.core.errors import RecipeError
 from rlhf_recipes.core.hub import resolve_path
 from rlhf_recipes.evaluation.metrics.truthfulness import Truthfulness
 from rlhf_recipes.models.tokenizer import load_tokenizer
-from rlhf_recipes.rewards.checks import checked
 from rlhf_recipes.rewards.functions import (
-    FROM_TRL,
+    TRL_KEYWORDS,
     Abstention,
     LengthPenalty,
     RepetitionPenalty,
@@ -17,20 +16,15 @@ from rlhf_recipes.rewards.functions import (
     last_text,
     normalised_match,
 )
-from rlhf_recipes.rewards.similarity import Similarity
-from rlhf_recipes.rewards.specs import load_rewards
+from rlhf_recipes.rewards.protocol import checked_reward
+from rlhf_recipes.rewards.reward_funcs import load_rewards
 from rlhf_recipes.tiny import splits
 
 import numpy as np
 import pytest
 import torch
-from tokenizers import Tokenizer, models, pre_tokenizers, processors
 from transformers import (
     AutoModelForCausalLM,
-    BertConfig,
-    BertForSequenceClassification,
-    BertModel,
-    PreTrainedTokenizerFast,
 )
 from trl import GRPOConfig, GRPOTrainer, ModelConfig
 from trl.trainer.utils import get_callable_name, is_async_callable
@@ -63,7 +57,7 @@ def test_matches(reward, expected, shape):
     assert reward(prompts=[""] * 8, completions=shape(completions), completion_ids=[], reference=reference) == expected
 
 
-@pytest.mark.parametrize("reward", [exact_match, normalised_match, Abstention(), Similarity("nowhere", "embedding")])
+@pytest.mark.parametrize("reward", [exact_match, normalised_match, Abstention()])
 def test_a_comparison_needs_the_column_and_texts_in_it(reward):
     name = get_callable_name(reward)
     with pytest.raises(RecipeError, match=f"^{name}: the data have no column `reference`.*column_mapping"):
@@ -106,184 +100,6 @@ def test_abstention_is_judged_as_the_metric_judges():
     shares = Truthfulness().compute(predictions=completions, references=["Larkhill."] * 7)
     rewards = Abstention()(completions=completions, reference=["Larkhill."] * 7)
     assert {kind: rewards.count(value) / 7 for kind, value in (("right", 1), ("abstained", 0), ("made_up", -1))} == shares
-
-
-# --- Similarity ------------------------------------------------------------------------------------------
-
-WORDS = ["the", "cat", "sat", "on", "a", "mat", "dog", "ran", "far", "away", "ça", "一"]
-SPECIAL = ["[PAD]", "[UNK]", "[CLS]", "[SEP]"]
-IDS = {word: index for index, word in enumerate([*SPECIAL, *WORDS])}
-TEXTS = ["the cat sat", "a dog ran far away on the mat", "ça 一", "cat", "the dog sat on the cat on a mat far away"]
-REFERENCES = ["the cat sat on a mat", "a dog", "the cat ran", "cat", "ça 一 unheard-of"]
-
-
-def save_tokenizer(path, **options):
-    tokenizer = Tokenizer(models.WordLevel(IDS, unk_token="[UNK]"))
-    tokenizer.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
-    tokenizer.post_processor = processors.TemplateProcessing(
-        single="[CLS] $A [SEP]", pair="[CLS] $A [SEP] $B:1 [SEP]:1", special_tokens=[("[CLS]", 2), ("[SEP]", 3)]
-    )
-    inputs = ["input_ids", "token_type_ids", "attention_mask"]
-    options = {"pad_token": "[PAD]", "padding_side": "left", "model_input_names": inputs} | options
-    PreTrainedTokenizerFast(
-        tokenizer_object=tokenizer, unk_token="[UNK]", cls_token="[CLS]", sep_token="[SEP]", **options
-    ).save_pretrained(path)
-
-
-def save_model(path, architecture=BertModel, tokenizer=True, **options):
-    """A small BERT whose random weights are large enough for scores to differ; returns it."""
-    torch.manual_seed(3)
-    sizes = {"hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 32}
-    config = BertConfig(vocab_size=len(IDS), max_position_embeddings=24, initializer_range=0.5, **sizes, **options)
-    model = architecture(config).eval()
-    model.save_pretrained(path)
-    if tokenizer:
-        save_tokenizer(path)
-    return model
-
-
-def tokens(text):
-    return [IDS.get(word, 1) for word in text.split()]
-
-
-def hidden_states(model, text):
-    with torch.no_grad():
-        return model(input_ids=torch.tensor([[2, *tokens(text), 3]])).last_hidden_state[0].numpy().astype(np.float64)
-
-
-def logits(model, first, second):
-    first, second = [2, *tokens(first), 3], [*tokens(second), 3]
-    types = torch.tensor([[0] * len(first) + [1] * len(second)])
-    with torch.no_grad():
-        return model(input_ids=torch.tensor([first + second]), token_type_ids=types).logits[0].tolist()
-
-
-@pytest.fixture
-def embedding(tmp_path):
-    return save_model(tmp_path), str(tmp_path)
-
-
-def test_embedding_is_the_cosine_of_mean_hidden_states(embedding):
-    model, path = embedding
-    expected = []
-    for text, truth in zip(TEXTS, REFERENCES, strict=True):
-        one, other = hidden_states(model, text).mean(0), hidden_states(model, truth).mean(0)
-        expected.append(one @ other / math.sqrt((one @ one) * (other @ other)))
-    scores = Similarity(path, "embedding")(completions=chat(*TEXTS), reference=REFERENCES)
-    assert scores == pytest.approx(expected, abs=1e-5)
-    assert max(abs(a - b) for a in scores for b in scores) > 0.1
-    assert Similarity(path, "embedding")(completions=REFERENCES, reference=TEXTS) == pytest.approx(scores, abs=1e-6)
-
-
-def test_a_text_is_like_itself(embedding):
-    assert Similarity(embedding[1], "embedding")(completions=TEXTS, reference=TEXTS) == pytest.approx([1.0] * 5, abs=1e-5)
-
-
-def sigmoid(x):
-    return 1 / (1 + math.exp(-x))
-
-
-def share(index):
-    return lambda row: math.exp(row[index]) / sum(map(math.exp, row))
-
-
-@pytest.mark.parametrize(
-    ("options", "score"),
-    [
-        ({"num_labels": 1}, lambda row: sigmoid(row[0])),
-        ({"num_labels": 1, "problem_type": "regression"}, lambda row: row[0]),
-        ({"id2label": {0: "not_equivalent", 1: "Equivalent"}}, share(1)),
-        ({"id2label": {0: "contradiction", 1: "neutral", 2: "ENTAILMENT"}}, share(2)),
-        ({"id2label": {0: "entailment", 1: "not_entailment", 2: "neutral"}}, share(0)),
-    ],
-)
-def test_cross_encoder_takes_the_lower_score_of_both_orders(tmp_path, options, score):
-    model = save_model(tmp_path, BertForSequenceClassification, **options)
-    orders = [
-        [score(logits(model, *pair)) for pair in zip(*texts, strict=True)]
-        for texts in ((TEXTS, REFERENCES), (REFERENCES, TEXTS))
-    ]
-    expected = [min(pair) for pair in zip(*orders, strict=True)]
-    assert expected not in orders  # both orders matter
-    scores = Similarity(str(tmp_path), "cross-encoder")(completions=TEXTS, reference=REFERENCES)
-    assert scores == pytest.approx(expected, abs=1e-5)
-
-
-@pytest.mark.parametrize("kind", ["embedding", "cross-encoder"])
-def test_scores_depend_on_neither_batch_nor_padding(tmp_path, kind):
-    save_model(tmp_path, BertModel if kind == "embedding" else BertForSequenceClassification, num_labels=1)
-    whole = Similarity(str(tmp_path), kind)(completions=TEXTS, reference=REFERENCES)
-    assert len(set(whole)) == 5
-    for batch_size in (1, 2, 3):
-        scores = Similarity(str(tmp_path), kind, batch_size=batch_size)(completions=TEXTS, reference=REFERENCES)
-        assert scores == pytest.approx(whole, abs=1e-5)
-
-
-def test_rows_that_are_not_read(embedding):
-    reward = Similarity(embedding[1], "embedding")
-    mixed = reward(
-        completions=["", TEXTS[0], TEXTS[1], " ", TEXTS[2]], reference=["cat", REFERENCES[0], None, None, REFERENCES[2]]
-    )
-    one, other = reward(completions=[TEXTS[0], TEXTS[2]], reference=[REFERENCES[0], REFERENCES[2]])
-    assert mixed == [0.0, pytest.approx(one, abs=1e-6), None, None, pytest.approx(other, abs=1e-6)]
-
-
-def test_without_anything_to_read_no_model_is_loaded():
-    assert Similarity("nowhere", "embedding")(completions=["", "a"], reference=["a", None]) == [0.0, None]
-
-
-def test_long_texts_are_cut(embedding):
-    path = embedding[1]
-    long, cut = "the cat sat on a mat", "the cat"
-    assert Similarity(path, "embedding", max_length=4)(completions=[long], reference=[cut]) == pytest.approx([1.0], abs=1e-5)
-    # the model has 24 positions, two of them for [CLS] and [SEP]
-    assert Similarity(path, "embedding")(completions=["dog " * 40], reference=["dog " * 22]) == pytest.approx([1.0], abs=1e-5)
-
-
-def test_the_model_is_loaded_once_without_gradients_and_in_eval_mode(embedding):
-    reward = Similarity(embedding[1], "embedding")
-    reward(completions=["cat"], reference=["dog"])
-    model = reward._loaded[1]
-    assert not model.training
-    reward(completions=["cat"], reference=["dog"])
-    assert reward._loaded[1] is model
-    means = []
-    reward._read(lambda inputs, output: means.append(output.last_hidden_state) or means[0], ("cat",))
-    assert not means[0].requires_grad
-
-
-def refused(path, kind="embedding"):
-    with pytest.raises(RecipeError) as error:
-        Similarity(str(path), kind)(completions=["cat"], reference=["dog"])
-    message = str(error.value)
-    assert message.startswith(f"Similarity: model_name_or_path: {path}: ")
-    return message
-
-
-def test_models_that_cannot_compare_are_refused(tmp_path):
-    assert "no such folder" in refused(tmp_path / "nowhere")
-    save_model(tmp_path / "bare", BertModel)
-    assert "it is no cross-encoder: its weights lack classifier.bias" in refused(tmp_path / "bare", "cross-encoder")
-    save_model(tmp_path / "unnamed", BertForSequenceClassification, num_labels=2)
-    assert "none of its labels (LABEL_0, LABEL_1) is named entailment" in refused(tmp_path / "unnamed", "cross-encoder")
-    save_model(tmp_path / "mute", tokenizer=False)
-    assert "there is no tokenizer" in refused(tmp_path / "mute")
-    save_tokenizer(tmp_path / "mute", pad_token=None)
-    assert "no PAD" in refused(tmp_path / "mute")
-
-
-def test_weights_must_be_complete_and_in_safetensors(tmp_path):
-    model = save_model(tmp_path)
-    weights = {name: weight for name, weight in model.state_dict().items() if "pooler" not in name}
-    model.save_pretrained(tmp_path, state_dict=dict(weights))  # the pooler is not used
-    Similarity(str(tmp_path), "embedding")(completions=["cat"], reference=["dog"])
-    lost = next(name for name in weights if name.endswith("output.dense.weight"))
-    del weights[lost]
-    model.save_pretrained(tmp_path, state_dict=weights)
-    assert f"it is no embedding: its weights lack {lost}" in refused(tmp_path)
-    (tmp_path / "model.safetensors").unlink()
-    torch.save(model.state_dict(), tmp_path / "pytorch_model.bin")
-    assert "model.safetensors" in refused(tmp_path)
 
 
 # --- Penalties -------------------------------------------------------------------------------------------
@@ -341,16 +157,18 @@ def run(coroutine):
     "scores", [[1, None, -0.5], (1.0, None, -0.5), [np.float32(1), None, torch.tensor(-0.5)], [True, None, np.float64(-0.5)]]
 )
 def test_checked_passes_numbers_on(scores):
-    result = checked(returning(scores))(prompts=["a", "b", "c"], completions=["", "", ""])
+    result = checked_reward(returning(scores))(prompts=["a", "b", "c"], completions=["", "", ""])
     assert result == [1, None, -0.5]
     assert [type(score) for score in result] == [float, type(None), float]
 
 
 def test_checked_passes_arrays_and_arguments_on():
     for array in (torch.tensor([1.0, 2.0]), np.array([True, False])):
-        assert checked(returning(array))(prompts=["a", "b"], completions=["", ""]) == array.tolist()
+        assert checked_reward(returning(array))(prompts=["a", "b"], completions=["", ""]) == array.tolist()
     seen = {}
-    checked(lambda **columns: seen.update(columns) or [0])(prompts=["a"], completions=["b"], completion_ids=[[1]], extra=[2])
+    checked_reward(lambda **columns: seen.update(columns) or [0])(
+        prompts=["a"], completions=["b"], completion_ids=[[1]], extra=[2]
+    )
     assert seen == {"prompts": ["a"], "completions": ["b"], "completion_ids": [[1]], "extra": [2]}
 
 
@@ -372,24 +190,24 @@ def test_checked_passes_arrays_and_arguments_on():
 )
 def test_checked_refuses(scores, message):
     with pytest.raises(RecipeError, match=f"^the reward .*{message}") as error:
-        checked(returning(scores))(prompts=["first", "second" * 99], completions=["", ""])
+        checked_reward(returning(scores))(prompts=["first", "second" * 99], completions=["", ""])
     assert len(str(error.value)) < 900
 
 
 def test_checked_keeps_asynchronous_rewards_asynchronous():
     for later in (lengths_later, LengthsLater()):
-        reward = checked(later)
+        reward = checked_reward(later)
         assert is_async_callable(reward)
         assert run(reward(prompts=["a", "b"], completions=["", "xy"])) == [0, 2]
         with pytest.raises(RecipeError, match="2 numbers for 1 comp"):
             reward(prompts=["a"], completions=["", ""]).send(None)
-    assert not is_async_callable(checked(lengths))
-    assert [checked(reward).__name__ for reward in (lengths, lengths_later, LengthsLater())] == [
+    assert not is_async_callable(checked_reward(lengths))
+    assert [checked_reward(reward).__name__ for reward in (lengths, lengths_later, LengthsLater())] == [
         "lengths",
         "lengths_later",
         "LengthsLater",
     ]
-    assert checked(lengths, "other").__name__ == "other"
+    assert checked_reward(lengths, "other").__name__ == "other"
 
 
 # --- From YAML -------------------------------------------------------------------------------------------
@@ -460,7 +278,7 @@ def test_load_rewards():
         ("nosuchmodule.sub.f", "No module named 'nosuchmodule'$"),
         ("rlhf_recipes.rewrds.exact_match", "cannot import rlhf_recipes.rewrds .*; did you mean 'rewards'?"),
         (f"{REWARDS}.exactmatch", "rlhf_recipes.rewards has no 'exactmatch'; did you mean 'exact_match'?"),
-        (f"{REWARDS}.FROM_TRL", "is a tuple, and must be a function or a class"),
+        (f"{REWARDS}.functions.TRL_KEYWORDS", "is a tuple, and must be a function or a class"),
         ("builtins.max", "its parameters are unknown"),
         (f"{__name__}.without_columns", r"without_columns\(completions, reference\) does not take prompts.*`\*\*columns`"),
         ("trl.rewards.get_repetition_penalty_reward", "if it makes a reward, give it `arguments`"),
@@ -567,7 +385,7 @@ def test_a_step_of_trl(tmp_path):
     trainer.train()
     log = next(entry for entry in trainer.state.log_history if "reward" in entry)
     columns = SEEN[0]
-    assert set(columns) == {*FROM_TRL, "reference"}
+    assert set(columns) == {*TRL_KEYWORDS, "reference"}
     assert len(columns["prompts"]) == 16
 
     means = {}

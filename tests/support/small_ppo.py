@@ -6,7 +6,7 @@ from rlhf_recipes import PPOConfig, PPOTrainer
 from rlhf_recipes.models.backbone import backbone
 from rlhf_recipes.models.fingerprint import fingerprint
 from rlhf_recipes.models.precision import disable_cpu_4bit_repacking
-from rlhf_recipes.rewards.records import store_normalisation, write_reward_record
+from rlhf_recipes.rewards.reward_json import store_normalisation, write_reward_record
 
 import torch
 from datasets import Dataset

@@ -14,7 +14,7 @@ from rlhf_recipes.data import load_data, load_demonstrations
 from rlhf_recipes.evaluation.reward_evaluation import measure_reward
 from rlhf_recipes.models.loading import load_model
 from rlhf_recipes.rewards import reward_models
-from rlhf_recipes.rewards.saved import load_reward, load_saved_rewards, load_whole_reward
+from rlhf_recipes.rewards.saved import load_full_reward, load_reward_adapter, load_saved_reward
 from rlhf_recipes.tiny import splits
 from rlhf_recipes.training import run as runs
 from rlhf_recipes.training.run import run_dependencies
@@ -297,7 +297,9 @@ def test_best_answers_of_the_training_rows_score_0_with_deviation_1(trained, fil
     prompts, answers = best_answers(read_rows(files / "rankings.train.jsonl"))
     check_normalisation(folder, raw_scores(folder, prompts, answers), 16)
     tokenizer = AutoTokenizer.from_pretrained(folder)
-    scores = np.array(load_reward(AutoModelForCausalLM.from_pretrained(BASE), folder, "any", tokenizer)(prompts, answers))
+    scores = np.array(
+        load_reward_adapter(AutoModelForCausalLM.from_pretrained(BASE), folder, "any", tokenizer)(prompts, answers)
+    )
     assert scores.mean() == pytest.approx(0, abs=1e-5)
     assert scores.std() == pytest.approx(1, abs=1e-5)
 
@@ -330,7 +332,7 @@ def test_in_4_bits(trained, files):
     options = {"load_in_4bit": True, "use_bnb_nested_quant": True, "dtype": "float32"}
     base = load_model(ModelConfig(model_name_or_path=BASE, **options), SFTConfig(bf16=False))
     tokenizer = AutoTokenizer.from_pretrained(folder)
-    scorer = load_reward(base, folder, "any", tokenizer)
+    scorer = load_reward_adapter(base, folder, "any", tokenizer)
     scores = np.array(scorer(*best_answers(read_rows(files / "rankings.train.jsonl"))))
     assert (scores.mean(), scores.std()) == (pytest.approx(0, abs=1e-4), pytest.approx(1, abs=1e-4))
     rankings = read_rows(files / "rankings.test.jsonl")
@@ -354,7 +356,7 @@ def test_whole_models(trained, files):
         check_evaluation(results[member.name], scores[-1], [row["ranks"] for row in rankings])
         demonstrations = best_answers(read_rows(files / "rankings.train.jsonl"))
         check_normalisation(member, raw_scores(member, *demonstrations), 16)
-        whole = load_whole_reward(member, "any", AutoTokenizer.from_pretrained(member))
+        whole = load_full_reward(member, "any", AutoTokenizer.from_pretrained(member))
         assert np.mean(whole(*demonstrations)) == pytest.approx(0, abs=1e-4)
     assert abs(scores[0] - scores[1]).max() > 0.1
 
@@ -454,7 +456,7 @@ def test_run_that_has_no_scale_yet_is_not_done(reward, tmp_path, monkeypatch, en
     assert not list(folder.rglob("recipe.json"))
     status, error = reward(folder, *LONG, *ensemble)
     assert status == 2
-    assert "of an unfinished run: set `resume_from_checkpoint: true`" in error
+    assert "of an unfinished run" in error
     assert reward(folder, *LONG, *ensemble, "--resume_from_checkpoint", "true")[0] == 0
     for model in (folder / "member-0", folder / "member-1") if ensemble else (folder,):
         assert normalisation(model) is not None
@@ -487,7 +489,7 @@ def test_record_of_an_ensemble_says_what_it_is_made_of(trained, files):
     assert (record["recipe"], record["seed"], record["base_model"]) == ("reward", 5, first["base_model"])
     policy = get_peft_model(AutoModelForCausalLM.from_pretrained(BASE), LoraConfig(r=2, target_modules=["q_proj"]))
     tokenizer = AutoTokenizer.from_pretrained(folder / "member-0")
-    ensemble = load_saved_rewards(folder, policy, tokenizer)
+    ensemble = load_saved_reward(folder, policy, tokenizer)
     prompts, answers = flat(read_rows(files / "rankings.test.jsonl"))
     scores = [raw_scores(folder / name, prompts, answers) for name in stored["members"]]
     scales = [normalisation(folder / name) for name in stored["members"]]
@@ -663,7 +665,7 @@ def test_ensemble_is_not_begun_anew_over_an_unfinished_one(trained, reward, tmp_
     mark.touch()
     status, error = reward(folder, *LONG, *ENSEMBLE)
     assert status == 2
-    assert "member-1 holds checkpoint-4 of an unfinished run: set `resume_from_checkpoint: true`" in error
+    assert "member-1 holds checkpoint-4" in error
     assert mark.exists()
 
 
@@ -781,7 +783,7 @@ def test_rows_that_are_held_out_do_not_tell_the_scale(trained, files, config):
 
 
 def test_demonstrations_without_an_answer_are_refused(files):
-    with pytest.raises(RecipeError, match="`demonstrations`: plain text has no answers to score"):
+    with pytest.raises(RecipeError, match="demonstrations: "):
         load_demonstrations(DataArguments(dataset_name="?"), [DatasetSource(path=str(files / "text.jsonl"))], 0)
 
 
@@ -809,7 +811,7 @@ def check_refused(reward, folder, *options, message):
         (("--start_from", "./nowhere"), "nowhere"),
         (("--max_length", 5), "max_length: 5"),
         (("--max_length", 12, "--long_rows", "error"), "train: of 16 rows"),
-        (("--resume_from_checkpoint", "./nowhere"), "resume_from_checkpoint: ./nowhere is not a whole checkpoint"),
+        (("--resume_from_checkpoint", "./nowhere"), "resume_from_checkpoint: ./nowhere: "),
         (("--ensemble_size", 17, "--ensemble_shards", "true"), ("ensemble", "16 rows")),
     ],
 )
@@ -826,7 +828,7 @@ def test_one_checkpoint_is_not_that_of_every_member(trained, reward, tmp_path):
 @pytest.mark.parametrize(
     ("data", "options", "message"),
     [
-        ("margins.train", (), "rankings have no `margin`: set `train_on: pairs` to use the column"),
+        ("margins.train", (), "margin: rankings have no margins"),
         ("demonstrations", (), "a stage on ranking data needs one of"),
         ("demonstrations", ("--train_on", "pairs"), "a stage on preference data needs one of"),
     ],
@@ -838,7 +840,7 @@ def test_data_that_do_not_fit(reward, files, tmp_path, data, options, message):
 @pytest.mark.parametrize(
     ("rows", "message"),
     [
-        ([{"text": "Karimo lives in Alderby."}], "plain text has no answers to score"),
+        ([{"text": "Karimo lives in Alderby."}], "demonstrations: plain text"),
         ([{"prompt": "Where?", "chosen": "a"}], "needs one of"),
         ([{"prompt": "Where does Karimo live?", "completion": "Alderby."}], "demonstrations"),  # no deviation
     ],

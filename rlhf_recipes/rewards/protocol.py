@@ -17,7 +17,7 @@ _LARGEST = torch.finfo(torch.float32).max  # TRL keeps rewards in this type
 _SHOWN = 200  # characters of a prompt in an error
 
 
-def checked(reward: Reward, name: str | None = None) -> Reward:
+def checked_reward(reward: Reward, name: str | None = None) -> Reward:
     """`reward`, which stops the run if it returns anything but one finite number, or None, for each completion.
 
     Without it a NaN passes for "not applicable". Numbers may come as a list, a tensor or an array. An asynchronous reward stays
@@ -33,17 +33,17 @@ def checked(reward: Reward, name: str | None = None) -> Reward:
     return (_CheckedAsync if is_async_callable(reward) else _Checked)(reward, name or get_callable_name(reward))
 
 
-def ask(reward: Reward, prompts: list[Text], completions: list[Text], **columns: list[Any]) -> list[float | None]:
+def score_completions(reward: Reward, prompts: list[Text], completions: list[Text], **columns: list[Any]) -> list[float | None]:
     """The scores of completions by a reward, of any sort, outside of training, where nothing is logged.
 
     Args:
-        reward: `checked`, asynchronous or not.
+        reward: `checked_reward`, asynchronous or not.
         prompts: (N,).
         completions: (N,).
         columns: (N,) each, of the data.
 
     Raises:
-        RecipeError: as in `checked`.
+        RecipeError: as in `checked_reward`.
     """
     options = {"trainer_state": None, "log_extra": _unlogged, "log_metric": _unlogged}
     scores = reward(prompts=prompts, completions=completions, **columns, **options)

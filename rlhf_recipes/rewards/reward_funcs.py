@@ -12,15 +12,15 @@ from pathlib import Path
 from typing import Any, Literal
 
 from rlhf_recipes.core.errors import RecipeError, did_you_mean
-from rlhf_recipes.rewards.checks import checked
-from rlhf_recipes.rewards.functions import FINITE, FROM_TRL, Reward, reason_of
+from rlhf_recipes.rewards.functions import FINITE_FLOATS, TRL_KEYWORDS, Reward, explain_argument_error
+from rlhf_recipes.rewards.protocol import checked_reward
 
 from pydantic import ValidationError
 from pydantic.dataclasses import dataclass
 from trl.trainer.utils import get_callable_name
 
 
-@dataclass(config=FINITE)
+@dataclass(config=FINITE_FLOATS)
 class SavedReward:
     """A reward model in a folder, for `PPOTrainer` to put on its base.
 
@@ -48,7 +48,7 @@ def load_rewards(specs: Any) -> tuple[list[Reward | SavedReward], list[float]]:
     A `path` is a folder that `recipes/reward.py` saved, with the `arguments` of `SavedReward` for an ensemble; or the dotted
     path of a function with TRL's signature, to which `arguments` are bound; of a class, which is
     instantiated with `arguments`; or, with `arguments` (they may be `{}`), of a function that makes a reward. A weight is 1 if
-    it is not given; 0 logs a reward without training on it. Every reward is `checked`, and a name that comes twice is numbered,
+    it is not given; 0 logs a reward without training on it. Every reward is checked, and a name that comes twice is numbered,
     since TRL would log the two as one.
 
     Raises:
@@ -67,11 +67,11 @@ def load_rewards(specs: Any) -> tuple[list[Reward | SavedReward], list[float]]:
         reward = _build(path, arguments, f"{where}: {path}")
         name = get_callable_name(reward)
         names.append(name)
-        rewards.append(checked(reward, name if names.count(name) == 1 else f"{name}_{names.count(name)}"))
+        rewards.append(checked_reward(reward, name if names.count(name) == 1 else f"{name}_{names.count(name)}"))
     return rewards, weights
 
 
-def paths_of(specs: Sequence[str | dict[str, Any]]) -> list[str | None]:
+def reward_paths(specs: Sequence[str | dict[str, Any]]) -> list[str | None]:
     """What the entries of `reward_funcs` name, before anything is loaded."""
     return [spec.get("path") if isinstance(spec, dict) else spec for spec in specs]
 
@@ -82,7 +82,9 @@ def _saved_reward(path: str, arguments: dict[str, Any], where: str) -> SavedRewa
     try:
         return SavedReward(folder=path, **arguments)
     except (TypeError, ValidationError) as error:
-        raise RecipeError(f"{where}: arguments: {reason_of(error)}: there are `combine` and `uncertainty_coef`") from error
+        raise RecipeError(
+            f"{where}: arguments: {explain_argument_error(error)}: there are `combine` and `uncertainty_coef`"
+        ) from error
 
 
 def _read_spec(spec: Any, where: str) -> tuple[str, float, dict[str, Any] | None]:
@@ -124,7 +126,7 @@ def _build(path: str, arguments: dict[str, Any] | None, where: str) -> Reward:
     missing = _refused_keywords(reward)
     if missing:
         raise RecipeError(
-            f"{where}: TRL calls a reward with the keywords {', '.join(FROM_TRL)} and the columns of the data, and "
+            f"{where}: TRL calls a reward with the keywords {', '.join(TRL_KEYWORDS)} and the columns of the data, and "
             f"{_signature(reward)} does not take {missing[0]}: end its parameters with `**columns`, or, if it makes a reward, "
             "give it `arguments` (they may be {})"
         )
@@ -169,7 +171,7 @@ def _make(maker: Callable[..., Reward], arguments: dict[str, Any], where: str) -
     try:
         reward = maker(**arguments)
     except (ValueError, RecipeError) as error:
-        raise RecipeError(f"{where}: arguments: {reason_of(error)}") from error
+        raise RecipeError(f"{where}: arguments: {explain_argument_error(error)}") from error
     if not callable(reward):
         raise RecipeError(f"{where}: makes a {type(reward).__name__}, which is no function")
     return reward
@@ -179,7 +181,7 @@ def _bind(function: Reward, arguments: dict[str, Any], where: str) -> Reward:
     """A reward function with `arguments` bound to it."""
     _check_names(function, arguments, where)
     for name in arguments:
-        if name in FROM_TRL:
+        if name in TRL_KEYWORDS:
             raise RecipeError(f"{where}: arguments: '{name}' comes from TRL and cannot be set")
     return partial(function, **arguments)
 
@@ -208,7 +210,7 @@ def _refused_keywords(reward: Reward) -> list[str]:
     parameters = inspect.signature(reward).parameters
     if any(item.kind is item.VAR_KEYWORD for item in parameters.values()):
         return []
-    return [name for name in FROM_TRL if name not in parameters]
+    return [name for name in TRL_KEYWORDS if name not in parameters]
 
 
 def _signature(function: Callable[..., Any]) -> str:
