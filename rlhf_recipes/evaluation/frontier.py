@@ -36,7 +36,7 @@ def _run_points(measurement: Measurement, run: Path, seed: int) -> list[Frontier
         policy = Policy(f"frontier: {checkpoint}", str(checkpoint))  # a policy may be called checkpoint-10 too
         measurement.bank.add(policy.name, policy.folder, "frontier")
         samples = sample_policy(measurement, policy, seed)
-        measurement.bank.drop(policy.name)
+        measurement.bank.remove(policy.name)
         rewards = {name: estimate(scores, seed=seed) for name, scores in samples.scores.items()}
         kl, _ = kl_and_entropy(samples.logps, samples.ref_logps, seed)
         points.append(FrontierPoint(step=step_of(checkpoint), kl=kl, rewards=rewards))

@@ -337,7 +337,7 @@ def test_a_policy_may_have_the_name_of_a_checkpoint_on_the_frontier(runs, tokeni
     assert abs(point.kl.mean) > 0.01  # from the policy, not from the checkpoint itself
     with measurement.bank.use_policy(name) as model:  # it is still there
         assert sample(model, tokenizer, list(measurement.rows["prompt"]), max_new_tokens=1)
-    with pytest.raises(RecipeError, match="'checkpoint-10'"):
+    with pytest.raises(RecipeError, match="policies: checkpoint-10: "):
         measurement.bank.add(name, None, f"policies: {name}")
 
 
