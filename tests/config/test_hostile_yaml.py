@@ -207,7 +207,7 @@ def plan_of(config: Path, content: str | bytes) -> tuple[object, str | None]:
     def check() -> object:
         pipeline = read_pipeline(config, ROOT / "recipes", None)
         check_arguments(pipeline, config)
-        return list(pipeline.plan())
+        return list(pipeline.describe())
 
     return hostile.outcome(check)
 

@@ -13,6 +13,9 @@ import pytest
 import yaml
 
 
+pytestmark = [pytest.mark.real, pytest.mark.slow]
+
+
 @pytest.fixture(scope="module")
 def benches():
     """`benchmarks/real_pipeline.py` and `benchmarks/real_rewards.py`."""

@@ -8,6 +8,9 @@ from support import run_recipe
 import pytest
 
 
+pytestmark = pytest.mark.slow
+
+
 def run(recipe, output, arguments, *options):
     """A recipe with its tiny config; its folder."""
     unwatched = ("--eval_strategy", "no", "--save_strategy", "no")
