@@ -179,7 +179,7 @@ class _SeedReader:
         # A store of labels is no input, or every new label would repeat all rounds
         files = files_in(
             named | {"accelerate_config": self.accelerate_config},
-            leave_out=(Path(values["output_dir"]), _label_store(values)),
+            exclude=(Path(values["output_dir"]), _label_store(values)),
         )
         resolver = PlaceholderResolver(self.stages, {"seed": self.seed, "round": turn})
         values = {key: resolver.resolve(value, key) for key, value in values.items()}

@@ -16,16 +16,16 @@ from typing import Any
 
 from rlhf_recipes.core.errors import RecipeError, did_you_mean
 from rlhf_recipes.core.files import LOG, METRICS, read_json, write_json, write_text
+from rlhf_recipes.core.yaml import to_yaml
 from rlhf_recipes.evaluation.report.html import PAGE
 from rlhf_recipes.evaluation.report.seeds import write_summary
-from rlhf_recipes.feedback.sampling import discard
+from rlhf_recipes.feedback.sampling import delete_samples
 from rlhf_recipes.memory.autofit import as_yaml
 from rlhf_recipes.pipeline.reading import PipelineStage, read_stages
 from rlhf_recipes.stages import STAGES
 from rlhf_recipes.training.resume import checkpoints_in, remove_checkpoint
 
 import torch
-import yaml
 
 STATE, LOCK = "pipeline.json", "pipeline.lock"
 LOG_TAIL = 30  # lines of a failed stage's output that are shown
@@ -162,7 +162,7 @@ class Pipeline:
             _discard_partial_result(stage)
         config = self.folder / "configs" / f"{stage.name}.yaml"
         config.parent.mkdir(parents=True, exist_ok=True)
-        write_text(config, f"# Written by recipes/pipeline.py\n{yaml.safe_dump(stage.values, sort_keys=False)}")
+        write_text(config, f"# Written by recipes/pipeline.py\n{to_yaml(stage.values)}")
         self._remember(stage, begun=stage.fingerprint)
         command = [sys.executable, *self._launcher(), str(self.recipes / f"{stage.recipe}.py"), "--config", str(config)]
         return [*command, "--resume_from_checkpoint", "true"] if resumes and STAGES[stage.recipe].trains else command
@@ -242,7 +242,7 @@ def _discard_partial_result(stage: PipelineStage) -> None:
         for old in checkpoints_in(folder):
             remove_checkpoint(old)
     if stage.recipe == "sample":
-        discard(stage.folder)
+        delete_samples(stage.folder)
 
 
 def read_pipeline(config: Path, recipes: Path, names: list[str] | None = None) -> Pipeline:

@@ -9,7 +9,6 @@ from support import ROOT
 
 import pytest
 
-
 SEEDS = [(["a"], ", entry 1"), (0, ""), ([], ""), ([1, 1], ""), ([True], ", entry 1")]
 
 
@@ -133,7 +132,7 @@ def test_missing_data_are_found_at_once_unless_a_stage_writes_them(project):
 
 
 @pytest.mark.parametrize(
-    ("content", "expected"), [("", "empty"), ('{"question": "a"}\n', "columns .*question"), ('{"prompt": "a", \n', "line 1")]
+    ("content", "expected"), [("", "no rows"), ('{"question": "a"}\n', "columns .*question"), ('{"prompt": "a", \n', "line 1")]
 )
 @pytest.mark.parametrize("key", ["datasets", "dataset_name"])
 def test_unusable_data_are_found_at_once(project, content, expected, key):

@@ -12,7 +12,6 @@ from support import ROOT, run_recipe
 import pytest
 import yaml
 
-
 pytestmark = [pytest.mark.real, pytest.mark.slow]
 
 

@@ -12,8 +12,8 @@ import time
 from pathlib import Path
 
 from rlhf_recipes.core.errors import RecipeError
+from rlhf_recipes.feedback.groups import read_groups
 from rlhf_recipes.feedback.labels import Label, Store
-from rlhf_recipes.feedback.ranking import read_sampled
 from rlhf_recipes.pipeline import read_pipeline, running
 from support import ROOT, run_recipe
 
@@ -427,7 +427,7 @@ def test_two_rounds_from_sampling_to_ppo(tmp_path, in_process):
     turns = [f"{name}-round-{turn}" for turn in (1, 2) for name in ("sample", "rank", "reward", "ppo")]
     assert in_process == ["sft", *turns]
     folders = [tmp_path / "runs" / f"round-{turn}" for turn in (1, 2)]
-    sampled = [[one.group.id for one in read_sampled(folder / "sample")] for folder in folders]
+    sampled = [[group.id for group in read_groups(folder / "sample")] for folder in folders]
     assert not set(sampled[0]) & set(sampled[1])
     for groups, folder in zip(sampled, folders, strict=True):
         ranked = [row["id"] for row in read_rankings(folder / "rank")]

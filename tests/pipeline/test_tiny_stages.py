@@ -7,7 +7,6 @@ from support import run_recipe
 
 import pytest
 
-
 pytestmark = pytest.mark.slow
 
 

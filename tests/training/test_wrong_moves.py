@@ -8,6 +8,7 @@ import logging
 from types import SimpleNamespace
 
 from rlhf_recipes.cli import exit_on_recipe_error
+from rlhf_recipes.config.checks import set_machine_defaults
 from rlhf_recipes.core.errors import RecipeError, lack_of_memory
 from rlhf_recipes.core.hub import explain_load_error
 from rlhf_recipes.core.machine import check_bitsandbytes
@@ -156,15 +157,15 @@ def http_error(kind, status):
 HUB = {
     "gated": (
         lambda: http_error(errors.GatedRepoError, 403),
-        "it is gated: accept its licence at https://huggingface.co/{place}, and log in by `hf auth login`",
+        "it is gated. Fix: accept its licence at https://huggingface.co/{place}, and log in with `hf auth login`",
     ),
     "missing": (
         lambda: http_error(errors.RepositoryNotFoundError, 404),
-        "there is no {kind} of this name on the Hub, or it is private: correct it, or log in by `hf auth login`",
+        "there is no {kind} of this name on the Hub, or it is private. Fix: correct it, or log in with `hf auth login`",
     ),
-    "revision": (lambda: http_error(errors.RevisionNotFoundError, 404), "it has no such revision: "),
+    "revision": (lambda: http_error(errors.RevisionNotFoundError, 404), "it has no such revision. "),
     "offline": (lambda: errors.LocalEntryNotFoundError("Cannot find it."), "the Hub could not be reached"),
-    "refused": (lambda: http_error(errors.HfHubHTTPError, 503), "the Hub refused: 503 Client Error.: try again later"),
+    "refused": (lambda: http_error(errors.HfHubHTTPError, 503), "the Hub refused: 503 Client Error. Fix: try again later"),
 }
 
 
@@ -190,7 +191,9 @@ def test_a_model_that_the_hub_does_not_give(monkeypatch, case):
         assert "\n" not in str(raised.value)
         assert (f"there is no folder {NAME} here, and {reason[:10]}" in str(raised.value)) == (case in ("missing", "offline"))
         if case == "offline":
-            assert f"`hf download {NAME} --local-dir FOLDER`; place FOLDER (config.json, " in str(raised.value)
+            assert f"`hf download {NAME} --local-dir FOLDER` on a machine with a network; copy FOLDER (config.json, " in str(
+                raised.value
+            )
 
 
 @pytest.mark.parametrize("case", ["gated", "missing", "offline"])
@@ -203,7 +206,7 @@ def test_data_that_the_hub_does_not_give(launch, monkeypatch, case):
     monkeypatch.setattr("datasets.config.HF_HUB_OFFLINE", False)
     monkeypatch.setattr("huggingface_hub.HfApi.hf_hub_download", fail)
     said = message(*launch("sft", "--dataset_name", NAME, "--dataset_arguments", "none"))
-    assert f"{NAME} is not a local file or directory" in said
+    assert f"{NAME}: not a local file" in said
     assert reason.format(place=f"datasets/{NAME}", kind="dataset") in said
     if case == "offline":
         assert f"`hf download --repo-type dataset {NAME} --local-dir FOLDER`" in said
@@ -239,13 +242,10 @@ def test_a_gpu_without_bf16(tmp_path, old_gpu, values):
         assert part in str(raised.value)
 
 
-def test_where_nobody_asks_for_bf16_an_old_gpu_does_without(tmp_path, old_gpu, monkeypatch):
-    config = tmp_path / "my.yaml"
-    config.write_text("dtype: float32\n")
-    seen = {}
-    monkeypatch.setattr("trl.TrlParser.parse_dict", lambda self, values: seen.update(values) or ())
-    parse_arguments("sft.py", argv=["--config", str(config)])
-    assert seen["bf16"] is False
+def test_an_old_gpu_has_bf16_off_by_default(old_gpu):
+    values = {"dtype": "float32"}
+    set_machine_defaults(values)
+    assert values["bf16"] is False
 
 
 @pytest.mark.parametrize(
