@@ -12,6 +12,8 @@ from support import ROOT, run_recipe
 import pytest
 import yaml
 
+pytestmark = [pytest.mark.real, pytest.mark.slow]
+
 
 @pytest.fixture(scope="module")
 def benches():
