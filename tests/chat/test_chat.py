@@ -16,7 +16,7 @@ from rlhf_recipes.chat.terminal import Writer, read_lines
 from rlhf_recipes.config.chat import ChatArguments
 from rlhf_recipes.core.errors import RecipeError
 from rlhf_recipes.core.hub import resolve_path
-from rlhf_recipes.evaluation.evaluate import load_named_rewards
+from rlhf_recipes.evaluation.named_rewards import load_named_rewards
 from rlhf_recipes.generation.answers import log_probs
 from rlhf_recipes.generation.policies import load_policy_bank, read_policies
 from rlhf_recipes.models.tokenizer import PLAIN_CHAT_TEMPLATE, load_tokenizer
