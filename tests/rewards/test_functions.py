@@ -7,7 +7,6 @@ from rlhf_recipes.core.errors import RecipeError
 from rlhf_recipes.core.hub import resolve_path
 from rlhf_recipes.models.tokenizer import load_tokenizer
 from rlhf_recipes.rewards.functions import (
-    TRL_KEYWORDS,
     Abstention,
     LengthPenalty,
     RepetitionPenalty,
@@ -16,7 +15,7 @@ from rlhf_recipes.rewards.functions import (
     normalised_match,
 )
 from rlhf_recipes.rewards.matching import Truthfulness
-from rlhf_recipes.rewards.protocol import checked_reward
+from rlhf_recipes.rewards.protocol import TRL_KEYWORDS, checked_reward
 from rlhf_recipes.rewards.reward_funcs import load_rewards
 from rlhf_recipes.tiny import splits
 
@@ -278,7 +277,7 @@ def test_load_rewards():
         ("nosuchmodule.sub.f", "No module named 'nosuchmodule'$"),
         ("rlhf_recipes.rewrds.exact_match", "cannot import rlhf_recipes.rewrds .*; did you mean 'rewards'?"),
         (f"{REWARDS}.exactmatch", "rlhf_recipes.rewards has no 'exactmatch'; did you mean 'exact_match'?"),
-        (f"{REWARDS}.functions.TRL_KEYWORDS", "is a tuple, and must be a function or a class"),
+        (f"{REWARDS}.protocol.TRL_KEYWORDS", "is a tuple, and must be a function or a class"),
         ("builtins.max", "its parameters are unknown"),
         (f"{__name__}.without_columns", r"without_columns\(completions, reference\) does not take prompts.*`\*\*columns`"),
         ("trl.rewards.get_repetition_penalty_reward", "if it makes a reward, give it `arguments`"),
