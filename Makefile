@@ -1,19 +1,29 @@
-# Two commands for users, each of which installs what it needs: `make demo` and `make test`.
+# `make demo` and `make test` are for users; each installs what it needs into .venv.
 PYTHON ?= python3
 BIN := .venv/bin
-# Nothing here needs a network after installation; two threads on two busy cores spin.
+PYTEST := $(BIN)/python -m pytest --numprocesses 2 --dist loadfile --no-loadscope-reorder
+# Nothing needs a network after installation. Two threads on two busy cores spin.
 export HF_HUB_OFFLINE := 1
 export OMP_WAIT_POLICY := passive
 export TOKENIZERS_PARALLELISM := false
 
-.PHONY: demo test lint format
+.PHONY: demo test test-all smoke lint format
 
 demo: .venv/installed
 	$(BIN)/python recipes/pipeline.py
-	@echo "$(BIN)/python recipes/chat.py talks to these policies; README.md says how to go on with your own data"
+	@echo "Next: $(BIN)/python recipes/chat.py talks to these policies. README.md shows how to use your own data."
 
+# What a user needs to know that an installation or a change works.
 test: .venv/installed
-	$(BIN)/python -m pytest --numprocesses 2 --dist loadfile --no-loadscope-reorder
+	$(PYTEST) -m "not (browser or fuzz or kill or real)"
+
+# All tests: those of the page in a browser, of random input, of killed processes, on real models too.
+test-all: .venv/installed
+	$(PYTEST)
+
+# Every recipe, a few steps on the tiny model.
+smoke: .venv/installed
+	$(BIN)/python -m pytest -m smoke tests/project/test_smoke.py
 
 lint: .venv/installed
 	$(BIN)/ruff format --check .

@@ -20,7 +20,8 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
-from rlhf_recipes.memory.stages import GIB, Plan, plan_stage
+from rlhf_recipes.memory import Plan, plan_stage
+from rlhf_recipes.memory.plan import GIB
 from rlhf_recipes.pipeline.estimates import arguments_in
 from rlhf_recipes.training import run as runs
 

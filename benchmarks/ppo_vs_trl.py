@@ -245,8 +245,9 @@ def run_ours(dtype: torch.dtype, rows: int, iterations: int, critic: str) -> Non
     phases = Phases()
     phases.wrap(trainer, "_generate", "rollout")
     phases.wrap(trainer, "_calculate_rewards", "reward")
-    phases.wrap(trainer, "_reference_logps", "reference")
-    phases.wrap(trainer, "_add_logps_and_values", "values and log-probabilities")
+    phases.wrap(trainer, "reference_logps", "reference")
+    phases.wrap(trainer, "sampling_policy", "values and log-probabilities")
+    phases.wrap(trainer, "critic_values", lambda *a, **k: None if torch.is_grad_enabled() else "values and log-probabilities")
     phases.wrap(
         trainer,
         "_get_per_token_logps_and_entropies",

@@ -22,7 +22,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
-from rlhf_recipes.memory.stages import GIB
+from rlhf_recipes.memory.plan import GIB
 from rlhf_recipes.models.backbone import backbone
 from rlhf_recipes.models.precision import disable_cpu_4bit_repacking
 from rlhf_recipes.models.roles import copy_adapter, use_adapter

@@ -10,7 +10,7 @@ frozen copy on the same base is the reference, in 4 bits with `load_in_4bit: tru
 from pathlib import Path
 
 from rlhf_recipes.cli import exit_on_recipe_error
-from rlhf_recipes.config.parser import as_recipe_error
+from rlhf_recipes.core.errors import as_recipe_error
 from rlhf_recipes.data import load_data
 from rlhf_recipes.export.upload import publish
 from rlhf_recipes.models.loading import load_policy, strip_consumed_arguments

@@ -13,7 +13,7 @@ from pathlib import Path
 
 from rlhf_recipes.cli import exit_on_recipe_error
 from rlhf_recipes.config.parser import COMMAND_LINE
-from rlhf_recipes.memory import advice, plan_stage, report
+from rlhf_recipes.memory import advice, format_plans, plan_stage
 from rlhf_recipes.pipeline.estimates import arguments_in, card_in
 from rlhf_recipes.pipeline.reading import checked_card
 
@@ -38,11 +38,11 @@ def main() -> None:
     card = card_in(options.config) if asked is None else asked
     stages = arguments_in(options.config, RECIPES, options.recipe, card=asked)
     plans = [plan_stage(stage) for stage in stages]
-    print(*report(plans), sep="\n")
+    print(*format_plans(plans), sep="\n")
 
     if card is not None:
         for stage, plan in zip(stages, plans, strict=True):
-            remedy = "it fits" if plan.fits(card) else f"it does not fit: {'; '.join(advice(stage, card))}"
+            remedy = "it fits" if plan.fits(card) else f"it does not fit: {advice(stage, card)}"
             print(f"{plan.stage} on {card:g} GB: {remedy}")
 
 

@@ -10,7 +10,7 @@ base, in 4 bits with `load_in_4bit: true`. Saves the policy's adapter with its t
 from pathlib import Path
 
 from rlhf_recipes.cli import exit_on_recipe_error
-from rlhf_recipes.config.parser import as_recipe_error
+from rlhf_recipes.core.errors import as_recipe_error
 from rlhf_recipes.data import drop_overlong_mode, load_data, load_texts
 from rlhf_recipes.export.upload import publish
 from rlhf_recipes.models.loading import load_policy, strip_consumed_arguments

@@ -11,7 +11,7 @@ average with deviation 1, and what held-out comparisons say of it: `evaluation.j
 from pathlib import Path
 
 from rlhf_recipes.cli import exit_on_recipe_error
-from rlhf_recipes.config.parser import as_recipe_error
+from rlhf_recipes.core.errors import as_recipe_error
 from rlhf_recipes.data import load_demonstrations
 from rlhf_recipes.evaluation.reward_models import measure_and_scale, summary, write_evaluation
 from rlhf_recipes.export.upload import publish

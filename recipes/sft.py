@@ -8,7 +8,7 @@ it with the tokenizer, the chat template and `recipe.json`, which says what was 
 """
 
 from rlhf_recipes.cli import exit_on_recipe_error
-from rlhf_recipes.config.parser import as_recipe_error
+from rlhf_recipes.core.errors import as_recipe_error
 from rlhf_recipes.data import load_data
 from rlhf_recipes.export.upload import publish
 from rlhf_recipes.models.loading import load_model, strip_consumed_arguments

@@ -1,64 +1,94 @@
-"""What a person at a terminal sees when a recipe cannot go on: one message."""
+"""What a recipe prints at the terminal when it cannot continue: one message."""
 
 import contextlib
 import sys
 from collections.abc import Iterator
 from pathlib import Path
 
-from rlhf_recipes.config.parser import LAUNCHED, ORIGIN
-from rlhf_recipes.core.errors import RecipeError, causes, lack_of_memory, refused_to_write
-from rlhf_recipes.memory.exhausted import explain
+from rlhf_recipes.config.current import CURRENT_RUN, CurrentRun
+from rlhf_recipes.config.trackers import tracker_complaint
+from rlhf_recipes.core.errors import RecipeError, causes, failed_write, lack_of_memory
+from rlhf_recipes.memory.out_of_memory import explain_out_of_memory
+from rlhf_recipes.training.resume import checkpoints_in, is_complete, step_of
 
 
 @contextlib.contextmanager
 def exit_on_recipe_error() -> Iterator[None]:
-    """Prints a `RecipeError` as one message without a traceback, and exits with status 2.
+    """Print an error that the user can fix as one message, and exit with status 2; after a Ctrl-C, with status 130.
 
-    What goes wrong after the arguments were parsed is said with the file that they came from, and of none that was parsed
-    before: a process may run several recipes. A lack of memory, whatever it is raised as, is said with what to change,
-    and so is a disk that is full or may not be written to. After a Ctrl-C what is kept is said, and the status is 130.
+    The message begins with the file that the arguments of the run come from. Out of memory, a full disk and the complaint of
+    a tracker are such errors too. All others keep their traceback.
     """
-    with contextlib.suppress(AttributeError):  # of what stands in its place in notebooks
-        sys.stdout.reconfigure(line_buffering=True)  # in a file too, where it goes between the lines of stderr
-    tokens = (ORIGIN, ORIGIN.set("")), (LAUNCHED, LAUNCHED.set(None))
+    with contextlib.suppress(AttributeError):  # a notebook's stdout
+        sys.stdout.reconfigure(line_buffering=True)  # keeps the order of stdout and stderr in one file
+    token = CURRENT_RUN.set(None)
     try:
         yield
     except Exception as error:
-        exhausted = lack_of_memory(error)
-        told = error if isinstance(error, RecipeError) else _not_written(error)
-        if exhausted is None and told is None:
+        run = CURRENT_RUN.get()
+        message = _message(error, run)
+        if message is None:
             raise
-        _print_error(told if exhausted is None else _with_advice(error, exhausted))
+        print(f"{_below_progress_bar(run)}error: {f'{run.source}: ' if run else ''}{message}", file=sys.stderr)
         sys.exit(2)
-    except KeyboardInterrupt as stop:
-        when, *kept = getattr(stop, "__notes__", [""])
-        print("; ".join([f"stopped {when}".rstrip(), *kept]), file=sys.stderr)
+    except KeyboardInterrupt:
+        run = CURRENT_RUN.get()
+        print(_below_progress_bar(run) + "; ".join([f"stopped{_when(run)}", *_kept(run, "true")]), file=sys.stderr)
         sys.exit(130)
     finally:
-        for variable, token in tokens:
-            variable.reset(token)
+        CURRENT_RUN.reset(token)
 
 
-def _print_error(message: object) -> None:
-    origin = ORIGIN.get()
-    named = f"{origin}: " if origin and not str(message).startswith(origin) else ""
-    print(f"error: {named}{message}", file=sys.stderr)
+def _message(error: Exception, run: CurrentRun | None) -> str | None:
+    """Return the message of an error that the user can fix, None for any other."""
+    if exhausted := lack_of_memory(error):
+        return ". ".join([explain_out_of_memory(exhausted, run, _when(run)), *_kept(run)])
+    if isinstance(error, RecipeError):
+        return str(error)
+    return tracker_complaint(error) or _failed_write(error, run)
 
 
-def _not_written(error: BaseException) -> str | None:
-    """A message where a disk is full, or may not be written to; None where it is something else."""
-    found, launched = refused_to_write(error), LAUNCHED.get()
-    if found is None:
+def _below_progress_bar(run: CurrentRun | None) -> str:
+    return "\n" if run and run.trainer else ""
+
+
+def _when(run: CurrentRun | None) -> str:
+    """Return the step of the training that had begun."""
+    if run is None or run.trainer is None:
+        return ""
+    state = run.trainer.state
+    return f" after {state.global_step} of {state.max_steps} steps"
+
+
+def _kept(run: CurrentRun | None, resume: str | None = None) -> list[str]:
+    """Return the newest checkpoint of the training that had begun, and how to resume from it, if there is one.
+
+    Args:
+        run: the run of this process.
+        resume: value of `resume_from_checkpoint`; None: the name of the checkpoint, for which other arguments may change.
+    """
+    if run is None or run.trainer is None:
+        return []
+    folder = Path(run.trainer.args.output_dir)
+    newest = max(filter(is_complete, checkpoints_in(folder)), key=step_of, default=None)
+    if newest is None:
+        return []
+    if resume is None and folder.name.startswith("member-"):  # an ensemble resumes from no single checkpoint
+        return [f"{newest} is kept"]
+    same = "" if resume else " and the same `optim`"
+    return [f"{newest} is kept: resume from it with `resume_from_checkpoint: {resume or newest}`{same}"]
+
+
+def _failed_write(error: Exception, run: CurrentRun | None) -> str | None:
+    """Return a message about a disk that is full or may not be written to, None for any other error."""
+    failure = failed_write(error)
+    if failure is None:
         return None
-    values = launched.values if launched else {}
-    (reason, file), output = found, values.get("output_dir")
+    (reason, file), values = failure, run.values if run else {}
+    output = values.get("output_dir")
     within = bool(output) and (not file or Path(output).resolve() in (Path(file).resolve(), *Path(file).resolve().parents))
     if not within and (not file or any(isinstance(cause, PermissionError) for cause in causes(error))):
-        return None  # one that could not be read
-    again = " with `resume_from_checkpoint: true`" if within and "resume_from_checkpoint" in values else ""
+        return None  # a file that could not be read
+    resume = " with `resume_from_checkpoint: true`" if within and "resume_from_checkpoint" in values else ""
     place = f"output_dir: {output}" if within else file
-    return f"{place}: cannot be written to ({reason}); what was whole before is kept: make room, and run again{again}"
-
-
-def _with_advice(error: BaseException, exhausted: BaseException) -> str:
-    return explain(exhausted, LAUNCHED.get(), getattr(error, "__notes__", []))
+    return f"{place}: cannot be written to ({reason}). Fix: make room, and run again{resume}. Complete files are kept"

@@ -1,7 +1,6 @@
 """The strict parser that fills dataclasses from a YAML file and the command line."""
 
 import argparse
-import contextlib
 import dataclasses
 import json
 import os
@@ -9,13 +8,14 @@ import re
 import sys
 import tempfile
 import warnings
-from collections.abc import Iterator, Mapping, Sequence
-from contextvars import ContextVar, copy_context
+from collections.abc import Mapping, Sequence
+from contextvars import copy_context
 from enum import Enum
 from pathlib import Path
 from types import UnionType
-from typing import Any, NamedTuple, NoReturn, Union, get_args, get_origin, get_type_hints
+from typing import Any, NoReturn, Union, get_args, get_origin, get_type_hints
 
+from rlhf_recipes.config.current import CURRENT_RUN, CurrentRun
 from rlhf_recipes.config.data import SINGLE_DATASET_KEYS, DatasetSource
 from rlhf_recipes.config.launcher import check_launcher_support, current_launcher
 from rlhf_recipes.config.trackers import settle_trackers
@@ -24,7 +24,6 @@ from rlhf_recipes.core.yaml import read_yaml
 
 import torch
 import yaml
-from jinja2 import TemplateError
 from pydantic import ConfigDict, TypeAdapter, ValidationError
 from transformers import TrainingArguments
 from trl import TrlParser
@@ -32,22 +31,6 @@ from trl import TrlParser
 COMMAND_LINE = "the command line"
 
 
-class Launched(NamedTuple):
-    """The recipe that this process runs.
-
-    Parameters:
-        recipe: its file.
-        config: its YAML file.
-        values: the fields of all its dataclasses.
-    """
-
-    recipe: Path
-    config: Path
-    values: dict[str, Any]
-
-
-ORIGIN: ContextVar[str] = ContextVar("origin", default="")  # of the arguments that this process runs with
-LAUNCHED: ContextVar[Launched | None] = ContextVar("launched", default=None)
 _STRICT = ConfigDict(strict=True, arbitrary_types_allowed=True, allow_inf_nan=False)
 _NUMBER = re.compile(r"[+-]?(\d+\.?\d*|\.\d+)([eE][+-]?\d+)?")
 # Pairs of options of which one makes the other meaningless: (one, other, what to do about it).
@@ -107,7 +90,6 @@ def parse_dataclasses(
             values[key] = _checked(key, value, types[key], fields[key].metadata.get("choices"), where)
     merged = merge_overrides(from_file, given)
     where = f"{config} and {COMMAND_LINE}" if given else str(config)
-    ORIGIN.set(where)
     _refuse_exclusive(merged, where, trains="learning_rate" in fields)
     _refuse_unusable(merged, where)
     if "bf16" in fields:
@@ -130,7 +112,7 @@ def parse_dataclasses(
                 check_launcher_support(recipe.stem, values, current_launcher())
         except RecipeError as error:
             raise RecipeError(f"{where}: {error}") from error
-    LAUNCHED.set(Launched(recipe, config, values))
+    CURRENT_RUN.set(CurrentRun(recipe, config, where, values))
     return groups
 
 
@@ -171,21 +153,6 @@ def parse_mapping(recipe: str | Path, *types: type, values: Mapping[str, Any], h
             return copy_context().run(parse_dataclasses, recipe, *types, argv=["--config", str(written)], here=here)
         except RecipeError as error:
             raise RecipeError(str(error).removeprefix(f"{written}: ")) from error
-
-
-@contextlib.contextmanager
-def as_recipe_error(stage: str) -> Iterator[None]:
-    """Turns the errors by which a trainer refuses its arguments or data, when it is made, into a `RecipeError`."""
-    try:
-        yield
-    except (ValueError, TemplateError, ImportError) as error:
-        raise RecipeError(f"{stage}: {one_line(error)}") from error
-    except (RuntimeError, OSError) as error:
-        # TRL's ways to refuse a row and to say that vLLM is not there, and that of Transformers to refuse a tracker
-        known = ("assistant_only_loss", "The vLLM server", "to be installed")
-        if not any(words in str(error) for words in known):
-            raise
-        raise RecipeError(f"{stage}: {one_line(error)}") from error
 
 
 class _RecipeParser(TrlParser):

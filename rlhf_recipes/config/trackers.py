@@ -61,13 +61,13 @@ def begin_tracking(args: TrainingArguments) -> None:
         wandb.finish()
 
 
-def complaint_of_tracker(error: BaseException) -> RecipeError | None:
-    """What a tracker says when it stops a training, as one without a login does; None for any other error."""
+def tracker_complaint(error: BaseException) -> str | None:
+    """Return the message of a tracker that stopped a training, as one without a login does; None for any other error."""
     for cause in causes(error):
         package = type(cause).__module__.partition(".")[0]
         if package in TRACKERS:
             login = ": log in by `wandb login`, or set WANDB_MODE=offline" if package == "wandb" else ""
-            return RecipeError(f"report_to: {package}: {first_line(cause)}{login}")
+            return f"report_to: {package}: {first_line(cause)}{login}"
     return None
 
 

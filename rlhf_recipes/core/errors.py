@@ -1,11 +1,15 @@
-"""The one kind of error that is the user's to mend."""
+"""Errors that the user can fix, and what others' errors say."""
 
+import contextlib
 import difflib
 import errno
 import os
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 
+from jinja2 import TemplateError
+
+_LONGEST = 3000  # characters of a message
 _NO_MEMORY = (
     "out of memory",
     "can't allocate memory",
@@ -13,43 +17,70 @@ _NO_MEMORY = (
     "CUBLAS_STATUS_ALLOC_FAILED",
     "No executable batch size",
 )
-
-
 _NOT_WRITTEN = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EACCES, errno.EPERM)
 _NOT_WRITTEN_BY_TORCH = ("PytorchStreamWriter failed writing", "file write failed", "unexpected pos", "cannot be opened")
 
-_LONGEST = 3000  # characters of a message
-
 
 class RecipeError(Exception):
-    """Something in a YAML file, on the command line, or in the data is wrong.
+    """An error in a YAML file, on the command line, or in the data, which the user can fix.
 
-    The message names the file, the key or row, and the remedy. Recipes print it without a traceback and exit with status 2
-    (`rlhf_recipes.cli.exit_on_recipe_error`). What it quotes of a file may be anything: a terminal shows it, and does not obey
-    it, and of a very long message it shows both ends.
+    The message has the form `file: key: problem. Fix: action.` Recipes print it without a traceback and exit with status 2
+    (`rlhf_recipes.cli.exit_on_recipe_error`). Control characters that it quotes are escaped; a very long one is shortened.
     """
 
     def __init__(self, message: object):
-        super().__init__(_readable(str(message)))
+        text = str(message)
+        if len(text) > _LONGEST:
+            text = f"{text[: _LONGEST * 2 // 3]} [...] {text[-_LONGEST // 3 :]}"
+        shown = (letter if letter.isprintable() or letter in "\n\t" else repr(letter)[1:-1] for letter in text)
+        super().__init__("".join(shown))
 
 
-def _readable(message: str) -> str:
-    if len(message) > _LONGEST:
-        message = f"{message[: _LONGEST * 2 // 3]} [...] {message[-_LONGEST // 3 :]}"
-    if message.isprintable():
-        return message
-    return "".join(
-        letter if letter.isprintable() or letter in "\n\t" else letter.encode("unicode_escape").decode() for letter in message
-    )
+@contextlib.contextmanager
+def error_context(place: str, *errors: type[Exception], fix: str = "") -> Iterator[None]:
+    """Put a place in front of the errors in a block, and turn a library's errors into ours.
+
+    Args:
+        place: what the block is about: a file, a key, a stage.
+        errors: types of others' errors that become a `RecipeError`.
+        fix: what to do about those.
+
+    Raises:
+        RecipeError: `place: message`, for a `RecipeError` and for `errors`.
+    """
+    try:
+        yield
+    except RecipeError as error:
+        raise RecipeError(f"{place}: {error}") from error
+    except errors as error:
+        remedy = f". Fix: {fix}" if fix else ""
+        raise RecipeError(f"{place}: {one_line(error)}{remedy}") from error
+
+
+@contextlib.contextmanager
+def as_recipe_error(stage: str) -> Iterator[None]:
+    """Turn the errors by which a trainer rejects its arguments or data, when it is made, into a `RecipeError`."""
+    with error_context(stage, ValueError, ImportError, TemplateError):
+        try:
+            yield
+        except (RuntimeError, OSError) as error:  # TRL's for rows and vLLM, Transformers' for trackers
+            if not any(words in str(error) for words in ("assistant_only_loss", "The vLLM server", "to be installed")):
+                raise
+            raise RecipeError(one_line(error)) from error
+
+
+def one_line(error: BaseException) -> str:
+    """Return the message of somebody else's error without line breaks; its type if it has none."""
+    return " ".join(str(error).split()) or type(error).__name__
 
 
 def first_line(error: BaseException) -> str:
-    """The first line of somebody else's error, to go into a message of ours; its type where it says nothing."""
+    """Return the first line of somebody else's error; its type if it has none."""
     return (str(error).strip() or type(error).__name__).splitlines()[0]
 
 
 def causes(error: BaseException) -> list[BaseException]:
-    """An error, what it was raised from or while handling, and so on to the first."""
+    """Return an error, what it was raised from or while handling, and so on to the first."""
     chain: list[BaseException] = []
     while error is not None and error not in chain:
         chain.append(error)
@@ -58,19 +89,26 @@ def causes(error: BaseException) -> list[BaseException]:
 
 
 def lack_of_memory(error: BaseException) -> BaseException | None:
-    """The error in the chain by which a GPU or the machine said that it has no memory left; None where none did."""
-    return next((cause for cause in causes(error) if _says_no_memory(cause)), None)
+    """Return the error in the chain by which a GPU or the machine ran out of memory, or None."""
+    return next((cause for cause in causes(error) if _is_lack_of_memory(cause)), None)
 
 
-def refused_to_write(error: BaseException) -> tuple[str, str] | None:
-    """What a file system said that did not take what was to be written, and of which file ("": unknown); None where none did.
+def _is_lack_of_memory(error: BaseException) -> bool:
+    # torch.OutOfMemoryError is a RuntimeError; cuBLAS and the CPU's allocator raise a plain one
+    return isinstance(error, MemoryError) or (
+        isinstance(error, RuntimeError) and any(sign in str(error) for sign in _NO_MEMORY)
+    )
 
-    Of a file that may not be opened it is not known whether it was to be written: that is asked of its place.
+
+def failed_write(error: BaseException) -> tuple[str, str] | None:
+    """Return why a file could not be written, and its name ("": unknown); None if that is not the cause.
+
+    For `PermissionError` it is not known whether the file was to be written or read.
     """
     for cause in causes(error):
         if isinstance(cause, OSError) and cause.errno in _NOT_WRITTEN:
             return os.strerror(cause.errno), str(cause.filename or "")
-        # Of a safetensors file, and of a pickle of PyTorch, which keeps the reason to itself
+        # safetensors puts the code into its text, PyTorch leaves it out
         code = re.search(r"\(os error (\d+)\)", str(cause)) if type(cause).__name__ == "SafetensorError" else None
         if code and int(code[1]) in _NOT_WRITTEN:
             return os.strerror(int(code[1])), ""
@@ -79,21 +117,9 @@ def refused_to_write(error: BaseException) -> tuple[str, str] | None:
     return None
 
 
-def _says_no_memory(error: BaseException) -> bool:
-    # torch.OutOfMemoryError is a RuntimeError; those of cuBLAS and of the CPU's allocator are nothing more
-    return isinstance(error, MemoryError) or (
-        isinstance(error, RuntimeError) and any(sign in str(error) for sign in _NO_MEMORY)
-    )
-
-
 def did_you_mean(word: str, words: Iterable[str]) -> str:
-    """`; did you mean 'x'?` with the most similar of `words`, and others that are nearly as similar; or nothing."""
+    """Return `; did you mean 'x'?` with the most similar of `words`, or an empty text."""
     close = difflib.get_close_matches(word, list(words))
-    alike = [difflib.SequenceMatcher(None, word, other).ratio() for other in close]
-    close = [repr(other) for other, ratio in zip(close, alike, strict=True) if ratio > alike[0] - 0.05]
+    ratios = [difflib.SequenceMatcher(None, word, other).ratio() for other in close]
+    close = [repr(other) for other, ratio in zip(close, ratios, strict=True) if ratio > ratios[0] - 0.05]
     return f"; did you mean {' or '.join(close)}?" if close else ""
-
-
-def one_line(error: BaseException) -> str:
-    """Somebody else's error, to go into a message of ours, without its line breaks."""
-    return " ".join(str(error).split())

@@ -1,7 +1,7 @@
 """Merge an adapter into its base at full precision, and check the result against the adapter.
 
-The model is written into a folder beside `output_dir`, read again and compared. Only then the folder is renamed, so `output_dir` is
-complete or missing.
+The model is written into a folder beside `output_dir`, read again and compared. Only then the folder is renamed, so
+`output_dir` is complete or missing.
 """
 
 import contextlib
@@ -94,7 +94,7 @@ def resolve_base(arguments: MergeArguments, model: ModelConfig) -> tuple[bool, M
     folder = Path(arguments.adapter)
     if model.load_in_4bit or model.load_in_8bit:
         raise RecipeError(
-            "load_in_4bit, load_in_8bit: adapters are merged at full precision, even if trained on fewer bits. Fix: remove the key"
+            "load_in_4bit, load_in_8bit: adapters are merged at full precision, however they were trained. Fix: remove the key"
         )
     if members := (read_json(folder / REWARD).get("ensemble") or {}).get("members"):
         raise RecipeError(f"adapter: {folder} is an ensemble. Fix: merge its members one by one ({folder / members[0]}, ...)")

@@ -1,7 +1,9 @@
-"""What a run will take in memory, from the configuration of its model alone, and what to set so that it fits a card."""
+"""The memory that a run will take, from its model's `config.json` alone, and the arguments with which it fits a card."""
 
 from rlhf_recipes.memory.autofit import NoFitError, advice, autofit
-from rlhf_recipes.memory.stages import Arguments, Plan, plan_stage
-from rlhf_recipes.memory.table import report
+from rlhf_recipes.memory.gpu_arguments import StageArguments
+from rlhf_recipes.memory.plan import Plan
+from rlhf_recipes.memory.planners import plan_stage
+from rlhf_recipes.memory.table import format_plans
 
-__all__ = ["Arguments", "NoFitError", "Plan", "advice", "autofit", "plan_stage", "report"]
+__all__ = ["NoFitError", "Plan", "StageArguments", "advice", "autofit", "format_plans", "plan_stage"]

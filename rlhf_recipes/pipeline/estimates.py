@@ -5,8 +5,8 @@ from pathlib import Path
 from rlhf_recipes.config.launcher import refuse_one_gpus_arithmetic
 from rlhf_recipes.core.errors import RecipeError
 from rlhf_recipes.core.yaml import read_yaml
-from rlhf_recipes.memory.arguments import resolve
-from rlhf_recipes.memory.stages import Arguments, can_be_planned
+from rlhf_recipes.memory.gpu_arguments import StageArguments, resolve_for_gpu
+from rlhf_recipes.memory.planners import has_planner
 from rlhf_recipes.pipeline.reading import checked_card, found, read_stages
 from rlhf_recipes.stages import pipeline_stages
 
@@ -23,7 +23,7 @@ def card_in(config: Path) -> float | None:
 
 def arguments_in(
     config: Path, recipes: Path, recipe: str | None = None, triton: bool = True, card: float | None = None
-) -> list[Arguments]:
+) -> list[StageArguments]:
     """The arguments of those stages in a YAML file that can be planned, with what `gpu_memory` chooses where a pipeline has it.
 
     Args:
@@ -48,11 +48,11 @@ def arguments_in(
             raise RecipeError(f"{config}: of which recipe is it? say so with --recipe: one of {', '.join(pipeline_stages())}")
         stages = [(path.stem, path.stem, read_yaml(path)) for path in _needed(values, recipes)]
         stages.append((recipe, recipe, values))
-    earlier: dict[str, Arguments] = {}
+    earlier: dict[str, StageArguments] = {}
     planned = []
     for name, kind, given in stages:
-        if can_be_planned(kind):
-            planned.append(resolve(name, kind, given, dict(earlier), triton))
+        if has_planner(kind):
+            planned.append(resolve_for_gpu(name, kind, given, dict(earlier), triton))
             earlier[str(planned[-1].output_dir)] = planned[-1]
     return planned if "stages" in values else planned[-1:]
 

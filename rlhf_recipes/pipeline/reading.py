@@ -4,21 +4,20 @@ import hashlib
 import json
 import math
 import re
-from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from rlhf_recipes.config.launcher import Launcher, check_launcher_support, read_launcher, refuse_one_gpus_arithmetic
 from rlhf_recipes.config.parser import merge_overrides
-from rlhf_recipes.core.errors import RecipeError, did_you_mean
+from rlhf_recipes.core.errors import RecipeError, did_you_mean, error_context
 from rlhf_recipes.core.provenance import files_in
 from rlhf_recipes.core.yaml import read_yaml
-from rlhf_recipes.memory import Arguments, NoFitError, Plan, autofit
-from rlhf_recipes.memory.arguments import resolve
-from rlhf_recipes.memory.autofit import with_values
-from rlhf_recipes.memory.stages import GIB, can_be_planned
+from rlhf_recipes.memory import NoFitError, Plan, StageArguments, autofit
+from rlhf_recipes.memory.gpu_arguments import resolve_for_gpu
+from rlhf_recipes.memory.plan import GIB
+from rlhf_recipes.memory.planners import has_planner
 from rlhf_recipes.stages import STAGES, pipeline_stages
 
 from accelerate.commands.config import default_config_file
@@ -125,7 +124,7 @@ def read_stages(config: Path, recipes: Path, card: float | None = None, must_fit
     engine = read_launcher(launch) if launch else Launcher()
     card = checked_card(values.get("gpu_memory") if card is None else card, str(config))
     if card is not None:
-        with _named(str(config)):
+        with error_context(str(config)):
             refuse_one_gpus_arithmetic(engine)
     entries = _entries(values, config)
     tracked = {key: values[key] for key in _OF_TRACKERS if key in values}
@@ -161,15 +160,6 @@ def _accelerate_config(values: dict[str, Any], config: Path, recipes: Path) -> s
         f"{config}: accelerate_config: {named!r} is no file: name one of configs/accelerate/, or write one with "
         "`accelerate config`"
     )
-
-
-@contextmanager
-def _named(where: str) -> Iterator[None]:
-    """Says of what goes wrong where it stands."""
-    try:
-        yield
-    except RecipeError as error:
-        raise RecipeError(f"{where}: {error}") from error
 
 
 def _whole(values: dict[str, Any], key: str, meaning: str, config: Path) -> int:
@@ -219,7 +209,7 @@ class _Reader:
     must_fit: bool
     tracked: dict[str, Any]
     stages: dict[str, list[Stage]] = field(default_factory=dict)  # entry -> its stages so far, one of each round
-    planned: dict[str, Arguments] = field(default_factory=dict)  # folder -> the arguments of the stage that writes it
+    planned: dict[str, StageArguments] = field(default_factory=dict)  # folder -> the arguments of the stage that writes it
 
     def read(self, entries: list[tuple[int | None, int, dict[str, Any]]]) -> list[Stage]:
         """The stages."""
@@ -235,7 +225,7 @@ class _Reader:
         place = (self.output if turn is None else self.output / f"round-{turn}") / name
         own = {"output_dir": str(place)} if self.seed is None else {"output_dir": str(place), "seed": self.seed}
         own |= self.tracked if STAGES[recipe].trains else {}
-        with _named(f"{where}: config"):
+        with error_context(f"{where}: config"):
             values = merge_overrides(read_yaml(found(config, self.recipes)), own | arguments)
         values.pop("needs", None)  # the order of the stages says so
         named = {key: value for key, value in values.items() if key != "output_dir"} | {"accelerate_config": self.launch}
@@ -243,8 +233,8 @@ class _Reader:
         files = files_in(named, leave_out=(Path(values["output_dir"]), _store_of(values)))
         filling = PlaceholderResolver(self.stages, {"seed": self.seed, "round": turn})
         values = {key: filling.fill(value, f"{where}: {key}") for key, value in values.items()}
-        with _named(where):
-            with _named(name):
+        with error_context(where):
+            with error_context(name):
                 if STAGES[recipe].trains:
                     check_launcher_support(recipe, values, self.engine)
             picked, plan = self._pick(name, recipe, values, arguments)
@@ -266,16 +256,16 @@ class _Reader:
         self, name: str, recipe: str, values: dict[str, Any], arguments: dict[str, Any]
     ) -> tuple[dict[str, Any], Plan | None]:
         """What `gpu_memory` chooses for a stage, and the plan with it."""
-        if self.card is None or not can_be_planned(recipe):
+        if self.card is None or not has_planner(recipe):
             return {}, None
-        stage = resolve(name, recipe, values, dict(self.planned))
+        stage = resolve_for_gpu(name, recipe, values, dict(self.planned))
         try:
             picked, plan = autofit(stage, self.card, fixed=arguments)
         except NoFitError as error:
             if self.must_fit:
                 raise
             picked, plan = error.choice, error.plan
-        self.planned[values["output_dir"]] = with_values(stage, picked)
+        self.planned[values["output_dir"]] = stage.override(picked)
         return picked, plan
 
     def _checked(self, entry: dict[str, Any], where: str, turn: int | None) -> tuple[str, str, str, dict[str, Any]]:

@@ -15,13 +15,13 @@ from pathlib import Path
 from typing import Any
 
 from rlhf_recipes.config.data import DatasetSource
-from rlhf_recipes.core.errors import RecipeError, did_you_mean
+from rlhf_recipes.core.errors import RecipeError, did_you_mean, error_context
 from rlhf_recipes.core.files import LOG, METRICS, read_json, write_json, write_text
 from rlhf_recipes.data import Kind, check_source
 from rlhf_recipes.evaluation.report.html import PAGE
 from rlhf_recipes.evaluation.report.seeds import write_summary
 from rlhf_recipes.feedback.sampling import discard
-from rlhf_recipes.memory.autofit import written
+from rlhf_recipes.memory.autofit import as_yaml
 from rlhf_recipes.pipeline.reading import Stage, read_stages
 from rlhf_recipes.stages import STAGES, parse_values
 from rlhf_recipes.training.resume import checkpoints_in, remove_checkpoint
@@ -77,7 +77,7 @@ class Pipeline:
             reads = f", reads {', '.join(stage.inputs)}" if stage.inputs else ""
             yield f"{number}. {stage.name}: recipes/{stage.recipe}.py -> {stage.folder}{reads}: {self.status(stage)}"
             if stage.picked:
-                yield f"   gpu_memory sets {written(stage.picked)}; {stage.predicted:.1f} GiB at the peak (predicted)"
+                yield f"   gpu_memory sets {as_yaml(stage.picked)}; {stage.predicted:.1f} GiB at the peak (predicted)"
 
     def run(self) -> None:
         """Runs what is not done, in order; what is done is said to be.
@@ -97,8 +97,8 @@ class Pipeline:
             raise RecipeError(
                 f"output_dir: {self.folder}: cannot be written to ({error.strerror}): make room, or name another"
             ) from error
-        except KeyboardInterrupt as stop:
-            stop.__notes__ = ["", "run the pipeline again to go on"]
+        except KeyboardInterrupt:
+            print("\nRun the pipeline again to resume it", file=sys.stderr)
             raise
 
     def _check_unselected(self) -> None:
@@ -285,12 +285,10 @@ def check_arguments(pipeline: Pipeline, config: Path) -> None:
     """
     folders, seen = [stage.folder for stage in (*pipeline.stages, *pipeline.unselected)], set()
     for stage in pipeline.stages:
-        try:
+        with error_context(f"{config}: stages: {stage.name} (its YAML file with its `arguments`)"):
             groups = parse_values(stage.recipe, stage.values)
             if pipeline.status(stage) != "done":
                 _check_data(stage.recipe, groups, folders, seen)
-        except RecipeError as error:
-            raise RecipeError(f"{config}: stages: {stage.name} (its YAML file with its `arguments`): {error}") from error
 
 
 def progress(stage: Stage) -> str:

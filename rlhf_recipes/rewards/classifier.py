@@ -31,8 +31,8 @@ def load_reward_model(
 ) -> PreTrainedModel | PeftModel:
     """Load the base with a scalar head in fp32, and with `use_peft` an adapter, to be trained.
 
-    A new head is drawn from N(0, 1 / (width + 1)) with the seed of the run (Huang et al., 2024, "The N+ implementation details of
-    RLHF with PPO"). A base that is a reward model keeps its head.
+    A new head is drawn from N(0, 1 / (width + 1)) with the seed of the run (Huang et al., 2024, "The N+ implementation details
+    of RLHF with PPO"). A base that is a reward model keeps its head.
 
     Args:
         arguments: TRL's model arguments.

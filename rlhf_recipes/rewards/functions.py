@@ -1,7 +1,7 @@
 """Reward functions, to be named by dotted path in `reward_funcs`.
 
-A reward function takes TRL's keywords and the columns of the dataset, and returns a score, or None, for each completion. Write your
-own in any importable module: a function, or a class with `__call__` and the options as its arguments.
+A reward function takes TRL's keywords and the columns of the dataset, and returns a score, or None, for each completion. Write
+your own in any importable module: a function, or a class with `__call__` and the options as its arguments.
 """
 
 from collections.abc import Callable, Iterator, Sequence
@@ -123,8 +123,8 @@ def _shares(kinds: list[str | None], known: list[bool | None] | None) -> Iterato
 class LengthPenalty:
     """0 for a length from `shortest` to `longest`, and `slope` less for each unit outside; (-inf, 0].
 
-    Against the growth of answers, since learned rewards like length. Set `slope` relative to the spread of the reward that it is
-    added to. TRL's `trl.rewards.get_soft_overlong_punishment` is an alternative, in [-1, 0].
+    Against the growth of answers, since learned rewards like length. Set `slope` relative to the spread of the reward that it
+    is added to. TRL's `trl.rewards.get_soft_overlong_punishment` is an alternative, in [-1, 0].
 
     Parameters:
         slope: loss of reward per unit.
@@ -157,8 +157,9 @@ class LengthPenalty:
 class RepetitionPenalty:
     """Minus the share of a completion's word n-grams that occurred earlier in it; (-1, 0].
 
-    Against loops, into which a policy falls when a reward likes length. Case and spacing do not matter. A completion of fewer than
-    `n` words scores 0. For languages without spaces use TRL's `trl.rewards.get_repetition_penalty_reward`, which counts tokens.
+    Against loops, into which a policy falls when a reward likes length. Case and spacing do not matter. A completion of fewer
+    than `n` words scores 0. For languages without spaces use TRL's `trl.rewards.get_repetition_penalty_reward`, which counts
+    tokens.
 
     Parameters:
         n: words in an n-gram.

@@ -25,8 +25,8 @@ _LARGEST = torch.finfo(torch.float32).max  # TRL stores rewards in fp32
 def checked_reward(reward: Reward, name: str | None = None) -> Reward:
     """Wrap a reward so that it must return one finite number or None for each completion.
 
-    TRL takes a NaN for "not applicable". Numbers may come as a list, a tensor or an array. Asynchronous rewards stay asynchronous,
-    and a reward that can be pickled still can.
+    TRL takes a NaN for "not applicable". Numbers may come as a list, a tensor or an array. Asynchronous rewards stay
+    asynchronous, and a reward that can be pickled still can.
 
     Args:
         reward: a callable with TRL's signature.

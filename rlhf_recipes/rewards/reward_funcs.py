@@ -122,15 +122,17 @@ def _build(path: str, arguments: dict[str, Any] | None, where: str) -> Reward:
         parameters = inspect.signature(target).parameters
     except ValueError as error:
         raise RecipeError(f"{where}: its parameters are unknown ({error}). Fix: wrap it in a function of yours") from error
-    if inspect.isclass(target) or (arguments is not None and not _takes_any_keyword(target) and "completions" not in parameters):
+    if inspect.isclass(target) or (
+        arguments is not None and not _takes_any_keyword(target) and "completions" not in parameters
+    ):
         reward = _make(target, arguments or {}, where)
     else:
         reward = _bind(target, arguments, where) if arguments else target
     missing = [name for name in TRL_KEYWORDS if name not in inspect.signature(reward).parameters]
     if missing and not _takes_any_keyword(reward):
         raise RecipeError(
-            f"{where}: TRL passes {', '.join(TRL_KEYWORDS)} and the columns of the data, and {_signature(reward)} does not take "
-            f"{missing[0]}. Fix: end its parameters with `**columns`, or, if it makes a reward, give it `arguments` (even {{}})"
+            f"{where}: TRL passes {', '.join(TRL_KEYWORDS)} and the columns of the data, and {_signature(reward)} does not "
+            f"take {missing[0]}. Fix: end its parameters with `**columns`, or, if it makes a reward, give it `arguments` (even {{}})"
         )
     return reward
 

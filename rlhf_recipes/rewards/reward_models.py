@@ -61,8 +61,8 @@ class Scorer(ABC):
     def __call__(self, prompts: Sequence[Any], completions: Sequence[Any], **kwargs: Any) -> list[float]:
         """Return the score of each completion, in TRL's protocol for reward functions.
 
-        Completions are encoded as in training: conversations by the chat template, texts with EOS at the end. A completion that was
-        truncated before its EOS is scored as if it ended there.
+        Completions are encoded as in training: conversations by the chat template, texts with EOS at the end. A completion that
+        was truncated before its EOS is scored as if it ended there.
 
         Args:
             prompts: texts, or lists of messages.

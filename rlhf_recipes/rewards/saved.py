@@ -53,7 +53,9 @@ def load_reward_adapter(
     weights = {key: weight.float() for key, weight in read_weights(folder / ADAPTER).items()}
     head = weights.pop(HEAD_IN_ADAPTER, None)
     if head is None:
-        raise RecipeError(f"{folder / ADAPTER}: has no head ({HEAD_IN_ADAPTER}), so it would score at random. Fix: train it again")
+        raise RecipeError(
+            f"{folder / ADAPTER}: has no head ({HEAD_IN_ADAPTER}), so it would score at random. Fix: train it again"
+        )
     record = read_json(folder / REWARD)
     check_base(folder, config.base_model_name_or_path, record, model)
     check_tokenizer(folder, tokenizer)
@@ -113,8 +115,8 @@ def load_saved_reward(
 ) -> Scorer:
     """Load any result of `recipes/reward.py`: an adapter, an ensemble of them, or a full model.
 
-    An adapter goes on the policy's base, under the name of the folder; a full model on the device of this process. A model without
-    a normalisation gives a warning.
+    An adapter goes on the policy's base, under the name of the folder; a full model on the device of this process. A model
+    without a normalisation gives a warning.
 
     Args:
         folder: of the reward model, or of the ensemble whose `reward.json` lists its members. From Python, a full model may be
@@ -136,9 +138,7 @@ def load_saved_reward(
         except (TypeError, KeyError) as error:
             raise RecipeError(f"{folder / REWARD}: ensemble: damaged: {ensemble}. Fix: train it again") from error
         rewards = [_load_member(folder / name, model, tokenizer, f"{folder.name}-{name}", batch_size) for name in names]
-        return Ensemble(
-            rewards, combine or trained, coefficient if uncertainty_coef is None else uncertainty_coef, folder.name
-        )
+        return Ensemble(rewards, combine or trained, coefficient if uncertainty_coef is None else uncertainty_coef, folder.name)
     is_single = any((folder / name).exists() for name in ("adapter_config.json", "config.json"))
     if not is_single and any(folder.glob("member-*/*config.json")):
         raise RecipeError(
@@ -155,15 +155,17 @@ def _load_member(folder: Path, model: nn.Module, tokenizer: PreTrainedTokenizerB
         # where the policy is, or will be when its trainer has placed it
         reward = load_full_reward(folder, name, tokenizer, batch_size, device_map={"": PartialState().device})
     elif not isinstance(model, PeftModel):
-        raise RecipeError(f"{folder}: is an adapter, and needs a base that is not trained. Fix: set `use_peft: true`, or merge it")
+        raise RecipeError(
+            f"{folder}: is an adapter, and needs a base that is not trained. Fix: set `use_peft: true`, or merge it"
+        )
     else:
         name = name.replace(".", "_")  # PyTorch allows no dots there
         taken = sum(other == name or other.startswith(f"{name}_") for other in model.peft_config)
         reward = load_reward_adapter(model, folder, f"{name}_{taken + 1}" if taken else name, tokenizer, batch_size)
     if reward.normalisation is None:
         logger.warning(
-            "%s has no `normalisation` in %s: its raw scores are used, with any mean and spread. recipes/reward.py measures it at "
-            "its end: resume it with `resume_from_checkpoint: true` if it was interrupted",
+            "%s has no `normalisation` in %s: its raw scores are used, with any mean and spread. recipes/reward.py measures it "
+            "at its end: resume it with `resume_from_checkpoint: true` if it was interrupted",
             folder,
             REWARD,
         )

@@ -8,7 +8,6 @@ from typing import Any
 
 from rlhf_recipes.core.files import LOG, PENDING, RECIPE
 from rlhf_recipes.training.resume import checkpoints_in, remove_checkpoint
-from rlhf_recipes.training.run import annotate_failure
 
 from transformers import Trainer
 
@@ -84,5 +83,4 @@ def evaluate_at_end(trainer: Trainer) -> None:
     last = trainer.state.global_step
     done = any("eval_runtime" in entry and entry["step"] == last for entry in trainer.state.log_history)
     if trainer.eval_dataset is not None and not done:
-        with annotate_failure(trainer):
-            trainer.evaluate()
+        trainer.evaluate()

@@ -1,23 +1,21 @@
 """What a run leaves beside its result: `recipe.json`; and where an interrupted run goes on."""
 
-import contextlib
 import subprocess
 import sys
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 
-from rlhf_recipes.config.trackers import begin_tracking, complaint_of_tracker
-from rlhf_recipes.core.errors import RecipeError, lack_of_memory
+from rlhf_recipes.config.current import set_trainer
+from rlhf_recipes.config.trackers import begin_tracking
+from rlhf_recipes.core.errors import RecipeError
 from rlhf_recipes.core.files import PENDING, RECIPE
 from rlhf_recipes.core.yaml import read_yaml
 from rlhf_recipes.training.record import RunRecorder, write_log
 from rlhf_recipes.training.resume import (
     checkpoints_in,
-    is_complete,
     read_trainer_state,
     remove_checkpoint,
-    step_of,
 )
 
 from accelerate import PartialState
@@ -63,6 +61,7 @@ def train(trainer: Trainer, checkpoint: str | None) -> None:
         (Path(trainer.args.output_dir) / PENDING).unlink(missing_ok=True)
         for old in checkpoints_in(Path(trainer.args.output_dir)):
             remove_checkpoint(old)
+    set_trainer(trainer)
     begin_tracking(trainer.args)
     recorders = [callback for callback in trainer.callback_handler.callbacks if isinstance(callback, RunRecorder)]
     trainer.run_arguments = recorders[0].arguments if recorders else None
@@ -78,30 +77,7 @@ def train(trainer: Trainer, checkpoint: str | None) -> None:
             if not any("train_loss" in entry for entry in state.log_history):
                 trainer.log_missing_summary()
             return
-    with annotate_failure(trainer):
-        trainer.train(resume_from_checkpoint=checkpoint)
-
-
-@contextlib.contextmanager
-def annotate_failure(trainer: Trainer) -> Iterator[None]:
-    """Adds to a lack of memory, and to a Ctrl-C, when it came and what is kept; makes a message of a tracker's complaint."""
-    try:
-        yield
-    except (Exception, KeyboardInterrupt) as error:
-        print(file=sys.stderr)  # below the bar of progress
-        stopped = isinstance(error, KeyboardInterrupt)
-        if stopped or lack_of_memory(error):
-            state = trainer.state
-            error.add_note(f"after {state.global_step} of {state.max_steps} steps")
-            kept = max(filter(is_complete, checkpoints_in(Path(trainer.args.output_dir))), key=step_of, default=None)
-            if kept is not None:
-                member = kept.parent.name.startswith("member-")  # of an ensemble, which goes on from no named one
-                goes_on = f": `resume_from_checkpoint: {kept}` goes on from it, with the same `optim`"
-                goes_on = ": `resume_from_checkpoint: true` goes on from it" if stopped else "" if member else goes_on
-                error.add_note(f"{kept} is kept{goes_on}")
-        elif complaint := complaint_of_tracker(error):
-            raise complaint from error
-        raise
+    trainer.train(resume_from_checkpoint=checkpoint)
 
 
 def shutdown_distributed(trainer: Trainer, last: bool = True) -> None:

@@ -5,7 +5,7 @@ import re
 
 from rlhf_recipes.config import chat, data, evaluate, merge, policy, ppo, rank, reward, sample
 from rlhf_recipes.core.yaml import read_yaml
-from rlhf_recipes.memory import stages
+from rlhf_recipes.memory import estimator
 from rlhf_recipes.models import tokenizer
 from rlhf_recipes.pipeline import read_pipeline
 from rlhf_recipes.stages import STAGES, parse_arguments, parse_values, pipeline_stages
@@ -29,7 +29,7 @@ def test_there_is_a_tiny_config_for_each_recipe_that_has_arguments():
 
 @pytest.mark.parametrize("config", PIPELINES, ids=lambda path: str(path.relative_to(ROOT)))
 def test_every_stage_of_a_pipeline_parses_by_its_recipe_and_fits_the_card(config, monkeypatch):
-    monkeypatch.setattr(stages, "load_config", published.load_config)
+    monkeypatch.setattr(estimator, "load_config", published.load_config)
     for stage in read_pipeline(config, ROOT / "recipes").stages:  # refused where a stage does not fit
         assert ("gpu_memory" in read_yaml(config)) == (stage.predicted is not None)
         parse_values(stage.recipe, stage.values)

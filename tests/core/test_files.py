@@ -4,7 +4,7 @@ import errno
 import os
 
 from rlhf_recipes.cli import exit_on_recipe_error
-from rlhf_recipes.core.errors import refused_to_write
+from rlhf_recipes.core.errors import failed_write
 from rlhf_recipes.core.files import write_json, write_text
 
 import pytest
@@ -40,10 +40,10 @@ def test_a_file_that_cannot_be_written_stays_what_it_was(tmp_path, monkeypatch):
     ],
 )
 def test_what_a_full_disk_says_is_known_in_all_its_words(error, reason):
-    assert refused_to_write(error) == reason
+    assert failed_write(error) == reason
     outer = ValueError("while saving")
     outer.__cause__ = error
-    assert refused_to_write(outer) == reason
+    assert failed_write(outer) == reason
 
 
 def test_a_file_outside_of_output_dir_is_named_and_one_that_may_not_be_read_is_not_a_full_disk(capsys):

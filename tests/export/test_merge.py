@@ -200,7 +200,7 @@ def test_shards_hold_the_same(merge, policy):
 
 
 def test_a_model_that_is_not_the_adapter_is_not_kept(merge, policy, reward, monkeypatch):
-    monkeypatch.setattr(merging, "_merged", lambda model, *_: model.unload())
+    monkeypatch.setattr(merging, "_merge", lambda model, *_: model.unload())
     status, error, output = merge(policy)
     assert status == 2
     assert "logits differ from the adapter's by" in error

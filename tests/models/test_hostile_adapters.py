@@ -15,7 +15,7 @@ from rlhf_recipes.config.merge import MergeArguments
 from rlhf_recipes.core.errors import RecipeError
 from rlhf_recipes.export.merge import adapter_and_base, merge_policy, merge_reward
 from rlhf_recipes.generation.policies import PolicyBank
-from rlhf_recipes.memory.models import load_config
+from rlhf_recipes.memory.model_shape import load_config
 from rlhf_recipes.models.compatibility import check_tokenizer
 from rlhf_recipes.models.loading import load_model, load_policy
 from rlhf_recipes.models.tokenizer import load_tokenizer

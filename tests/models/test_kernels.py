@@ -4,8 +4,7 @@ import sys
 import types
 
 from rlhf_recipes import PPOConfig
-from rlhf_recipes.config.parser import as_recipe_error
-from rlhf_recipes.core.errors import RecipeError
+from rlhf_recipes.core.errors import RecipeError, as_recipe_error
 from rlhf_recipes.models.loading import load_model, strip_consumed_arguments
 from rlhf_recipes.models.roles import copy_adapter
 from rlhf_recipes.training.ppo import vllm

@@ -13,6 +13,7 @@ from rlhf_recipes.rewards.reward_funcs import SavedReward, load_rewards
 from rlhf_recipes.rewards.reward_json import write_ensemble_record
 from rlhf_recipes.rewards.reward_models import Ensemble
 from rlhf_recipes.rewards.saved import load_full_reward, load_reward_adapter
+from rlhf_recipes.training.ppo.diagnostics import check_ratio
 from support.small_ppo import (
     ANSWERS,
     EOS,
@@ -113,16 +114,16 @@ def renamed_policy():
 @pytest.mark.parametrize(
     ("make", "options", "message"),
     [
-        (lambda: with_adapter(make_model()), {"peft": lora()}, "peft_config: the model has an adapter already"),
-        (renamed_policy, {}, r"the policy must be the adapter 'default', active and alone; active are \['other'\]"),
+        (lambda: with_adapter(make_model()), {"peft": lora()}, "peft_config: "),
+        (renamed_policy, {}, r"model: active adapters \['other'\].*'default'"),
         (
             lambda: with_adapter(make_model()).requires_grad_(False),
             {},
-            "the policy's adapter is frozen: load it with `PeftModel",
+            "model: the adapter is frozen.*is_trainable=True",
         ),
-        (make_model, {"critic": "adapter"}, "critic: adapter: the policy has no adapter: set `use_peft: true`"),
-        (lambda: with_adapter(make_model()), {"critic": "model"}, "critic: model: is for policies that are trained whole"),
-        (make_model, {"data": prompts(0)}, "train_dataset: there is no prompt in it"),
+        (make_model, {"critic": "adapter"}, "critic: adapter: .*`use_peft: true`"),
+        (lambda: with_adapter(make_model()), {"critic": "model"}, "critic: model: "),
+        (make_model, {"data": prompts(0)}, "train_dataset: no prompts"),
     ],
 )
 def test_models_and_data_that_do_not_fit_are_refused(tmp_path, make, options, message):
@@ -448,7 +449,7 @@ def test_a_reward_model_that_returns_no_number_stops_the_run_with_step_and_sampl
     judge.config.pad_token_id = 0
     judge.score.weight.data.fill_(value)
     trainer = make_trainer(tmp_path, reward=[judge], init={"reward_processing_classes": [make_tokenizer()]})
-    with pytest.raises(RecipeError, match=r"step 0: the reward .* returned (nan|-?inf) for completion 0 .*; the prompt: 'w"):
+    with pytest.raises(RecipeError, match=r"step 0: the reward .* returned (nan|-?inf) for completion 0 .* prompt 'w"):
         trainer.train()
 
 
@@ -463,8 +464,8 @@ def test_a_reward_that_joined_later_may_not_be_infinite_either(tmp_path):
 @pytest.mark.parametrize(
     ("answer", "message"),
     [
-        ([], r"step 0: rollout_func returned a completion without a token for prompt \d of the batch, .*; the prompt: 'w23 '"),
-        (None, "step 0: rollout_func returned 3 completions for 4 prompts"),
+        ([], r"step 0: rollout_func: completion_ids: no token in row \d, prompt 'w23 '"),
+        (None, "step 0: rollout_func: 3 completions for 4 prompts"),
     ],
 )
 def test_a_rollout_without_tokens_stops_the_run_with_step_and_sample(tmp_path, answer, message):
@@ -484,7 +485,7 @@ def test_a_rollout_without_a_prompt_stops_the_run(tmp_path):
     def rollout(prompts, trainer):
         return answers_of()(prompts, trainer) | {"prompt_ids": [[] if place == 1 else [5] for place in range(len(prompts))]}
 
-    with pytest.raises(RecipeError, match="step 0: rollout_func returned a prompt without a token for prompt 1 of the batch"):
+    with pytest.raises(RecipeError, match="step 0: rollout_func: prompt_ids: no token in row 1"):
         make_trainer(tmp_path, init={"rollout_func": rollout}).train()
 
 
@@ -624,7 +625,7 @@ def test_a_critic_of_another_kind_is_not_loaded(sft, base, tmp_path):
     trainer = make_trainer(tmp_path, sft, critic="adapter")
     trainer.critic.save(tmp_path)
     other = make_trainer(tmp_path, with_adapter(AutoModelForCausalLM.from_pretrained(base)), critic="shared")
-    with pytest.raises(RecipeError, match=r"critic\.safetensors: comes from a critic of another kind: base_model"):
+    with pytest.raises(RecipeError, match=r"critic\.safetensors: base_model.*another kind"):
         other.critic.load(tmp_path)
 
 
@@ -662,7 +663,7 @@ def test_the_arguments_of_the_caller_stay_as_they_are(base, tmp_path):
 
 
 def test_a_model_in_memory_is_not_quantised(tmp_path):
-    with pytest.raises(RecipeError, match="quantization_config: the model is in memory already"):
+    with pytest.raises(RecipeError, match="quantization_config: "):
         make_trainer(tmp_path, init={"quantization_config": BitsAndBytesConfig(load_in_4bit=True)})
 
 
@@ -672,7 +673,7 @@ def test_the_critic_follows_the_schedule_of_an_optimizer_that_was_given(tmp_path
     optimizers = (torch.optim.AdamW(weights, lr=0.1), None)
     trainer = make_trainer(tmp_path, model, init={"optimizers": optimizers}, value_learning_rate=1e-3, learning_rate=1e-5)
     trainer.train()
-    assert [group["lr"] for group in trainer.critic_optimizer.param_groups] == [pytest.approx(1e-3)] * 2
+    assert [group["lr"] for group in trainer.critic_optimizer.optimizer.param_groups] == [pytest.approx(1e-3)] * 2
 
 
 def test_a_reward_adapter_on_another_base_is_not_where_the_critic_starts(base, rewards, tmp_path):
@@ -684,20 +685,19 @@ def test_a_reward_adapter_on_another_base_is_not_where_the_critic_starts(base, r
 
 def test_a_blank_text_is_refused_by_its_row(tmp_path):
     texts = Dataset.from_dict({"text": ["w5 w6", " "]})
-    with pytest.raises(RecipeError, match="ptx_dataset: row 1 has no text"):
+    with pytest.raises(RecipeError, match="ptx_dataset: row 1 "):
         make_trainer(tmp_path, init={"ptx_dataset": texts}, ptx_coef=1.0)
 
 
 @pytest.mark.parametrize(("tokens", "stops"), [(1, False), (400, True)])
-def test_rounding_is_forgiven_where_tokens_are_few(tmp_path, tokens, stops):
+def test_rounding_is_forgiven_where_tokens_are_few(tokens, stops):
     """One token of bf16 may be off by 0.1 nats; four hundred may not be on average."""
-    trainer = make_trainer(tmp_path, make_model().to(torch.bfloat16))
     with pytest.raises(RecipeError, match="the ratio of PPO is not 1") if stops else contextlib.nullcontext():
-        trainer._check_ratio(0.1, tokens)
+        check_ratio(0.1, tokens, step=0, exact=False)
 
 
 def test_a_checkpoint_without_the_state_of_ppo_is_refused(tmp_path):
     trainer = make_trainer(tmp_path, save_strategy="steps", save_steps=2, save_only_model=True)
     trainer.train()
-    with pytest.raises(RecipeError, match=r"checkpoint-2: no checkpoint that PPO can go on from"):
+    with pytest.raises(RecipeError, match=r"checkpoint-2: no ppo_state.json"):
         make_trainer(tmp_path, max_steps=4).train(resume_from_checkpoint=str(tmp_path / "checkpoint-2"))

@@ -161,5 +161,5 @@ def test_the_adapter_that_is_resumed_is_trained_and_the_others_are_not(start, tm
 def test_a_checkpoint_of_a_critic_of_another_kind_is_refused(start, tmp_path):
     start(tmp_path / "run", "lora, shared", max_steps=1).train()
     trainer = start(tmp_path / "run", "4 bits, adapter")
-    with pytest.raises(RecipeError, match="comes from a critic of another kind"):
+    with pytest.raises(RecipeError, match="from a critic of another kind"):
         trainer.train(resume_from_checkpoint=True)

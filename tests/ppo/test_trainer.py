@@ -8,7 +8,7 @@ from types import SimpleNamespace
 
 from rlhf_recipes.config.ppo import LOSSES
 from rlhf_recipes.core.errors import RecipeError
-from rlhf_recipes.training.ppo.sampling import PretrainingText
+from rlhf_recipes.training.ppo.pretraining import PretrainingText
 from support import ROOT
 from support.small_ppo import (
     EOS,
@@ -433,12 +433,12 @@ def with_dropout():
 
 
 def test_dropout_stops_the_run_since_policy_and_reference_differ(tmp_path):
-    with pytest.raises(RecipeError, match=r"step 0: policy and reference differ by .* before anything was learnt.*dropout"):
+    with pytest.raises(RecipeError, match=r"step 0: policy and reference differ by .*dropout"):
         make_trainer(tmp_path, with_dropout(), disable_dropout=False).train()
 
 
 def test_dropout_stops_the_run_where_there_is_no_reference_since_the_ratio_is_not_1(tmp_path):
-    with pytest.raises(RecipeError, match=r"step 0: the policy differs by .* so the ratio of PPO is not 1.*dropout"):
+    with pytest.raises(RecipeError, match=r"step 0: the ratio of PPO is not 1.*dropout"):
         make_trainer(tmp_path, with_dropout(), disable_dropout=False, kl_coef=0.0).train()
 
 
@@ -465,7 +465,7 @@ def test_an_adapter_that_was_changed_between_rollout_and_update_stops_the_run(tm
                         weight.data.add_(0.05)
             return super()._compute_loss(model, inputs)
 
-    with pytest.raises(RecipeError, match="step 2: the policy differs by"):
+    with pytest.raises(RecipeError, match="step 2: the ratio of PPO is not 1"):
         make_trainer(tmp_path, with_adapter(make_model()), kind=Meddling, max_steps=4).train()
 
 
@@ -840,5 +840,5 @@ def test_pretraining_text_comes_in_an_order_of_its_own(tmp_path):
 
 @pytest.mark.parametrize("data", [None, Dataset.from_dict({"text": []}), Dataset.from_dict({"prompt": ["w5"]})])
 def test_pretraining_text_must_be_given(tmp_path, data):
-    with pytest.raises(RecipeError, match=r"ptx_coef: needs `ptx_dataset`: pretraining text, in the column `text`"):
+    with pytest.raises(RecipeError, match=r"ptx_coef: .*`ptx_dataset`"):
         make_trainer(tmp_path, ptx_coef=0.5, init={"ptx_dataset": data})

@@ -21,6 +21,7 @@ from types import SimpleNamespace
 from rlhf_recipes.config.ppo import LOSSES, PPOConfig, _One
 from rlhf_recipes.models.kernels import without_compilation
 from rlhf_recipes.rewards.protocol import TRL_KEYWORDS
+from rlhf_recipes.training.ppo import checkpoint
 from rlhf_recipes.training.ppo.trainer import PPOTrainer
 from rlhf_recipes.training.reward import RankingCollator, RankingTrainer
 from support import ROOT
@@ -76,10 +77,6 @@ HOOKS = {
     "compute_entropy, compute_aux_loss, pixel_values, image_grid_thw, num_images, pixel_attention_mask, spatial_shapes, "
     "num_tiles, image_sizes, token_type_ids, mm_token_type_ids, image_position_ids",
     "_get_train_sampler": "self, dataset",
-    "_load_from_checkpoint": "self, resume_from_checkpoint, model",
-    "_load_optimizer_and_scheduler": "self, checkpoint",
-    "_save": "self, output_dir, state_dict",
-    "_save_rng_state": "self, output_dir",
     "training_step": "self, model, inputs, num_items_in_batch",
 }
 """What `PPOTrainer` overrides, with the parameters that TRL and Transformers give it."""
@@ -91,6 +88,22 @@ REWARD_HOOKS = {
     "save_model": "self, output_dir, _internal_call",
 }
 """What `RankingTrainer` overrides."""
+
+MIXIN_HOOKS = {
+    "_load_from_checkpoint": "self, resume_from_checkpoint, model",
+    "_load_optimizer_and_scheduler": "self, checkpoint",
+    "_load_rng_state": "self, checkpoint",
+    "_save": "self, output_dir, state_dict",
+    "_save_rng_state": "self, output_dir",
+    "create_model_card": "self, model_name, dataset_name, tags",
+    "log": "self, logs, start_time",
+}
+"""What `TrainerMixin` overrides in every trainer."""
+
+
+def our_classes(trainer):
+    """The trainer and its bases in this project."""
+    return [cls for cls in trainer.__mro__ if cls.__module__.startswith("rlhf_recipes.")]
 
 
 def parameters_of(function):
@@ -133,12 +146,13 @@ def test_everything_that_is_imported_is_there():
 
 @pytest.mark.parametrize(
     ("ours", "theirs", "hooks"),
-    [(PPOTrainer, GRPOTrainer, HOOKS), (RankingTrainer, RewardTrainer, REWARD_HOOKS)],
+    [(PPOTrainer, GRPOTrainer, HOOKS | MIXIN_HOOKS), (RankingTrainer, RewardTrainer, REWARD_HOOKS | MIXIN_HOOKS)],
     ids=["ppo", "reward"],
 )
 def test_every_override_stands_in_the_place_of_something(ours, theirs, hooks):
     """An override of a method that TRL has renamed would never be called."""
-    own = {name for name, value in vars(ours).items() if inspect.isroutine(value) and not name.startswith("__")}
+    members = {name: value for cls in our_classes(ours) for name, value in vars(cls).items()}
+    own = {name for name, value in members.items() if inspect.isroutine(value) and not name.startswith("__")}
     overridden = {name for name in own if hasattr(theirs, name)}
     assert overridden == hooks.keys(), f"{ours.__name__} overrides other methods of {theirs.__name__} than this file knows of"
     for name, parameters in hooks.items():
@@ -149,7 +163,8 @@ def test_every_override_that_calls_the_one_above_finds_it():
     for ours, theirs in ((PPOTrainer, GRPOTrainer), (RankingTrainer, RewardTrainer)):
         called = {
             node.func.attr
-            for node in ast.walk(class_tree(ours))
+            for cls in our_classes(ours)
+            for node in ast.walk(class_tree(cls))
             if isinstance(node, ast.Call)
             and isinstance(node.func, ast.Attribute)
             and isinstance(node.func.value, ast.Call)
@@ -225,6 +240,9 @@ def lengths(completion_ids, **columns):
     return [float(len(ids) + ids[0]) for ids in completion_ids]
 
 
+CHECKPOINT_HOOKS = ("_load_from_checkpoint", "_load_optimizer_and_scheduler", "_save", "_save_rng_state")
+
+
 class Listening(GRPOTrainer):
     """TRL's trainer, which notes what it is told to do, in order, with the arguments."""
 
@@ -252,7 +270,7 @@ def listen(name):
     return method
 
 
-for _name in [*HOOKS, "_prepare_inputs", "_clip_grad_norm", "_maybe_log_save_evaluate"]:
+for _name in [*HOOKS, *CHECKPOINT_HOOKS, "_prepare_inputs", "_clip_grad_norm", "_maybe_log_save_evaluate"]:
     setattr(Listening, _name, listen(_name))
 
 
@@ -289,8 +307,9 @@ def attributes(tree, of):
     for node in ast.walk(tree):
         if isinstance(node, ast.Attribute):
             owner = node.value
-            if (of == "self" and getattr(owner, "id", None) == "self") or (
-                isinstance(owner, ast.Attribute) and owner.attr == of and getattr(owner.value, "id", None) == "self"
+            names = ("self", "trainer")
+            if (of == "self" and getattr(owner, "id", None) in names) or (
+                isinstance(owner, ast.Attribute) and owner.attr == of and getattr(owner.value, "id", None) in names
             ):
                 found.add(node.attr)
     return found
@@ -317,10 +336,10 @@ ALREADY_THERE = {"ref_model", "_step", "_buffered_inputs", "model"}  # which PPO
 
 
 def test_the_trainer_has_every_attribute_that_is_read(aligned):
-    tree = class_tree(PPOTrainer)
-    own = (assigned(tree) - ALREADY_THERE) | set(vars(PPOTrainer))
+    tree = ast.Module([*map(class_tree, our_classes(PPOTrainer)), ast.parse(inspect.getsource(checkpoint))], [])
+    own = (assigned(tree) - ALREADY_THERE) | {name for cls in our_classes(PPOTrainer) for name in vars(cls)}
     gone = {name for name in attributes(tree, "self") - own if not hasattr(aligned, name)}
-    assert not gone, f"GRPOTrainer has no {sorted(gone)} any more, which rlhf_recipes/training/ppo/trainer.py reads"
+    assert not gone, f"GRPOTrainer has no {sorted(gone)} any more, which rlhf_recipes/training/ppo reads"
     gone = {
         name
         for name in attributes(tree, "accelerator")

@@ -1,9 +1,8 @@
-"""What README and docs show runs: every command, Python block and YAML block, in a small copy of the project.
+"""Run every command, Python block and YAML block of README and docs, in a small copy of the project.
 
-The copy has recipes and benchmarks as they are, and configurations of few rows and steps. What a page shows is run there as it
-stands, line after line and page after page, since each goes on with what those before it left. YAML files that a page names and
-does not show are the tiny world's. Of benchmarks, which take minutes to hours, only the command line is read; what stands
-in `ELSEWHERE` is not run.
+The copy has configurations of few rows and steps. Examples run in order, since later ones use results of earlier ones.
+YAML files that a page names and does not show are the tiny world's. Benchmarks take minutes to hours: only their command
+line is parsed. Commands in `ELSEWHERE` do not run.
 """
 
 import argparse
@@ -21,7 +20,7 @@ from pathlib import Path
 from rlhf_recipes.core.yaml import read_yaml
 from rlhf_recipes.feedback.labels import server
 from rlhf_recipes.feedback.labels.server import listen
-from rlhf_recipes.memory import stages
+from rlhf_recipes.memory import estimator
 from rlhf_recipes.pipeline import read_pipeline
 from rlhf_recipes.stages import parse_arguments, training_stages
 from support import ROOT, published
@@ -52,8 +51,8 @@ SMALL = {
 }
 TINY = {"model_name_or_path": "rlhf_recipes.tiny.base", "dtype": "float32", "eos_token": None, "optim": "adamw_torch"}
 INSTEAD = {
-    "make demo": "python recipes/pipeline.py",  # which is what it does, in an environment of its own
-    "configs/tiny/experiment.yaml": "configs/tiny/experiment.yaml --dry-run",  # tests/test_tiny_stages.py has it
+    "make demo": "python recipes/pipeline.py",  # the same without the installation
+    "configs/tiny/experiment.yaml": "configs/tiny/experiment.yaml --dry-run",  # test_tiny_stages.py runs it
     "configs/tiny/rounds.yaml": "configs/tiny/rounds.yaml --dry-run",
     "runs/tiny-experiment/seed-0": "runs/demo",
     "--start_from runs/sft": "--start_from runs/tiny/sft",
@@ -64,16 +63,16 @@ INSTEAD = {
 }
 ELSEWHERE = (
     "source .venv/bin/activate",
-    "python -m pip install",  # of a network
+    "python -m pip install",  # needs a network
     "pip install",
-    "python -m bitsandbytes",  # of a GPU
-    "trackio show",  # programs of others
+    "python -m bitsandbytes",  # needs a GPU
+    "trackio show",  # servers
     "tensorboard --logdir",
 )
 
 
 def examples():
-    """What each page shows, in its order: the language, what else stands behind the fence, and the text; a command once."""
+    """Yield page, words behind the fence and text of every example in order; a command only once."""
     seen = set()
     for case in all_examples():
         _, (language, *_), text = case.values
@@ -105,7 +104,7 @@ def all_examples():
 
 
 def small(value):
-    """A configuration of few rows and steps."""
+    """Return a configuration with few rows and steps."""
     if isinstance(value, dict):
         return {key: SMALL[key] if item and key in SMALL else small(item) for key, item in value.items()}
     return [small(item) for item in value] if isinstance(value, list) else value
@@ -113,7 +112,7 @@ def small(value):
 
 @pytest.fixture(autouse=True, scope="module")
 def project(tmp_path_factory):
-    """A copy, in which stages are run in this process, nobody comes to the page, and the Hub's configurations are at hand."""
+    """A copy of the project; stages run in this process, the page is not served, Hub configurations are local."""
     folder = tmp_path_factory.mktemp("project")
     for name in ("recipes", "benchmarks", "configs", "rlhf_recipes/tiny/base"):
         shutil.copytree(ROOT / name, folder / name)
@@ -134,14 +133,14 @@ def project(tmp_path_factory):
         patch.syspath_prepend(folder)
         patch.setenv("LABEL_PASSWORD", "a long one")
         patch.setattr(subprocess, "run", run)
-        patch.setattr(stages, "load_config", published.load_config)
+        patch.setattr(estimator, "load_config", published.load_config)
         patch.setattr(server, "serve", lambda *_: None)
-        patch.setattr(server, "listen", lambda host, port, password: listen(host, 0, password))  # 8000 may be another's
+        patch.setattr(server, "listen", lambda host, port, password: listen(host, 0, password))  # 8000 may be taken
         yield folder
 
 
 def make_small(folder):
-    """Configurations of few rows and steps, on the tiny base."""
+    """Rewrite configurations for few rows and steps on the tiny base."""
     for path in folder.glob("*.yaml"):
         values = small(read_yaml(path))
         if path.stem in training_stages():
@@ -151,7 +150,7 @@ def make_small(folder):
 
 
 def write_data(folder):
-    """What users have."""
+    """Write the data files that pages name."""
     (folder / "data").mkdir()
     questions = "question,answer\n" + "".join(f"Who is number {number}?,It is I.\n" for number in range(40))
     for name in ("mine", "demonstrations"):
@@ -167,35 +166,35 @@ def write_lines(path, rows):
     path.write_text("".join(json.dumps(row) + "\n" for row in rows))
 
 
-def run_file(words, said=""):
-    """Runs a Python file with its arguments in this process; returns its exit status. But for recipes, only these are read."""
-    read = argparse.ArgumentParser.parse_args
+def run_file(words, stdin=""):
+    """Run a recipe in this process, or parse the arguments of another script; return the exit status."""
+    parse_args = argparse.ArgumentParser.parse_args
 
-    def stop(*given):
-        read(*given)
+    def stop(*arguments):
+        parse_args(*arguments)
         raise SystemExit(0)
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(sys, "argv", words)
-        patch.setattr(sys, "stdin", io.StringIO(said))
+        patch.setattr(sys, "stdin", io.StringIO(stdin))
         patch.syspath_prepend(Path(words[0]).parent)
         if not words[0].startswith("recipes/"):
             patch.setattr(argparse.ArgumentParser, "parse_args", stop)
         try:
             runpy.run_path(words[0], run_name="__main__")
-        except SystemExit as stopped:
-            return stopped.code or 0
+        except SystemExit as error:
+            return error.code or 0
     return 0
 
 
 def run_command(text):
-    """Runs one line of a shell, in this process."""
+    """Run one shell line in this process."""
     if text.startswith(ELSEWHERE):
         return
     before, _, after = text.rpartition(" | ")
-    said = subprocess.check_output(before, shell=True, text=True) if before else ""
+    stdin = subprocess.check_output(before, shell=True, text=True) if before else ""
     words = shlex.split(after, comments=True)
-    while "=" in words[0]:  # variables that only set how many threads there are
+    while "=" in words[0]:  # variables for threads
         words.pop(0)
     if words[0] == "export":
         return
@@ -214,13 +213,13 @@ def run_command(text):
         words[:2] = [find_spec(words[1]).origin]
     if "--config" in words:
         provide(Path(words[words.index("--config") + 1]), Path(words[0]).stem)
-    if words[0] == "recipes/merge.py":  # which writes over nothing
+    if words[0] == "recipes/merge.py":  # it overwrites nothing
         shutil.rmtree("runs/tiny/merge", ignore_errors=True)
-    assert run_file(words, said) == (2 if "# stops" in text else 0)
+    assert run_file(words, stdin) == (2 if "# stops" in text else 0)
 
 
 def provide(path, recipe):
-    """Writes a YAML file that a page names, if it is not there: the tiny world's, with folders of its own."""
+    """Write a YAML file that a page names and does not show: the tiny world's with other folders."""
     if not path.exists():
         assert path.parts[0] != "configs" or path.parts[1] == "mine", f"there is no {path}"
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -230,7 +229,7 @@ def provide(path, recipe):
 
 
 def read_block(text, recipe, name=None):
-    """Reads what is shown of a YAML file by the recipe that it is of."""
+    """Parse a YAML block with the recipe named behind its fence."""
     values = yaml.safe_load(text)
     if recipe == "pipeline":
         whole = values if "stages" in values else read_yaml(Path("configs/tiny/pipeline.yaml")) | values
@@ -242,7 +241,7 @@ def read_block(text, recipe, name=None):
 
 
 def begin(page):
-    """Takes away the YAML files of the page before, and writes those that this one shows, on the tiny base and made small."""
+    """Replace the previous page's YAML files by this page's, made small."""
     shutil.rmtree("my", ignore_errors=True)
     for path in Path().glob("my*.yaml"):
         path.unlink()
@@ -258,12 +257,12 @@ def begin(page):
 
 @pytest.fixture(scope="module")
 def names():
-    """What Python blocks have named; and of which page the last example was."""
+    """Names that Python blocks have defined, and the page of the last example."""
     return {"page": None}
 
 
 @pytest.mark.parametrize(("page", "fence", "text"), list(examples()))
-def test_what_is_shown_runs(page, fence, text, names):
+def test_example_runs(page, fence, text, names):
     if names["page"] != page:
         begin(page)
         names["page"] = page

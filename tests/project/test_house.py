@@ -1,4 +1,4 @@
-"""Imports run one way: recipes, then the library, whose lower files know nothing of the upper ones, then TRL."""
+"""The structure: imports go from higher packages to lower ones, files are short, docstrings begin briefly."""
 
 import ast
 from graphlib import CycleError, TopologicalSorter
@@ -21,7 +21,7 @@ MODULES = {module_of(path): path for path in (ROOT / "rlhf_recipes").rglob("*.py
 
 
 def imported(path):
-    """The modules that a file imports, wherever it does, of those with the names of modules that it takes them from."""
+    """Yield the modules that a file imports, at its top or anywhere else."""
     for node in ast.walk(ast.parse(path.read_text())):
         if isinstance(node, ast.Import):
             yield from (name.name for name in node.names)
@@ -31,7 +31,7 @@ def imported(path):
 
 
 def with_packages(module, names):
-    """Packages too, which are read before what is in them; not the module's own, nor the one of all, which imports later."""
+    """Yield modules and their packages, except those that contain `module`."""
     for name in names:
         packages = [name.rsplit(".", depth)[0] for depth in range(1, name.count("."))]
         yield from (one for one in packages if "." in one and not f"{module}.".startswith(f"{one}."))
@@ -68,7 +68,7 @@ def test_every_package_has_its_layer():
     assert names <= {*LAYERS, "tiny"}
 
 
-def test_nothing_in_the_library_knows_the_tiny_world_or_a_recipe():
+def test_library_imports_neither_tiny_world_nor_recipes():
     for module, names in GRAPH.items():
         tiny = {name for name in names if name.startswith("rlhf_recipes.tiny")}
         assert not tiny or module.startswith("rlhf_recipes.tiny"), module

@@ -37,7 +37,7 @@ def test_every_recipe_runs(tmp_path, monkeypatch, capsys):
     )
     run_recipe("merge", "--adapter", tmp_path / "ppo", "--output_dir", tmp_path / "merged")
     monkeypatch.setattr("sys.stdin", io.StringIO("Where does Lisano live?\n"))
-    run_recipe("chat", "--policies", policies, "--max_completion_length", 8)
+    run_recipe("chat", "--policies", policies, "--max_new_tokens", 8)
     run_recipe("plan", "--config", "configs/tiny/pipeline.yaml")
     run_recipe("pipeline", "--config", "configs/tiny/pipeline.yaml", "--dry-run")
 

@@ -11,6 +11,9 @@ from pathlib import Path
 USER_ENVIRONMENT = dict(os.environ)
 """The environment before the settings below; tests marked `gpu` run recipes in it."""
 
+ROOT = Path(__file__).parents[2]
+SHARED = ROOT.parent / "shared"
+
 # Set before torch or the Hub's client is imported. Recipes that tests launch inherit it.
 os.environ |= {
     "HF_HUB_OFFLINE": "1",
@@ -20,12 +23,10 @@ os.environ |= {
     "OMP_WAIT_POLICY": "passive",
     "CUDA_VISIBLE_DEVICES": "",  # results on a CPU are the same everywhere
     "ACCELERATE_USE_CPU": "true",
+    "PYTHONPATH": os.pathsep.join(filter(None, [str(ROOT / "tests"), os.environ.get("PYTHONPATH")])),  # of scripts in here
 }
 
 import pytest  # noqa: E402
-
-ROOT = Path(__file__).parents[2]
-SHARED = ROOT.parent / "shared"
 
 
 def run_recipe(recipe: str, *options: object) -> None:

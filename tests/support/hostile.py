@@ -1,7 +1,7 @@
-"""What the tests on broken and hostile input share: strategies that spoil valid input, and what may come of it.
+"""Strategies that spoil valid input, and the check that bad input ends in one clear message.
 
-`HOSTILE_EXAMPLES=2000 pytest tests/config/test_hostile_yaml.py` looks at that many cases a test; by default they are few, and
-the same each time.
+By default tests see few cases, the same each time. `HOSTILE_EXAMPLES=2000 pytest -m fuzz` tries
+that many random ones a test.
 """
 
 import contextlib
@@ -18,27 +18,10 @@ from hypothesis import HealthCheck, Phase, settings
 from hypothesis import strategies as st
 
 LONGEST = 4_000  # characters of a message
-SECONDS = 60  # for one case; those that hang take for ever
+SECONDS = 60  # of one case, before it counts as hanging
 
-# A surrogate alone, right to left, NUL, BOM, combining marks, an emoji of four letters, a line separator, a cursor
-ODD_TEXTS = [
-    "",
-    " ",
-    "\x00",
-    "\ufeff",
-    "\u202eabc",
-    "e\u0301" * 50,
-    "👩‍👩‍👧",
-    "\u2028",
-    "\x1b[2J",
-    "'",
-    '"',
-    "{",
-    "null",
-    "../..",
-    "~",
-    "NaN",
-]
+ODD_TEXTS = ["", " ", "\x00", "\ufeff", "\u202eabc", "e\u0301" * 50, "👩‍👩‍👧", "\u2028", "\x1b[2J"]
+ODD_TEXTS += ["'", '"', "{", "null", "../..", "~", "NaN"]
 LONG = "x" * 100_000
 ODD_NUMBERS = [0, -1, 2**31, 2**63, 10**30, 10**400, 0.5, -0.0, 1e308, 5e-324, float("nan"), float("inf"), -float("inf")]
 
@@ -48,37 +31,40 @@ leaves = st.one_of(texts, numbers, st.none(), st.booleans())
 values = st.recursive(
     leaves, lambda inner: st.lists(inner, max_size=3) | st.dictionaries(texts, inner, max_size=3), max_leaves=6
 )
-"""Values of any type and shape, few of which anything was meant for."""
+"""Values of any type and shape."""
 
 
 def examples(usual: int) -> Callable[..., Any]:
-    """The settings of a test that looks at so many cases."""
+    """Settings of a test that tries `usual` cases by default."""
     wanted = os.environ.get("HOSTILE_EXAMPLES")
     return settings(
         max_examples=int(wanted) if wanted else usual,
         derandomize=not wanted,
         database=None,
-        deadline=None,  # machines differ, and `outcome` has a limit of its own
+        deadline=None,  # `outcome` has a limit of its own
         print_blob=False,
-        phases=[Phase.explicit, Phase.generate],  # a case that fails is shown as it is: to shrink it takes minutes
+        phases=[Phase.explicit, Phase.generate],  # shrinking a failing case takes minutes
         suppress_health_check=list(HealthCheck),
     )
 
 
 class HangError(BaseException):
-    """No `Exception`, which the code under test may turn into a message."""
+    """A case that hangs; no `Exception`, since the code under test may catch those."""
 
 
 def outcome(action: Callable[[], Any]) -> tuple[Any, str | None]:
-    """What an action returns, or the one message that it ends in; any other error, and a hang, is the test's failure."""
+    """Return the result of an action and None, or None and its `RecipeError`'s message.
+
+    Any other exception, a hang, or a message that cannot be read fails the test.
+    """
     try:
-        with _limited():
+        with _time_limit():
             return action(), None
     except RecipeError as error:
         message = str(error)
-        ours = (NameError, AttributeError, UnboundLocalError)
-        frames = traceback.extract_tb(error.__cause__.__traceback__) if isinstance(error.__cause__, ours) else []
-        assert not (frames and f"{ROOT}/rlhf_recipes/" in frames[-1].filename), "a mistake of our own, in a message"
+        bugs = (NameError, AttributeError, UnboundLocalError)
+        frames = traceback.extract_tb(error.__cause__.__traceback__) if isinstance(error.__cause__, bugs) else []
+        assert not (frames and f"{ROOT}/rlhf_recipes/" in frames[-1].filename), "a bug of this project, shown as a message"
     assert message.strip()
     assert len(message) <= LONGEST, f"{len(message)} characters: {message[:LONGEST]}"
     assert not [letter for letter in message if letter != "\n" and not (letter.isprintable() or letter.isspace())], message
@@ -88,9 +74,9 @@ def outcome(action: Callable[[], Any]) -> tuple[Any, str | None]:
 
 
 @contextlib.contextmanager
-def _limited() -> Iterator[None]:
+def _time_limit() -> Iterator[None]:
     def stop(*_: object) -> None:
-        raise HangError(f"it had not ended after {SECONDS} seconds")
+        raise HangError(f"no end after {SECONDS} seconds")
 
     before = signal.signal(signal.SIGALRM, stop)
     signal.alarm(SECONDS)
@@ -102,13 +88,13 @@ def _limited() -> Iterator[None]:
 
 
 def places(value: Any, path: tuple[Any, ...] = ()) -> list[tuple[Any, ...]]:
-    """The path of everything in nested lists and mappings, the whole left out."""
+    """Return the path of every item in nested lists and mappings."""
     items = value.items() if isinstance(value, dict) else enumerate(value) if isinstance(value, list) else ()
-    return [found for key, item in items for found in ((*path, key), *places(item, (*path, key)))]
+    return [place for key, item in items for place in ((*path, key), *places(item, (*path, key)))]
 
 
 def replaced(value: Any, path: tuple[Any, ...], new: Any) -> Any:
-    """A copy with something else at a place."""
+    """Return a copy with another item at a path."""
     if not path:
         return new
     copy = dict(value) if isinstance(value, dict) else list(value)
@@ -118,7 +104,7 @@ def replaced(value: Any, path: tuple[Any, ...], new: Any) -> Any:
 
 @st.composite
 def spoilt_bytes(draw: st.DrawFn, content: bytes) -> bytes:
-    """Bytes that are cut off, or of which some are others, or with something put in."""
+    """Bytes of a file that are cut off, changed, removed or inserted somewhere."""
     place = draw(st.integers(0, len(content)))
     kind = draw(st.sampled_from(["cut", "beginning", "change", "insert", "remove"]))
     if kind == "cut":

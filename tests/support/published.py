@@ -1,4 +1,4 @@
-"""The sizes of the models under configs/, as their config.json files on the Hub have them; tests have no network."""
+"""The `config.json` of the models under configs/, as on the Hub; tests have no network."""
 
 from transformers import LlamaConfig, Qwen2Config, Qwen3Config
 
@@ -38,7 +38,7 @@ MODELS = {
 
 
 def load_config(name, *options):
-    """In place of `rlhf_recipes.memory.models.load_config`."""
-    from rlhf_recipes.memory import models
+    """Stand in for the memory package's `load_config`."""
+    from rlhf_recipes.memory import model_shape
 
-    return MODELS[name] if name in MODELS else models.load_config(name, *options)
+    return MODELS[name] if name in MODELS else model_shape.load_config(name, *options)

@@ -1,4 +1,4 @@
-"""Stages so small that each takes a second or two, and what two runs of them have in common."""
+"""Stages of a second or two each, and comparison of their results."""
 
 import json
 import re
@@ -12,30 +12,30 @@ TIMES = re.compile("runtime|per_second|step_time|wall_time|tokens_per_s|^peak_me
 CHECKPOINTS = {"save_steps": 1, "save_total_limit": 2, "eval_steps": 2, "logging_steps": 2, "warmup_steps": 0}
 
 
-def rows(folder, name, found):
+def write_rows(folder, name, rows):
     path = folder / f"{name}.jsonl"
-    path.write_text("".join(json.dumps(row) + "\n" for row in found))
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
     return str(path)
 
 
 def settings(recipe, **values):
-    found = yaml.safe_load((ROOT / "configs" / "tiny" / f"{recipe}.yaml").read_text())
+    config = yaml.safe_load((ROOT / "configs" / "tiny" / f"{recipe}.yaml").read_text())
     for key in ("needs", "dataset_arguments", "output_dir"):
-        found.pop(key, None)
-    return found | values
+        config.pop(key, None)
+    return config | values
 
 
 def small(folder):
-    """The YAML files' content of each stage, little enough for a second or two."""
+    """Return the configuration of each small stage, by its name."""
     policies = {"sft": str(folder / "whole" / "sft")}
-    texts = rows(folder, "sft", splits.demonstrations(rows=24))
-    rankings = rows(folder, "rankings", splits.rankings(rows=16, k=3))
-    prompts = rows(folder, "prompts", splits.prompts(rows=24))
-    evaluation = rows(folder, "evaluation", splits.evaluation(rows=8))
+    texts = write_rows(folder, "sft", splits.demonstrations(rows=24))
+    rankings = write_rows(folder, "rankings", splits.rankings(rows=16, k=3))
+    prompts = write_rows(folder, "prompts", splits.prompts(rows=24))
+    evaluation = write_rows(folder, "evaluation", splits.evaluation(rows=8))
 
     held_out = {
-        "reward": rows(folder, "held_out", splits.rankings("test", rows=8, k=3)),
-        "ppo": rows(folder, "asked", splits.prompts("test", rows=8)),
+        "reward": write_rows(folder, "held_out", splits.rankings("test", rows=8, k=3)),
+        "ppo": write_rows(folder, "asked", splits.prompts("test", rows=8)),
     }
 
     def training(recipe, data, size, steps, **values):

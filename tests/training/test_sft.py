@@ -102,7 +102,7 @@ def test_a_ctrl_c_says_what_is_kept(launch, tmp_path, monkeypatch):
     monkeypatch.setattr(SFTTrainer, "training_step", press)
     options = (*SMALL, "--max_steps", 8, "--save_steps", 2, "--eval_strategy", "no", "--output_dir", tmp_path)
     status, said = launch("sft", *options)
-    kept = f"{tmp_path / 'checkpoint-2'} is kept: `resume_from_checkpoint: true` goes on from it"
+    kept = f"{tmp_path / 'checkpoint-2'} is kept: resume from it with `resume_from_checkpoint: true`"
     assert (status, said.splitlines()[-1]) == (130, f"stopped after 3 of 8 steps; {kept}")
 
 

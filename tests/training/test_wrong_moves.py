@@ -11,7 +11,7 @@ from rlhf_recipes.cli import exit_on_recipe_error
 from rlhf_recipes.core.errors import RecipeError, lack_of_memory
 from rlhf_recipes.core.hub import explain_load_error
 from rlhf_recipes.core.machine import check_bitsandbytes
-from rlhf_recipes.memory.models import load_config
+from rlhf_recipes.memory.model_shape import load_config
 from rlhf_recipes.models.fingerprint import fingerprint
 from rlhf_recipes.models.loading import load_model
 from rlhf_recipes.models.tokenizer import load_tokenizer
@@ -82,13 +82,13 @@ def test_a_full_gpu_is_said_with_the_step_the_plan_and_the_checkpoint(launch, fa
     options = ("--save_strategy", "steps", "--save_steps", 1, "--output_dir", tmp_path, "--max_length", 512)
     said = message(*launch("sft", *SMALL, *options))
     for part in (
-        "sft: the GPU's memory of 1.2 GiB was not enough after 1 of 2 steps (2.00 GiB were asked for, and 1.10 GiB were free)",
-        "By its plan it needs ",
-        "To make it fit: set `",
+        "sft: the GPU's memory of 1.2 GiB was not enough after 1 of 2 steps (requested: 2.00 GiB, free: 1.10 GiB)",
+        "The plan predicts ",
+        "Fix: set `",
         "`per_device_train_batch_size: 4`, `gradient_accumulation_steps: 32`",
         "plan.py --config",
         "--recipe sft",
-        f"{tmp_path}/checkpoint-1 is kept: `resume_from_checkpoint: {tmp_path}/checkpoint-1` goes on from it",
+        f"{tmp_path}/checkpoint-1 is kept: resume from it with `resume_from_checkpoint: {tmp_path}/checkpoint-1`",
     ):
         assert part in said
 
@@ -98,7 +98,7 @@ def test_a_gpu_that_should_have_been_large_enough(launch, fails_at, card, tmp_pa
     fails_at(0, torch.OutOfMemoryError("CUDA out of memory."))
     said = message(*launch("sft", *SMALL, "--output_dir", tmp_path))
     assert "after 0 of 2 steps (CUDA out of memory.)" in said
-    assert "which would fit: look what else takes memory there" in said
+    assert "which should fit. Fix: " in said
     assert "is kept" not in said
 
 
@@ -107,7 +107,7 @@ def test_a_full_machine(launch, fails_at, tmp_path, error):
     fails_at(0, error)
     said = message(*launch("sft", *SMALL, "--output_dir", tmp_path))
     assert "sft: this machine's memory (RAM) of " in said
-    assert "By its plan it needs " in said
+    assert "The plan predicts " in said
 
 
 def test_a_lack_of_memory_is_found_under_what_it_was_raised_as(capsys):
@@ -133,7 +133,7 @@ def test_what_has_no_plan_gets_other_advice(launch, monkeypatch, tmp_path):
     options = ("--adapter", folder, "--model_name_or_path", base, "--output_dir", tmp_path / "out")
     said = message(*launch("merge", *options))
     assert "merge: the GPU's memory" in said
-    assert "What helps: a smaller base, or a machine with more of it" in said
+    assert "Fix: a smaller base" in said
 
 
 def test_other_errors_are_left_alone():

@@ -1,35 +1,39 @@
-"""The critic: what predicts, at each token, the reward that is still to come."""
+"""The critic, which predicts at each token the reward that is still to come, and its optimizer."""
 
 import contextlib
 import copy
 from collections.abc import Iterator
 from pathlib import Path
 
+from rlhf_recipes.config.ppo import PPOConfig
 from rlhf_recipes.core.errors import RecipeError
 from rlhf_recipes.models.backbone import backbone, base_of, forward_backbone
-from rlhf_recipes.models.roles import copy_adapter, use_adapter
+from rlhf_recipes.models.roles import POLICY, copy_adapter, use_adapter
 from rlhf_recipes.models.weights import read_weights
 from rlhf_recipes.rewards.reward_models import RewardModel, ScalarHead
 
+import torch
+from accelerate import Accelerator
 from peft import PeftModel
 from safetensors.torch import save_file
 from torch import Tensor, nn
-from transformers import PreTrainedModel
+from transformers import PreTrainedModel, Trainer
+from trl.trainer.utils import disable_dropout_in_model
 
 ADAPTER = "critic"
-"""The name of its adapter on the shared base."""
+"""Name of the critic's adapter on the shared base."""
 
 FILE = "critic.safetensors"
 
 
 class Critic:
-    """A scalar head on hidden states: on the policy's own, on those of an adapter of its own, or of a model of its own.
+    """A scalar head on hidden states of the policy, of an adapter, or of a second model.
 
     Parameters:
         head: hidden state -> value.
-        model: what computes its hidden states; None: it reads the policy's, detached, so that its gradient never reaches the
-            policy, which it would spoil.
-        adapter: the name of its adapter on `model`, or None.
+        model: computes the hidden states. None: the critic shares the policy's backbone, and reads its states detached, since
+            the gradient of the value loss would spoil the policy.
+        adapter: name of the critic's adapter on `model`, or None.
     """
 
     def __init__(self, head: ScalarHead, model: nn.Module | None = None, adapter: str | None = None):
@@ -37,12 +41,23 @@ class Critic:
 
     @property
     def shares_backbone(self) -> bool:
-        """Whether it needs the policy's hidden states, and no pass of its own."""
+        """Whether it reads the policy's hidden states, and needs no pass of its own."""
         return self.model is None
+
+    def place(self, args: PPOConfig, device: torch.device) -> None:
+        """Move to the device what the trainer has not moved with the policy, and prepare a second model for training."""
+        self.head.to(device)
+        if self.model is None or self.adapter is not None:
+            return
+        self.model.to(device)
+        if args.disable_dropout:
+            disable_dropout_in_model(self.model)
+        if args.gradient_checkpointing:
+            self.model.gradient_checkpointing_enable(args.gradient_checkpointing_kwargs)
 
     @contextlib.contextmanager
     def active(self, train: bool = False) -> Iterator[None]:
-        """Within, its adapter is the active one; a loss on its values must be back-propagated within too."""
+        """Activate the critic's adapter. Back-propagate a loss on its values within, too."""
         if self.model is None:
             yield
             return
@@ -50,29 +65,27 @@ class Critic:
             yield
 
     def __call__(self, hidden: Tensor | None, input_ids: Tensor, attention_mask: Tensor, count: int) -> Tensor:
-        """Values of the states in which the last `count` tokens were written, fp32 (B, count).
+        """Return the values of the states in which the last `count` tokens were written, fp32 (B, count).
 
         Args:
-            hidden: the policy's hidden states there, (B, count, width); read only by a critic that has no pass of its own.
+            hidden: the policy's hidden states there, (B, count, width); None for a critic with its own backbone.
             input_ids: (B, T), padded on either side.
             attention_mask: (B, T).
-            count: number of the tokens at the end whose states are valued.
+            count: number of tokens at the end.
         """
-        if self.model is not None:
-            outputs = forward_backbone(
-                self.model,
-                input_ids=input_ids,
-                attention_mask=attention_mask,
-                position_ids=positions(attention_mask),
-                use_cache=False,
-            )
-            hidden = shift_hidden_states(outputs.last_hidden_state, count)
-        else:
-            hidden = hidden.detach()
-        return self.head(hidden)[..., 0]
+        if self.model is None:
+            return self.head(hidden.detach())[..., 0]
+        outputs = forward_backbone(
+            self.model,
+            input_ids=input_ids,
+            attention_mask=attention_mask,
+            position_ids=positions(attention_mask),
+            use_cache=False,
+        )
+        return self.head(shift_hidden_states(outputs.last_hidden_state, count))[..., 0]
 
     def trainable(self) -> dict[str, nn.Parameter]:
-        """What it learns with, by name."""
+        """Return the trained weights by name."""
         weights = {f"head.{name}": weight for name, weight in self.head.named_parameters()}
         if self.model is not None:
             with self.active(train=True):
@@ -80,73 +93,113 @@ class Critic:
         return weights
 
     def save(self, folder: str | Path) -> None:
-        """Writes `critic.safetensors`: the head, and what else it trained."""
+        """Save the trained weights to `critic.safetensors`."""
         weights = {name: weight.detach().cpu().contiguous() for name, weight in self.trainable().items()}
         save_file(weights, Path(folder) / FILE)
 
     def load(self, folder: str | Path) -> None:
-        """Reads what `save` wrote.
+        """Load the weights that `save` wrote.
 
         Raises:
-            RecipeError: if it was written by a critic of another kind.
+            RecipeError: if they are a critic's of another kind.
         """
         path, weights = Path(folder) / FILE, self.trainable()
         saved = read_weights(path)
         shapes, others = ({name: weight.shape for name, weight in some.items()} for some in (weights, saved))
         if shapes != others:
             name = min(name for name in shapes.keys() | others.keys() if shapes.get(name) != others.get(name))
-            raise RecipeError(f"{path}: comes from a critic of another kind: {name}")
+            raise RecipeError(f"{path}: {name}: from a critic of another kind. Fix: set `critic` as in the run that saved it")
         for name, weight in weights.items():
             weight.data.copy_(saved[name])
 
 
+class CriticOptimizer:
+    """The critic's optimizer: of the same class as the policy's, with a learning rate of its own.
+
+    Parameters:
+        critic: the critic.
+        args: for the optimizer, `weight_decay`, `learning_rate` and `value_learning_rate`.
+        policy: the policy, which some optimizers look at.
+    """
+
+    def __init__(self, critic: Critic, args: PPOConfig, policy: nn.Module):
+        self.learning_rate = args.value_learning_rate
+        if self.learning_rate is None:
+            self.learning_rate = 1e-3 if critic.shares_backbone else args.learning_rate
+        self.weights = list(critic.trainable().values())
+        matrices, vectors = ([w for w in self.weights if (w.ndim > 1) == matrix] for matrix in (True, False))
+        groups = [{"params": matrices, "weight_decay": args.weight_decay}, {"params": vectors, "weight_decay": 0.0}]
+        optimizer, options = Trainer.get_optimizer_cls_and_kwargs(args, policy)
+        self.optimizer = optimizer(groups, **{**options, "lr": self.learning_rate})
+
+    def step(self, accelerator: Accelerator, max_grad_norm: float, schedule: float) -> float | None:
+        """Take a step on the mean gradient of all processes, and clear the gradients.
+
+        Args:
+            accelerator: of the trainer.
+            max_grad_norm: gradients are clipped to it; 0 for no clipping.
+            schedule: share of the learning rate that the policy's schedule leaves.
+
+        Returns:
+            The norm of the gradient before clipping, or None without clipping.
+        """
+        for weight in self.weights:
+            if weight.grad is not None:
+                weight.grad = accelerator.reduce(weight.grad, reduction="mean")
+        norm = nn.utils.clip_grad_norm_(self.weights, max_grad_norm).item() if max_grad_norm > 0 else None
+        for group in self.optimizer.param_groups:
+            group["lr"] = self.learning_rate * schedule
+        self.optimizer.step()
+        self.optimizer.zero_grad()
+        return norm
+
+
 def shift_hidden_states(hidden: Tensor, count: int) -> Tensor:
-    """Of hidden states (B, T, width) those in which the last `count` tokens were written: each one place earlier."""
-    # On a CPU a linear layer of bf16 is ten times slower on a slice that is not contiguous.
+    """Return from (B, T, width) the states in which the last `count` tokens were written: each one place earlier."""
+    # On a CPU a frozen linear layer of bf16 is ten times slower on a slice that is not contiguous
     return hidden[:, -count - 1 : -1].contiguous()
 
 
 def positions(attention_mask: Tensor) -> Tensor:
-    """Places of the tokens (B, T), counted from the first that is no padding, as in generation."""
+    """Return the positions of tokens, (B, T), counted from the first that is not padding, as in generation."""
     return (attention_mask.cumsum(1) - 1).clamp(min=0)
 
 
 def make_critic(kind: str, model: PreTrainedModel | PeftModel, start: RewardModel | None) -> Critic:
-    """The critic that `kind` names.
+    """Make the critic that `kind` names.
 
-    A critic with a reward model to start from begins with its weights and its head, whose scores are good first guesses of
-    values (Ouyang et al., 2022); without one its trunk begins as the policy, and its head predicts 0 everywhere.
+    It starts as the reward model, whose scores are good first guesses of values (Ouyang et al., 2022). Without one its backbone
+    starts as the policy's, and its head predicts 0.
 
     Args:
         kind: `"shared"`, `"adapter"` or `"model"`.
-        model: the policy, in which an adapter is put.
-        start: the reward model, or None; an adapter on another base cannot be started from.
+        model: the policy, to which an adapter may be added.
+        start: the reward model, or None. An adapter on another base is ignored.
 
     Raises:
-        RecipeError: if it cannot be had on this model.
+        RecipeError: if the kind does not fit the policy.
     """
     has_adapters = isinstance(model, PeftModel)
-    if start is not None and start.adapter is not None and base_of(start.model) is not base_of(model):
-        start = None  # it stands on another base
     if kind == "adapter" and not has_adapters:
-        raise RecipeError("critic: adapter: the policy has no adapter: set `use_peft: true`, or `critic: shared` or `model`")
+        raise RecipeError("critic: adapter: the policy has no adapter. Fix: `use_peft: true`, or `critic: shared` or `model`")
     if kind == "model" and has_adapters:
-        raise RecipeError("critic: model: is for policies that are trained whole; with LoRA set `critic: adapter` or `shared`")
+        raise RecipeError("critic: model: the policy is an adapter. Fix: `critic: adapter` or `shared`")
     if kind == "shared":
-        return Critic(_head(model))
+        return Critic(_make_head(model))
+    if start is not None and (start.adapter is not None) != has_adapters:
+        start = None
     if kind == "model":
-        whole = start if start is not None and start.adapter is None else None
-        trunk = copy.deepcopy(backbone(whole.model if whole else model))
-        return Critic(_head(model, whole), trunk.requires_grad_(True).train())
-    start = start if start is not None and start.adapter is not None else None
-    copy_adapter(model, start.adapter if start else "default", ADAPTER)
-    return Critic(_head(model, start), model, ADAPTER)
+        copied = copy.deepcopy(backbone(start.model if start else model))
+        return Critic(_make_head(model, start), copied.requires_grad_(True).train())
+    if start is not None and base_of(start.model) is not base_of(model):
+        start = None
+    copy_adapter(model, start.adapter if start else POLICY, ADAPTER)
+    return Critic(_make_head(model, start), model, ADAPTER)
 
 
-def _head(model: nn.Module, start: RewardModel | None = None) -> ScalarHead:
-    """A head that predicts 0, or the normalised scores of a reward model."""
-    width = base_of(start.model if start else model).config.get_text_config().hidden_size
-    head = ScalarHead(width, bias=True)
+def _make_head(model: nn.Module, start: RewardModel | None = None) -> ScalarHead:
+    """Make a head that predicts 0, or the normalised scores of a reward model."""
+    head = ScalarHead(base_of(start.model if start else model).config.get_text_config().hidden_size, bias=True)
     nn.init.zeros_(head.weight)
     nn.init.zeros_(head.bias)
     if start is not None:

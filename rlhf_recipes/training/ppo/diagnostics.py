@@ -6,9 +6,10 @@ from dataclasses import dataclass
 from typing import Any
 
 from rlhf_recipes.core.errors import RecipeError
+from rlhf_recipes.training.ppo.maths import Moments
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 logger = logging.getLogger(__name__)
@@ -159,6 +160,63 @@ class DiagnosticsCallback(TrainerCallback):
                 f"{learnt} steps have not changed the policy by one bit: a learning rate of {args.learning_rate:g}, scores "
                 "that are all alike, or an adapter that is not in use"
             )
+
+
+# --- Checks that stop a run ------------------------------------------------------------------------------
+
+
+def check_rewards(rewards: Tensor, names: list[str], are_models: list[bool], prompts: dict[int, Any]) -> None:
+    """Refuse rewards that are infinite, or NaN from a model. A function's NaN means that it does not apply.
+
+    Args:
+        rewards: (N, functions).
+        names: of the functions.
+        are_models: whether each function is a model.
+        prompts: those of this process, by their row of the N.
+    """
+    wrong = (rewards.isinf() | (rewards.isnan() & torch.tensor(are_models, device=rewards.device))).nonzero()
+    if len(wrong):
+        row, column = wrong[0].tolist()
+        raise RecipeError(
+            f"the reward {names[column]} returned {rewards[row, column].item()} for completion {row} of the batch, prompt "
+            f"{prompts.get(row)!r:.300}. Fix: return finite numbers"
+        )
+
+
+def check_reference(gap: Moments, exact: bool) -> None:
+    """Refuse to start where policy and reference differ: a role is not what it should be.
+
+    Args:
+        gap: moments of the absolute log-ratio of a token.
+        exact: whether both were computed in fp32.
+    """
+    if not gap.mean <= rounding_tolerance(gap.count, exact):
+        raise RecipeError(
+            f"step 0: policy and reference differ by {gap.mean:.3g} nats a token before training. Fix: start both from the "
+            "same adapter, in one number type, without dropout"
+        )
+
+
+def check_ratio(gap: float, tokens: float, step: int, exact: bool) -> None:
+    """Stop where the ratio of PPO is not 1 before the first step on a rollout.
+
+    Args:
+        gap: mean absolute log-ratio of a token between the policy and the one that sampled, in nats.
+        tokens: number of tokens in the mean.
+        step: for the message.
+        exact: whether both were computed in fp32.
+    """
+    if not gap <= rounding_tolerance(tokens, exact):
+        raise RecipeError(
+            f"step {step}: the ratio of PPO is not 1: the policy differs by {gap:.3g} nats a token from the one that sampled, "
+            "before its first step on these completions. Fix: find what differs between rollout and update: dropout, the "
+            "active adapter, temperature, padding or the number type of the weights"
+        )
+
+
+def rounding_tolerance(tokens: float, exact: bool) -> float:
+    """Return by how many nats a token two passes may differ through rounding: in bf16 by more where tokens are few."""
+    return 1e-3 if exact else 0.05 + 0.2 / max(tokens, 1) ** 0.5
 
 
 @torch.no_grad()

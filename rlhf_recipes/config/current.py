@@ -1,0 +1,37 @@
+"""The run of this process, which messages about its end name."""
+
+from contextvars import ContextVar
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from transformers import Trainer
+
+
+@dataclass
+class CurrentRun:
+    """The recipe that this process runs.
+
+    Parameters:
+        recipe: its file.
+        config: its YAML file.
+        source: where its arguments come from: the YAML file, and perhaps the command line.
+        values: the fields of all its dataclasses.
+        trainer: the trainer that was started last, or None.
+    """
+
+    recipe: Path
+    config: Path
+    source: str
+    values: dict[str, Any]
+    trainer: Trainer | None = None
+
+
+CURRENT_RUN: ContextVar[CurrentRun | None] = ContextVar("current_run", default=None)
+"""Set by the parser; one process may run several recipes in turn."""
+
+
+def set_trainer(trainer: Trainer) -> None:
+    """Make the trainer known to messages about the end of the run."""
+    if run := CURRENT_RUN.get():
+        run.trainer = trainer
