@@ -132,7 +132,7 @@ def _build(path: str, arguments: dict[str, Any] | None, where: str) -> Reward:
     if missing and not _takes_any_keyword(reward):
         raise RecipeError(
             f"{where}: TRL passes {', '.join(TRL_KEYWORDS)} and the columns of the data, and {_signature(reward)} does not "
-            f"take {missing[0]}. Fix: end its parameters with `**columns`, or, if it makes a reward, give it `arguments` (even {{}})"
+            f"take {missing[0]}. Fix: add `**columns` to them, or, if it makes a reward, give it `arguments` (even {{}})"
         )
     return reward
 
