@@ -54,9 +54,9 @@ def main() -> None:
             print(f"{path}: {import_labels(store, options.restore)} labels are new", flush=True)
         if options.export:
             for name, rows in export_labels(store, options.export).items():
-                print(f"{options.export / name}: {'removed, as there are no rows now' if rows is None else f'{rows} rows'}")
+                print(f"{options.export / name}: {rows or 'no'} rows")
         if options.export or options.agreement:
-            print(*agreement(store).lines(), sep="\n")
+            print(*agreement(store.contents()).lines(), sep="\n")
         if listener:
             serve(store, listener, password, options.name)
 

@@ -11,7 +11,9 @@ from pathlib import Path
 
 from rlhf_recipes.cli import exit_on_recipe_error
 from rlhf_recipes.core.files import check_writable
-from rlhf_recipes.feedback.ranking import choose, load_ensemble, read_labeller, read_sampled, write_rankings
+from rlhf_recipes.feedback.groups import read_groups
+from rlhf_recipes.feedback.ranking import read_labeler, write_rankings
+from rlhf_recipes.feedback.selection import choose_groups, load_ensemble
 from rlhf_recipes.models.loading import model_path
 from rlhf_recipes.stages import parse_arguments
 
@@ -26,15 +28,15 @@ def main() -> None:
     if rank_args.choose == "disagreement":
         model_path(model_args)  # refused in the first round, which has no ensemble yet, and not in the second
     check_writable(Path(rank_args.output_dir))
-    labeller = read_labeller(rank_args.labeller, rank_args.seed)
-    groups = read_sampled(rank_args.groups)
+    labeler = read_labeler(rank_args.labeller, rank_args.seed)
+    groups = read_groups(rank_args.groups)
 
     # Which: by an ensemble, where there is one already
     ensemble = load_ensemble(model_args, rank_args) if rank_args.choose == "disagreement" and rank_args.reward else None
-    chosen = choose(groups, rank_args.num_groups, rank_args.seed, ensemble)
+    chosen = choose_groups(groups, rank_args.num_groups, rank_args.seed, ensemble)
 
     # By whom
-    rows = labeller(chosen)
+    rows = labeler.rank(chosen)
     print(write_rankings(rank_args.output_dir, rows, len(chosen)))
 
 

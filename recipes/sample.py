@@ -11,7 +11,7 @@ from dataclasses import asdict
 
 from rlhf_recipes.cli import exit_on_recipe_error
 from rlhf_recipes.data import check_lengths, drop_overlong_mode, load_data
-from rlhf_recipes.feedback.sampling import GroupFile, refuse_best_of, sample_groups
+from rlhf_recipes.feedback.sampling import GroupFile, reject_best_of, sample_groups
 from rlhf_recipes.generation.policies import load_policy_bank, load_policy_tokenizer, read_policies
 from rlhf_recipes.stages import parse_arguments
 
@@ -25,7 +25,7 @@ def main() -> None:
     if not PartialState().is_main_process:
         return
     policies = read_policies(sample_args.policies)
-    refuse_best_of(policies)
+    reject_best_of(policies)
 
     # Data
     rows = load_data(data_args, "prompt", evaluate=False, seed=sample_args.seed).train

@@ -147,15 +147,15 @@ def parse_arguments(recipe: str | Path, argv: Sequence[str] | None = None) -> tu
     return parse_dataclasses(recipe, *stage.argument_classes(), argv=argv)
 
 
-def parse_values(recipe: str | Path, values: Mapping[str, Any], here: bool = True) -> tuple[Any, ...]:
+def parse_values(recipe: str, values: Mapping[str, Any], here: bool = True) -> tuple[Any, ...]:
     """Return the arguments of a recipe from the values that its YAML file would hold.
 
     Args:
-        recipe: name or file of the recipe.
+        recipe: name of the recipe.
         values: keys and values.
         here: whether the recipe is to run on this machine, and is refused what the machine lacks.
 
     Raises:
         RecipeError: as `parse_arguments`; it names no file.
     """
-    return parse_mapping(recipe, *find_stage(Path(recipe).stem).argument_classes(), values=values, here=here)
+    return parse_mapping(recipe, *find_stage(recipe).argument_classes(), values=values, here=here)

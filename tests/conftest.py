@@ -29,12 +29,12 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 def pytest_deselected(items: list[pytest.Item]) -> None:
     """Count tests that `-m` leaves out, by marker."""
     for item in items:
-        deselected[next((name for name in LEFT_OUT if item.get_closest_marker(name)), "other")] += 1
+        deselected.update(name for name in LEFT_OUT if item.get_closest_marker(name))
 
 
 def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
     """Name the tests that were left out, and the command that runs them."""
-    if deselected:
+    if deselected and terminalreporter.config.option.markexpr:
         counts = ", ".join(f"{count} {name}" for name, count in sorted(deselected.items()))
         terminalreporter.write_line(f"left out by marker: {counts}; `.ci/run` runs them all")
 

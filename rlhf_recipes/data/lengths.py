@@ -7,7 +7,7 @@ from typing import Any
 
 from rlhf_recipes.core.errors import RecipeError, first_line
 from rlhf_recipes.core.files import taught_conversations
-from rlhf_recipes.data.shapes import BATCH, SHOWN
+from rlhf_recipes.data.sources import BATCH, SHOWN
 
 from datasets import Dataset
 from jinja2 import TemplateError

@@ -1,282 +1,182 @@
-"""Rankings of sampled groups: which groups are to be ranked, and by whom: people, a judge, or a simulated labeller."""
+"""Rank sampled groups: by people, by a chat model, or by a simulated labeller."""
 
 import itertools
 import json
 import math
 import random
-import statistics
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
-from rlhf_recipes.config.rank import RankArguments
 from rlhf_recipes.core.errors import RecipeError
 from rlhf_recipes.core.files import RANKED, write_json, write_text
+from rlhf_recipes.feedback.groups import Group
 from rlhf_recipes.feedback.labels import Store, rankings
-from rlhf_recipes.feedback.labels.groups import Group, group_of, read_rows
-from rlhf_recipes.feedback.sampling import GROUPS
 from rlhf_recipes.generation.judges import ChatJudge, read_chat_judge
-from rlhf_recipes.generation.policies import load_policy_bank
-from rlhf_recipes.models.tokenizer import load_tokenizer
+from rlhf_recipes.rewards.functions import Reward
 from rlhf_recipes.rewards.protocol import score_completions
 from rlhf_recipes.rewards.reward_funcs import load_rewards
-from rlhf_recipes.rewards.reward_models import Ensemble
-from rlhf_recipes.rewards.saved import load_saved_reward
 
-from trl import ModelConfig
 from trl.trainer.utils import get_callable_name
 
 RANKINGS = "rankings.jsonl"
+Rows = list[dict[str, Any]]
 
 
-@dataclass(frozen=True)
-class Sampled:
-    """A group to be ranked, with the columns of the data that came along."""
+class Labeler(Protocol):
+    """Who ranks groups."""
 
-    group: Group
-    columns: dict[str, Any]
+    def rank(self, groups: Sequence[Group]) -> Rows:
+        """Return rows of `prompt`, `completions`, `ranks` (the lowest is the best), `labeller` and `id`.
 
-
-Labeller = Callable[[Sequence[Sampled]], list[dict[str, Any]]]
-"""Groups -> rows of `prompt`, `completions`, `ranks` (0 or 1 is the best) and `labeller`."""
+        Groups in which nothing is preferred have no row.
+        """
 
 
-def read_sampled(path: str | Path) -> list[Sampled]:
-    """The groups that recipes/sample.py wrote, from its folder or from its file.
+def read_labeler(entry: Any, seed: int) -> Labeler:
+    """Return the labeler that the YAML key `labeller` describes.
 
-    Raises:
-        RecipeError: if the file cannot be read, or a row is no group.
-    """
-    path = Path(path) / GROUPS if Path(path).is_dir() else Path(path)
-    found = []
-    for number, row in read_rows(path):
-        group = group_of(row, f"{path}: row {number}")
-        found.append(Sampled(group, {key: value for key, value in row.items() if key not in group.row()}))
-    if not found:
-        raise RecipeError(f"{path}: the file has no rows")
-    return found
-
-
-# --- Which --------------------------------------------------------------------------------------------------
-
-
-def choose(groups: Sequence[Sampled], number: int | None, seed: int, ensemble: Ensemble | None = None) -> list[Sampled]:
-    """Those that are worth a label: drawn at random, or those on which the members of an ensemble disagree most.
-
-    Args:
-        groups: to choose from.
-        number: how many; None: all.
-        seed: of the draw.
-        ensemble: reward models; None: at random.
-    """
-    if number is None or number >= len(groups):
-        return list(groups)
-    if ensemble is None:
-        return random.Random(seed).sample(list(groups), number)
-    doubts = disagreement(groups, ensemble)
-    order = sorted(range(len(groups)), key=lambda place: -doubts[place])
-    return [groups[place] for place in sorted(order[:number])]
-
-
-def disagreement(groups: Sequence[Sampled], ensemble: Ensemble) -> list[float]:
-    """Of each group the mean, over pairs of its completions, of the deviation over members of how much better one is.
-
-    What two completions share, such as a prompt on which a member scores everything high, says nothing about their order.
-
-    Args:
-        groups: (N,).
-        ensemble: of M reward models.
-
-    Returns:
-        (N,) standard deviations of differences of scores; 0 where all members agree.
-    """
-    prompts = [one.group.prompt for one in groups for _ in one.group.completions]
-    completions = [completion for one in groups for completion in one.group.completions]
-    scores = list(zip(*(member(prompts, completions) for member in ensemble.members), strict=True))  # (completions, M)
-    starts = itertools.accumulate((len(one.group.completions) for one in groups), initial=0)
-    return [_doubt(scores[first:last]) for first, last in itertools.pairwise(starts)]
-
-
-def _doubt(scores: Sequence[Sequence[float]]) -> float:
-    pairs = itertools.combinations(scores, 2)
-    return statistics.fmean(statistics.pstdev(a - b for a, b in zip(one, other, strict=True)) for one, other in pairs)
-
-
-def load_ensemble(model: ModelConfig, arguments: RankArguments) -> Ensemble:
-    """The ensemble in the folder `reward`, on its base.
-
-    Raises:
-        RecipeError: as in `load_saved_reward`; for a single reward model.
-    """
-    tokenizer = load_tokenizer(model, arguments, start_from=arguments.reward)
-    bank = load_policy_bank(model, arguments, {}, tokenizer)
-    reward = load_saved_reward(arguments.reward, bank.model, tokenizer)
-    if not isinstance(reward, Ensemble):
-        raise RecipeError(
-            f"reward: {arguments.reward} holds one reward model, which cannot disagree: train with `ensemble_size: 3`"
-        )
-    return reward
-
-
-# --- By whom ------------------------------------------------------------------------------------------------
-
-
-def read_labeller(entry: Any, seed: int) -> Labeller:
-    """Who ranks, of the YAML key `labeller`.
-
-    `{store: FILE}` is people, by recipes/label.py; `{url: ..., model: ...}` a chat model, as a judge in recipes/evaluate.py;
-    `{path: ..., arguments: ..., noise: ...}` a simulated labeller, whose liking a reward function says.
+    `{store: FILE}`: people who use recipes/label.py. `{url: ..., model: ...}`: a chat model, as a judge in recipes/evaluate.py.
+    `{path: ..., arguments: ..., noise: ...}`: a simulated labeller who prefers what a reward function scores higher.
 
     Raises:
         RecipeError: for anything else.
     """
-    if isinstance(entry, dict) and set(entry) == {"store"} and isinstance(entry["store"], str):
-        return HumanLabeler(Path(entry["store"]))
-    if isinstance(entry, dict) and "url" in entry:
-        return Judge(read_chat_judge(entry))
-    if isinstance(entry, dict) and isinstance(entry.get("path"), str) and set(entry) <= {"path", "arguments", "noise"}:
-        noise = entry.get("noise", 0.0)
-        if isinstance(noise, bool) or not isinstance(noise, int | float) or not 0 <= noise < math.inf:
-            raise RecipeError(f"labeller: noise: {noise!r} is not a scale: a number, 0 or more")
-        (reward,), _ = load_rewards([{key: value for key, value in entry.items() if key != "noise"}])
-        return SimulatedLabeler(reward, float(noise), seed)
+    match entry:
+        case {"store": str(path), **others} if not others:
+            return HumanLabeler(Path(path))
+        case {"url": _}:
+            return JudgeLabeler(read_chat_judge(entry))
+        case {"path": str(), **others} if set(others) <= {"arguments", "noise"}:
+            noise = others.pop("noise", 0.0)
+            if isinstance(noise, bool) or not isinstance(noise, int | float) or not 0 <= noise < math.inf:
+                raise RecipeError(f"labeller: noise: {noise!r}: must be a number, 0 or more")
+            (reward,), _ = load_rewards([{"path": entry["path"], **others}])
+            return SimulatedLabeler(reward, float(noise), seed)
     raise RecipeError(
-        "labeller: must be {store: FILE} for people, {url: ..., model: ...} for a chat model, or {path: ..., noise: ...} for a "
-        f"reward function in the role of a labeller: found {entry!r}"
+        f"labeller: {entry!r}: unknown. Fix: give {{store: FILE}} for people, {{url: ..., model: ...}} for a chat model, or "
+        "{path: ..., noise: ...} for a reward function"
     )
 
 
 @dataclass(frozen=True)
 class HumanLabeler:
-    """Those who label by recipes/label.py.
+    """People who rank on the page of recipes/label.py.
 
     Parameters:
-        path: the database of labels; made where there is none.
+        path: the database of labels; created if it does not exist.
     """
 
     path: Path
 
-    def __call__(self, groups: Sequence[Sampled]) -> list[dict[str, Any]]:
-        """What they have said of these groups, which are the only ones that the page gives out from now on.
+    def rank(self, groups: Sequence[Group]) -> Rows:
+        """Return people's rankings of these groups. From now on the page offers only these.
 
         Raises:
-            RecipeError: while one of them is not ranked yet, and not skipped by everyone who labels them either.
+            RecipeError: while a group is neither ranked nor skipped by everyone who labels these groups.
         """
         with Store(self.path) as store:
-            store.add((one.group for one in groups), alone=True)
-            wanted = {one.group.id for one in groups if one.group.comparable()}
-            labels = [label for label in store.labels() if label.group in wanted]
-            everyone = {label.labeller for label in labels}
-            lacking = wanted - {label.group for label in labels if label.ranks is not None}
-            skipped = Counter(label.group for label in labels)
-            lacking = {group for group in lacking if not everyone or skipped[group] < len(everyone)}
-            if lacking:
-                raise RecipeError(
-                    f"labeller: {len(lacking)} of {len(wanted)} groups in {self.path} are not ranked yet"
-                    f"{_skipped(lacking, skipped)}: run `python recipes/label.py --store {self.path}`, rank them, and then "
-                    "this again"
-                )
-            return [row for row in rankings(store) if row["id"] in wanted]
-
-
-def _skipped(lacking: set[str], skipped: Counter[str]) -> str:
-    number = sum(group in skipped for group in lacking)
-    return f" ({number} were skipped, and wait for another labeller)" if number else ""
+            store.add(groups, exclusive=True)
+            wanted = {group.id for group in groups if group.comparable()}
+            contents = [(group, labels) for group, labels in store.contents() if group.id in wanted]
+        labels = [label for _, labels in contents for label in labels]
+        labellers, skips = {label.labeller for label in labels}, Counter(label.group for label in labels if label.ranks is None)
+        missing = wanted - {label.group for label in labels if label.ranks is not None}
+        missing = {group for group in missing if not labellers or skips[group] < len(labellers)}
+        if missing:
+            skipped = sum(group in skips for group in missing)
+            skipped = f" ({skipped} were skipped and wait for another labeller)" if skipped else ""
+            raise RecipeError(
+                f"labeller: {self.path}: {len(missing)} of {len(wanted)} groups are not ranked yet{skipped}. Fix: run "
+                f"`python recipes/label.py --store {self.path}`, rank them, and run this again"
+            )
+        return rankings(contents)
 
 
 @dataclass(frozen=True)
-class Judge:
-    """A chat model, which is asked about every two completions of a group in both orders; who wins more ranks higher."""
+class JudgeLabeler:
+    """A chat model that compares every two completions of a group, in both orders. More wins rank higher."""
 
     judge: ChatJudge
 
-    def __call__(self, groups: Sequence[Sampled]) -> list[dict[str, Any]]:
-        """A ranking of each group."""
-        texts = [one.group.texts() for one in groups]
-        asked = [(place, *pair) for place, said in enumerate(texts) for pair in itertools.combinations(range(len(said)), 2)]
+    def rank(self, groups: Sequence[Group]) -> Rows:
+        """Return a ranking of each group."""
+        texts = [group.texts() for group in groups]
+        pairs = [(n, i, j) for n, answers in enumerate(texts) for i, j in itertools.combinations(range(len(answers)), 2)]
         credits = self.judge.compare(
-            [groups[place].group.prompt for place, _, _ in asked],
-            [texts[place][first] for place, first, _ in asked],
-            [texts[place][second] for place, _, second in asked],
+            [groups[n].prompt for n, _, _ in pairs], [texts[n][i] for n, i, _ in pairs], [texts[n][j] for n, _, j in pairs]
         )["credits"]
-        wins = [[0.0] * len(said) for said in texts]
-        for (place, first, second), credit in zip(asked, credits, strict=True):
-            wins[place][first] += credit
-            wins[place][second] += 1 - credit
-        named = f"judge: {self.judge.model}"
-        return [_row(one.group, scores, named) for one, scores in zip(groups, wins, strict=True)]
+        wins = [[0.0] * len(answers) for answers in texts]
+        for (n, i, j), credit in zip(pairs, credits, strict=True):
+            wins[n][i] += credit
+            wins[n][j] += 1 - credit
+        name = f"judge: {self.judge.model}"
+        return [_ranking(group, scores, name) for group, scores in zip(groups, wins, strict=True)]
 
 
 @dataclass(frozen=True)
 class SimulatedLabeler:
-    """A labeller whose liking of a completion is a reward, with noise.
+    """A labeller who prefers completions by a reward with noise, as in the Bradley-Terry model.
 
-    Completions of one reward tie; of two others the better one is preferred with probability sigmoid(difference / noise), as
-    Bradley and Terry have it: Gumbel noise, drawn once for each reward within a group, from the seed and the id of the group.
+    Equal rewards tie. Of two others the higher one is preferred with probability sigmoid(difference / noise): each reward in a
+    group gets one draw of Gumbel noise, seeded by the id of the group.
 
     Parameters:
-        reward: with TRL's signature.
-        noise: its scale; 0: none.
+        reward: a reward function.
+        noise: scale of the noise; 0 for none.
         seed: of the noise.
     """
 
-    reward: Callable[..., Any]
+    reward: Reward
     noise: float
     seed: int
 
-    def __call__(self, groups: Sequence[Sampled]) -> list[dict[str, Any]]:
-        """A ranking of each group whose rewards are not all the same."""
-        named = f"simulated: {get_callable_name(self.reward)}, noise {self.noise:g}"
+    def rank(self, groups: Sequence[Group]) -> Rows:
+        """Return a ranking of each group whose rewards are not all equal.
+
+        Raises:
+            RecipeError: if the reward does not apply to a completion.
+        """
+        name = f"simulated: {get_callable_name(self.reward)}, noise {self.noise:g}"
         rows = []
-        for one, scores in zip(groups, self._scores(groups), strict=True):
-            # By the group: neither other groups nor the round change what is said of this one, and no two share their noise
-            rng = random.Random(f"labeller/{self.seed}/{one.group.id}")
-            liking = {score: score - self.noise * math.log(-math.log(rng.random())) for score in sorted(set(scores))}
-            if len(liking) > 1:
-                rows.append(_row(one.group, [liking[score] for score in scores], named))
+        for group, scores in zip(groups, self._scores(groups), strict=True):
+            # Seeded per group: a ranking does not depend on the other groups, and no two groups share their noise
+            rng = random.Random(f"labeller/{self.seed}/{group.id}")
+            noisy = {score: score - self.noise * math.log(-math.log(rng.random())) for score in sorted(set(scores))}
+            if len(noisy) > 1:
+                rows.append(_ranking(group, [noisy[score] for score in scores], name))
         return rows
 
-    def _scores(self, groups: Sequence[Sampled]) -> list[list[float]]:
-        keys = dict.fromkeys(key for one in groups for key in one.columns)
-        columns = {key: [one.columns.get(key) for one in groups for _ in one.group.completions] for key in keys}
-        prompts = [one.group.prompt for one in groups for _ in one.group.completions]
+    def _scores(self, groups: Sequence[Group]) -> list[list[float]]:
+        keys = dict.fromkeys(key for group in groups for key in group.columns)
+        columns = {key: [group.columns.get(key) for group in groups for _ in group.completions] for key in keys}
+        prompts = [group.prompt for group in groups for _ in group.completions]
         scores = score_completions(
-            self.reward, prompts, [answer for one in groups for answer in one.group.completions], **columns
+            self.reward, prompts, [answer for group in groups for answer in group.completions], **columns
         )
         if None in scores:
-            place = scores.index(None)
-            raise RecipeError(f"labeller: {get_callable_name(self.reward)} says nothing of an answer to {prompts[place]!r:.80}")
-        starts = itertools.accumulate((len(one.group.completions) for one in groups), initial=0)
-        return [scores[first:last] for first, last in itertools.pairwise(starts)]
+            prompt = prompts[scores.index(None)]
+            raise RecipeError(f"labeller: {get_callable_name(self.reward)}: returned None for an answer to {prompt!r:.80}")
+        remaining = iter(scores)
+        return [list(itertools.islice(remaining, len(group.completions))) for group in groups]
 
 
-def _row(group: Group, scores: Sequence[float], labeller: str) -> dict[str, Any]:
-    """A ranking by scores, the highest first; equal ones tie."""
+def _ranking(group: Group, scores: Sequence[float], labeller: str) -> dict[str, Any]:
+    """Rank completions by scores, the highest first; equal scores tie."""
     order = sorted(set(scores), reverse=True)
-    sources = {"sources": group.sources} if group.sources else {}
-    ranks = [order.index(score) + 1 for score in scores]
-    return {
-        "prompt": group.prompt,
-        "completions": group.completions,
-        "ranks": ranks,
-        **sources,
-        "labeller": labeller,
-        "id": group.id,
-    }
+    row = {"prompt": group.prompt, "completions": group.completions, "ranks": [order.index(score) + 1 for score in scores]}
+    return row | ({"sources": group.sources} if group.sources else {}) | {"labeller": labeller, "id": group.id}
 
 
-# --- What comes of it ---------------------------------------------------------------------------------------
-
-
-def write_rankings(folder: str | Path, rows: Sequence[dict[str, Any]], chosen: int) -> str:
-    """Writes `rankings.jsonl` and, last, `rank.json`; returns what to tell the user.
+def write_rankings(folder: str | Path, rows: Rows, chosen: int) -> str:
+    """Write `rankings.jsonl` and then `rank.json`, and return a summary for the user.
 
     Args:
-        folder: made where it is missing.
-        rows: from a labeller.
-        chosen: how many groups were to be ranked.
+        folder: created if it does not exist.
+        rows: from a labeler.
+        chosen: number of groups that were to be ranked.
 
     Raises:
         RecipeError: if the folder cannot be written to.
@@ -284,12 +184,9 @@ def write_rankings(folder: str | Path, rows: Sequence[dict[str, Any]], chosen: i
     folder, labellers = Path(folder), sorted({row["labeller"] for row in rows})
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        text = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
-        write_text(folder / RANKINGS, text)
+        write_text(folder / RANKINGS, "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
         write_json(folder / RANKED, {"labellers": labellers, "chosen": chosen, "ranked": len(rows)})
     except OSError as error:
-        raise RecipeError(f"output_dir: {folder}: cannot be written to ({error.strerror}): name another folder") from error
-    told = f"{len(rows)} rankings of {chosen} groups are in {folder / RANKINGS}, by {', '.join(labellers) or 'nobody'}"
-    if len(rows) < chosen:
-        told += ". Groups whose completions a labeller likes alike, or skipped, give none"
-    return told
+        raise RecipeError(f"output_dir: {folder}: cannot be written to ({error.strerror}). Fix: name another folder") from error
+    summary = f"Wrote {len(rows)} rankings of {chosen} groups, by {', '.join(labellers) or 'nobody'}, to {folder / RANKINGS}."
+    return summary + (" The others were skipped, or nothing in them was preferred." if len(rows) < chosen else "")

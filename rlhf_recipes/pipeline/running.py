@@ -17,17 +17,17 @@ from typing import Any
 from rlhf_recipes.config.data import DatasetSource
 from rlhf_recipes.core.errors import RecipeError, did_you_mean, error_context
 from rlhf_recipes.core.files import LOG, METRICS, read_json, write_json, write_text
+from rlhf_recipes.core.yaml import to_yaml
 from rlhf_recipes.data import Kind, check_source
 from rlhf_recipes.evaluation.report.html import PAGE
 from rlhf_recipes.evaluation.report.seeds import write_summary
-from rlhf_recipes.feedback.sampling import discard
+from rlhf_recipes.feedback.sampling import delete_samples
 from rlhf_recipes.memory.autofit import as_yaml
 from rlhf_recipes.pipeline.reading import Stage, read_stages
 from rlhf_recipes.stages import STAGES, parse_values
 from rlhf_recipes.training.resume import checkpoints_in, remove_checkpoint
 
 import torch
-import yaml
 
 STATE, LOCK = "pipeline.json", "pipeline.lock"
 LOG_TAIL = 30  # lines of a failed stage's output that are shown
@@ -215,7 +215,7 @@ class Pipeline:
             _forget(stage)
         config = self.folder / "configs" / f"{stage.name}.yaml"
         config.parent.mkdir(parents=True, exist_ok=True)
-        text = f"# Written by recipes/pipeline.py\n{yaml.safe_dump(stage.values, sort_keys=False)}"
+        text = f"# Written by recipes/pipeline.py\n{to_yaml(stage.values)}"
         write_text(config, text)
         self._remember(stage, begun=stage.fingerprint)
         command = [sys.executable, *self._launcher()]
@@ -247,7 +247,7 @@ def _forget(stage: Stage) -> None:
         for checkpoint in checkpoints_in(folder):
             remove_checkpoint(checkpoint)
     if stage.recipe == "sample":
-        discard(stage.folder)
+        delete_samples(stage.folder)
 
 
 def read_pipeline(config: Path, recipes: Path, only: list[str] | None = None) -> Pipeline:

@@ -1,4 +1,4 @@
-"""Sampling completions to be ranked: different ones, from several policies, gone on with where it was broken off."""
+"""Sampling of groups: different completions, several policies, and resuming."""
 
 import errno
 import json
@@ -26,7 +26,7 @@ BASE = "rlhf_recipes.tiny.base"
 
 @pytest.fixture(scope="module")
 def bank(tmp_path_factory):
-    """The tiny base, and an adapter that changes what it says."""
+    """The tiny base, and an adapter that changes its answers."""
     from rlhf_recipes.core.hub import resolve_path
 
     folder = tmp_path_factory.mktemp("adapter")
@@ -46,7 +46,7 @@ def arguments(**options):
     return SampleArguments(**{"max_completion_length": 12, "batch_size": 8, "temperature": 2.0} | options)
 
 
-def drawn(bank, policies, rows, options, done=0):
+def all_groups(bank, policies, rows, options, done=0):
     return [group for part in sample_groups(bank, policies, rows, options, done) for group in part]
 
 
@@ -54,9 +54,9 @@ def texts(group):
     return [message["content"] for (message,) in group["completions"]]
 
 
-def test_completions_of_a_prompt_differ_and_other_columns_go_along(bank):
+def test_completions_of_a_prompt_differ_and_columns_are_kept(bank):
     rows = splits.prompts(rows=6)
-    groups = drawn(bank, ["base"], rows, arguments(num_completions=3, temperature=4.0))
+    groups = all_groups(bank, ["base"], rows, arguments(num_completions=3, temperature=4.0))
     assert [group["prompt"] for group in groups] == rows["prompt"]
     assert [group["reference"] for group in groups] == rows["reference"]
     for group in groups:
@@ -64,93 +64,97 @@ def test_completions_of_a_prompt_differ_and_other_columns_go_along(bank):
         assert group["sources"] == ["base"] * 3
 
 
-def test_several_policies_write_as_many(bank):
-    groups = drawn(bank, ["base", "other"], splits.prompts(rows=8), arguments(num_completions=3, temperature=4.0))
+def test_several_policies_write_equally_many(bank):
+    groups = all_groups(bank, ["base", "other"], splits.prompts(rows=8), arguments(num_completions=3, temperature=4.0))
     counts = Counter(source for group in groups for source in group["sources"])
     assert counts == {"base": 12, "other": 12}
     assert {tuple(sorted(Counter(group["sources"]).values())) for group in groups} == {(1, 2)}
 
 
 def test_plain_prompts_have_plain_completions(bank):
-    (group,) = drawn(bank, ["base"], Dataset.from_dict({"prompt": ["Zaza lives in"]}), arguments(num_completions=2))
+    (group,) = all_groups(bank, ["base"], Dataset.from_dict({"prompt": ["Zaza lives in"]}), arguments(num_completions=2))
     assert all(isinstance(text, str) for text in group["completions"])
 
 
-def test_what_is_lacking_is_asked_for_again(bank):
+def test_missing_completions_are_sampled_again(bank):
     rows, options = splits.prompts(rows=16), {"num_completions": 4, "temperature": 1.0}
     once, often = (
-        [len(group["completions"]) for group in drawn(bank, ["base"], rows, arguments(max_attempts=attempts, **options))]
+        [len(group["completions"]) for group in all_groups(bank, ["base"], rows, arguments(max_attempts=attempts, **options))]
         for attempts in (1, 6)
     )
     assert sum(once) < sum(often)
     assert max(often) == 4
 
 
-def test_a_run_that_was_broken_off_goes_on_to_the_same_file(bank, tmp_path):
+def test_an_interrupted_run_resumes_to_the_same_file(bank, tmp_path):
     rows, options = splits.prompts(rows=7), arguments(num_completions=3)
     assert part_size(options) == 2
-    whole, broken = (GroupFile(tmp_path / name, {"seed": 0}) for name in ("whole", "broken"))
+    complete, resumed = (GroupFile(tmp_path / name, {"seed": 0}) for name in ("complete", "resumed"))
     for part in sample_groups(bank, ["base"], rows, options):
-        whole.append(part)
+        complete.append(part)
     for part, _ in zip(sample_groups(bank, ["base"], rows, options), range(2), strict=False):
-        broken.append(part)
-    with broken.path.open("a") as file:
+        resumed.append(part)
+    with resumed.path.open("a") as file:
         file.write('{"prompt": [{"role": "us')  # killed in the middle of a line
-    again = GroupFile(tmp_path / "broken", {"seed": 0})
+    again = GroupFile(tmp_path / "resumed", {"seed": 0})
     assert again.prompts == 4
     for part in sample_groups(bank, ["base"], rows, options, done=again.prompts):
         again.append(part)
-    assert again.path.read_bytes() == whole.path.read_bytes()
-    assert (again.prompts, again.groups) == (whole.prompts, whole.groups)
-    assert [json.loads(line)["prompt"] for line in whole.path.read_text().splitlines()] == rows["prompt"]
+    assert again.path.read_bytes() == complete.path.read_bytes()
+    assert (again.prompts, again.groups) == (complete.prompts, complete.groups)
+    assert [json.loads(line)["prompt"] for line in complete.path.read_text().splitlines()] == rows["prompt"]
 
 
-def test_a_prompt_with_one_answer_is_left_out_and_counted(tmp_path):
+def test_a_prompt_with_one_completion_is_left_out_and_counted(tmp_path):
     file = GroupFile(tmp_path, {})
     file.append([{"prompt": "a", "completions": ["x", "y"]}, {"prompt": "b", "completions": ["x"]}])
     assert (file.prompts, file.groups) == (2, 1)
     assert [json.loads(line)["prompt"] for line in file.path.read_text().splitlines()] == ["a"]
 
 
-def test_the_file_of_another_run_is_not_added_to(tmp_path):
-    GroupFile(tmp_path, {"temperature": 1.0})
-    with pytest.raises(RecipeError, match=r"samples of a run with another `temperature` \(1.0 then, 0.5 now\)"):
-        GroupFile(tmp_path, {"temperature": 0.5})
-    (tmp_path / "own").mkdir()
-    (tmp_path / "own" / "groups.jsonl").write_text("precious\n")
-    with pytest.raises(RecipeError, match="was not written by this recipe"):
-        GroupFile(tmp_path / "own", {})
-    assert (tmp_path / "own" / "groups.jsonl").read_text() == "precious\n"
-
-
-def test_samples_of_other_files_or_rows_are_not_added_to(tmp_path):
-    data, adapter = tmp_path / "prompts.jsonl", tmp_path / "adapter"
-    adapter.mkdir()
-    arguments = {"dataset_name": str(data), "policies": {"sft": str(adapter)}, "rows": 2}
-    for path in (data, adapter / "adapter_model.safetensors"):
+def test_samples_of_another_run_are_not_appended_to(tmp_path):
+    data, adapter = tmp_path / "prompts.jsonl", tmp_path / "adapter" / "adapter_model.safetensors"
+    adapter.parent.mkdir()
+    arguments = {"dataset_name": str(data), "policies": {"sft": str(adapter.parent)}, "temperature": 1.0}
+    for path in (data, adapter):
         path.write_text("one")
     folder = tmp_path / "out"
     assert GroupFile(folder, arguments).prompts == GroupFile(folder, arguments).prompts == 0
-    with pytest.raises(RecipeError, match=r"a run with another `rows` \(2 then, 3 now\)"):
-        GroupFile(folder, arguments | {"rows": 3})
-    for path in (data, adapter / "adapter_model.safetensors"):
+    with pytest.raises(RecipeError, match=r"output_dir: .*temperature: 1.0 then, 0.5 now"):
+        GroupFile(folder, arguments | {"temperature": 0.5})
+    for path in (data, adapter):
         path.write_text("another")
-        with pytest.raises(RecipeError, match=f"holds samples from before .*{path.name} changed: name another folder"):
+        with pytest.raises(RecipeError, match=f"output_dir: .*{path.name}: .* then"):
             GroupFile(folder, arguments)
-        GroupFile(tmp_path / path.stem, arguments)
         folder = tmp_path / path.stem
+        GroupFile(folder, arguments)
+
+
+def test_other_files_are_not_overwritten(tmp_path):
+    path = tmp_path / "groups.jsonl"
+    path.write_text("precious\n")
+    with pytest.raises(RecipeError, match=f"output_dir: {path}: was not written by this recipe"):
+        GroupFile(tmp_path, {})
+    assert path.read_text() == "precious\n"
 
 
 @pytest.mark.parametrize("left", [None, b"", b'{"prompt": "a"'])
-def test_groups_that_are_lost_are_not_made_up(tmp_path, left):
+def test_lost_samples_are_an_error(tmp_path, left):
     file = GroupFile(tmp_path, {})
     file.append([{"prompt": "a", "completions": ["x", "y"]}])
     file.path.unlink()
     if left is not None:
         file.path.write_bytes(left)
-    with pytest.raises(RecipeError, match=rf"groups.jsonl has {len(left or b'')} of \d+ bytes that were written: name another"):
+    with pytest.raises(RecipeError, match=rf"output_dir: {file.path}: \d+ of \d+ bytes are missing"):
         GroupFile(tmp_path, {})
     assert (file.path.read_bytes() if left is not None else None) == left
+
+
+def test_a_damaged_state_is_one_message(tmp_path):
+    GroupFile(tmp_path, {})
+    (tmp_path / "sample.json").write_text('{"arguments": 3}')
+    with pytest.raises(RecipeError, match=r"output_dir: .*sample.json: is damaged"):
+        GroupFile(tmp_path, {})
 
 
 def test_a_full_disk_is_one_message_and_keeps_what_there_is(tmp_path, monkeypatch):
@@ -163,7 +167,7 @@ def test_a_full_disk_is_one_message_and_keeps_what_there_is(tmp_path, monkeypatc
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
     monkeypatch.setattr(os, "fsync", full)
-    with pytest.raises(RecipeError, match=r"cannot be written to \(No space left on device\); what was sampled before is kept"):
+    with pytest.raises(RecipeError, match=r"output_dir: .*\(No space left on device\)"):
         file.append(part)
     again = GroupFile(tmp_path, {})
     assert (again.path.read_bytes(), again.groups) == (before, 1)
@@ -172,35 +176,34 @@ def test_a_full_disk_is_one_message_and_keeps_what_there_is(tmp_path, monkeypatc
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        (("--policies", "{}"), "policies: name at least one"),
-        (("--policies", '{"a": null, "b": {"best_of": {"policy": "a", "n": 2}}}'), "policies: b: a best-of-n is no policy"),
-        (("--policies", '{"a": null}', "--num_completions", "1"), "num_completions: 1: must be 2 or more"),
-        (("--policies", '{"a": null}', "--temperature", "0"), "temperature: 0.0: must be above 0"),
+        (("--policies", "{}"), "policies: "),
+        (("--policies", '{"a": null, "b": {"best_of": {"policy": "a", "n": 2}}}'), "policies: b: cannot sample from best-of-n"),
+        (("--policies", '{"a": null}', "--num_completions", "1"), "num_completions: 1"),
+        (("--policies", '{"a": null}', "--temperature", "0"), "temperature: 0.0"),
     ],
 )
-def test_what_a_user_got_wrong_is_one_message(launch, tmp_path, options, message):
+def test_a_mistake_of_the_user_is_one_message(launch, tmp_path, options, message):
     status, error = launch("sample", *options, "--output_dir", tmp_path / "out")
     assert status == 2
     assert message in error
 
 
-def test_the_recipe_writes_groups_and_goes_on_with_what_is_done(launch, tmp_path, monkeypatch):
-    drawn, draw = [], sampling._draw
-    monkeypatch.setattr(sampling, "_draw", lambda *given: drawn.append(given[-1]) or draw(*given))
+def test_the_recipe_writes_groups_and_resumes(launch, tmp_path, monkeypatch):
+    parts, sample_part = [], sampling._sample_part
+    monkeypatch.setattr(sampling, "_sample_part", lambda *args: parts.append(args[-1]) or sample_part(*args))
     options = ("--policies", '{"base": null}', "--dataset_arguments", '{"rows": 6}', "--temperature", 3, "--batch_size", 8)
-    whole, broken = tmp_path / "whole", tmp_path / "broken"
-    assert launch("sample", *options, "--output_dir", whole) == (0, ANY)
-    groups = [json.loads(line) for line in (whole / "groups.jsonl").read_text().splitlines()]
+    complete, resumed = tmp_path / "complete", tmp_path / "resumed"
+    assert launch("sample", *options, "--output_dir", complete) == (0, ANY)
+    groups = [json.loads(line) for line in (complete / "groups.jsonl").read_text().splitlines()]
     assert all(len(group["completions"]) == 4 for group in groups)
-    assert (len(groups), drawn) == (6, [0, 2, 4])
+    assert (len(groups), parts) == (6, [0, 2, 4])
 
     append = GroupFile.append
     monkeypatch.setattr(GroupFile, "append", lambda file, part: append(file, part) if not file.prompts else sys.exit(9))
-    assert launch("sample", *options, "--output_dir", broken)[0] == 9
+    assert launch("sample", *options, "--output_dir", resumed)[0] == 9
     monkeypatch.setattr(GroupFile, "append", append)
-    drawn.clear()
-    for expected in ([2, 4], []):  # of what is there nothing is drawn again
-        assert launch("sample", *options, "--output_dir", broken) == (0, ANY)
-        assert drawn == expected
-        drawn.clear()
-    assert (broken / "groups.jsonl").read_bytes() == (whole / "groups.jsonl").read_bytes()
+    for expected in ([2, 4], []):  # complete parts are not sampled again
+        parts.clear()
+        assert launch("sample", *options, "--output_dir", resumed) == (0, ANY)
+        assert parts == expected
+    assert (resumed / "groups.jsonl").read_bytes() == (complete / "groups.jsonl").read_bytes()

@@ -14,8 +14,8 @@ from pathlib import Path
 
 from rlhf_recipes.cli import exit_on_recipe_error
 from rlhf_recipes.core.errors import RecipeError
+from rlhf_recipes.feedback.groups import read_groups
 from rlhf_recipes.feedback.labels import Label, Store
-from rlhf_recipes.feedback.ranking import read_sampled
 from rlhf_recipes.pipeline import check_arguments, read_pipeline, reading, running
 from support import ROOT
 
@@ -359,7 +359,7 @@ def test_data_that_are_not_there_are_found_before_the_first_stage_runs(project):
     values = yaml.safe_load(Path("pipeline.yaml").read_text())
     values["stages"][2]["arguments"]["datasets"] = [{"path": "{sft}/rows.jsonl"}, {"path": "nothing.jsonl"}]
     write(stages=values["stages"])
-    with pytest.raises(RecipeError, match=r"stages: dpo .*: nothing\.jsonl: there is no such file \(looked in "):
+    with pytest.raises(RecipeError, match=r"stages: dpo .*: nothing\.jsonl: there is no such file"):
         check_arguments(pipeline(), Path("pipeline.yaml"))
     values["stages"][2]["arguments"]["datasets"].pop()
     write(stages=values["stages"])
@@ -369,9 +369,9 @@ def test_data_that_are_not_there_are_found_before_the_first_stage_runs(project):
 @pytest.mark.parametrize(
     ("content", "message"),
     [
-        ("", r"late\.jsonl: the file is empty"),
-        ('{"question": "a"}\n', r"late\.jsonl: the columns are question, but a stage on preference data needs one of: chosen"),
-        ('{"prompt": "a", \n', r"late\.jsonl: line 1 is not valid JSON"),
+        ("", r"late\.jsonl: the file has no rows"),
+        ('{"question": "a"}\n', r"late\.jsonl: the columns are question, but a stage on preference data needs one of: "),
+        ('{"prompt": "a", \n', r"late\.jsonl: line 1, "),
     ],
 )
 def test_data_of_which_a_stage_can_make_nothing_are_found_before_the_first_one_runs(project, content, message):
@@ -734,7 +734,7 @@ def test_two_rounds_from_sampling_to_ppo(tmp_path, in_process):
     turns = [f"{name}-round-{turn}" for turn in (1, 2) for name in ("sample", "rank", "reward", "ppo")]
     assert in_process == ["sft", *turns]
     folders = [tmp_path / "runs" / f"round-{turn}" for turn in (1, 2)]
-    groups = [[one.group.id for one in read_sampled(folder / "sample")] for folder in folders]
+    groups = [[group.id for group in read_groups(folder / "sample")] for folder in folders]
     ranked = [[row["id"] for row in rows(folder / "rank")] for folder in folders]
     assert not set(groups[0]) & set(groups[1])
     for sampled, chosen in zip(groups, ranked, strict=True):

@@ -579,7 +579,7 @@ def test_the_critic_decays_its_weights_as_it_is_told_to(tmp_path):
 
 
 def test_a_run_that_does_not_change_the_policy_is_an_error(tmp_path):
-    with pytest.raises(RecipeError, match="4 steps have not changed the policy by one bit: a learning rate of 0"):
+    with pytest.raises(RecipeError, match=r"4 steps have not changed .*`learning_rate` \(0\)"):
         make_trainer(tmp_path, with_adapter(make_model()), learning_rate=0.0, value_learning_rate=0.1, max_steps=4).train()
 
 

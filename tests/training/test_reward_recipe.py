@@ -783,7 +783,7 @@ def test_rows_that_are_held_out_do_not_tell_the_scale(trained, files, config):
 
 
 def test_demonstrations_without_an_answer_are_refused(files):
-    with pytest.raises(RecipeError, match="`demonstrations`: plain text has no answers to score"):
+    with pytest.raises(RecipeError, match="demonstrations: "):
         load_demonstrations(DataArguments(dataset_name="?"), [DatasetSource(path=str(files / "text.jsonl"))], 0)
 
 
@@ -828,7 +828,7 @@ def test_one_checkpoint_is_not_that_of_every_member(trained, reward, tmp_path):
 @pytest.mark.parametrize(
     ("data", "options", "message"),
     [
-        ("margins.train", (), "rankings have no `margin`: set `train_on: pairs` to use the column"),
+        ("margins.train", (), "margin: rankings have no margins"),
         ("demonstrations", (), "a stage on ranking data needs one of"),
         ("demonstrations", ("--train_on", "pairs"), "a stage on preference data needs one of"),
     ],
@@ -840,7 +840,7 @@ def test_data_that_do_not_fit(reward, files, tmp_path, data, options, message):
 @pytest.mark.parametrize(
     ("rows", "message"),
     [
-        ([{"text": "Karimo lives in Alderby."}], "plain text has no answers to score"),
+        ([{"text": "Karimo lives in Alderby."}], "demonstrations: plain text"),
         ([{"prompt": "Where?", "chosen": "a"}], "needs one of"),
         ([{"prompt": "Where does Karimo live?", "completion": "Alderby."}], "demonstrations"),  # no deviation
     ],

@@ -8,6 +8,7 @@ import logging
 from types import SimpleNamespace
 
 from rlhf_recipes.cli import exit_on_recipe_error
+from rlhf_recipes.config.checks import set_machine_defaults
 from rlhf_recipes.core.errors import RecipeError, lack_of_memory
 from rlhf_recipes.core.hub import explain_load_error
 from rlhf_recipes.core.machine import check_bitsandbytes
@@ -203,7 +204,7 @@ def test_data_that_the_hub_does_not_give(launch, monkeypatch, case):
     monkeypatch.setattr("datasets.config.HF_HUB_OFFLINE", False)
     monkeypatch.setattr("huggingface_hub.HfApi.hf_hub_download", fail)
     said = message(*launch("sft", "--dataset_name", NAME, "--dataset_arguments", "none"))
-    assert f"{NAME} is not a local file or directory" in said
+    assert f"{NAME}: not a local file" in said
     assert reason.format(place=f"datasets/{NAME}", kind="dataset") in said
     if case == "offline":
         assert f"`hf download --repo-type dataset {NAME} --local-dir FOLDER`" in said
@@ -239,13 +240,10 @@ def test_a_gpu_without_bf16(tmp_path, old_gpu, values):
         assert part in str(raised.value)
 
 
-def test_where_nobody_asks_for_bf16_an_old_gpu_does_without(tmp_path, old_gpu, monkeypatch):
-    config = tmp_path / "my.yaml"
-    config.write_text("dtype: float32\n")
-    seen = {}
-    monkeypatch.setattr("trl.TrlParser.parse_dict", lambda self, values: seen.update(values) or ())
-    parse_arguments("sft.py", argv=["--config", str(config)])
-    assert seen["bf16"] is False
+def test_an_old_gpu_has_bf16_off_by_default(old_gpu):
+    values = {"dtype": "float32"}
+    set_machine_defaults(values)
+    assert values["bf16"] is False
 
 
 @pytest.mark.parametrize(

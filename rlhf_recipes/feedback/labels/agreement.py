@@ -5,26 +5,25 @@ from collections import defaultdict
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 
-from rlhf_recipes.feedback.labels.files import different, ranked
-from rlhf_recipes.feedback.labels.groups import Group
-from rlhf_recipes.feedback.labels.store import Label, Store
-
-Judgement = tuple[int, int]
-"""What two labellers say of the same two completions: 1, the first is better; -1, the second; 0, a tie."""
+from rlhf_recipes.feedback.groups import Group
+from rlhf_recipes.feedback.labels.files import Contents, distinct_ranks
+from rlhf_recipes.feedback.labels.label import Label
 
 
 @dataclass
 class Agreement:
-    """Agreement of two labellers on which of two completions is better.
+    """Agreement of labellers on which of two completions is better.
+
+    A judgement is a pair of labellers on a pair of completions that both ranked.
 
     Parameters:
-        share: of the judgements in which neither ties, those in which both prefer the same completion; None without any.
-        interval: its 95% interval, prompts being resampled; None where `share` is.
-        compared: how many judgements these are: each two labellers on each two completions of each prompt that both ranked.
-        tied: how many more there are in which one or both tie.
-        share_with_ties: of all judgements, those in which both say the same: one, the other, or a tie.
-        prompts: on how many prompts `compared` stands.
-        labellers: for each labeller, the same share over judgements of this labeller with any other, and their number.
+        share: of the judgements without a tie, those in which both prefer the same completion; None if there are none.
+        interval: its 95% interval, from resampled prompts, or None.
+        compared: number of judgements without a tie.
+        tied: number of judgements with one or two ties.
+        share_with_ties: of all judgements, those in which both give the same verdict; a tie counts as a verdict.
+        prompts: number of prompts in `compared`.
+        labellers: for each labeller `share` and `compared` over the labeller's own judgements.
     """
 
     share: float | None = None
@@ -36,7 +35,7 @@ class Agreement:
     labellers: dict[str, tuple[float, int]] = field(default_factory=dict)
 
     def lines(self) -> list[str]:
-        """The same, for people."""
+        """Return a summary as lines of text."""
         if self.tied and not self.compared:
             return [f"Agreement: {self.tied} judgements, all with a tie; {self.share_with_ties:.0%} are the same."]
         if self.share is None:
@@ -49,41 +48,42 @@ class Agreement:
         return [head, *(f"  {name}: {share:.0%} of {number}" for name, (share, number) in sorted(self.labellers.items()))]
 
 
-def agreement(store: Store) -> Agreement:
-    """The agreement of all labellers of a store with each other."""
-    labels, groups = defaultdict(list), {}
-    for group, label in ranked(store):
-        groups[group.id] = group
-        labels[group.id].append(label)
-    strict, same, number = [], 0, 0  # strict: (prompt, the labellers, whether they agree)
-    for code, (identity, group) in enumerate(groups.items()):
-        for one, other in itertools.combinations(labels[identity], 2):
-            for mine, yours in _judgements(group, one, other):
-                number, same = number + 1, same + (mine == yours)
-                if mine and yours:
-                    strict.append((code, (one.labeller, other.labeller), mine == yours))
-    return _summary(strict, same, number)
+def agreement(contents: Contents) -> Agreement:
+    """Return the agreement of all labellers with each other.
+
+    Args:
+        contents: groups with their labels, from `Store.contents`.
+    """
+    strict, same, number = [], 0, 0  # strict: (prompt, both labellers, whether they agree)
+    for prompt, (group, labels) in enumerate(contents):
+        for one, other in itertools.combinations(labels, 2):
+            for verdict, other_verdict in _verdicts(group, one, other):
+                number, same = number + 1, same + (verdict == other_verdict)
+                if verdict and other_verdict:
+                    strict.append((prompt, (one.labeller, other.labeller), verdict == other_verdict))
+    return _summarize(strict, same, number)
 
 
-def _judgements(group: Group, one: Label, other: Label) -> Iterator[Judgement]:
-    mine, yours = different(group, one), different(group, other)
-    for i, j in itertools.combinations(sorted(mine.keys() & yours.keys()), 2):
-        yield _sign(mine[j] - mine[i]), _sign(yours[j] - yours[i])
+def _verdicts(group: Group, one: Label, other: Label) -> Iterator[tuple[int, int]]:
+    """Yield both labellers' verdicts on each pair of completions: 1 for the first, -1 for the second, 0 for a tie."""
+    ranks, other_ranks = distinct_ranks(group, one), distinct_ranks(group, other)
+    for i, j in itertools.combinations(sorted(ranks.keys() & other_ranks.keys()), 2):
+        yield _sign(ranks[j] - ranks[i]), _sign(other_ranks[j] - other_ranks[i])
 
 
 def _sign(number: int) -> int:
     return (number > 0) - (number < 0)
 
 
-def _summary(strict: list[tuple[int, tuple[str, str], bool]], same: int, number: int) -> Agreement:
+def _summarize(strict: list[tuple[int, tuple[str, str], bool]], same: int, number: int) -> Agreement:
     if not strict:
         return Agreement(tied=number, share_with_ties=same / number if number else None)
-    # Imported here: the page starts without the libraries of the evaluation, which take seconds to load
+    # Imported here: the evaluation's libraries take seconds to load, and the page does not need them
     from rlhf_recipes.evaluation.metrics.intervals import share_interval
 
     import numpy as np
 
-    codes = np.unique([code for code, _, _ in strict], return_inverse=True)[1]
+    prompts = np.unique([prompt for prompt, _, _ in strict], return_inverse=True)[1]
     agree = np.array([agreed for _, _, agreed in strict], dtype=np.float64)
     by_labeller = defaultdict(list)
     for _, names, agreed in strict:
@@ -91,10 +91,10 @@ def _summary(strict: list[tuple[int, tuple[str, str], bool]], same: int, number:
             by_labeller[name].append(agreed)
     return Agreement(
         share=float(agree.mean()),
-        interval=share_interval(agree, codes),
+        interval=share_interval(agree, prompts),
         compared=len(strict),
         tied=number - len(strict),
         share_with_ties=same / number,
-        prompts=int(codes.max()) + 1,
+        prompts=int(prompts.max()) + 1,
         labellers={name: (sum(agreed) / len(agreed), len(agreed)) for name, agreed in by_labeller.items()},
     )

@@ -1,88 +1,93 @@
-"""The page's server: signing in, the next task, saving and undoing."""
+"""The HTTP interface of the page: sign in, get a task, save and undo labels."""
 
 import asyncio
 import hashlib
 import hmac
 import logging
 import secrets
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Annotated, Any
 
 from rlhf_recipes.core.errors import RecipeError
-from rlhf_recipes.feedback.labels.groups import MOST_COMPLETIONS, Group
+from rlhf_recipes.feedback.groups import MAX_COMPLETIONS, Group
 from rlhf_recipes.feedback.labels.guard import OriginGuard
-from rlhf_recipes.feedback.labels.store import (
-    LONGEST_DEMONSTRATION,
-    LONGEST_NAME,
-    LONGEST_NOTE,
+from rlhf_recipes.feedback.labels.label import (
+    MAX_DEMONSTRATION,
+    MAX_NAME,
+    MAX_NOTE,
     AlreadyLabelledError,
-    BadLabelError,
-    KnownNameError,
+    InvalidLabelError,
     Label,
-    Store,
 )
+from rlhf_recipes.feedback.labels.sessions import NameTakenError
+from rlhf_recipes.feedback.labels.store import Store
 from rlhf_recipes.feedback.labels.task_view import TaskView
 
 import uvicorn
-from fastapi import FastAPI, Header, HTTPException, Request
+from fastapi import APIRouter, Depends, FastAPI, HTTPException, Request
 from fastapi.concurrency import run_in_threadpool
 from fastapi.exceptions import RequestValidationError
-from fastapi.responses import FileResponse, JSONResponse
+from fastapi.responses import JSONResponse
+from fastapi.security import HTTPAuthorizationCredentials, HTTPBearer
+from fastapi.staticfiles import StaticFiles
 from pydantic import BaseModel, ConfigDict, Field
 
 logger = logging.getLogger(__name__)
-
+router = APIRouter(prefix="/api")
 PAGE = Path(__file__).parent / "page"
-_STATUS = {BadLabelError: 400, AlreadyLabelledError: 409, KnownNameError: 409}
-_KINDS = {AlreadyLabelledError: "labelled", KnownNameError: "known"}  # errors that the page can do something about
+_STATUS = {InvalidLabelError: 400, AlreadyLabelledError: 409, NameTakenError: 409}
 
 
-Authorization = Annotated[str, Header()]
-
-
-class _Strict(BaseModel):
+class _Body(BaseModel):
     model_config = ConfigDict(strict=True, extra="forbid")
 
 
-class SignIn(_Strict):
-    """Who wants to label."""
+class SignIn(_Body):
+    """A labeller's name, and the password of the page if it has one."""
 
-    name: str = Field(max_length=LONGEST_NAME)
+    name: str = Field(max_length=MAX_NAME)
     password: str = Field(default="", max_length=1000)
     known: bool = False
 
 
-class Submission(_Strict):
-    """A label as the page sends it: ranks are of the completions in the order shown; without them it is a skip."""
+class Submission(_Body):
+    """A label. Ranks are in the order shown; None is a skip."""
 
-    id: str = Field(min_length=1)  # with a limit, a text that UTF-8 cannot hold is refused too
+    id: str = Field(min_length=1)  # with a limit, pydantic rejects text that UTF-8 cannot hold
     submission: str = Field(min_length=16, max_length=64)
-    ranks: list[int | None] | None = Field(max_length=MOST_COMPLETIONS)
-    demonstration: str = Field(max_length=LONGEST_DEMONSTRATION)
-    note: str = Field(max_length=LONGEST_NOTE)
+    ranks: list[int | None] | None = Field(max_length=MAX_COMPLETIONS)
+    demonstration: str = Field(max_length=MAX_DEMONSTRATION)
+    note: str = Field(max_length=MAX_NOTE)
 
 
-class Undo(_Strict):
-    """Which label is to be undone: the one that the page was told is the newest."""
+class Undo(_Body):
+    """The number of the label to undo, which the page received as the newest."""
 
     label: int | None = Field(default=None, ge=1, le=2**63 - 1)
 
 
 def make_server(
-    store: Store, password: str = "", names: Iterable[str] = (), addresses: bool = False, delay: float = 1.0
+    store: Store, password: str = "", names: Iterable[str] = (), any_address: bool = False, delay: float = 1.0
 ) -> uvicorn.Server:
-    """What serves the page, guarded, on a socket that listens (`run(sockets=[...])`).
+    """Return the server of the page; start it with `run(sockets=[...])`.
 
     Args:
-        store: where groups come from and labels go.
-        password: what labellers must give to sign in; none where empty.
-        names: host names under which the page is reached, besides localhost.
-        addresses: whether it is reached under other addresses than loopback.
-        delay: seconds for which a wrong password holds up all that come after it.
+        store: of groups and labels.
+        password: that labellers need to sign in; empty for none.
+        names: host names of the page, besides localhost.
+        any_address: whether it is reached under addresses other than loopback.
+        delay: seconds that a wrong password delays all later attempts.
     """
+    app = FastAPI(docs_url=None, redoc_url=None, openapi_url=None)
+    app.state.store, app.state.password, app.state.delay = store, password, delay
+    app.state.password_lock = asyncio.Lock()
+    app.include_router(router)
+    app.mount("/", StaticFiles(directory=PAGE, html=True))
+    app.exception_handler(RecipeError)(_recipe_error)
+    app.exception_handler(RequestValidationError)(_validation_error)
     config = uvicorn.Config(
-        OriginGuard(create_app(store, password, delay), frozenset(name.lower() for name in names), addresses),
+        OriginGuard(app, names, any_address),
         loop="asyncio",
         http="h11",
         ws="none",
@@ -96,115 +101,95 @@ def make_server(
     return uvicorn.Server(config)
 
 
-def create_app(store: Store, password: str, delay: float) -> FastAPI:
-    """The application over a store; the arguments are those of `Desk`."""
-    app = FastAPI(docs_url=None, redoc_url=None, openapi_url=None)
-    desk = Desk(store, password, delay)
-    # All are POST, since all change something: the next task is claimed.
-    for path, answer in (("session", desk.sign_in), ("task", desk.next_task), ("label", desk.save), ("undo", desk.undo)):
-        app.post(f"/api/{path}")(answer)
-    for path, file in (("/", "label.html"), ("/label.js", "label.js"), ("/label.css", "label.css")):
-        app.get(path)(_page(file))
-    app.exception_handler(RecipeError)(desk.explain)
-    app.exception_handler(HTTPException)(_refuse)
-    app.exception_handler(RequestValidationError)(_reject)
-    return app
+# --- Endpoints: all POST, since all change something. Those that wait for the disk run in threads -----------------------
 
 
-def _page(file: str) -> Callable[[], FileResponse]:
-    """What answers with a file of the page. It takes no argument: FastAPI would read one from the address."""
-    return lambda: FileResponse(PAGE / file)
+def _store(request: Request) -> Store:
+    return request.app.state.store
 
 
-class Desk:
-    """What the page asks for.
-
-    Args:
-        store: where groups come from and labels go.
-        password: what labellers must give to sign in; none where empty.
-        delay: seconds for which a wrong password holds up all that come after it.
-    """
-
-    def __init__(self, store: Store, password: str, delay: float) -> None:
-        self.store, self.password, self.delay = store, password, delay
-        self._guesses = asyncio.Lock()
-
-    async def sign_in(self, asked: SignIn) -> dict[str, str]:
-        """A token for a session, and the name under which it labels."""
-        if self.password:
-            await self._check_password(asked.password)
-        token = secrets.token_urlsafe(32)
-        # In a thread: while the store waits for the disk, others are answered
-        name = await run_in_threadpool(self.store.sign_in, asked.name, self._session(token), asked.known)
-        return {"name": name, "token": token}
-
-    def next_task(self, authorization: Authorization = "") -> dict[str, Any]:
-        """The group to label now, or none."""
-        name = self._labeller(authorization)
-        return self._task(self.store.claim(name), name)
-
-    def save(self, sent: Submission, authorization: Authorization = "") -> dict[str, bool]:
-        """Says that a label is saved, when it is."""
-        name, ranks = self._labeller(authorization), sent.ranks
-        if ranks is not None:
-            try:
-                ranks = self._shown(self.store.group(sent.id), name).ranks_of_group(ranks)
-            except ValueError:
-                raise BadLabelError("not as many ranks as answers are shown") from None
-        self.store.save(Label(sent.id, name, ranks, sent.demonstration, sent.note), sent.submission)
-        return {"saved": True}
-
-    def undo(self, asked: Undo, authorization: Authorization = "") -> dict[str, Any]:
-        """The group of the label that was undone, to be labelled again."""
-        name = self._labeller(authorization)
-        label = asked.label and self.store.undo(name, asked.label)
-        if not label:
-            raise BadLabelError("There is nothing to undo.")
-        return self._task(self.store.group(label.group), name)
-
-    async def _check_password(self, given: str) -> None:
-        if not given:
-            raise HTTPException(401, "The password, please.")
-        async with self._guesses:  # one at a time, so that guessing many takes long
-            if not hmac.compare_digest(given.encode(), self.password.encode()):
-                await asyncio.sleep(self.delay)
-                raise HTTPException(401, "That is not the password.")
-
-    def _session(self, token: str) -> str:
-        """What the store keeps of a session: no token that could be used, and none that outlives its password."""
-        return hashlib.sha256(f"{self.password}\0{token}".encode()).hexdigest()
-
-    def _labeller(self, authorization: str) -> str:
-        name = self.store.signed_in(self._session(authorization.removeprefix("Bearer ")))
-        if name is None:
-            raise HTTPException(401, "Sign in again: this session is not known here.")
-        return name
-
-    def _shown(self, group: Group, name: str) -> TaskView:
-        return TaskView(group, name, self.store.seed)
-
-    def _task(self, group: Group | None, name: str) -> dict[str, Any]:
-        mine, left = self.store.progress(name)
-        content = group and self._shown(group, name).page(self.store.withdrawn(name, group.id))
-        held = 0 if group else self.store.held(name)
-        return {"task": content, "mine": mine, "left": left, "held": held, "newest": self.store.newest(name)}
-
-    def explain(self, _: Request, error: RecipeError) -> JSONResponse:
-        """What went wrong, without the path of the store, which is nothing to labellers."""
-        status = _STATUS.get(type(error), 503)
-        if status == 503:
-            logger.error("%s", error)
-        return _error(status, str(error).removeprefix(f"{self.store.path}: "), _KINDS.get(type(error), ""))
+def _labeller(
+    request: Request, bearer: Annotated[HTTPAuthorizationCredentials | None, Depends(HTTPBearer(auto_error=False))]
+) -> str:
+    name = bearer and _store(request).sessions.labeller(_session(request, bearer.credentials))
+    if not name:
+        raise HTTPException(401, "Sign in again: this session is not known here.")
+    return name
 
 
-def _refuse(_: Request, error: HTTPException) -> JSONResponse:
-    return _error(error.status_code, error.detail, "sign in" if error.status_code == 401 else "")
+StoreDependency = Annotated[Store, Depends(_store)]
+Labeller = Annotated[str, Depends(_labeller)]
 
 
-def _reject(_: Request, error: RequestValidationError) -> JSONResponse:
+@router.post("/session")
+async def sign_in(request: Request, body: SignIn) -> dict[str, str]:
+    """Start a session and return its token and the name as stored."""
+    if request.app.state.password:
+        await _check_password(request, body.password)
+    token = secrets.token_urlsafe(32)
+    start = _store(request).sessions.start
+    return {"name": await run_in_threadpool(start, body.name, _session(request, token), body.known), "token": token}
+
+
+@router.post("/task")
+def next_task(store: StoreDependency, name: Labeller) -> dict[str, Any]:
+    """Return the group to label now, if any."""
+    return _task(store, store.claim(name), name)
+
+
+@router.post("/label")
+def save(store: StoreDependency, name: Labeller, body: Submission) -> dict[str, bool]:
+    """Save a label. It is on the disk when this returns."""
+    ranks = body.ranks
+    if ranks is not None:
+        try:
+            ranks = TaskView(store.group(body.id), name, store.seed).group_ranks(ranks)
+        except ValueError as error:
+            raise InvalidLabelError("ranks: give one for each completion shown") from error
+    store.save(Label(body.id, name, ranks, body.demonstration, body.note), body.submission)
+    return {"saved": True}
+
+
+@router.post("/undo")
+def undo(store: StoreDependency, name: Labeller, body: Undo) -> dict[str, Any]:
+    """Undo a label and return its group, to be labelled again."""
+    label = body.label and store.undo(name, body.label)
+    if not label:
+        raise InvalidLabelError("There is nothing to undo.")
+    return _task(store, store.group(label.group), name)
+
+
+def _task(store: Store, group: Group | None, name: str) -> dict[str, Any]:
+    progress = store.progress(name)
+    content = group and TaskView(group, name, store.seed).content(store.withdrawn(name, group.id))
+    held = 0 if group else progress.held
+    return {"task": content, "mine": progress.done, "left": progress.left, "held": held, "newest": store.newest(name)}
+
+
+async def _check_password(request: Request, password: str) -> None:
+    state = request.app.state
+    if not password:
+        raise HTTPException(401, "The password, please.")
+    async with state.password_lock:  # one at a time, so that guessing takes long
+        if not hmac.compare_digest(password.encode(), state.password.encode()):
+            await asyncio.sleep(state.delay)
+            raise HTTPException(401, "That is not the password.")
+
+
+def _session(request: Request, token: str) -> str:
+    """Return what the store keeps of a session: not the token itself, and invalid under another password."""
+    return hashlib.sha256(f"{request.app.state.password}\0{token}".encode()).hexdigest()
+
+
+def _recipe_error(request: Request, error: RecipeError) -> JSONResponse:
+    """Answer with the message, without the path of the store. Log what labellers cannot fix."""
+    status = _STATUS.get(type(error), 503)
+    if status == 503:
+        logger.error("%s", error)
+    return JSONResponse({"detail": str(error).removeprefix(f"{_store(request).path}: ")}, status)
+
+
+def _validation_error(_: Request, error: RequestValidationError) -> JSONResponse:
+    """Answer with the first problem. FastAPI's own answer repeats the input, which UTF-8 may not hold."""
     problem = error.errors()[0]
-    return _error(422, f"{'.'.join(str(part) for part in problem['loc'][1:])}: {problem['msg']}")
-
-
-def _error(status: int, text: str, kind: str = "") -> JSONResponse:
-    return JSONResponse({"error": text, "kind": kind}, status)
+    return JSONResponse({"detail": f"{'.'.join(map(str, problem['loc'][1:]))}: {problem['msg']}"}, 422)

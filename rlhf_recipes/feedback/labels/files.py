@@ -1,208 +1,158 @@
-"""Labels as files: rankings, pairs and demonstrations for the recipes, and one file from which all is restored."""
+"""Labels as JSONL files: datasets for the recipes, and an export from which a store can be restored."""
 
-import contextlib
 import itertools
 import json
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 from rlhf_recipes.core.errors import RecipeError
 from rlhf_recipes.core.files import write_text
-from rlhf_recipes.feedback.labels.groups import Group, group_of, read_rows
-from rlhf_recipes.feedback.labels.store import Label, Store
+from rlhf_recipes.feedback.groups import Group, GroupRow, read_rows
+from rlhf_recipes.feedback.labels.label import Label
+from rlhf_recipes.feedback.labels.store import Store
+
+from pydantic import BaseModel, ConfigDict
 
 Rows = list[dict[str, Any]]
-Ranked = list[tuple[Group, Label]]
-_TEXTS = str | None
-_TYPES = {"labeller": str, "ranks": list | None, "demonstration": _TEXTS, "note": _TEXTS, "at": str}
+Contents = list[tuple[Group, list[Label]]]
+"""Groups with their labels, from `Store.contents`."""
 
 
-def rankings(store: Store) -> Rows:
-    """One row for each label that orders at least two completions; unusable ones are left out.
+def rankings(contents: Contents) -> Rows:
+    """Return one row per label that orders at least two completions, without unusable ones.
 
     Returns:
-        Rows of `prompt`, `completions`, `ranks` (1 is the best), `labeller`, `id`, and `sources` where the group has them.
+        Rows of `prompt`, `completions`, `ranks` (1 is the best), `labeller`, `id`, and `sources` if the group has them.
     """
-    return _rankings(ranked(store))
-
-
-def _rankings(ranked: Ranked) -> Rows:
     rows = []
-    for group, label in ranked:
-        kept = [k for k, rank in enumerate(label.ranks) if rank is not None]
-        if len({label.ranks[k] for k in kept}) < 2:
-            continue
-        row = {
-            "prompt": group.prompt,
-            "completions": [group.completions[k] for k in kept],
-            "ranks": [label.ranks[k] for k in kept],
-        }
-        sources = {"sources": [group.sources[k] for k in kept]} if group.sources else {}
-        rows.append(row | sources | _origin(label))
+    for group, label in _flat(contents):
+        usable = [k for k, rank in enumerate(label.ranks or ()) if rank is not None]
+        if len({label.ranks[k] for k in usable}) > 1:
+            columns = {"completions": group.completions, "ranks": label.ranks}
+            columns |= {"sources": group.sources} if group.sources else {}
+            rows.append(_row(group, label, **{name: [values[k] for k in usable] for name, values in columns.items()}))
     return rows
 
 
-def pairs(store: Store) -> Rows:
-    """One row for each two completions of which a labeller holds one better, equal texts counting as one.
+def pairs(contents: Contents) -> Rows:
+    """Return one row per label and two completions of different rank. Completions with equal texts count once.
 
     Returns:
         Rows of `prompt`, `chosen`, `rejected`, `labeller`, `id`.
     """
-    return _pairs(ranked(store))
-
-
-def _pairs(ranked: Ranked) -> Rows:
     rows = []
-    for group, label in ranked:
-        ranks = sorted(different(group, label).items(), key=lambda item: item[1])
+    for group, label in _flat(contents):
+        ranks = sorted(distinct_ranks(group, label).items(), key=lambda item: item[1])
         for (better, low), (worse, high) in itertools.combinations(ranks, 2):
             if low < high:
-                answers = {"chosen": group.completions[better], "rejected": group.completions[worse]}
-                rows.append({"prompt": group.prompt} | answers | _origin(label))
+                rows.append(_row(group, label, chosen=group.completions[better], rejected=group.completions[worse]))
     return rows
 
 
-def demonstrations(store: Store) -> Rows:
-    """One row for each answer that a labeller wrote.
-
-    Returns:
-        Rows of `prompt`, `completion`, `labeller`, `id`.
-    """
-    return _demonstrations(_labelled(*store.contents()))
-
-
-def _demonstrations(labelled: Ranked) -> Rows:
+def demonstrations(contents: Contents) -> Rows:
+    """Return one row of `prompt`, `completion`, `labeller`, `id` per answer that a labeller wrote."""
     return [
-        {"prompt": group.prompt, "completion": group.answer(label.demonstration)} | _origin(label)
-        for group, label in labelled
+        _row(group, label, completion=group.completion(label.demonstration))
+        for group, label in _flat(contents)
         if label.demonstration
     ]
 
 
-def ranked(store: Store) -> Ranked:
-    """Each label that is more than a skip, with its group."""
-    return _ranked(_labelled(*store.contents()))
+def _flat(contents: Contents) -> Iterator[tuple[Group, Label]]:
+    return ((group, label) for group, labels in contents for label in labels)
 
 
-def different(group: Group, label: Label) -> dict[int, int]:
-    """Place and rank of each usable completion, only the first of those that are equal."""
-    first = {text: place for place, text in reversed(list(enumerate(group.texts())))}
-    return {place: label.ranks[place] for place in sorted(first.values()) if label.ranks[place] is not None}
+def _row(group: Group, label: Label, **columns: Any) -> dict[str, Any]:
+    return {"prompt": group.prompt, **columns, "labeller": label.labeller, "id": group.id}
 
 
-def export_labels(store: Store, folder: Path) -> dict[str, int | None]:
-    """Writes `rankings.jsonl`, `pairs.jsonl` and `demonstrations.jsonl`, and `labels.jsonl`, which `import_labels` reads.
+def distinct_ranks(group: Group, label: Label) -> dict[int, int]:
+    """Return index and rank of each usable completion, the first one of those with equal texts. A skip has none."""
+    first = {text: index for index, text in reversed(list(enumerate(group.texts())))}
+    return {k: label.ranks[k] for k in sorted(first.values()) if label.ranks and label.ranks[k] is not None}
 
-    Each replaces what another export left there; one of the first three that would have no rows is removed.
+
+# --- Export and import ------------------------------------------------------------------------------------------------
+
+
+class _LabelRow(BaseModel):
+    model_config = ConfigDict(strict=True, extra="forbid")
+    labeller: str
+    ranks: list[int | None] | None = None
+    demonstration: str | None = None
+    note: str | None = None
+    at: str = ""
+
+
+class _ExportRow(GroupRow):
+    labels: list[_LabelRow]
+
+
+def export_labels(store: Store, folder: Path) -> dict[str, int]:
+    """Write `rankings.jsonl`, `pairs.jsonl`, `demonstrations.jsonl`, and `labels.jsonl` for `import_labels`.
+
+    They replace the files of an earlier export. A file without rows is removed, except `labels.jsonl`.
 
     Returns:
-        The number of rows of each file; None of one that was removed.
+        The number of rows of each file.
 
     Raises:
-        RecipeError: if a file cannot be written, or there is one of its name that no export wrote.
+        RecipeError: if a file cannot be written, or would replace one that no export has written.
     """
-    groups, labels = store.contents()
-    labelled = _labelled(groups, labels)
-    ranked = _ranked(labelled)
-    # `labels` first: by it the next export knows the others for its own, were this one broken off
-    files = {"labels": _everything(groups, labels), "rankings": _rankings(ranked), "pairs": _pairs(ranked)}
-    files["demonstrations"] = _demonstrations(labelled)
-    _refuse_other_files(folder, files)
-    with _written_to(folder):
+    contents = store.contents()
+    # `labels` first: if this export is interrupted, the next one recognises the files by it
+    files = {
+        "labels.jsonl": [_export_row(group, labels) for group, labels in contents],
+        "rankings.jsonl": rankings(contents),
+        "pairs.jsonl": pairs(contents),
+        "demonstrations.jsonl": demonstrations(contents),
+    }
+    existing = [folder / name for name in files if (folder / name).exists()]
+    if existing and not _is_export(folder / "labels.jsonl"):
+        raise RecipeError(f"{existing[0]}: was not written by --export. Fix: give another folder as --export")
+    try:
         folder.mkdir(parents=True, exist_ok=True)
-        return {f"{name}.jsonl": _write_rows(folder / f"{name}.jsonl", rows) for name, rows in files.items()}
-
-
-def import_labels(store: Store, path: Path) -> int:
-    """Restores groups and labels from a `labels.jsonl` that `export_labels` wrote, all of it or nothing.
-
-    Returns:
-        How many labels are new.
-
-    Raises:
-        RecipeError: if the file is not one, or contradicts what is in the store.
-    """
-    rows = []
-    for number, row in read_rows(path):
-        where = f"{path}: row {number}"
-        group = group_of(row, where)
-        rows.append((where, group, _read_labels(row, group.id, where)))
-    if not rows:
-        raise RecipeError(f"{path}: the file has no rows")
-    return store.restore(rows)
-
-
-def _labelled(groups: list[Group], labels: list[Label]) -> Ranked:
-    by_id = {group.id: group for group in groups}
-    return [(by_id[label.group], label) for label in labels]
-
-
-def _ranked(labelled: Ranked) -> Ranked:
-    return [(group, label) for group, label in labelled if label.ranks is not None]
-
-
-def _everything(groups: list[Group], labels: list[Label]) -> Rows:
-    rows = {group.id: group.row() | {"labels": []} for group in groups}
-    for label in labels:
-        rows[label.group]["labels"].append({name: getattr(label, name) for name in _TYPES})
-    return list(rows.values())
-
-
-def _origin(label: Label) -> dict[str, str]:
-    return {"labeller": label.labeller, "id": label.group}
-
-
-def _read_labels(row: dict[str, Any], group: str, where: str) -> list[Label]:
-    labels = row.get("labels")
-    if not isinstance(labels, list):
+        for name, rows in files.items():
+            if rows or name == "labels.jsonl":
+                write_text(folder / name, "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
+            else:
+                (folder / name).unlink(missing_ok=True)
+    except OSError as error:
         raise RecipeError(
-            f"{where}: there is no list `labels`: --import reads the labels.jsonl that --export wrote; groups that are to be "
-            "labelled are given as --data"
-        )
-    return [_read_label(label, group, where) for label in labels]
+            f"{error.filename or folder}: cannot be written ({error.strerror}); the labels are safe in the database. "
+            "Fix: free some space, or give another folder as --export"
+        ) from error
+    return {name: len(rows) for name, rows in files.items()}
 
 
-def _read_label(label: Any, group: str, where: str) -> Label:
-    if not isinstance(label, dict) or set(label) - set(_TYPES) or "labeller" not in label:
-        raise RecipeError(f"{where}: a label is a mapping of {', '.join(_TYPES)}, and this is {json.dumps(label)[:100]}")
-    for name, value in label.items():
-        if not isinstance(value, _TYPES[name]):
-            raise RecipeError(f"{where}: labels: `{name}` is {json.dumps(value)[:100]}, which no label has")
-    return Label(group, **label)
-
-
-def _refuse_other_files(folder: Path, names: Iterable[str]) -> None:
-    """An export's files have its `labels.jsonl` beside them."""
-    there = [path for name in names if (path := folder / f"{name}.jsonl").exists()]
-    if there and not _is_export(folder / "labels.jsonl"):
-        raise RecipeError(f"{there[0]}: was not written by --export, which would replace it: give another folder as --export")
+def _export_row(group: Group, labels: list[Label]) -> dict[str, Any]:
+    return group.row() | {
+        "labels": [{key: value for key, value in asdict(label).items() if key != "group"} for label in labels]
+    }
 
 
 def _is_export(path: Path) -> bool:
     try:
-        _, row = next(read_rows(path), (0, {"labels": []}))  # that of an empty store has no rows
+        next(read_rows(path, _ExportRow), None)  # the export of an empty store has no rows
     except RecipeError:
         return False
-    return isinstance(row, dict) and isinstance(row.get("labels"), list)
+    return True
 
 
-def _write_rows(path: Path, rows: Rows) -> int | None:
-    """Writes a file of rows; how many they are, None for a file removed."""
-    if not rows and path.stem != "labels":
-        existed = path.exists()
-        path.unlink(missing_ok=True)
-        return None if existed else 0
-    write_text(path, "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
-    return len(rows)
+def import_labels(store: Store, path: Path) -> int:
+    """Restore groups and labels from the `labels.jsonl` of an export, all or none.
 
+    Returns:
+        The number of new labels.
 
-@contextlib.contextmanager
-def _written_to(folder: Path) -> Iterator[None]:
-    try:
-        yield
-    except OSError as error:
-        raise RecipeError(
-            f"{error.filename or folder}: cannot be written ({error.strerror}): free space or give another folder as --export; "
-            "the labels themselves are safe in the database"
-        ) from error
+    Raises:
+        RecipeError: if the file is not an export, or contradicts the store.
+    """
+    rows = [(where, row.group(), row.labels) for where, row in read_rows(path, _ExportRow)]
+    if not rows:
+        raise RecipeError(f"{path}: the file has no rows. Fix: name a labels.jsonl that --export has written")
+    return store.restore(
+        (where, group, [Label(group.id, **label.model_dump()) for label in labels]) for where, group, labels in rows
+    )

@@ -1,61 +1,60 @@
-"""A group as one labeller sees it: in an order of its own, equal completions once, and nobody told who wrote what."""
+"""A group as one labeller sees it: shuffled, equal completions once, and without sources."""
 
 import hashlib
 import random
 from typing import Any
 
-from rlhf_recipes.feedback.labels.groups import Group
-from rlhf_recipes.feedback.labels.store import Label
+from rlhf_recipes.feedback.groups import Group
+from rlhf_recipes.feedback.labels.label import Label
 
 Ranks = list[int | None]
 
 
 class TaskView:
-    """The completions of a group in a random order, the same whenever this labeller comes back to it.
+    """The N different completions of a group in a random order that is fixed for each labeller.
 
     Args:
-        group: what is shown; of N completions that differ.
-        labeller: to whom.
+        group: to be shown.
+        labeller: name of the labeller.
         seed: of the store.
     """
 
     def __init__(self, group: Group, labeller: str, seed: str) -> None:
         self.group = group
         self._secret = f"{seed}/{labeller.casefold()}/{group.id}"
-        places: dict[str, list[int]] = {}
-        for place, text in enumerate(group.texts()):
-            places.setdefault(text, []).append(place)
-        self._shown = list(places.items())
+        indices: dict[str, list[int]] = {}
+        for index, text in enumerate(group.texts()):
+            indices.setdefault(text, []).append(index)
+        self._shown = list(indices.items())
         random.Random(self._secret).shuffle(self._shown)
 
-    def ranks_of_group(self, shown: Ranks) -> Ranks:
-        """From one rank for each of the N that are shown to one for each of the K completions.
+    def group_ranks(self, shown_ranks: Ranks) -> Ranks:
+        """Convert ranks of the N completions as shown to ranks of the group's K completions.
 
         Raises:
             ValueError: if there are not N.
         """
         ranks: Ranks = [None] * len(self.group.completions)
-        for (_, places), rank in zip(self._shown, shown, strict=True):
-            for place in places:
-                ranks[place] = rank
+        for (_, indices), rank in zip(self._shown, shown_ranks, strict=True):
+            for index in indices:
+                ranks[index] = rank
         return ranks
 
-    def page(self, before: Label | None) -> dict[str, Any]:
-        """What the page needs, JSON-serialisable.
+    def content(self, withdrawn: Label | None) -> dict[str, Any]:
+        """Return what the page needs, JSON-serialisable.
 
         Args:
-            before: what the labeller said of it and undid.
+            withdrawn: the labeller's label on this group that was undone, if any.
         """
         prompt = self.group.prompt
-        turns = [{"role": "", "content": prompt}] if isinstance(prompt, str) else prompt
         return {
             "id": self.group.id,
             "key": hashlib.sha256(self._secret.encode()).hexdigest()[:16],
-            "prompt": turns,
+            "prompt": prompt if self.group.conversational else [{"role": "", "content": prompt}],
             "completions": [text for text, _ in self._shown],
-            "before": before and self._before(before),
+            "before": withdrawn and self._label(withdrawn),
         }
 
-    def _before(self, label: Label) -> dict[str, Any]:
-        ranks = label.ranks and [label.ranks[places[0]] for _, places in self._shown]
+    def _label(self, label: Label) -> dict[str, Any]:
+        ranks = label.ranks and [label.ranks[indices[0]] for _, indices in self._shown]
         return {"ranks": ranks, "demonstration": label.demonstration or "", "note": label.note or ""}

@@ -4,19 +4,19 @@ const $ = (id) => document.getElementById(id);
 const ORDINALS = new Intl.PluralRules("en", {type: "ordinal"});
 const ordinal = (n) => n + {one: "st", two: "nd", few: "rd", other: "th"}[ORDINALS.select(n)];
 
-// What goes wrong and was not foreseen is said, and not only in a console that nobody looks at
+// Unexpected errors: shown on the page, since nobody looks at the console
 
-function tell(problem) {
+function showFailure(problem) {
   const text = `The page failed (${problem}). Reload it: what was saved is safe.`;
   for (const id of ["error", "sign-in-error"]) $(id).textContent = text;
 }
 
-addEventListener("error", (event) => tell(event.message));
-addEventListener("unhandledrejection", (event) => tell(event.reason));
+addEventListener("error", (event) => showFailure(event.message));
+addEventListener("unhandledrejection", (event) => showFailure(event.reason));
 
-// What the browser keeps; where it keeps nothing (blocked, full), this page's memory, and that is said
+// Browser storage. If it is blocked or full, values stay in memory, and a notice says so
 
-function keeping(name) {
+function storage(name) {
   const memory = new Map();
   const fails = () => { $("notice").hidden = false; return null; };
   return {
@@ -38,23 +38,23 @@ function keeping(name) {
   };
 }
 
-const browser = keeping("localStorage");
-const tab = keeping("sessionStorage");
+const browser = storage("localStorage");
+const tab = storage("sessionStorage");
 
-// Who labels is remembered for this tab alone: two people may use two tabs of one browser.
+// The session belongs to this tab: two people may use two tabs of one browser.
 let session = tab.get("session");
 let task = null;
-let newest = null; // the label that undo takes back: asked again, because the answer was lost, it takes back no other
-let order = []; // lists of answers, best first; those in one list tie
+let newest = null; // number of the label that undo withdraws: repeating a lost request must not undo another
+let order = []; // lists of answers, best first; answers in one list tie
 let unusable = new Set();
 let submission = "";
-let marking = false; // x was pressed: the next number is an unusable answer
+let marking = false; // x was pressed: the next number marks an unusable answer
 let busy = false;
 const TOUCH = matchMedia("(hover: none) and (pointer: coarse)");
 
 function element(tag, content = "", attributes = {}) {
   const made = document.createElement(tag);
-  made.textContent = content; // never HTML: it may be what a model wrote
+  made.textContent = content; // never HTML: a model may have written it
   for (const [name, value] of Object.entries(attributes)) made.setAttribute(name, value);
   return made;
 }
@@ -62,13 +62,13 @@ function element(tag, content = "", attributes = {}) {
 // The server
 
 class Refusal extends Error {
-  constructor(text, kind) {
+  constructor(text, status) { // an HTTP status; 0 if there was no reply
     super(text);
-    this.kind = kind;
+    this.status = status;
   }
 }
 
-async function ask(path, body = {}) {
+async function request(path, body = {}) {
   let reply;
   try {
     reply = await fetch(`api/${path}`, {
@@ -78,28 +78,28 @@ async function ask(path, body = {}) {
       signal: AbortSignal.timeout(15000),
     });
   } catch {
-    throw new Refusal("The server does not answer.", "away");
+    throw new Refusal("The server does not answer.", 0);
   }
-  const content = await reply.json().catch(() => ({error: `The server failed (${reply.status}).`}));
-  if (!reply.ok) throw new Refusal(content.error, content.kind);
+  const content = await reply.json().catch(() => ({detail: `The server failed (${reply.status}).`}));
+  if (!reply.ok) throw new Refusal(content.detail, reply.status);
   return content;
 }
 
-async function attempt(what, consequence, unanswered = consequence) {
+async function attempt(action, consequence, unanswered = consequence) {
   if (busy) return;
   busy = true;
   $("work").setAttribute("aria-busy", "true");
   for (const id of ["save", "skip", "undo"]) $(id).disabled = true;
   try {
     $("error").textContent = "";
-    await what();
+    await action();
   } catch (error) {
     if (!(error instanceof Refusal)) throw error;
-    if (error.kind === "sign in") return askName(`${consequence} ${error.message}`);
+    if (error.status === 401) return showSignIn(`${consequence} ${error.message}`);
     $("status").textContent = "";
-    $("error").textContent = `${error.kind === "away" ? unanswered : consequence} ${error.message}`;
-    if (error.kind === "labelled") {
-      leave();
+    $("error").textContent = `${error.status === 0 ? unanswered : consequence} ${error.message}`;
+    if (error.status === 409) {
+      closeTask();
       next("You have labelled this prompt in another window already; that label stays.");
     }
   } finally {
@@ -111,7 +111,7 @@ async function attempt(what, consequence, unanswered = consequence) {
 
 // Signing in
 
-function askName(error = "") {
+function showSignIn(error = "") {
   $("work").hidden = true;
   $("sign-in").hidden = false;
   $("known").hidden = true;
@@ -124,14 +124,14 @@ async function signIn(known) {
   const name = $("name").value;
   $("known").hidden = true;
   try {
-    session = await ask("session", {name, password: $("password").value, known});
+    session = await request("session", {name, password: $("password").value, known});
   } catch (error) {
     if (!(error instanceof Refusal)) throw error;
     $("sign-in-error").textContent = error.message;
-    if (error.kind === "sign in") {
+    if (error.status === 401) {
       $("password-field").hidden = false;
       $("password").focus();
-    } else if (error.kind === "known") {
+    } else if (error.status === 409) {
       $("sign-in-error").textContent = `${error.message}. Is that you? If not, add something to your name.`;
       $("known").textContent = `Yes, I am ${name}`;
       $("known").hidden = false;
@@ -144,7 +144,7 @@ async function signIn(known) {
   next("");
 }
 
-// What was typed and not saved: it outlives a reload, and a server that is away
+// Drafts: unsaved input survives a reload and a server that is down
 
 const draftKey = () => `draft ${task.key}`;
 
@@ -154,8 +154,8 @@ function keepDraft() {
   browser.set(draftKey(), draft);
 }
 
-// The task is done with: no key may act on it while the next one is fetched
-function leave() {
+// No key may act on a finished task while the next one is fetched
+function closeTask() {
   browser.remove(draftKey());
   task = null;
   submission = "";
@@ -183,7 +183,7 @@ function openDraft() {
 }
 
 function newSubmission() {
-  // crypto.randomUUID is not there on plain http from another machine
+  // crypto.randomUUID is missing on plain HTTP from another machine
   return Array.from(crypto.getRandomValues(new Uint8Array(16)), (byte) => byte.toString(16).padStart(2, "0")).join("");
 }
 
@@ -197,7 +197,7 @@ const unranked = () => task.completions.map((_, answer) => answer).filter((answe
 
 function ranking() {
   const rest = unranked();
-  return rest.length === 1 ? [...order, rest] : order; // the one that is left is the last
+  return rest.length === 1 ? [...order, rest] : order; // a single remaining answer is the last
 }
 
 function rankOf(answer) {
@@ -205,11 +205,11 @@ function rankOf(answer) {
 }
 
 function place(answer, tie) {
-  if (!task.completions[answer]) return say(`Answer ${answer + 1} is empty: it can only be unusable.`);
+  if (!task.completions[answer]) return setStatus(`Answer ${answer + 1} is empty: it can only be unusable.`);
   const wasRanked = isRanked(answer);
   const wasBetter = isBetter(answer);
   unusable.delete(answer);
-  if (isPair() && !tie) { // whichever is pressed last is the better one
+  if (isPair() && !tie) { // the last one pressed is the better one
     order = wasBetter ? [] : [[answer]];
     return changed(`Answer ${answer + 1} ${wasBetter ? "has no rank now" : "is the better one"}.`);
   }
@@ -220,7 +220,7 @@ function place(answer, tie) {
 }
 
 function mark(answer) {
-  if (!task.completions[answer]) return say(`Answer ${answer + 1} is empty: it can only be unusable.`);
+  if (!task.completions[answer]) return setStatus(`Answer ${answer + 1} is empty: it can only be unusable.`);
   order = order.map((tied) => tied.filter((other) => other !== answer)).filter((tied) => tied.length);
   if (!unusable.delete(answer)) unusable.add(answer);
   changed(`Answer ${answer + 1}: ${isBad(answer) ? "unusable" : "usable"}.`);
@@ -243,10 +243,10 @@ function changed(message) {
   keepDraft();
   drawRanks();
   const rest = unranked().length;
-  say(`${message} ${rest > 1 ? `${rest} have no rank yet.` : "Ready to save."}`);
+  setStatus(`${message} ${rest > 1 ? `${rest} have no rank yet.` : "Ready to save."}`);
 }
 
-function say(message) {
+function setStatus(message) {
   $("error").textContent = "";
   $("status").textContent = message;
 }
@@ -276,7 +276,7 @@ function drawTask() {
   $("answers").replaceChildren(...task.completions.map(drawAnswer));
   drawRanks();
   for (const box of document.querySelectorAll(".text")) {
-    // who has no mouse scrolls a long text by focusing it
+    // keyboard users scroll a long text by focusing it
     if (box.scrollHeight > box.clientHeight + 1) box.tabIndex = 0;
     else box.removeAttribute("tabindex");
   }
@@ -348,15 +348,15 @@ function show(reply, message) {
   $("status").textContent = message;
 }
 
-// What a labeller does
+// Actions
 
 const next = async (message) => {
   try {
-    show(await ask("task"), message);
+    show(await request("task"), message);
   } catch (error) {
     if (!(error instanceof Refusal)) throw error;
-    if (error.kind === "sign in") return askName(error.message);
-    task = null; // what was typed is kept with its prompt
+    if (error.status === 401) return showSignIn(error.message);
+    task = null; // the draft is kept with its prompt
     $("work").hidden = false;
     $("status").textContent = message;
     $("error").textContent = `${message} The next prompt is not here yet: ${error.message} Press Enter, or reload the page, to try again.`;
@@ -372,9 +372,9 @@ function send(ranks, message) {
     $("status").textContent = "Saving…";
     const draft = {order, unusable: [...unusable], demonstration, note};
     const key = draftKey();
-    await ask("label", {id: task.id, submission, ranks, demonstration, note});
-    leave();
-    if (!ranks) browser.set(key, draft); // a slip on "s": undo brings the ranks back, which the server was not told
+    await request("label", {id: task.id, submission, ranks, demonstration, note});
+    closeTask();
+    if (!ranks) browser.set(key, draft); // the server does not get the ranks of a skip; undo restores them from here
     await next(message);
   }, "This label is NOT saved; what you entered is kept here. Save again to send it.");
 }
@@ -382,7 +382,7 @@ function send(ranks, message) {
 function save() {
   const rest = unranked().map((answer) => answer + 1);
   if (rest.length > 1) {
-    say("");
+    setStatus("");
     const numbers = `${rest.slice(0, -1).join(", ")} and ${rest.at(-1)}`;
     $("error").textContent = `Not saved yet: answers ${numbers} have no rank. Rank them, mark them unusable, or skip the prompt.`;
     return;
@@ -393,7 +393,7 @@ function save() {
 const skip = () => send(null, "Skipped.");
 
 const undo = () => attempt(async () => {
-  const reply = await ask("undo", {label: newest});
+  const reply = await request("undo", {label: newest});
   if (reply.task.before?.ranks) browser.remove(`draft ${reply.task.key}`);
   show(reply, "Undone: change it and save it again.");
 }, "Nothing was undone.", "Whether the label was undone is not known. Undo again: that takes back no other one.");
@@ -406,7 +406,7 @@ const KEYS = {
   enter: () => (task ? save() : fetchNext()), s: skip, u: undo, c: clear, 0: tieRest,
   d: () => $("demonstration").focus(),
   n: () => $("note").focus(),
-  x: () => { say("Which answer is unusable? Press its number."); marking = true; },
+  x: () => { setStatus("Which answer is unusable? Press its number."); marking = true; },
 };
 
 function pressed(event) {
@@ -418,10 +418,10 @@ function pressed(event) {
     return save();
   }
   if (typing || event.ctrlKey || event.metaKey || !$("shortcuts").checked || TOUCH.matches || busy) return;
-  if (event.key === "Enter" && event.target.matches("button, input")) return; // it presses that
+  if (event.key === "Enter" && event.target.matches("button, input")) return; // Enter presses the button
   if (!task && !["u", "Enter"].includes(event.key)) return;
-  const digit = /^(?:Digit|Numpad)([0-9])$/.exec(event.code)?.[1]; // by place: with Shift, a digit is another character
-  // on a keyboard of another script, letters by place too
+  const digit = /^(?:Digit|Numpad)([0-9])$/.exec(event.code)?.[1]; // by key position: Shift turns a digit into another character
+  // letters by key position too on keyboards of other scripts
   const letter = /^[^\x00-\x7f]$/.test(event.key) ? event.code.replace("Key", "") : event.key;
   const wasMarking = marking;
   marking = false;
@@ -432,24 +432,24 @@ function pressed(event) {
 }
 
 function choose(answer, unusableOne, tie) {
-  if (answer >= task.completions.length) return say(`There is no answer ${answer + 1}.`);
+  if (answer >= task.completions.length) return setStatus(`There is no answer ${answer + 1}.`);
   if (unusableOne) mark(answer);
   else place(answer, tie);
 }
 
 document.addEventListener("keydown", pressed);
-// After a click of a pointer, Enter saves: with the focus on the button it would take the choice back
+// After a click, Enter saves: with the focus still on the button it would take the choice back
 document.addEventListener("click", (event) => event.detail && event.target.closest("button, [type=checkbox]")?.blur());
 $("sign-in-form").addEventListener("submit", (event) => { event.preventDefault(); signIn(false); });
 $("known").addEventListener("click", () => signIn(true));
 $("sign-out").addEventListener("click", () => {
   tab.remove("session");
   session = null;
-  askName();
+  showSignIn();
 });
 for (const [id, act] of Object.entries({save, skip, clear, undo})) $(id).addEventListener("click", act);
 for (const id of ["demonstration", "note"]) $(id).addEventListener("input", keepDraft);
 $("shortcuts").checked = browser.get("shortcuts") !== false;
 $("shortcuts").addEventListener("change", () => browser.set("shortcuts", $("shortcuts").checked));
 if (session) next("");
-else askName();
+else showSignIn();

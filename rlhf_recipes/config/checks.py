@@ -1,0 +1,98 @@
+"""Values of the right type that would fail late, or make a run silently wrong, here or on this machine."""
+
+import os
+from collections.abc import Sequence
+from typing import Any
+
+from rlhf_recipes.core.errors import RecipeError
+
+import torch
+from transformers import TrainingArguments
+
+_EXCLUSIVE = (
+    ("load_in_4bit", "load_in_8bit", "set one of the two"),
+    ("reward_funcs", "reward_weights", "write `weight` in the entries of `reward_funcs`"),
+)
+_LEAST = {
+    "per_device_train_batch_size": 1,
+    "per_device_eval_batch_size": 1,
+    "gradient_accumulation_steps": 1,
+    "learning_rate": 0,
+    "num_train_epochs": 0,
+    "weight_decay": 0,
+}
+
+
+def check_values(values: dict[str, Any], trains: bool) -> None:
+    """Reject values that exclude each other, or that the libraries ignore or fail on later.
+
+    Args:
+        values: keys and values of a recipe.
+        trains: whether the recipe trains.
+
+    Raises:
+        RecipeError: with the key and the fix.
+    """
+    for key, other, fix in _EXCLUSIVE:
+        if values.get(key) and values.get(other):
+            raise RecipeError(f"`{key}` and `{other}` exclude each other. Fix: {fix}")
+    if trains and (values.get("load_in_4bit") or values.get("load_in_8bit")) and not values.get("use_peft"):
+        raise RecipeError("use_peft: quantized weights cannot be trained. Fix: set `use_peft: true`")
+    for key, least in _LEAST.items():
+        if values.get(key, least) < least:
+            raise RecipeError(f"{key}: {values[key]}: must be {least} or more")
+    if values.get("hub_strategy") in ("checkpoint", "all_checkpoints"):
+        raise RecipeError(f"hub_strategy: {values['hub_strategy']}: only complete results are uploaded. Fix: leave it out")
+    if values.get("truncation_mode") == "keep_end":
+        raise RecipeError("truncation_mode: keep_end: cuts off prompts. Fix: raise `max_length`, or set `long_rows: drop`")
+    if (column := values.get("dataset_text_field", "text")) != "text":
+        raise RecipeError(f"dataset_text_field: {column}: is not read. Fix: set `column_mapping: {{{column}: text}}`")
+
+
+def set_machine_defaults(values: dict[str, Any]) -> None:
+    """Turn off the defaults that need a GPU if none is used, or bf16 that this one lacks."""
+    if not torch.accelerator.is_available() or values.get("use_cpu"):
+        values.setdefault("bf16", False)
+        values.setdefault("dataloader_pin_memory", False)
+    elif not _has_bf16():
+        values.setdefault("bf16", False)
+
+
+def check_machine(values: dict[str, Any]) -> None:
+    """Reject number types that this machine lacks: a GPU without bf16 would emulate it, slowly and without a word.
+
+    Raises:
+        RecipeError: with the key and the fix.
+    """
+    if values.get("use_cpu"):
+        return
+    for key in ("bf16", "fp16"):
+        if values.get(key) and not torch.accelerator.is_available():
+            raise RecipeError(f"{key}: this machine has no GPU. Fix: set `{key}: false`")
+    for key in ("bf16", "dtype"):
+        if values.get(key) in (True, "bfloat16") and not _has_bf16():
+            raise RecipeError(
+                f"{key}: {str(values[key]).lower()}: this GPU ({torch.cuda.get_device_name()}) has no bf16. Fix: set "
+                "`bf16: false`, and with LoRA `dtype: float16` and `fp16: true`; without LoRA, and for PPO, `dtype: float32`"
+            )
+
+
+def _has_bf16() -> bool:
+    """Return False for a CUDA GPU that would only emulate bf16."""
+    return not torch.cuda.is_available() or torch.cuda.is_bf16_supported(including_emulation=False)
+
+
+def check_process_group(groups: Sequence[Any]) -> None:
+    """Reject a launch whose processes would not form one group: each would train alone, and overwrite the others.
+
+    Args:
+        groups: filled dataclasses of a recipe.
+
+    Raises:
+        RecipeError: with the fix.
+    """
+    launched = os.environ.get("WORLD_SIZE", "") if "LOCAL_RANK" in os.environ else ""  # set by torchrun
+    alone = any(group.world_size == 1 for group in groups if isinstance(group, TrainingArguments))
+    if alone and launched.isdecimal() and int(launched) > 1:
+        reason = "this one knows of no other" if torch.cuda.is_available() else "there is no GPU to share out"
+        raise RecipeError(f"{launched} processes were launched, and {reason}. Fix: set `use_cpu: true`, or launch one")

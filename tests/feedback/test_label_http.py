@@ -1,0 +1,182 @@
+"""The server of the labelling page over plain HTTP: what it rejects, and what it does not reveal."""
+
+import http.client
+import json
+import re
+import threading
+import time
+
+from rlhf_recipes.feedback.labels import Group
+from rlhf_recipes.feedback.labels.app import PAGE
+from rlhf_recipes.feedback.labels.guard import MAX_BODY, SECURITY_HEADERS
+
+import pytest
+
+GROUP = Group("g1", "Question 1?", ["one", "two", "three", "four"], [f"secret-{number}" for number in range(4)])
+
+
+def request(site, path="/", method="GET", body=None, **headers):
+    """Return status, headers and text of the response."""
+    connection = http.client.HTTPConnection("127.0.0.1", site.port, timeout=20)
+    headers = {"host": f"127.0.0.1:{site.port}"} | headers
+    headers = {name.replace("_", "-"): value for name, value in headers.items() if value is not None}
+    connection.putrequest(method, path, skip_host=True, skip_accept_encoding=True)
+    content = body if isinstance(body, bytes | None) else json.dumps(body).encode()
+    if content is not None and "transfer-encoding" not in headers:
+        headers = {"content-type": "application/json", "content-length": str(len(content))} | headers
+    for name, value in headers.items():
+        connection.putheader(name, value)
+    connection.endheaders(content)
+    reply = connection.getresponse()
+    text = reply.read().decode()
+    connection.close()
+    return reply.status, {name.lower(): value for name, value in reply.getheaders()}, text
+
+
+def sign_in(site, name="anna", **more):
+    status, _, text = request(site, "/api/session", "POST", {"name": name} | more)
+    return status, json.loads(text)
+
+
+def test_every_response_has_the_security_headers(serve):
+    site = serve([GROUP])
+    replies = [request(site, path) for path in ("/", "/label.js", "/label.css", "/nothing", "/docs", "/openapi.json")]
+    replies += [request(site, "/api/task", "POST", {}), request(site, host="evil.example"), request(site, "/", "DELETE")]
+    assert [status for status, _, _ in replies] == [200, 200, 200, 404, 404, 404, 401, 421, 411]
+    for _, headers, _ in replies:
+        assert {name: headers.get(name) for name in SECURITY_HEADERS} == SECURITY_HEADERS
+        assert "access-control-allow-origin" not in headers
+        assert "server" not in headers
+    policy = dict(part.split(" ", 1) for part in SECURITY_HEADERS["content-security-policy"].split("; "))
+    assert policy["default-src"] == policy["base-uri"] == policy["frame-ancestors"] == "'none'"
+    assert policy["script-src"] == policy["style-src"] == policy["connect-src"] == "'self'"
+
+
+def test_only_the_files_of_the_page_can_be_read(serve):
+    site = serve([GROUP])
+    for path in ("../app.py", "%2e%2e/app.py", "..%2fapp.py", "/etc/passwd", "%2fetc%2fpasswd", "../../../../pyproject.toml"):
+        status, _, text = request(site, f"/{path}")
+        assert (status, text) == (404, '{"detail":"Not Found"}'), path
+    for path in ("/", "/label.js", "/label.css"):
+        assert request(site, path)[2] == (PAGE / (path[1:] or "index.html")).read_text()
+        assert request(site, f"{path}?file=../app.py")[2] == request(site, path)[2]
+
+
+@pytest.mark.parametrize(
+    ("host", "status"),
+    [
+        ("localhost:{port}", 200),
+        ("localhost:9000", 200),  # a tunnel
+        ("[::1]:{port}", 200),
+        ("LABELS.example", 200),
+        ("evil.example", 421),
+        ("evil.example:{port}", 421),
+        ("127.0.0.1.evil.example", 421),
+        ("evil.example@127.0.0.1:{port}", 421),
+        ("192.168.0.7:{port}", 421),
+        ("[", 421),
+        ("", 421),
+    ],
+)
+def test_other_host_names_are_rejected(serve, host, status):
+    """In DNS rebinding a name of the attacker resolves to this machine; the browser still sends that name."""
+    site = serve([GROUP])
+    assert request(site, host=host.format(port=site.port))[0] == status
+
+
+@pytest.mark.parametrize(
+    ("headers", "status"),
+    [
+        ({}, 200),
+        ({"origin": "http://127.0.0.1:{port}"}, 200),
+        ({"origin": "http://127.0.0.1:1"}, 403),
+        ({"origin": "http://localhost:{port}"}, 403),
+        ({"origin": "https://evil.example"}, 403),
+        ({"origin": "null"}, 403),
+        ({"origin": "http://["}, 403),
+        ({"sec_fetch_site": "cross-site"}, 403),
+        ({"content_type": "text/plain"}, 422),  # a form of another site can send this without a preflight request
+        ({"content_type": "application/json; charset=utf-8"}, 200),
+        ({"transfer_encoding": "chunked"}, 411),
+    ],
+)
+def test_requests_of_other_sites_are_rejected(serve, headers, status):
+    site = serve([GROUP])
+    headers = {name: value.format(port=site.port) for name, value in headers.items()}
+    assert request(site, "/api/session", "POST", {"name": "anna"}, **headers)[0] == status
+    assert bool(site.execute("SELECT * FROM labellers")) == (status == 200)
+
+
+def test_labels_are_validated_and_limited(serve):
+    site = serve([GROUP])
+    assert request(site, "/api/session", "POST", b" " * (MAX_BODY + 1))[0] == 413
+    token = sign_in(site)[1]["token"]
+    label = {"id": "g1", "submission": "s" * 16, "ranks": [1, 2, 3, 4], "demonstration": "", "note": ""}
+    for change, status in (
+        ({"note": "x" * 2001}, 422),
+        ({"demonstration": "x" * 20_001}, 422),
+        ({"ranks": [1] * 65}, 422),
+        ({"ranks": [1, 2, 3]}, 400),
+        ({"ranks": [1, 2, 3, 0]}, 400),
+        ({"ranks": ["1", 2, 3, 4]}, 422),
+        ({"id": "g2"}, 400),
+        ({"id": "\ud800"}, 422),
+        ({"id": ""}, 422),
+        ({"labeller": "berta"}, 422),
+        ({"note": "\ud800"}, 422),
+        ({"demonstration": "\U0001f600" * 20_000}, 200),
+    ):
+        reply = request(site, "/api/label", "POST", label | change, authorization=f"Bearer {token}")
+        assert (reply[0], bool(site.labels())) == (status, status == 200), change
+        if status != 200:
+            assert json.loads(reply[2])["detail"]
+    assert sign_in(site, "x" * 61)[0] == 422
+
+
+def test_every_request_needs_a_session(serve):
+    site = serve([GROUP])
+    sign_in(site)
+    for path in ("task", "label", "undo"):
+        body = {"id": "g1", "submission": "s" * 16, "ranks": None, "demonstration": "", "note": ""} if path == "label" else {}
+        for authorization in (None, "Bearer ", "Bearer anna"):
+            assert request(site, f"/api/{path}", "POST", body, authorization=authorization)[0] == 401
+    assert not site.labels()
+
+
+def test_a_new_password_ends_old_sessions(serve):
+    site = serve([GROUP], password="correct horse")
+    assert sign_in(site) == (401, {"detail": "The password, please."})
+    assert sign_in(site, password="correct hors")[0] == 401
+    status, session = sign_in(site, password="correct horse")
+    assert status == 200
+    options = {"method": "POST", "body": {}, "authorization": f"Bearer {session['token']}"}
+    assert request(site, "/api/task", **options)[0] == 200
+    site.close()
+    other = serve([GROUP], password="another horse")
+    assert request(other, "/api/task", **options)[0] == 401
+
+
+def test_a_task_does_not_reveal_the_sources(serve):
+    site = serve([GROUP])
+    token = sign_in(site)[1]["token"]
+    text = request(site, "/api/task", "POST", {}, authorization=f"Bearer {token}")[2]
+    assert "Question 1?" in text
+    assert "secret" not in text
+
+
+def test_wrong_passwords_delay_each_other(serve):
+    site = serve([GROUP], password="correct horse")
+    start = time.monotonic()
+    guesses = [threading.Thread(target=sign_in, args=(site,), kwargs={"password": "wrong"}) for _ in range(3)]
+    for guess in guesses:
+        guess.start()
+    for guess in guesses:
+        guess.join()
+    assert time.monotonic() - start >= 3 * 0.2
+
+
+def test_the_page_loads_nothing_from_elsewhere_and_evaluates_nothing():
+    files = list(PAGE.iterdir())
+    assert len(files) == 3
+    for file in files:
+        assert not re.search(r"https?://|innerHTML|eval\(", file.read_text())
