@@ -271,9 +271,9 @@ def measurement_of(*rewards, rows=None, **options):
 @pytest.mark.parametrize(
     ("scores", "message"),
     [
-        ([1.0], "the reward gold returned 1 numbers for 2 completions"),
-        ([1.0, -math.inf], "the reward gold returned -inf for completion 1 .*; the prompt: 'q1'"),
-        ([1.0, math.nan], "the reward gold returned nan for completion 1 .*; the prompt: 'q1'"),
+        ([1.0], "the reward gold returned 1 scores.*list of 2"),
+        ([1.0, -math.inf], "the reward gold returned -inf for completion 1 .*[Tt]he prompt: 'q1'"),
+        ([1.0, math.nan], "the reward gold returned nan for completion 1 .*[Tt]he prompt: 'q1'"),
         (None, "the reward gold returned a NoneType, not a list"),
     ],
 )
@@ -691,7 +691,7 @@ def test_the_recipe_on_several_turns_and_a_base_in_4_bits(runs, tmp_path, launch
             "frontier, entry 1: no/ppo holds no adapter (no adapter_config.json): train it first with recipes/ppo.py",
         ),
         ({"lm_eval_tasks": ["arc_easy"]}, "lm_eval_tasks: lm-eval is not installed: `pip install lm-eval`"),
-        ({"rewards": ["no/reward"]}, "rewards, entry 1: no/reward: no such folder: train the reward model first"),
+        ({"rewards": ["no/reward"]}, "rewards, entry 1: no/reward: no such folder"),
         ({"rewards": [{"path": "rlhf_recipes.rewards.Abstention", "trained": 1}]}, "rewards, entry 1: trained: expected true"),
         ({"temperature": 0.0}, "temperature: 0.0: must be above 0"),
         ({"polices": {}}, "unknown key 'polices'; did you mean 'policies'?"),
@@ -847,7 +847,7 @@ def test_a_reward_model_is_no_policy(runs, tmp_path, launch):
     status, error = launch("evaluate", "--config", path)
     assert status == 2
     assert "policies: ppo" in error
-    assert "is a reward model (task_type SEQ_CLS), and no policy" in error
+    assert "is a reward model (task_type SEQ_CLS)" in error
 
 
 def test_a_mapping_of_columns_belongs_to_the_source_that_has_them():
