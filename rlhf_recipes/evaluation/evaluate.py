@@ -33,7 +33,7 @@ from rlhf_recipes.rewards.matching import KINDS, kinds_of
 from rlhf_recipes.rewards.protocol import checked_reward, score_completions
 from rlhf_recipes.rewards.reward_funcs import SavedReward, load_rewards
 from rlhf_recipes.rewards.saved import load_saved_reward
-from rlhf_recipes.training.resume import STATE, checkpoints_in, step_of
+from rlhf_recipes.training.resume import TRAINER_STATE, checkpoints_in, step_of
 
 import numpy as np
 from datasets import Dataset
@@ -591,7 +591,7 @@ def frontier(measurement: Measurement, seed: int) -> dict[str, Any] | None:
 def _run_points(measurement: Measurement, run: Path, seed: int) -> list[dict[str, Any]]:
     points = []
     for checkpoint in sorted(checkpoints_in(run), key=step_of):
-        if not (checkpoint / STATE).is_file():  # of a killed run, half a checkpoint
+        if not (checkpoint / TRAINER_STATE).is_file():  # of a killed run, half a checkpoint
             continue
         require_adapter(str(checkpoint), "frontier")
         name = f"frontier: {checkpoint}"  # a policy may be called checkpoint-10 too

@@ -24,7 +24,6 @@ from rlhf_recipes.rewards.similarity import Similarity
 from rlhf_recipes.stages import STAGES, parse_arguments
 from rlhf_recipes.training.ppo.critic import FILE as CRITIC
 from rlhf_recipes.training.resume import checkpoint_to_resume
-from rlhf_recipes.training.run import train
 from support import ROOT, hostile
 from support.small_ppo import make_args, make_model, make_tokenizer, make_trainer, save_base, save_reward, with_adapter
 
@@ -241,7 +240,7 @@ PICKLES = ("optimizer.pt", "scheduler.pt", "rng_state.pth", "critic_optimizer.pt
 def run(folder) -> Path:
     """A folder with the checkpoint of a first step of two."""
     trainer = resumed_trainer(folder / "run", save_strategy="steps", save_steps=1, max_steps=1)
-    train(trainer, None)
+    trainer.train()
     return folder / "run"
 
 
@@ -255,7 +254,7 @@ def resume(folder: Path, checkpoint: Path) -> str | None:
 
     def train_on() -> dict[str, torch.Tensor]:
         trainer = resumed_trainer(checkpoint.parent)
-        train(trainer, checkpoint_to_resume(training))
+        trainer.train(resume_from_checkpoint=checkpoint_to_resume(training))
         assert trainer.state.global_step == 2
         return get_peft_model_state_dict(trainer.model)
 
