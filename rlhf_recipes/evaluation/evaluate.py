@@ -598,7 +598,7 @@ def _run_points(measurement: Measurement, run: Path, seed: int) -> list[dict[str
         measurement.bank.add(name, str(checkpoint), "frontier")
         policy = Policy(name, str(checkpoint))
         drawn = draw_policy(measurement, policy, seed)
-        measurement.bank.drop(name)
+        measurement.bank.remove(name)
         rewards = {name: figure(scores, seed=seed) for name, scores in drawn.scores.items()}
         kl, _ = _kl_and_entropy(measurement, policy, drawn, seed)
         points.append({"step": step_of(checkpoint), "kl": kl, "rewards": rewards})
