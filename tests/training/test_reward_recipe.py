@@ -11,7 +11,7 @@ from rlhf_recipes.config.data import DataArguments, DatasetSource
 from rlhf_recipes.core.errors import RecipeError
 from rlhf_recipes.core.hub import resolve_path
 from rlhf_recipes.data import load_data, load_demonstrations
-from rlhf_recipes.evaluation.reward_models import measure_reward
+from rlhf_recipes.evaluation.reward_evaluation import measure_reward
 from rlhf_recipes.models.loading import load_model
 from rlhf_recipes.rewards import reward_models
 from rlhf_recipes.rewards.saved import load_full_reward, load_reward_adapter, load_saved_reward
