@@ -22,8 +22,8 @@ from typing import Any
 
 from rlhf_recipes.memory import Plan, plan_stage
 from rlhf_recipes.memory.plan import GIB
-from rlhf_recipes.pipeline.estimates import arguments_in
-from rlhf_recipes.training import run as runs
+from rlhf_recipes.pipeline.estimates import plannable_stages
+from rlhf_recipes.training.mixin import TrainerMixin
 
 import torch
 import yaml
@@ -182,12 +182,12 @@ def write_inputs(folder: Path, config: PretrainedConfig, gpu: bool) -> None:
 def measure(recipe: str, config: str) -> int:
     """Runs a recipe in this process; the peak of its training, in bytes."""
     peaks = []
-    train = runs.train
+    train = TrainerMixin.train
 
-    def measured(trainer: Any, checkpoint: str | None) -> None:
-        peaks.append(peak_of(lambda: train(trainer, checkpoint)))
+    def measured(trainer: TrainerMixin, resume_from_checkpoint: str | None = None) -> None:
+        peaks.append(peak_of(lambda: train(trainer, resume_from_checkpoint)))
 
-    runs.train = measured
+    TrainerMixin.train = measured
     sys.argv = [f"{recipe}.py", "--config", config]
     runpy.run_path(str(ROOT / "recipes" / f"{recipe}.py"), run_name="__main__")
     return max(peaks)
@@ -227,7 +227,7 @@ def compare(config: PretrainedConfig, variant: dict[str, Any], stages: list[str]
         for stage in filter(run.__contains__, STAGES):
             path = folder / f"{stage}.yaml"
             path.write_text(yaml.safe_dump(arguments(stage, folder, variant, gpu)))
-            plan = plan_stage(*arguments_in(path, ROOT / "recipes", triton=gpu))
+            plan = plan_stage(*plannable_stages(path, ROOT / "recipes", on_gpu=gpu))
             command = [sys.executable, __file__, "--measure", stage, str(path)]
             result = subprocess.run(command, capture_output=True, text=True)
             if result.returncode:

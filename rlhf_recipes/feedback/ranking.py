@@ -177,16 +177,10 @@ def write_rankings(folder: str | Path, rows: Rows, chosen: int) -> str:
         folder: created if it does not exist.
         rows: from a labeler.
         chosen: number of groups that were to be ranked.
-
-    Raises:
-        RecipeError: if the folder cannot be written to.
     """
     folder, labellers = Path(folder), sorted({row["labeller"] for row in rows})
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        write_text(folder / RANKINGS, "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
-        write_json(folder / RANKED, {"labellers": labellers, "chosen": chosen, "ranked": len(rows)})
-    except OSError as error:
-        raise RecipeError(f"output_dir: {folder}: cannot be written to ({error.strerror}). Fix: name another folder") from error
+    folder.mkdir(parents=True, exist_ok=True)
+    write_text(folder / RANKINGS, "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
+    write_json(folder / RANKED, {"labellers": labellers, "chosen": chosen, "ranked": len(rows)})
     summary = f"Wrote {len(rows)} rankings of {chosen} groups, by {', '.join(labellers) or 'nobody'}, to {folder / RANKINGS}."
     return summary + (" The others were skipped, or nothing in them was preferred." if len(rows) < chosen else "")

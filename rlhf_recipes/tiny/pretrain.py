@@ -56,7 +56,7 @@ def main() -> None:
     set_seed(options.seed)
     tokenizer = build_tokenizer()
     world = World()
-    meter = RunRecorder()
+    recorder = RunRecorder()
     trainer = SFTTrainer(
         build_model(tokenizer),
         args=SFTConfig(
@@ -74,14 +74,14 @@ def main() -> None:
             logging_steps=10,
             seed=options.seed,
         ),
-        callbacks=[meter],
+        callbacks=[recorder],
         train_dataset=Dataset.from_dict({"text": list(pretraining_text(world, options.exposures, options.seed))}),
         processing_class=tokenizer,
     )
     trainer.train()
     trainer.model.save_pretrained(options.output)  # `save_model` would add training_args.bin, a pickle
     tokenizer.save_pretrained(options.output)
-    record = {"arguments": {**vars(options), "output": None}, "versions": versions(), "run": meter.measured(trainer)}
+    record = {"arguments": {**vars(options), "output": None}, "versions": versions(), "run": recorder.measurements(trainer)}
     loss = next(entry["loss"] for entry in reversed(trainer.state.log_history) if "loss" in entry)
     weights = hashlib.sha256((Path(options.output) / "model.safetensors").read_bytes()).hexdigest()
     write_json(Path(options.output) / "pretraining.json", {**record, "last_loss": loss, "sha256": weights})

@@ -9,7 +9,7 @@ from types import ModuleType, SimpleNamespace
 from rlhf_recipes.config.trackers import begin_tracking, prepare_trackers, run_name
 from rlhf_recipes.core.errors import RecipeError
 from rlhf_recipes.pipeline.reading import read_stages
-from rlhf_recipes.training.ensemble import ensemble_members
+from rlhf_recipes.training.ensemble import member_arguments
 from rlhf_recipes.training.record import _log_line
 from support import ROOT
 from support.small_ppo import save_base, with_adapter
@@ -145,10 +145,8 @@ def test_a_name_that_is_given_stays():
 
 def test_members_of_an_ensemble_have_names_of_their_own(tmp_path):
     training = RewardConfig(str(tmp_path), run_name="mine-reward", bf16=False, use_cpu=True)
-    assert [member.run_name for member in ensemble_members(training, 2, 8, False)] == [
-        "mine-reward-member-0",
-        "mine-reward-member-1",
-    ]
+    names = [member_arguments(training, number, size=2).run_name for number in (0, 1)]
+    assert names == ["mine-reward-member-0", "mine-reward-member-1"]
 
 
 # --- What is refused --------------------------------------------------------------------------------------

