@@ -276,7 +276,7 @@ def test_without_an_sft_policy_kl_is_measured_from_the_base(bank, talk):
         (("--policies", '{"a": null, "b": {"best_of": {"policy": "a", "n": 2}}}'), "policies: b: a best-of-n is no policy"),
         (("--kl_reference", "bsae"), "kl_reference: 'bsae' is none of the policies"),
         (("--system_prompt", "Be kind."), "system_prompt: the chat template takes none: the chat template of the tiny world"),
-        (("--temperature", "-1"), "temperature: -1.0: must not be negative"),
+        (("--temperature", "-1"), "temperature: -1.0: "),
         (("--top_p", "0"), "top_p: 0.0: must be above 0"),
         (("--max_new_tokens", "0"), "max_new_tokens: 0: must be 1 or more"),
     ],
