@@ -19,6 +19,7 @@ from rlhf_recipes.core.files import LOG, METRICS, read_json, write_json, write_t
 from rlhf_recipes.core.yaml import to_yaml
 from rlhf_recipes.evaluation.report.html import PAGE
 from rlhf_recipes.evaluation.report.seeds import write_summary
+from rlhf_recipes.evaluation.types import read_results
 from rlhf_recipes.feedback.sampling import delete_samples
 from rlhf_recipes.memory.autofit import as_yaml
 from rlhf_recipes.pipeline.reading import PipelineStage, read_stages
@@ -211,7 +212,7 @@ class Pipeline:
             folders = [stage.folder for stage in self.stages if stage.unseeded == name]
             if len(folders) > 1:
                 stem = self.folder / f"{name}-over-seeds"
-                text = write_summary([read_json(folder / METRICS) for folder in folders], stem)
+                text = write_summary([read_results(folder / METRICS) for folder in folders], stem)
                 yield f"\nMean over {len(folders)} seeds (least to greatest), also in {stem}.md:\n\n{text}"
 
 

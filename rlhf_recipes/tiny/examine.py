@@ -9,8 +9,8 @@ from dataclasses import dataclass
 from typing import Any
 
 from rlhf_recipes.core.hub import resolve_path
+from rlhf_recipes.evaluation.metrics.truthfulness import Truthfulness
 from rlhf_recipes.generation.answers import sample
-from rlhf_recipes.rewards.matching import Truthfulness
 from rlhf_recipes.tiny import splits
 
 import torch

@@ -1,8 +1,9 @@
 """Sampled answers: seeds, batches, the distribution, and what is restored afterwards."""
 
 from rlhf_recipes.core.hub import resolve_path
-from rlhf_recipes.generation.answers import sample
+from rlhf_recipes.generation.answers import log_probs, sample
 from rlhf_recipes.tiny import splits
+from support.evaluations import log_prob_by_hand
 
 import pytest
 import torch
@@ -60,3 +61,32 @@ def test_the_generation_config_of_the_model_is_ignored_and_restored(tiny):
     assert sample(*tiny, prompts, max_new_tokens=3) == plain
     assert model.generation_config is own
     model.generation_config = stored
+
+
+@pytest.mark.parametrize("temperature", [1.0, 0.7])
+def test_log_probs_are_sums_over_tokens_at_any_batch_size(tiny, temperature):
+    model, tokenizer = tiny
+    prompts = list(splits.evaluation(rows=7)["prompt"])
+    answers = sample(model, tokenizer, prompts, max_new_tokens=3, temperature=2.0, seed=3)
+    expected = [log_prob_by_hand(model, tokenizer, *pair, temperature) for pair in zip(prompts, answers, strict=True)]
+    for batch_size in (1, 3, 7):
+        logps = log_probs(model, tokenizer, prompts, answers, temperature=temperature, batch_size=batch_size)
+        assert logps == pytest.approx(expected, abs=1e-4)
+
+
+def test_samples_record_whether_they_ended(tiny):
+    model, tokenizer = tiny
+    prompts = list(splits.evaluation(rows=8)["prompt"])
+    for completion in sample(model, tokenizer, prompts, max_new_tokens=12):
+        assert completion.ended
+        assert completion.ids[-1] == tokenizer.eos_token_id
+        assert tokenizer.eos_token_id not in completion.ids[:-1]
+    assert not any(completion.ended for completion in sample(model, tokenizer, prompts, max_new_tokens=1))
+
+
+def test_prompts_may_be_plain_text(tiny):
+    model, tokenizer = tiny
+    text = tokenizer.apply_chat_template(splits.evaluation(rows=1)["prompt"][0], tokenize=False, add_generation_prompt=True)
+    (answer,) = sample(model, tokenizer, [text.removeprefix(tokenizer.bos_token)], temperature=0, max_new_tokens=12)
+    (same,) = sample(model, tokenizer, list(splits.evaluation(rows=1)["prompt"]), temperature=0, max_new_tokens=12)
+    assert answer == same

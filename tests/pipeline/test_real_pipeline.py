@@ -5,7 +5,7 @@ import math
 import statistics
 from importlib import import_module
 
-from rlhf_recipes.evaluation.reward_models import measure_reward
+from rlhf_recipes.evaluation.reward_evaluation import measure_reward
 from rlhf_recipes.pipeline import read_pipeline
 from support import ROOT, run_recipe
 

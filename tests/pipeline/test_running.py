@@ -12,10 +12,12 @@ import time
 from pathlib import Path
 
 from rlhf_recipes.core.errors import RecipeError
+from rlhf_recipes.evaluation.types import to_json
 from rlhf_recipes.feedback.groups import read_groups
 from rlhf_recipes.feedback.labels import Label, Store
 from rlhf_recipes.pipeline import read_pipeline, running
 from support import ROOT, run_recipe
+from support.evaluations import evaluation_results, exactly, policy_result
 
 import pytest
 import torch
@@ -240,8 +242,8 @@ def test_evaluations_under_several_seeds_are_summarised(project, launched):
     project.write(seeds=[3, 4], stages=[{"name": "evaluate", "config": "dpo.yaml"}])
     project.run()
     for seed, mean in ((3, 0.25), (4, 0.5)):
-        policy = {"rewards": {"score": {"mean": mean}}, "win_rate": None, "kl": None, "entropy": None, "length": {"mean": 4.0}}
-        metrics = {"seed": seed, "compare_with": "a", "kl_reference": "a", "rewards": {"score": {}}, "policies": {"a": policy}}
+        policy = policy_result(rewards={"score": exactly(mean)}, length=exactly(4.0))
+        metrics = to_json(evaluation_results({"a": policy}, {"score": False}, seed=seed))
         Path(f"runs/seed-{seed}/evaluate/metrics.json").write_text(json.dumps(metrics))
     (text,) = project.read().write_summaries()
     assert "| policy | score | length |\n|---|---|---|\n| a | 0.38 (0.25 to 0.50) | 4.00 |" in text

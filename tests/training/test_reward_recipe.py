@@ -11,7 +11,7 @@ from rlhf_recipes.config.data import DataArguments, DatasetSource
 from rlhf_recipes.core.errors import RecipeError
 from rlhf_recipes.core.hub import resolve_path
 from rlhf_recipes.data import load_data, load_demonstrations
-from rlhf_recipes.evaluation.reward_models import measure_reward
+from rlhf_recipes.evaluation.reward_evaluation import measure_reward
 from rlhf_recipes.models.loading import load_model
 from rlhf_recipes.rewards import reward_models
 from rlhf_recipes.rewards.saved import load_full_reward, load_reward_adapter, load_saved_reward
@@ -858,7 +858,7 @@ def test_adapter_of_another_base_is_not_begun_with(reward, sft, tmp_path, name):
         model.model.embed_tokens.weight.mul_(2)
     model.save_pretrained(other)
     AutoTokenizer.from_pretrained(BASE).save_pretrained(other)
-    message = (f"{sft()} was trained on {BASE}", f"{other}, is another: other weights")
+    message = (f"{sft()}: was trained on {BASE}", f"{other}, is another: other weights")
     check_refused(reward, tmp_path / "out", "--start_from", sft(), "--model_name_or_path", other, message=message)
 
 
