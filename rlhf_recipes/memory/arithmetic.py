@@ -98,8 +98,8 @@ def fused_head_bytes(shape: ModelShape, precision: Precision, scored: int, gradi
     """Return the bytes of TRL's fused LM head at its peak: one tile of logits and the scored hidden states.
 
     A tile has at most 4,096 tokens by 32,768 vocabulary entries, and is reserved at that width even for a smaller vocabulary.
-    Without Triton its statistics are computed on fp32 copies: 4 of a tile forward, 7 backward. A backward pass adds the gradient
-    of the hidden states in fp32.
+    Without Triton its statistics are computed on fp32 copies: 4 of a tile forward, 7 backward. A backward pass adds the
+    gradient of the hidden states in fp32.
     """
     entries = min(TILE_VOCABULARY, shape.vocabulary)
     tile = min(scored, TILE_TOKENS) * TILE_VOCABULARY * precision.compute
