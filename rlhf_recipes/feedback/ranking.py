@@ -15,8 +15,7 @@ from rlhf_recipes.core.files import RANKED, write_json, write_text
 from rlhf_recipes.feedback.groups import Group
 from rlhf_recipes.feedback.labels import Store, rankings
 from rlhf_recipes.generation.judges import ChatJudge, read_chat_judge
-from rlhf_recipes.rewards.functions import Reward
-from rlhf_recipes.rewards.protocol import score_completions
+from rlhf_recipes.rewards.protocol import Reward, score_completions
 from rlhf_recipes.rewards.reward_funcs import load_rewards
 
 from trl.trainer.utils import get_callable_name

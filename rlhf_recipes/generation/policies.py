@@ -13,11 +13,12 @@ from rlhf_recipes.config.rank import RankArguments
 from rlhf_recipes.config.sample import SampleArguments
 from rlhf_recipes.core.errors import RecipeError
 from rlhf_recipes.core.files import RECIPE, holds_result, read_json, trained_on_conversations
-from rlhf_recipes.models.adapters import check_policy_adapter, load_adapter, read_adapter_config
+from rlhf_recipes.models.adapters import add_adapter, check_policy_adapter, read_adapter_config
 from rlhf_recipes.models.compatibility import check_base, check_tokenizer, check_vocabulary
 from rlhf_recipes.models.loading import load_model
 from rlhf_recipes.models.roles import NO_ADAPTER, use_adapter
 from rlhf_recipes.models.tokenizer import load_tokenizer
+from rlhf_recipes.models.weights import ADAPTER, read_weights
 from rlhf_recipes.stages import training_stages
 
 from accelerate import PartialState
@@ -147,8 +148,8 @@ class PolicyBank:
         check_policy_adapter(f"{where}: {folder}", config.task_type)
         record = read_json(Path(folder) / RECIPE) or read_json(Path(folder).parent / RECIPE)  # of a checkpoint: its run's
         check_base(f"{where}: {folder}", config.base_model_name_or_path, record, self.model)
-        self.model = load_adapter(self.model, folder, adapter, where)
-        self.model.requires_grad_(False)
+        self.model = add_adapter(self.model, config, read_weights(Path(folder) / ADAPTER), adapter, f"{where}: {folder}")
+        self.model.eval().requires_grad_(False)
         self._adapters[name] = adapter
 
     def remove(self, name: str) -> None:

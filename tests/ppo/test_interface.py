@@ -276,7 +276,7 @@ def test_rewards_loaded_from_yaml(sft, rewards, tmp_path):
 
 
 def test_reward_adapter_needs_a_frozen_base(rewards, tmp_path):
-    with pytest.raises(RecipeError, match="is an adapter, which needs a base that stays as it is: set `use_peft: true`"):
+    with pytest.raises(RecipeError, match=r"is an adapter.*`use_peft: true`"):
         make_trainer(tmp_path, make_model(), str(rewards[0]))
 
 

@@ -310,13 +310,13 @@ def test_the_recipe_goes_from_rankings_to_a_policy_that_peft_loads(launch, base,
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"start_from": "/nowhere"}, "start_from: /nowhere holds no adapter"),
+        ({"start_from": "/nowhere"}, "start_from: /nowhere: no adapter there"),
         ({"loss_type": "sigmod"}, "loss_type: 'sigmod' is none of sigmoid"),
         ({"loss_type": ["sigmoid", "sft"], "loss_weights": [1.0]}, "loss_weights"),
         ({"loss_type": "sigmoid", "label_smoothing": 0.1}, "label_smoothing: 0.1: sigmoid does not read it"),
         ({"loss_type": []}, "loss_type: names no loss"),
         ({"beta": 0.0}, "beta: 0.0: must be above 0"),
-        ({"use_peft": False}, "is an adapter: set `use_peft: true`"),
+        ({"use_peft": False}, "is an adapter. Fix: set `use_peft: true`"),
         ({"beta": "small"}, "beta: expected float, found 'small'"),
     ],
 )

@@ -437,9 +437,9 @@ def test_parents_that_cannot_be_started_from(tmp_path, tokenizer, sft_adapter):
     def load(parent, **options):
         return load_reward_model(model_config(**options), training, tokenizer, parent=parent)
 
-    with pytest.raises(RecipeError, match=r"start_from: .* holds no adapter"):
+    with pytest.raises(RecipeError, match=r"start_from: .*no adapter there"):
         load(tmp_path)
-    with pytest.raises(RecipeError, match="with `use_peft: true` only"):
+    with pytest.raises(RecipeError, match="use_peft: true"):
         load(sft_adapter, use_peft=False)
     shutil.copytree(sft_adapter, tmp_path / "other")
     config = json.loads((sft_adapter / "adapter_config.json").read_text())
@@ -448,13 +448,13 @@ def test_parents_that_cannot_be_started_from(tmp_path, tokenizer, sft_adapter):
     with pytest.raises(RecipeError, match=f"was trained on somebody/other-model, and the base in memory is {BASE}"):
         load(tmp_path / "other")
     path.write_text(json.dumps(config | {"modules_to_save": ["embed_tokens"]}))
-    with pytest.raises(RecipeError, match="trained embed_tokens besides LoRA"):
+    with pytest.raises(RecipeError, match="trained LORA, embed_tokens"):
         load(tmp_path / "other")
     path.write_text(json.dumps(config | {"target_modules": ["q_proj", "k_proj", "down_proj"]}))
-    with pytest.raises(RecipeError, match=r"do not fit .*k_proj"):
+    with pytest.raises(RecipeError, match=r"start_from: .*k_proj"):
         load(tmp_path / "other")
     path.write_text(json.dumps(config | {"r": 2}))
-    with pytest.raises(RecipeError, match=r"do not fit .*size mismatch"):
+    with pytest.raises(RecipeError, match=r"does not fit .*size mismatch"):
         load(tmp_path / "other")
 
 
@@ -489,5 +489,5 @@ def test_base_with_lost_weights_is_refused(tmp_path, tokenizer):
 
     weights.pop("model.norm.weight")
     save_file(weights, tmp_path / "model.safetensors", metadata={"format": "pt"})
-    with pytest.raises(RecipeError, match=r"its files lack model\.norm\.weight"):
+    with pytest.raises(RecipeError, match=r"weights are missing .*model\.norm\.weight"):
         load_reward_model(ModelConfig(model_name_or_path=str(tmp_path)), reward_config(tmp_path), tokenizer)

@@ -858,7 +858,7 @@ def test_adapter_of_another_base_is_not_begun_with(reward, sft, tmp_path, name):
         model.model.embed_tokens.weight.mul_(2)
     model.save_pretrained(other)
     AutoTokenizer.from_pretrained(BASE).save_pretrained(other)
-    message = (f"{sft()} was trained on {BASE}", f"{other}, is another: other weights")
+    message = (f"{sft()}: was trained on {BASE}", f"{other}, is another: other weights")
     check_refused(reward, tmp_path / "out", "--start_from", sft(), "--model_name_or_path", other, message=message)
 
 

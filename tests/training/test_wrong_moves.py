@@ -332,6 +332,6 @@ def test_an_adapter_on_another_base_is_refused_by_the_names_of_both(launch, base
     config = tmp_path / f"{recipe}.yaml"
     config.write_text(yaml.safe_dump(values))
     said = message(*launch(recipe, "--config", config))
-    both = f"{bases}/adapter was trained on {bases}/one, and the base in memory, {bases}/two, is another: other weights"
+    both = f"{bases}/adapter: was trained on {bases}/one, and the base in memory, {bases}/two, is another: other weights"
     assert both in said
-    assert "name the one that it was trained on" in said
+    assert "name the base that it was trained on" in said
