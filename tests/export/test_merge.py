@@ -296,7 +296,7 @@ def test_folder_that_cannot_be_created(launch, policy, tmp_path):
     [
         (("--load_in_4bit", "true"), "load_in_4bit, load_in_8bit: adapters are merged at full precision"),
         (("--adapter", BASE), "holds a full model"),
-        (("--adapter", "runs/nowhere/ppo"), "holds no adapter (no adapter_config.json): train it first with recipes/ppo.py"),
+        (("--adapter", "runs/nowhere/ppo"), "holds no adapter (adapter_config.json). Fix: train it with recipes/ppo.py"),
         (("--adapter", "none"), "adapter: name the folder of the adapter that is to be merged"),
         (("--model_name_or_path", "runs/nowhere/base"), "no such folder"),
         (("--tolerance", "0"), "tolerance: 0.0: must be above 0"),
