@@ -288,7 +288,7 @@ def test_conversation_that_the_chat_template_refuses_is_named(launch, tmp_path):
     options = ("--dataset_name", data, "--dataset_arguments", "none", "--output_dir", tmp_path / "out")
     status, error = launch("sft", *SMALL[2:], *NO_EVAL, *options)
     assert status == 2
-    assert "refuses the turns system, user, assistant of the row that begins 'system user assistant'" in error
+    assert "rejects the turns system, user, assistant of the row that begins 'system user assistant'" in error
     assert "Traceback" not in error
 
 
