@@ -121,7 +121,7 @@ class GroupFile:
 
     def __init__(self, folder: str | Path, arguments: dict[str, Any]):
         self.folder, self.path = Path(folder), Path(folder) / GROUPS
-        files = {path: [size, time] for path, size, time in files_in(arguments, leave_out=[self.folder])}
+        files = {path: [size, time] for path, size, time in files_in(arguments, exclude=[self.folder])}
         arguments = json.loads(json.dumps(arguments, default=str))
         self._state = read_json(self.folder / SAMPLED)
         if self._state:

@@ -230,7 +230,7 @@ class _Reader:
         values.pop("needs", None)  # the order of the stages says so
         named = {key: value for key, value in values.items() if key != "output_dir"} | {"accelerate_config": self.launch}
         # Not the labels: the rounds of one store would all be done anew with every label that is added
-        files = files_in(named, leave_out=(Path(values["output_dir"]), _store_of(values)))
+        files = files_in(named, exclude=(Path(values["output_dir"]), _store_of(values)))
         filling = PlaceholderResolver(self.stages, {"seed": self.seed, "round": turn})
         values = {key: filling.fill(value, f"{where}: {key}") for key, value in values.items()}
         with error_context(where):

@@ -477,7 +477,7 @@ def test_ensemble_without_its_record_or_a_member_is_refused(ensemble, tokenizer)
         with pytest.raises(RecipeError, match=r"reward\.json: ensemble: members: must be a list of names of folders"):
             load_saved_reward(ensemble, policy(), tokenizer)
     (ensemble / "reward.json").write_text('{"ensemble": ["member-0"]}')
-    with pytest.raises(RecipeError, match=r"reward\.json: ensemble: must be a mapping, and is \[\"member-0\"\]"):
+    with pytest.raises(RecipeError, match=r"reward\.json: ensemble: .*member-0"):
         load_saved_reward(ensemble, policy(), tokenizer)
 
 

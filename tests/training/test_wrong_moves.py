@@ -157,15 +157,15 @@ def http_error(kind, status):
 HUB = {
     "gated": (
         lambda: http_error(errors.GatedRepoError, 403),
-        "it is gated: accept its licence at https://huggingface.co/{place}, and log in by `hf auth login`",
+        "it is gated. Fix: accept its licence at https://huggingface.co/{place}, and log in with `hf auth login`",
     ),
     "missing": (
         lambda: http_error(errors.RepositoryNotFoundError, 404),
-        "there is no {kind} of this name on the Hub, or it is private: correct it, or log in by `hf auth login`",
+        "there is no {kind} of this name on the Hub, or it is private. Fix: correct it, or log in with `hf auth login`",
     ),
-    "revision": (lambda: http_error(errors.RevisionNotFoundError, 404), "it has no such revision: "),
+    "revision": (lambda: http_error(errors.RevisionNotFoundError, 404), "it has no such revision. "),
     "offline": (lambda: errors.LocalEntryNotFoundError("Cannot find it."), "the Hub could not be reached"),
-    "refused": (lambda: http_error(errors.HfHubHTTPError, 503), "the Hub refused: 503 Client Error.: try again later"),
+    "refused": (lambda: http_error(errors.HfHubHTTPError, 503), "the Hub refused: 503 Client Error. Fix: try again later"),
 }
 
 
@@ -191,7 +191,9 @@ def test_a_model_that_the_hub_does_not_give(monkeypatch, case):
         assert "\n" not in str(raised.value)
         assert (f"there is no folder {NAME} here, and {reason[:10]}" in str(raised.value)) == (case in ("missing", "offline"))
         if case == "offline":
-            assert f"`hf download {NAME} --local-dir FOLDER`; place FOLDER (config.json, " in str(raised.value)
+            assert f"`hf download {NAME} --local-dir FOLDER` on a machine with a network; copy FOLDER (config.json, " in str(
+                raised.value
+            )
 
 
 @pytest.mark.parametrize("case", ["gated", "missing", "offline"])
