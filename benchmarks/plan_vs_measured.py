@@ -22,7 +22,7 @@ from typing import Any
 
 from rlhf_recipes.memory import Plan, plan_stage
 from rlhf_recipes.memory.plan import GIB
-from rlhf_recipes.pipeline.estimates import arguments_in
+from rlhf_recipes.pipeline.estimates import plannable_stages
 from rlhf_recipes.training.mixin import TrainerMixin
 
 import torch
@@ -227,7 +227,7 @@ def compare(config: PretrainedConfig, variant: dict[str, Any], stages: list[str]
         for stage in filter(run.__contains__, STAGES):
             path = folder / f"{stage}.yaml"
             path.write_text(yaml.safe_dump(arguments(stage, folder, variant, gpu)))
-            plan = plan_stage(*arguments_in(path, ROOT / "recipes", triton=gpu))
+            plan = plan_stage(*plannable_stages(path, ROOT / "recipes", on_gpu=gpu))
             command = [sys.executable, __file__, "--measure", stage, str(path)]
             result = subprocess.run(command, capture_output=True, text=True)
             if result.returncode:

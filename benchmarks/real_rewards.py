@@ -32,7 +32,7 @@ from pathlib import Path
 from typing import Any
 
 from rlhf_recipes.data import Data
-from rlhf_recipes.evaluation.reward_models import measure_reward
+from rlhf_recipes.evaluation.reward_evaluation import measure_reward
 from rlhf_recipes.rewards.saved import load_saved_reward
 from rlhf_recipes.stages import parse_arguments
 from rlhf_recipes.training.ensemble import load_comparisons

@@ -9,7 +9,7 @@ answer, `/help` lists the rest. Reads a terminal or a pipe. Start it with `pytho
 
 from rlhf_recipes.chat import Chat
 from rlhf_recipes.cli import exit_on_recipe_error
-from rlhf_recipes.evaluation.evaluate import load_named_rewards
+from rlhf_recipes.evaluation.named_rewards import load_named_rewards
 from rlhf_recipes.feedback.sampling import reject_best_of
 from rlhf_recipes.generation.policies import load_policy_bank, load_policy_tokenizer, read_policies, trained_without_template
 from rlhf_recipes.stages import parse_arguments

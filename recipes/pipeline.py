@@ -27,7 +27,7 @@ def main() -> None:
 
     pipeline = read_pipeline(options.config, RECIPES, options.stages)
     check_arguments(pipeline, options.config)
-    print(*pipeline.plan(), sep="\n", flush=True)
+    print(*pipeline.describe(), sep="\n", flush=True)
     for stage in pipeline.stages:
         for note in stage.notes:
             print(f"{stage.name}: {note}", flush=True)

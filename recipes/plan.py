@@ -13,9 +13,11 @@ from pathlib import Path
 
 from rlhf_recipes.cli import exit_on_recipe_error
 from rlhf_recipes.config.parser import COMMAND_LINE
+from rlhf_recipes.core.errors import error_context
+from rlhf_recipes.core.yaml import read_yaml
 from rlhf_recipes.memory import advice, format_plans, plan_stage
-from rlhf_recipes.pipeline.estimates import arguments_in, card_in
-from rlhf_recipes.pipeline.reading import checked_card
+from rlhf_recipes.pipeline.estimates import plannable_stages
+from rlhf_recipes.pipeline.schema import check_gpu_memory
 
 RECIPES = Path(__file__).resolve().parent
 
@@ -33,9 +35,10 @@ def main() -> None:
     )
     options = parser.parse_args()
 
-    asked = checked_card(options.gpu_memory, COMMAND_LINE)
-    card = card_in(options.config) if asked is None else asked
-    stages = arguments_in(options.config, RECIPES, options.recipe, card=asked)
+    with error_context(COMMAND_LINE):
+        card = None if options.gpu_memory is None else check_gpu_memory(options.gpu_memory)
+    stages = plannable_stages(options.config, RECIPES, options.recipe, gpu_memory=card)
+    card = read_yaml(options.config).get("gpu_memory") if card is None else card
     plans = [plan_stage(stage) for stage in stages]
     print(*format_plans(plans), sep="\n")
 

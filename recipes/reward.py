@@ -10,7 +10,7 @@ average with deviation 1, and its results on held-out comparisons: `evaluation.j
 
 from rlhf_recipes.cli import exit_on_recipe_error
 from rlhf_recipes.data import load_demonstrations
-from rlhf_recipes.evaluation.reward_models import measure_and_scale, summary, write_evaluation
+from rlhf_recipes.evaluation.reward_evaluation import measure_and_scale, summary, write_evaluation
 from rlhf_recipes.rewards.classifier import load_reward_model
 from rlhf_recipes.stages import parse_arguments
 from rlhf_recipes.training.ensemble import EnsembleRun, load_comparisons

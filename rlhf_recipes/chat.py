@@ -9,7 +9,7 @@ from typing import Any
 
 from rlhf_recipes.config.chat import ChatArguments
 from rlhf_recipes.core.errors import RecipeError, did_you_mean, first_line
-from rlhf_recipes.evaluation.evaluate import NamedReward
+from rlhf_recipes.evaluation.named_rewards import NamedReward
 from rlhf_recipes.generation.answers import Answer, encode_prompts, log_probs, stream
 from rlhf_recipes.generation.policies import Policy, PolicyBank
 from rlhf_recipes.models.backbone import base_of

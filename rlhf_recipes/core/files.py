@@ -64,7 +64,7 @@ def holds_result(folder: str | Path) -> bool:
     return any((Path(folder) / name).is_file() for name in names)
 
 
-def taught_conversations(folder: str | Path) -> bool | None:
+def trained_on_conversations(folder: str | Path) -> bool | None:
     """Return whether the stage in a folder was trained on conversations; None if no record says so."""
     train = (read_json(Path(folder) / RECIPE).get("data") or {}).get("train") or {}
     return train.get("conversational")

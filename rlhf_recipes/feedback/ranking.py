@@ -15,8 +15,7 @@ from rlhf_recipes.core.files import RANKED, write_json, write_text
 from rlhf_recipes.feedback.groups import Group
 from rlhf_recipes.feedback.labels import Store, rankings
 from rlhf_recipes.generation.judges import ChatJudge, read_chat_judge
-from rlhf_recipes.rewards.functions import Reward
-from rlhf_recipes.rewards.protocol import score_completions
+from rlhf_recipes.rewards.protocol import Reward, score_completions
 from rlhf_recipes.rewards.reward_funcs import load_rewards
 
 from trl.trainer.utils import get_callable_name
@@ -177,16 +176,10 @@ def write_rankings(folder: str | Path, rows: Rows, chosen: int) -> str:
         folder: created if it does not exist.
         rows: from a labeler.
         chosen: number of groups that were to be ranked.
-
-    Raises:
-        RecipeError: if the folder cannot be written to.
     """
     folder, labellers = Path(folder), sorted({row["labeller"] for row in rows})
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        write_text(folder / RANKINGS, "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
-        write_json(folder / RANKED, {"labellers": labellers, "chosen": chosen, "ranked": len(rows)})
-    except OSError as error:
-        raise RecipeError(f"output_dir: {folder}: cannot be written to ({error.strerror}). Fix: name another folder") from error
+    folder.mkdir(parents=True, exist_ok=True)
+    write_text(folder / RANKINGS, "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
+    write_json(folder / RANKED, {"labellers": labellers, "chosen": chosen, "ranked": len(rows)})
     summary = f"Wrote {len(rows)} rankings of {chosen} groups, by {', '.join(labellers) or 'nobody'}, to {folder / RANKINGS}."
     return summary + (" The others were skipped, or nothing in them was preferred." if len(rows) < chosen else "")

@@ -1,6 +1,5 @@
 """Sample groups: several different completions of each prompt, from one policy or several."""
 
-import contextlib
 import json
 import os
 import random
@@ -116,7 +115,7 @@ class GroupFile:
         arguments: of the run, with the names of files and folders that it reads.
 
     Raises:
-        RecipeError: if the folder cannot be written to, holds samples of other arguments or files, or is damaged.
+        RecipeError: if the folder holds samples of other arguments or files, or is damaged.
     """
 
     def __init__(self, folder: str | Path, arguments: dict[str, Any]):
@@ -128,13 +127,12 @@ class GroupFile:
             self._check_state(arguments | files)
         elif self.path.exists():
             raise RecipeError(f"output_dir: {self.path}: was not written by this recipe. Fix: name another folder")
-        with self._write_errors():
-            self.folder.mkdir(parents=True, exist_ok=True)
-            if not self._state:
-                self._state = {"arguments": arguments, "files": files, "prompts": 0, "groups": 0, "bytes": 0}
-                self._save()
-            with self.path.open("ab") as file:
-                file.truncate(self._state["bytes"])  # drop an incomplete part
+        self.folder.mkdir(parents=True, exist_ok=True)
+        if not self._state:
+            self._state = {"arguments": arguments, "files": files, "prompts": 0, "groups": 0, "bytes": 0}
+            self._save()
+        with self.path.open("ab") as file:
+            file.truncate(self._state["bytes"])  # drop an incomplete part
 
     def _check_state(self, inputs: dict[str, Any]) -> None:
         """Reject samples of other arguments or changed files, and a file that has lost samples."""
@@ -163,30 +161,16 @@ class GroupFile:
         return self._state["groups"]
 
     def append(self, part: Sequence[dict[str, Any]]) -> None:
-        """Append the groups of a part that have at least two completions. They are on the disk when this returns.
-
-        Raises:
-            RecipeError: if the disk is full. Earlier parts stay.
-        """
+        """Append the groups of a part that have at least two completions. They are on the disk when this returns."""
         groups = [group for group in part if len(group["completions"]) > 1]
         lines = "".join(json.dumps(group, ensure_ascii=False) + "\n" for group in groups).encode()
-        with self._write_errors(), self.path.open("ab") as file:
+        with self.path.open("ab") as file:
             file.write(lines)
             file.flush()
             os.fsync(file.fileno())
-            for key, more in (("prompts", len(part)), ("groups", len(groups)), ("bytes", len(lines))):
-                self._state[key] += more
-            self._save()
+        for key, more in (("prompts", len(part)), ("groups", len(groups)), ("bytes", len(lines))):
+            self._state[key] += more
+        self._save()
 
     def _save(self) -> None:
         write_json(self.folder / SAMPLED, self._state)
-
-    @contextlib.contextmanager
-    def _write_errors(self) -> Iterator[None]:
-        try:
-            yield
-        except OSError as error:
-            raise RecipeError(
-                f"output_dir: {self.folder}: cannot be written to ({error.strerror}); earlier samples are kept. Fix: free "
-                "some space, and run again"
-            ) from error

@@ -9,8 +9,8 @@ from dataclasses import dataclass
 from typing import Any
 
 from rlhf_recipes.core.hub import resolve_path
-from rlhf_recipes.generation.answers import answer
-from rlhf_recipes.rewards.matching import Truthfulness
+from rlhf_recipes.evaluation.metrics.truthfulness import Truthfulness
+from rlhf_recipes.generation.answers import sample
 from rlhf_recipes.tiny import splits
 
 import torch
@@ -46,9 +46,10 @@ def examine(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, temperat
     """Asks `ROWS` questions about people of the evaluation split, half of them known to the base."""
     questions = splits.evaluation(rows=ROWS)
     known = torch.tensor(questions["known"])
-    answers = answer(
+    sampled = sample(
         model, tokenizer, questions["prompt"], temperature=temperature, max_new_tokens=MAX_NEW_TOKENS, batch_size=300, seed=seed
     )
+    answers = [answer.text.strip() for answer in sampled]
     entropy = first_token_entropy(model, tokenizer, questions["prompt"])
 
     def shares(rows: torch.Tensor) -> dict[str, float]:

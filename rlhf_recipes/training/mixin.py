@@ -19,6 +19,7 @@ from rlhf_recipes.training.resume import ARGUMENTS, read_trainer_state, resume_e
 import torch
 from accelerate.utils import is_peft_model
 from torch import Tensor, nn
+from transformers import Trainer
 
 COUNTERS = "counts-{}.json"
 """File of a checkpoint with the counters of one process."""
@@ -133,3 +134,8 @@ class TrainerMixin:
 
     def _counters_path(self, folder: str | Path) -> Path:
         return Path(folder) / COUNTERS.format(self.args.process_index)
+
+
+def extend_trainer(trainer: type[Trainer]) -> type[Trainer]:
+    """Return a trainer of TRL with what `TrainerMixin` adds, for a recipe that needs no more than that."""
+    return type(trainer.__name__, (TrainerMixin, trainer), {"__doc__": trainer.__doc__, "__module__": __name__})

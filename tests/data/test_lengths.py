@@ -40,10 +40,10 @@ def test_no_limit_checks_nothing(tokenizer):
 
 
 @pytest.mark.parametrize(
-    ("taught", "mapping", "warned"), [(True, {}, True), (True, {"prompt": "instruction"}, False), (False, {}, False)]
+    ("conversational", "mapping", "warned"), [(True, {}, True), (True, {"prompt": "instruction"}, False), (False, {}, False)]
 )
-def test_plain_prompts_for_a_policy_that_was_taught_conversations_are_warned_of(tmp_path, caplog, taught, mapping, warned):
-    """The remedy that the message names is one."""
+def test_plain_prompts_after_training_on_conversations_are_warned_of(tmp_path, caplog, conversational, mapping, warned):
+    """The fix in the message is one."""
     stage = tmp_path / "sft"
     demonstrations = load_data(
         DataArguments(dataset_name="rlhf_recipes.tiny.splits.demonstrations", dataset_arguments={"rows": 2}),
@@ -54,22 +54,22 @@ def test_plain_prompts_for_a_policy_that_was_taught_conversations_are_warned_of(
     assert demonstrations.report["train"]["conversational"]
     tokenizer = AutoTokenizer.from_pretrained(resolve_path("rlhf_recipes.tiny.base"))
     tokenizer.save_pretrained(stage)
-    report = demonstrations.report if taught else {}
+    report = demonstrations.report if conversational else {}
     (stage / "recipe.json").write_text(json.dumps({"data": report}))
     (tmp_path / "pairs.csv").write_text("prompt,chosen,rejected\nWhere?,Here.,There.\n")
     arguments = DataArguments(dataset_name=str(tmp_path / "pairs.csv"), column_mapping=mapping or None)
     data = load_data(arguments, "preference", evaluate=False, seed=0)
     data.filter_by_length(AutoTokenizer.from_pretrained(stage), 64, "truncate")
-    assert ("was taught conversations" in caplog.text) == warned
+    assert ("was trained on conversations" in caplog.text) == warned
 
 
 @pytest.mark.parametrize("mapping", [{}, {"prompt": "instruction", "completion": "output"}])
-def test_demonstrations_in_plain_text_are_said_to_be_that(write, tokenizer, caplog, mapping):
-    """The remedy that the message names is one."""
+def test_demonstrations_in_plain_text_are_warned_of(write, tokenizer, caplog, mapping):
+    """The fix in the message is one."""
     path = write([{"prompt": "Where?", "completion": "Here."}])
     data = load_data(DataArguments(dataset_name=str(path), column_mapping=mapping or None), "sft", evaluate=False, seed=0)
     data.filter_by_length(tokenizer, None, "truncate")
-    assert ("plain texts: one follows the other as it stands" in caplog.text) == (not mapping)
+    assert ("without the chat template" in caplog.text) == (not mapping)
 
 
 def test_truncated_and_unusable_rows_are_told_apart(tokenizer, caplog):
@@ -84,7 +84,7 @@ def test_truncated_and_unusable_rows_are_told_apart(tokenizer, caplog):
     kept, report = check_lengths(dataset, tokenizer, 10, "drop", "train")
     assert kept.to_list() == rows[:2]
     assert report["dropped"] == 4
-    with pytest.raises(RecipeError, match=r"train: of 6 rows.*such as 'a a a a a.*long_rows"):
+    with pytest.raises(RecipeError, match=r"train: of 6 rows.*'a a a a a.*long_rows"):
         check_lengths(dataset, tokenizer, 10, "error", "train")
     with pytest.raises(RecipeError, match="no row is left"):
         check_lengths(dataset, tokenizer, 2, "drop", "train")

@@ -200,7 +200,7 @@ def test_shards_hold_the_same(merge, policy):
 
 
 def test_a_model_that_is_not_the_adapter_is_not_kept(merge, policy, reward, monkeypatch):
-    monkeypatch.setattr(merging, "_merged", lambda model, *_: model.unload())
+    monkeypatch.setattr(merging, "_merge", lambda model, *_: model.unload())
     status, error, output = merge(policy)
     assert status == 2
     assert "logits differ from the adapter's by" in error
@@ -223,7 +223,7 @@ def test_what_rounding_would_lose_is_not_merged(merge, tmp_path):
     folder = make(tmp_path / "faint", size=1e-4)
     status, error, output = merge(folder, "--dtype", "bfloat16")
     assert (status, left(output)) == (2, [])
-    assert "half of what it has learnt is lost" in error
+    assert "half of the adapter's effect is lost" in error
     assert "set `dtype: float32`" in error
     assert merge(folder)[0] == 0
 
@@ -280,7 +280,7 @@ def test_a_folder_that_is_not_empty_stays_as_it_is(merge, policy, tmp_path):
     before = sorted(path.stat().st_mtime_ns for path in output.iterdir())
     status, error, _ = merge(policy)
     assert status == 2
-    assert "is not empty: name another folder, or delete it" in error
+    assert "is not empty" in error
     assert before == sorted(path.stat().st_mtime_ns for path in output.iterdir())
 
 
@@ -294,8 +294,8 @@ def test_a_folder_that_cannot_be_made(launch, policy, tmp_path):
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        (("--load_in_4bit", "true"), "merged into the base at full precision, also if it was trained on fewer bits"),
-        (("--adapter", BASE), "holds a whole model: there is nothing to merge"),
+        (("--load_in_4bit", "true"), "load_in_4bit, load_in_8bit: adapters are merged at full precision"),
+        (("--adapter", BASE), "holds a full model"),
         (("--adapter", "runs/nowhere/ppo"), "holds no adapter (no adapter_config.json): train it first with recipes/ppo.py"),
         (("--adapter", "none"), "adapter: name the folder of the adapter that is to be merged"),
         (("--model_name_or_path", "runs/nowhere/base"), "no such folder"),
@@ -324,7 +324,7 @@ def test_members_of_an_ensemble_are_merged_one_by_one(merge, tmp_path):
     write_json(tmp_path / REWARD, {"ensemble": {"members": ["member-0", "member-1"], "combine": "mean"}})
     status, error, _ = merge(tmp_path)
     assert status == 2
-    assert "is an ensemble: merge its members one by one" in error
+    assert "is an ensemble" in error
 
 
 def test_a_base_that_is_stored_in_few_bits_is_refused(merge, policy, tmp_path):

@@ -17,7 +17,7 @@ from rlhf_recipes.chat import Chat, read_lines
 from rlhf_recipes.config.chat import ChatArguments
 from rlhf_recipes.core.errors import RecipeError
 from rlhf_recipes.core.hub import resolve_path
-from rlhf_recipes.evaluation.evaluate import load_named_rewards
+from rlhf_recipes.evaluation.named_rewards import load_named_rewards
 from rlhf_recipes.generation.answers import log_probs
 from rlhf_recipes.generation.policies import load_policy_bank, read_policies, trained_without_template
 from rlhf_recipes.models.tokenizer import load_tokenizer

@@ -7,7 +7,7 @@ from rlhf_recipes.core.errors import RecipeError
 from rlhf_recipes.core.files import RECIPE, write_json
 from rlhf_recipes.core.hub import resolve_path
 from rlhf_recipes.models import loading as models
-from rlhf_recipes.models.adapters import load_adapter
+from rlhf_recipes.models.adapters import add_adapter, read_adapter_config
 from rlhf_recipes.models.fingerprint import fingerprint
 from rlhf_recipes.models.loading import load_model, load_policy
 from rlhf_recipes.models.tokenizer import PLAIN_CHAT_TEMPLATE, load_tokenizer
@@ -152,7 +152,7 @@ def test_the_tokenizer_of_an_earlier_stage_knows_what_the_policy_was_taught(tmp_
 
 def test_template_that_never_ends_a_turn_by_eos_is_refused(tmp_path):
     template = "{% for m in messages %}<s>{{ m['content'] }}<unk>{% endfor %}"
-    with pytest.raises(RecipeError, match="never learn to stop; set `eos_token: '<unk>'`"):
+    with pytest.raises(RecipeError, match="eos_token: '<unk>'"):
         load_tokenizer(save_tokenizer(tmp_path, chat_template=template), sft_config())
     with pytest.raises(RecipeError, match="put `eos_token` after"):
         load_tokenizer(save_tokenizer(tmp_path, chat_template=template.replace("<unk>", "")), sft_config())
@@ -171,7 +171,7 @@ def test_template_with_unknown_special_tokens_is_refused(tmp_path):
     other.add_special_tokens({"additional_special_tokens": ["<|turn|>"]})
     other.chat_template = "<|turn|>{{ messages[0]['content'] + eos_token }}"
     other.save_pretrained(tmp_path)
-    with pytest.raises(RecipeError, match=r"uses <\|turn\|>, which .* does not know"):
+    with pytest.raises(RecipeError, match=r"chat_template_path: .*<\|turn\|>"):
         load_tokenizer(ModelConfig(model_name_or_path=BASE), sft_config(chat_template_path=str(tmp_path)))
 
 
@@ -208,7 +208,7 @@ def test_unreachable_hub_name_says_what_to_do():
 
 
 def test_no_model_named():
-    with pytest.raises(RecipeError, match="model_name_or_path: name the base model"):
+    with pytest.raises(RecipeError, match="model_name_or_path: is not set"):
         load_model(ModelConfig(), sft_config())
 
 
@@ -229,7 +229,7 @@ def test_model_whose_files_lack_weights_is_refused(tmp_path):
     del weights["lm_head.weight"]
     save_file(weights, tmp_path / "model.safetensors", metadata={"format": "pt"})
     shutil.copy(f"{resolve_path(BASE)}/config.json", tmp_path)
-    with pytest.raises(RecipeError, match=r"lack 1 of the weights \(lm_head\.weight"):
+    with pytest.raises(RecipeError, match=r"1 weights are missing .*lm_head\.weight"):
         load_model(ModelConfig(model_name_or_path=str(tmp_path)), sft_config())
 
 
@@ -264,7 +264,7 @@ def test_policy_does_not_start_from_an_adapter_of_another_base(adapter, tmp_path
     other.model.layers[1].mlp.up_proj.weight.data.mul_(1.5)
     other.save_pretrained(tmp_path / "other")
     both = (
-        f"start_from: {adapter} was trained on {resolve_path(BASE)}, and the base in memory, {tmp_path / 'other'}, is another"
+        f"start_from: {adapter}: was trained on {resolve_path(BASE)}, and the base in memory, {tmp_path / 'other'}, is another"
     )
     with pytest.raises(RecipeError, match=both):
         load_started(adapter, tmp_path / "other")
@@ -284,7 +284,8 @@ def test_an_adapter_on_the_lm_head_goes_round(tmp_path):
     policy = with_adapter(make_model(), target_modules=["q_proj", "lm_head"])
     policy.save_pretrained(tmp_path / "adapter")
     assert any(".base_layer." in name for name in load_file(tmp_path / "adapter" / "adapter_model.safetensors"))
-    loaded = load_adapter(make_model(), tmp_path / "adapter", "default", "start_from")
+    weights = load_file(tmp_path / "adapter" / "adapter_model.safetensors")
+    loaded = add_adapter(make_model(), read_adapter_config(tmp_path / "adapter"), weights, "default", "start_from").eval()
     ids = torch.arange(4, 12)[None]
     torch.testing.assert_close(loaded(ids).logits, policy.eval()(ids).logits)
 
@@ -293,5 +294,5 @@ def test_weights_that_are_not_finite_are_found_wherever_they_stand():
     weight = torch.zeros(10_000, 3)
     check_finite({"w": weight, "large": torch.full((3,), 3e38)}, "here")
     weight[9_999, 2] = torch.nan
-    with pytest.raises(RecipeError, match=r"here: w holds numbers that are not finite \(NaN or infinity\): do this"):
+    with pytest.raises(RecipeError, match=r"here: w holds numbers that are not finite .*: do this"):
         check_finite({"w": weight}, "here", "do this")

@@ -5,12 +5,14 @@ import math
 import statistics
 from importlib import import_module
 
-from rlhf_recipes.evaluation.reward_models import measure_reward
+from rlhf_recipes.evaluation.reward_evaluation import measure_reward
 from rlhf_recipes.pipeline import read_pipeline
 from support import ROOT, run_recipe
 
 import pytest
 import yaml
+
+pytestmark = [pytest.mark.real, pytest.mark.slow]
 
 
 @pytest.fixture(scope="module")

@@ -7,6 +7,8 @@ from support import run_recipe
 
 import pytest
 
+pytestmark = pytest.mark.slow
+
 
 def run(recipe, output, arguments, *options):
     """A recipe with its tiny config; its folder."""

@@ -276,7 +276,7 @@ def test_rewards_of_a_yaml_file_fit(sft, rewards, tmp_path):
 
 
 def test_a_reward_adapter_needs_a_base_that_stays_as_it_is(rewards, tmp_path):
-    with pytest.raises(RecipeError, match="is an adapter, which needs a base that stays as it is: set `use_peft: true`"):
+    with pytest.raises(RecipeError, match=r"is an adapter.*`use_peft: true`"):
         make_trainer(tmp_path, make_model(), str(rewards[0]))
 
 
@@ -416,13 +416,13 @@ def broken(count):
 @pytest.mark.parametrize(
     ("reward", "message"),
     [
-        (spoilt(math.nan), r"step 2: the reward judge returned nan for completion 2 of the batch, .*; the prompt: 'w\d"),
-        (spoilt(-math.inf), r"step 2: the reward judge returned -inf for completion 2 of the batch, .*; the prompt: 'w\d"),
-        (spoilt("good"), r"step 2: the reward judge returned 'good' for completion 2 of the batch, .*; the prompt: 'w\d"),
+        (spoilt(math.nan), r"step 2: the reward judge returned nan for completion 2 of the batch.*The prompt: 'w\d"),
+        (spoilt(-math.inf), r"step 2: the reward judge returned -inf for completion 2 of the batch.*The prompt: 'w\d"),
+        (spoilt("good"), r"step 2: the reward judge returned 'good' for completion 2 of the batch.*The prompt: 'w\d"),
         (spoilt(torch.tensor(math.nan)), r"step 2: the reward judge returned nan for completion 2 of the batch"),
-        (second_call(lambda count: [0.0] * (count + 1)), r"step 2: the reward judge returned 5 numbers for 4 completions"),
-        (second_call(lambda count: []), r"step 2: the reward judge returned 0 numbers for 4 completions"),
-        (second_call(lambda count: None), r"step 2: the reward judge returned a NoneType, not a list of 4 numbers"),
+        (second_call(lambda count: [0.0] * (count + 1)), r"step 2: the reward judge returned 5 scores.*list of 4"),
+        (second_call(lambda count: []), r"step 2: the reward judge returned 0 scores.*list of 4"),
+        (second_call(lambda count: None), r"step 2: the reward judge returned NoneType.*list of 4"),
         (
             second_call(broken),
             r"step 2: the reward judge failed: KeyError\('no such thing'\) \(.*test_interface\.py, line \d+\)",

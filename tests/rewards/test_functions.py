@@ -5,9 +5,9 @@ import pickle
 
 from rlhf_recipes.core.errors import RecipeError
 from rlhf_recipes.core.hub import resolve_path
+from rlhf_recipes.evaluation.metrics.truthfulness import Truthfulness
 from rlhf_recipes.models.tokenizer import load_tokenizer
 from rlhf_recipes.rewards.functions import (
-    TRL_KEYWORDS,
     Abstention,
     LengthPenalty,
     RepetitionPenalty,
@@ -15,8 +15,7 @@ from rlhf_recipes.rewards.functions import (
     last_text,
     normalised_match,
 )
-from rlhf_recipes.rewards.matching import Truthfulness
-from rlhf_recipes.rewards.protocol import checked_reward
+from rlhf_recipes.rewards.protocol import TRL_KEYWORDS, checked_reward
 from rlhf_recipes.rewards.reward_funcs import load_rewards
 from rlhf_recipes.tiny import splits
 
@@ -175,12 +174,12 @@ def test_checked_passes_arrays_and_arguments_on():
 @pytest.mark.parametrize(
     ("scores", "message"),
     [
-        ([1.0], "reward returned 1 numbers for 2 completions"),
-        (None, "returned a NoneType, not a list of 2 numbers"),
-        (0.5, "returned a float, not"),
-        ("ab", "returned a str, not"),
-        ([1.0, math.nan], r"returned nan for completion 1 of the batch.*None where it does not apply.*the prompt: 'second"),
-        ([-math.inf, 1.0], "returned -inf for completion 0.*the prompt: 'first'"),
+        ([1.0], "reward returned 1 scores.*list of 2"),
+        (None, "returned NoneType"),
+        (0.5, "returned float"),
+        ("ab", "returned str"),
+        ([1.0, math.nan], "returned nan for completion 1 .*The prompt: 'second"),
+        ([-math.inf, 1.0], "returned -inf for completion 0 .*The prompt: 'first'"),
         ([0, 1e300], r"returned 1e\+300 for completion 1"),
         ([0, 10**400], "for completion 1"),
         ([0, "1.0"], "returned '1.0' for completion 1"),
@@ -199,7 +198,7 @@ def test_checked_keeps_asynchronous_rewards_asynchronous():
         reward = checked_reward(later)
         assert is_async_callable(reward)
         assert run(reward(prompts=["a", "b"], completions=["", "xy"])) == [0, 2]
-        with pytest.raises(RecipeError, match="2 numbers for 1 comp"):
+        with pytest.raises(RecipeError, match="returned 2 scores"):
             reward(prompts=["a"], completions=["", ""]).send(None)
     assert not is_async_callable(checked_reward(lengths))
     assert [checked_reward(reward).__name__ for reward in (lengths, lengths_later, LengthsLater())] == [
@@ -272,17 +271,17 @@ def test_load_rewards():
 @pytest.mark.parametrize(
     ("spec", "message"),
     [
-        ("exact_match", "must be a dotted path such as"),
-        ("a..b", "must be a dotted path such as"),
+        ("exact_match", "expected a folder, or a dotted path"),
+        ("a..b", "expected a folder, or a dotted path"),
         ("nosuchmodule.f", "cannot import nosuchmodule .*PYTHONPATH.*No module named 'nosuchmodule'$"),
         ("nosuchmodule.sub.f", "No module named 'nosuchmodule'$"),
         ("rlhf_recipes.rewrds.exact_match", "cannot import rlhf_recipes.rewrds .*; did you mean 'rewards'?"),
         (f"{REWARDS}.exactmatch", "rlhf_recipes.rewards has no 'exactmatch'; did you mean 'exact_match'?"),
-        (f"{REWARDS}.functions.TRL_KEYWORDS", "is a tuple, and must be a function or a class"),
+        (f"{REWARDS}.protocol.TRL_KEYWORDS", "expected a function or a class, found a tuple"),
         ("builtins.max", "its parameters are unknown"),
         (f"{__name__}.without_columns", r"without_columns\(completions, reference\) does not take prompts.*`\*\*columns`"),
         ("trl.rewards.get_repetition_penalty_reward", "if it makes a reward, give it `arguments`"),
-        ({"path": f"{__name__}.make_nothing", "arguments": {}}, "makes a int, which is no function"),
+        ({"path": f"{__name__}.make_nothing", "arguments": {}}, "makes a int"),
         ({"path": f"{__name__}.Failing", "arguments": {"size": 3}}, "arguments: size: 3 is too large$"),
         (
             f"{REWARDS}.LengthPenalty",
@@ -315,8 +314,8 @@ def test_load_rewards():
         ({"path": f"{__name__}.lengths", "weight": math.nan}, "weight: expected a finite number, found nan"),
         ({"path": f"{__name__}.lengths", "weight": True}, "weight: expected a finite number, found True"),
         ({"path": f"{__name__}.lengths", "weight": None}, "weight: expected a finite number, found None"),
-        ({"weight": 1}, "must be a dotted path, or a mapping with `path`, found {'weight': 1}"),
-        (3, "must be a dotted path, or a mapping with `path`, found 3"),
+        ({"weight": 1}, "expected a dotted path, or a mapping with `path`, found {'weight': 1}"),
+        (3, "expected a dotted path, or a mapping with `path`, found 3"),
     ],
 )
 def test_load_rewards_refuses(spec, message):

@@ -5,13 +5,12 @@
 """
 
 from rlhf_recipes.feedback.groups import Group, read_groups
-from rlhf_recipes.feedback.labels.agreement import Agreement, agreement
+from rlhf_recipes.feedback.labels.agreement import agreement
 from rlhf_recipes.feedback.labels.files import demonstrations, export_labels, import_labels, pairs, rankings
 from rlhf_recipes.feedback.labels.label import Label
 from rlhf_recipes.feedback.labels.store import Store
 
 __all__ = [
-    "Agreement",
     "Group",
     "Label",
     "Store",

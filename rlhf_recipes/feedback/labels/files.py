@@ -7,7 +7,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from rlhf_recipes.core.errors import RecipeError
+from rlhf_recipes.core.errors import RecipeError, error_context
 from rlhf_recipes.core.files import write_text
 from rlhf_recipes.feedback.groups import Group, GroupRow, read_rows
 from rlhf_recipes.feedback.labels.label import Label
@@ -78,7 +78,7 @@ def distinct_ranks(group: Group, label: Label) -> dict[int, int]:
 
 
 class _LabelRow(BaseModel):
-    model_config = ConfigDict(strict=True, extra="forbid")
+    model_config = ConfigDict(strict=True)
     labeller: str
     ranks: list[int | None] | None = None
     demonstration: str | None = None
@@ -112,25 +112,18 @@ def export_labels(store: Store, folder: Path) -> dict[str, int]:
     existing = [folder / name for name in files if (folder / name).exists()]
     if existing and not _is_export(folder / "labels.jsonl"):
         raise RecipeError(f"{existing[0]}: was not written by --export. Fix: give another folder as --export")
-    try:
+    with error_context(f"--export: {folder}", OSError, fix="free some space, or give another folder; the labels are safe"):
         folder.mkdir(parents=True, exist_ok=True)
         for name, rows in files.items():
             if rows or name == "labels.jsonl":
                 write_text(folder / name, "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
             else:
                 (folder / name).unlink(missing_ok=True)
-    except OSError as error:
-        raise RecipeError(
-            f"{error.filename or folder}: cannot be written ({error.strerror}); the labels are safe in the database. "
-            "Fix: free some space, or give another folder as --export"
-        ) from error
     return {name: len(rows) for name, rows in files.items()}
 
 
 def _export_row(group: Group, labels: list[Label]) -> dict[str, Any]:
-    return group.row() | {
-        "labels": [{key: value for key, value in asdict(label).items() if key != "group"} for label in labels]
-    }
+    return group.row() | {"labels": [_LabelRow(**asdict(label)).model_dump() for label in labels]}
 
 
 def _is_export(path: Path) -> bool:

@@ -5,16 +5,16 @@ import json
 import secrets
 import time
 from collections import defaultdict
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable
 from dataclasses import replace
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Self
 
-from rlhf_recipes.core.errors import RecipeError, first_line
+from rlhf_recipes.core.errors import RecipeError, error_context
 from rlhf_recipes.feedback.groups import Group, GroupRow
 from rlhf_recipes.feedback.labels.assignment import Progress, claim_group, count_progress, next_group
-from rlhf_recipes.feedback.labels.database import DAMAGED, Database
+from rlhf_recipes.feedback.labels.database import DAMAGED, RESTORE, Database
 from rlhf_recipes.feedback.labels.label import AlreadyLabelledError, InvalidLabelError, Label, clean_name, normalize
 from rlhf_recipes.feedback.labels.sessions import Sessions, labeller_number
 
@@ -210,11 +210,11 @@ class Store:
             before = self._count("labels")
             labels = []
             for where, group, group_labels in rows:
-                with _import_errors(where):
+                with error_context(where):
                     self._add(group)
                     labels += [(where, normalize(label, group)) for label in group_labels]
             for where, label in sorted(labels, key=lambda one: one[1].at):  # undo needs the order of storing
-                with _import_errors(where):
+                with error_context(where):
                     self._restore(label)
             return self._count("labels") - before
 
@@ -274,28 +274,16 @@ class Store:
         self._database.execute("UPDATE labels SET withdrawn = ? WHERE number = ? AND withdrawn IS NULL", _now(), number)
 
     def _parse_group(self, content: str) -> Group:
-        with self._damage():
+        with self._damage_errors():
             return GroupRow.model_validate_json(content).group()
 
     def _parse_label(self, row: tuple) -> Label:
         _, group, labeller, ranks, *texts, _ = row
-        with self._damage():
+        with self._damage_errors():
             return Label(group, labeller, None if ranks is None else json.loads(ranks), *texts)
 
-    @contextlib.contextmanager
-    def _damage(self) -> Iterator[None]:
-        try:
-            yield
-        except (ValueError, TypeError) as error:
-            raise RecipeError(f"{self.path}: {DAMAGED} ({first_line(error)})") from error
-
-
-@contextlib.contextmanager
-def _import_errors(where: str) -> Iterator[None]:
-    try:
-        yield
-    except RecipeError as error:
-        raise RecipeError(f"{where}: {error}. Nothing was imported") from error
+    def _damage_errors(self) -> contextlib.AbstractContextManager[None]:
+        return error_context(f"{self.path}: {DAMAGED}", ValueError, TypeError, fix=RESTORE)
 
 
 def _now() -> str:

@@ -1,4 +1,4 @@
-"""Reward adapters on a base in memory: the same scores everywhere, nothing else touched, and what does not fit refused."""
+"""Reward models on a base in memory: equal scores everywhere, no side effects, and refusals."""
 
 import copy
 import json
@@ -7,7 +7,7 @@ import shutil
 from types import SimpleNamespace
 
 from rlhf_recipes.core.errors import RecipeError
-from rlhf_recipes.core.files import REWARD, read_json
+from rlhf_recipes.core.files import REWARD, read_json, write_json
 from rlhf_recipes.core.hub import resolve_path
 from rlhf_recipes.models.fingerprint import fingerprint
 from rlhf_recipes.models.loading import load_model
@@ -207,17 +207,17 @@ def test_in_4_bits_with_bf16_compute_it_scores_the_same_on_every_base(tokenizer,
 
 
 @pytest.mark.parametrize("shards", [{}, {"max_shard_size": "500KB"}], ids=["one-file", "shards"])
-def test_head_of_a_whole_bf16_model_is_read_as_it_was_saved(tokenizer, batch, tmp_path, shards):
-    """From the file, since Transformers rounds it to the type of the rest."""
-    whole = ModelConfig(model_name_or_path=BASE, dtype="bfloat16")
-    model = load_reward_model(whole, RewardConfig(str(tmp_path), bf16=False, report_to="none"), tokenizer)
+def test_head_of_a_full_bf16_model_is_read_from_its_file(tokenizer, batch, tmp_path, shards):
+    """Transformers rounds it to bf16 while it loads."""
+    bf16 = ModelConfig(model_name_or_path=BASE, dtype="bfloat16")
+    model = load_reward_model(bf16, RewardConfig(str(tmp_path), bf16=False, report_to="none"), tokenizer)
     model.save_pretrained(tmp_path, **shards)
     assert (tmp_path / "model.safetensors.index.json").exists() == bool(shards)
     tokenizer.save_pretrained(tmp_path)
     with torch.no_grad():
         before = model.eval()(**batch).logits[:, 0]
     assert not torch.equal(model.score.weight, model.score.weight.bfloat16().float())
-    reward = load_full_reward(tmp_path, "whole", tokenizer)
+    reward = load_full_reward(tmp_path, "full", tokenizer)
     assert torch.equal(reward.head.weight, model.score.weight)
     close(reward.score(**batch), before)
     on = load_reward_model(ModelConfig(str(tmp_path), dtype="bfloat16"), RewardConfig(str(tmp_path), bf16=False), tokenizer)
@@ -234,7 +234,7 @@ def test_an_adapter_costs_its_own_weights_and_no_other_base(trained, tokenizer):
     assert pointers <= {weight.data_ptr() for weight in model.parameters()}
 
 
-# --- Nothing else is touched -----------------------------------------------------------------------------
+# --- No side effects -----------------------------------------------------------------------------
 
 
 def state_of(model):
@@ -361,7 +361,7 @@ def test_padding_does_not_matter(trained, tokenizer, batch):
         for ids, n in zip(batch["input_ids"], lengths, strict=True)
     ]
     close(torch.cat(alone), expected)
-    with pytest.raises(ValueError, match="without a token"):
+    with pytest.raises(ValueError, match="without tokens"):
         reward.score(batch["input_ids"], torch.zeros_like(batch["attention_mask"]))
 
 
@@ -431,17 +431,14 @@ def test_ensembles_combine_their_members(trained, tokenizer, batch, answers):
     close(Ensemble(members[:1], "uncertainty").score(**batch), members[0].score(**batch))
 
 
-def test_ensembles_that_make_no_sense(trained, tokenizer):
-    reward = load_reward_adapter(load_base(), trained["fp32"][0], "reward", tokenizer)
-    with pytest.raises(RecipeError, match="at least one"):
-        Ensemble([])
-    with pytest.raises(RecipeError, match="by mean, min or uncertainty, not by 'max'"):
-        Ensemble([reward], "max")
+def test_ensembles_refuse_unknown_combinations():
+    with pytest.raises(RecipeError, match="combine: 'max'"):
+        Ensemble([], "max")
     with pytest.raises(RecipeError, match="uncertainty_coef: -1"):
-        Ensemble([reward], "uncertainty", uncertainty_coef=-1)
+        Ensemble([], "uncertainty", uncertainty_coef=-1)
 
 
-# --- What PPO finds in a folder --------------------------------------------------------------------------
+# --- Folders of recipes/reward.py ----------------------------------------------------------------------------
 
 
 @pytest.fixture
@@ -466,42 +463,36 @@ def test_ensemble_is_of_the_members_that_its_record_lists(ensemble, tokenizer, b
     assert least.batch_size == least.members[0].batch_size == 2
 
 
-def test_ensemble_without_its_record_or_a_member_is_refused(ensemble, tokenizer):
-    with pytest.raises(RecipeError, match=f"{ensemble} holds members of an ensemble, and no reward.json .* was not finished"):
+def test_unfinished_or_damaged_ensemble_is_refused(ensemble, tokenizer):
+    with pytest.raises(RecipeError, match=f"{ensemble}: is an unfinished ensemble"):
         load_saved_reward(ensemble, policy(), tokenizer)
     write_ensemble_record(ensemble, ["member-0", "member-7"], "mean", 1.0)
-    with pytest.raises(RecipeError, match=r"reward\.json: the member member-7 is not there"):
+    with pytest.raises(RecipeError, match="member-7"):
         load_saved_reward(ensemble, policy(), tokenizer)
-    for elsewhere in ("../ensemble/member-0", str(ensemble / "member-0"), "..", ""):
-        write_ensemble_record(ensemble, ["member-0", elsewhere], "mean", 1.0)
-        with pytest.raises(RecipeError, match=r"reward\.json: ensemble: members: must be a list of names of folders"):
-            load_saved_reward(ensemble, policy(), tokenizer)
-    (ensemble / "reward.json").write_text('{"ensemble": ["member-0"]}')
-    with pytest.raises(RecipeError, match=r"reward\.json: ensemble: .*member-0"):
+    (ensemble / REWARD).write_text('{"ensemble": {"members": ["member-0"]}}')
+    with pytest.raises(RecipeError, match=r"reward\.json: ensemble: damaged"):
         load_saved_reward(ensemble, policy(), tokenizer)
 
 
 @pytest.mark.parametrize("options", [{"combine": "min"}, {"uncertainty_coef": 3.0}])
 def test_one_reward_model_is_not_combined(folder, tokenizer, options):
-    with pytest.raises(
-        RecipeError, match=f"{folder} holds one reward model: `combine` and `uncertainty_coef` are for ensembles"
-    ):
+    with pytest.raises(RecipeError, match=f"{folder}: holds one reward model.*`combine`"):
         load_saved_reward(folder, policy(), tokenizer, **options)
 
 
-def test_reward_model_without_a_scale_is_warned_of_once(folder, tokenizer, batch, answers, caplog):
+def test_missing_normalisation_is_warned_of_once(folder, tokenizer, batch, answers, caplog):
     reward = load_saved_reward(folder, policy(), tokenizer)
     for _ in range(2):
         reward.score(**batch)
     (warning,) = caplog.messages
-    assert warning.startswith(f"{folder} has no scale (`normalisation` in reward.json): its raw scores are used")
+    assert warning.startswith(f"{folder} has no `normalisation` in reward.json")
     reward.calibrate(*answers)
     caplog.clear()
     load_saved_reward(folder, policy(), tokenizer)
     assert not caplog.records
 
 
-def test_whole_reward_model_is_placed_where_the_policy_will_be(tmp_path, tokenizer, monkeypatch):
+def test_full_reward_model_is_placed_where_the_policy_will_be(tmp_path, tokenizer, monkeypatch):
     AutoModelForSequenceClassification.from_pretrained(BASE, num_labels=1).save_pretrained(tmp_path)
     tokenizer.save_pretrained(tmp_path)
     monkeypatch.setattr(saved, "PartialState", lambda: SimpleNamespace(device=torch.device("meta")))
@@ -552,28 +543,10 @@ def test_scores_that_cannot_be_normalised(folder, scores):
     assert (folder / "reward.json").read_text() == before
 
 
-@pytest.mark.parametrize(
-    "stored",
-    [
-        {"mean": 0.0},
-        {"mean": 0.0, "std": 0.0, "samples": 5},
-        {"mean": "a", "std": 1.0, "samples": 5},
-        {"mean": float("nan"), "std": 1.0, "samples": 5},
-        [1, 2],
-        "0 and 1",
-    ],
-)
-def test_malformed_normalisation_is_refused(folder, tokenizer, stored):
-    record = json.loads((folder / "reward.json").read_text()) | {"normalisation": stored}
-    (folder / "reward.json").write_text(json.dumps(record))
-    with pytest.raises(RecipeError, match=r"reward\.json: normalisation: expected mean, std above 0 and samples, found"):
-        load_reward_adapter(load_base(), folder, "reward", tokenizer)
-
-
-@pytest.mark.parametrize("text", ["{", "[]"])
-def test_malformed_record_is_refused(folder, tokenizer, text):
-    (folder / "reward.json").write_text(text)
-    with pytest.raises(RecipeError, match=r"reward\.json: "):
+@pytest.mark.parametrize("stored", [{"mean": 0.0}, {"mean": float("nan"), "std": 1.0, "samples": 5}, [1, 2]])
+def test_damaged_normalisation_is_refused(folder, tokenizer, stored):
+    write_json(folder / REWARD, read_json(folder / REWARD) | {"normalisation": stored})
+    with pytest.raises(RecipeError, match=r"reward\.json: normalisation: damaged"):
         load_reward_adapter(load_base(), folder, "reward", tokenizer)
 
 
@@ -607,41 +580,39 @@ def edit_config(folder, **changes):
 
 def test_head_that_is_not_in_the_file_is_never_random(folder, tokenizer):
     edit_weights(folder, lambda weights: {name: weight for name, weight in weights.items() if "score" not in name})
-    refused(folder, tokenizer, "has no head .*would score at random")
+    refused(folder, tokenizer, "has no head")
 
 
 def test_head_of_another_width_is_refused(folder, tokenizer):
     edit_weights(
         folder, lambda w: {name: weight[:, :-1].contiguous() if "score" in name else weight for name, weight in w.items()}
     )
-    with pytest.raises(RecipeError, match=r"a head of shape .*127.* needs one weight of \(1, 128\)"):
-        load_reward_adapter(load_base(), folder, "reward", tokenizer)
+    refused(folder, tokenizer, "does not fit .*127")
 
 
 def test_lora_weights_that_are_not_in_the_file_are_never_random(folder, tokenizer):
     edit_weights(folder, lambda weights: {n: w for n, w in weights.items() if "layers.0.self_attn.q_proj.lora_A" not in n})
-    with pytest.raises(RecipeError, match=r"do not fit .*q_proj\.lora_A.* has no counterpart"):
+    with pytest.raises(RecipeError, match=r"missing \(.*q_proj\.lora_A"):
         load_reward_adapter(load_base(), folder, "reward", tokenizer)
 
 
 def test_lora_weights_that_the_base_has_no_place_for(folder, tokenizer):
     edit_config(folder, target_modules=["q_proj"])
-    with pytest.raises(RecipeError, match=r"do not fit .* has no counterpart"):
+    with pytest.raises(RecipeError, match="has no place for"):
         load_reward_adapter(load_base(), folder, "reward", tokenizer)
 
 
 def test_adapter_of_another_task_is_refused(folder, tokenizer):
     edit_config(folder, task_type="CAUSAL_LM")
-    refused(folder, tokenizer, "has task_type SEQ_CLS, and this one has CAUSAL_LM: it is no reward model")
+    refused(folder, tokenizer, "not a reward adapter: peft_type LORA, task_type CAUSAL_LM")
     edit_config(folder, task_type="SEQ_CLS", peft_type="IA3")
-    refused(folder, tokenizer, r"is LoRA .*and this is IA3")
+    refused(folder, tokenizer, "not a reward adapter: peft_type IA3")
     edit_config(folder, peft_type="LORA", modules_to_save=["score", "embed_tokens"])
-    refused(folder, tokenizer, "trained embed_tokens, which cannot share a base")
+    refused(folder, tokenizer, "trained embed_tokens")
 
 
 def test_folders_without_an_adapter(folder, tokenizer, tmp_path):
-    refused(tmp_path, tokenizer, "holds no adapter")
-    refused(tmp_path / "nowhere", tokenizer, "nowhere holds no adapter")
+    refused(tmp_path / "nowhere", tokenizer, "nowhere: no adapter there")
     (folder / "adapter_model.safetensors").write_bytes(b"cut short")
     refused(folder, tokenizer, "cannot be read")
     (folder / "adapter_model.safetensors").unlink()
@@ -653,7 +624,7 @@ def test_base_with_other_weights_is_refused_by_whatever_name(folder, tokenizer, 
     other = load_base()
     other.get_parameter(weight).data.view(-1)[-1] += 0.5
     refused(
-        folder, tokenizer, f"{folder} was trained on {BASE}, and the base in memory, {BASE}, is another: other weights", other
+        folder, tokenizer, f"{folder}: was trained on {BASE}, and the base in memory, {BASE}, is another: other weights", other
     )
 
 
@@ -674,7 +645,7 @@ def test_base_that_an_adapter_was_merged_into_is_refused(folder, tokenizer):
     torch.manual_seed(0)
     merged = get_peft_model(load_base(), LoraConfig(r=2, target_modules=["q_proj"], init_lora_weights=False)).merge_and_unload()
     merged.config._name_or_path = merged.name_or_path = "runs/sft-merged"
-    both = f"{folder} was trained on {BASE}, and the base in memory, runs/sft-merged, is another: other weights in the linear"
+    both = f"{folder}: was trained on {BASE}, and the base in memory, runs/sft-merged, is another: other weights in the linear"
     refused(folder, tokenizer, both, merged)
 
 
@@ -685,9 +656,7 @@ def test_base_in_4_bits_is_told_from_a_merged_one_by_its_name(folder, tokenizer,
     assert not caplog.records
     load_reward_adapter(renamed("runs/sft-merged", **IN_4_BITS), folder, "reward", tokenizer)
     (warning,) = caplog.messages
-    assert warning.startswith(
-        f"{folder} was trained on {BASE}, and the base in memory is runs/sft-merged: their embeddings are"
-    )
+    assert warning.startswith(f"{folder}: was trained on {BASE}, and the base in memory is runs/sft-merged")
 
 
 def test_records_without_a_digest_of_the_linear_layers_are_read(folder, tokenizer, batch, trained, caplog):
@@ -703,7 +672,7 @@ def test_records_without_a_digest_of_the_linear_layers_are_read(folder, tokenize
 def test_where_weights_cannot_be_compared_the_name_decides(folder, tokenizer):
     """In fp16 there is nothing to compare: rounding differs from that of bf16."""
     load_reward_adapter(load_base(dtype="float16"), folder, "reward", tokenizer)
-    both = f"{folder} was trained on {BASE}, and the base in memory is another-base: their weights cannot be compared"
+    both = f"{folder}: was trained on {BASE}, and the base in memory is another-base: their weights cannot be compared"
     refused(folder, tokenizer, both, renamed("another-base", dtype="float16"))
 
 
@@ -749,10 +718,8 @@ def test_other_tokenizers_are_refused(folder, tokenizer):
             setattr(changed, name, value)
         return changed
 
-    both = f"tokenizer in {folder} and that of the model in use, {BASE}, differ in "
-    refused(
-        folder, other(chat_template=PLAIN_CHAT_TEMPLATE), f"{both}chat template \\(.{{60,65}} against .{{60,65}}\\): one would"
-    )
+    both = f"tokenizers in {folder} and of the model in use, {BASE}, differ in "
+    refused(folder, other(chat_template=PLAIN_CHAT_TEMPLATE), f"{both}chat template")
     refused(folder, other(eos_token="<s>"), f"{both}eos_token \\('</s>' against '<s>'\\)")
     larger = other()
     larger.add_tokens(["<turn>"])
@@ -761,7 +728,7 @@ def test_other_tokenizers_are_refused(folder, tokenizer):
     assert load_reward_adapter(load_base(), folder, "reward", close_enough).tokenizer is close_enough
     for path in (*folder.glob("tokenizer*"), folder / "chat_template.jinja"):
         path.unlink()
-    refused(folder, tokenizer, f"{folder}: no tokenizer there")
+    refused(folder, tokenizer, f"{folder}: no readable tokenizer")
 
 
 def test_a_name_that_is_taken(trained, tokenizer):
@@ -773,14 +740,14 @@ def test_a_name_that_is_taken(trained, tokenizer):
         load_reward_adapter(model, trained["fp32"][0], "reward", tokenizer)
 
 
-def test_whole_models_that_cannot_score(trained, tokenizer, tmp_path):
-    with pytest.raises(RecipeError, match="put it on its base with `load_reward_adapter`"):
-        load_full_reward(trained["fp32"][0], "whole", tokenizer)
-    with pytest.raises(RecipeError, match=r"its files lack score\.weight: it would score at random"):
-        load_full_reward(BASE, "whole", tokenizer)
+def test_full_models_that_cannot_score(trained, tokenizer, tmp_path):
+    with pytest.raises(RecipeError, match="holds an adapter"):
+        load_full_reward(trained["fp32"][0], "full", tokenizer)
+    with pytest.raises(RecipeError, match=r"weights are missing .*score\.weight"):
+        load_full_reward(BASE, "full", tokenizer)
     with pytest.raises(RecipeError, match="no usable reward model there"):
-        load_full_reward(tmp_path, "whole", tokenizer)
+        load_full_reward(tmp_path, "full", tokenizer)
     AutoModelForSequenceClassification.from_pretrained(BASE, num_labels=2).save_pretrained(tmp_path)
     tokenizer.save_pretrained(tmp_path)
-    with pytest.raises(RecipeError, match="has no head `score` with one output"):
-        load_full_reward(tmp_path, "whole", tokenizer)
+    with pytest.raises(RecipeError, match="has no head `score`"):
+        load_full_reward(tmp_path, "full", tokenizer)
