@@ -11,10 +11,6 @@ from rlhf_recipes.config.data import DataArguments
 from rlhf_recipes.core.errors import RecipeError
 from rlhf_recipes.core.hub import resolve_path
 from rlhf_recipes.data import load_data, load_demonstrations
-<<<<<<< HEAD
-=======
-from rlhf_recipes.evaluation.reward_evaluation import measure_reward
->>>>>>> main
 from rlhf_recipes.models.loading import load_model
 from rlhf_recipes.rewards import reward_models
 from rlhf_recipes.rewards.saved import load_full_reward, load_reward_adapter, load_saved_reward
@@ -807,7 +803,6 @@ def test_demonstrations_without_a_scale_are_refused(reward, config, tmp_path, ro
     check_refused(reward, tmp_path / "out", *config(demonstrations=[{"path": str(path)}]), message=message)
 
 
-<<<<<<< HEAD
 @pytest.mark.parametrize("changed", ["base", "template", "tokenizer"])
 def test_sft_adapter_that_does_not_fit_is_refused(reward, sft, tmp_path, changed):
     parent, other, tokenizer = sft(), tmp_path / "other", AutoTokenizer.from_pretrained(BASE)
@@ -818,7 +813,7 @@ def test_sft_adapter_that_does_not_fit_is_refused(reward, sft, tmp_path, changed
             model.model.embed_tokens.weight.mul_(2)
         model.save_pretrained(other)
         tokenizer.save_pretrained(other)
-        options, message = (*options, "--model_name_or_path", other), (f"{parent} was trained on {BASE}", str(other))
+        options, message = (*options, "--model_name_or_path", other), (f"{parent}: was trained on {BASE}", str(other))
     elif changed == "template":
         other.write_text(tokenizer.chat_template.replace("Question: ", "Q: "))
         options = (*options, "--chat_template_path", other.rename(tmp_path / "other.jinja"))
@@ -828,18 +823,6 @@ def test_sft_adapter_that_does_not_fit_is_refused(reward, sft, tmp_path, changed
         tokenizer.save_pretrained(other)
         options, message = ("--start_from", other), (str(other), "vocabulary")
     check_refused(reward, tmp_path / "out", *options, message=message)
-=======
-@pytest.mark.parametrize("name", ["base", "other-base"])
-def test_adapter_of_another_base_is_not_begun_with(reward, sft, tmp_path, name):
-    other = tmp_path / name
-    model = AutoModelForCausalLM.from_pretrained(BASE)
-    with torch.no_grad():
-        model.model.embed_tokens.weight.mul_(2)
-    model.save_pretrained(other)
-    AutoTokenizer.from_pretrained(BASE).save_pretrained(other)
-    message = (f"{sft()}: was trained on {BASE}", f"{other}, is another: other weights")
-    check_refused(reward, tmp_path / "out", "--start_from", sft(), "--model_name_or_path", other, message=message)
->>>>>>> main
 
 
 def test_moved_base_is_recognised(reward, sft, tmp_path):
