@@ -821,7 +821,7 @@ def test_sft_adapter_that_does_not_fit_is_refused(reward, sft, tmp_path, changed
         shutil.copytree(parent, other)
         tokenizer.add_tokens([f"Karimo{number}" for number in range(100)])
         tokenizer.save_pretrained(other)
-        options, message = ("--start_from", other), (str(other), "vocabulary")
+        options, message = ("--start_from", other), (str(other), "tokenizer")
     check_refused(reward, tmp_path / "out", *options, message=message)
 
 
