@@ -1,10 +1,10 @@
-"""Chat: talk to a base model and adapters on it, and change who answers at any turn.
+"""Chat: talk to a base model and to adapters on it, one at a time or side by side.
 
     python recipes/chat.py                                    # configs/tiny/chat.yaml: the tiny world, on a CPU
     python recipes/chat.py --config my.yaml --temperature 0.7
 
 `/policy ppo` changes who answers, `/both sft ppo` shows two answers side by side, `/score` shows rewards and KL of the last
-answer, `/help` lists the rest. Reads a terminal or a pipe. Start it with `python`: Ctrl-C would end `accelerate launch`.
+answer, `/help` shows the rest. Lines may come through a pipe. Launch it with `python`: Ctrl-C would end `accelerate launch`.
 """
 
 from rlhf_recipes.chat import Chat
@@ -18,16 +18,16 @@ from accelerate import PartialState
 
 
 def main() -> None:
-    """Load the policies and talk."""
+    """Load the policies and rewards, and chat."""
     chat_args, model_args = parse_arguments(__file__)
     if not PartialState().is_main_process:
         return
     policies = read_policies(chat_args.policies)
     reject_best_of(policies)
     if plain := trained_without_template(policies):
-        print(f"Trained on plain text, so the chat template used here makes nonsense likely: {', '.join(plain)}")
+        print(f"Trained on plain text, so the chat template may lead to nonsense: {', '.join(plain)}")
 
-    # Roles: every policy and every reward model as an adapter on one base
+    # Every policy and every reward model is an adapter on one base
     tokenizer = load_policy_tokenizer(policies, model_args, chat_args)
     bank = load_policy_bank(model_args, chat_args, policies, tokenizer)
     rewards = load_named_rewards(chat_args.rewards, bank)
