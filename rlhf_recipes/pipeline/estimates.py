@@ -2,7 +2,7 @@
 
 from pathlib import Path
 
-from rlhf_recipes.config.launcher import refuse_one_gpus_arithmetic
+from rlhf_recipes.config.launcher import check_single_gpu_plan
 from rlhf_recipes.core.errors import RecipeError
 from rlhf_recipes.core.yaml import read_yaml
 from rlhf_recipes.memory import StageArguments
@@ -31,7 +31,7 @@ def plannable_stages(
     if "stages" in values:
         file = read_stages(config, recipes, gpu_memory if "gpu_memory" in values else None, must_fit=False)
         if gpu_memory is not None:
-            refuse_one_gpus_arithmetic(file.launcher)
+            check_single_gpu_plan(file.launcher)
         stages = [(stage.name, stage.recipe, stage.values) for stage in file.stages]
     else:
         recipe = recipe or config.stem

@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from rlhf_recipes.config.launcher import Launcher, check_launcher_support, read_launcher, refuse_one_gpus_arithmetic
+from rlhf_recipes.config.launcher import Launcher, check_launcher_support, check_single_gpu_plan, read_launcher
 from rlhf_recipes.config.parser import merge_overrides
 from rlhf_recipes.core.errors import RecipeError, did_you_mean, error_context
 from rlhf_recipes.core.provenance import files_in
@@ -101,7 +101,7 @@ def read_stages(config: Path, recipes: Path, gpu_memory: float | None = None, mu
         accelerate_config = _find_accelerate_config(settings.accelerate_config, recipes)
         launcher = read_launcher(accelerate_config) if accelerate_config else Launcher()
         if settings.gpu_memory is not None:
-            refuse_one_gpus_arithmetic(launcher)
+            check_single_gpu_plan(launcher)
         order = _order(settings)
         stages: list[PipelineStage] = []
         for seed in [None] if settings.seeds is None else settings.seeds:

@@ -93,7 +93,7 @@ def without_the_model(path) -> str:
 
 def readers(name: str, *exclude: str) -> list[str]:
     # as an attribute of something that holds arguments: `path.name` reads no key
-    holder = r"(?:arguments|source|\w+_args|args|training)"
+    holder = r"(?:arguments|source|group|\w+_args|args|training)"
     return [path.name for path in SOURCES if path.name not in exclude and re.search(rf"\b{holder}\.{name}\b", path.read_text())]
 
 

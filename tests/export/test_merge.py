@@ -297,10 +297,10 @@ def test_a_folder_that_cannot_be_made(launch, policy, tmp_path):
         (("--load_in_4bit", "true"), "load_in_4bit, load_in_8bit: adapters are merged at full precision"),
         (("--adapter", BASE), "holds a full model"),
         (("--adapter", "runs/nowhere/ppo"), "holds no adapter (adapter_config.json). Fix: train it with recipes/ppo.py"),
-        (("--adapter", "none"), "adapter: name the folder of the adapter that is to be merged"),
+        (("--adapter", "none"), "adapter: missing"),
         (("--model_name_or_path", "runs/nowhere/base"), "no such folder"),
         (("--tolerance", "0"), "tolerance: 0.0: must be above 0"),
-        (("--hub_model_id", "me/mine"), "hub_model_id: goes with `push_to_hub: true`"),
+        (("--hub_model_id", "me/mine"), "hub_model_id: me/mine"),
     ],
 )
 def test_what_a_user_got_wrong_is_one_message(merge, policy, options, message):

@@ -42,7 +42,7 @@ def test_pipeline_is_planned_stage_by_stage():
     assert ppo.parameters["policy"] == ppo.parameters["reference"] == 327_680  # rank 32, of the SFT stage
     assert not any(plan.notes for plan in plans[2:])  # a stage is known to write each folder that they read
     text = "\n".join(format_plans(plans))
-    for part in ("activations", "6 or more", "ppo: 0.01 all the time"):
+    for part in ("activations", "6 or more", "ppo: 0.01 throughout"):
         assert part in text
 
 
