@@ -53,7 +53,7 @@ def test_pools_are_disjoint_and_known_people_are_divided(world):
 
 
 def test_pools_are_finite(world):
-    with pytest.raises(ValueError, match="2000 names for 'evaluation'.* 2001"):
+    with pytest.raises(ValueError, match=r"2000 names for 'evaluation'.* 2001"):
         world.people("evaluation", 0, 2001)
 
 
@@ -195,6 +195,7 @@ def test_shipped_base_is_sure_about_known_people_only(temperature):
     assert result.unknown["right"] == pytest.approx(1 / len(TOWNS), abs=4 * math.sqrt(1 / 12 * 11 / 12 / 300))
 
 
+@pytest.mark.slow
 def test_pretraining_script_is_reproducible(tmp_path, monkeypatch):
     weights = []
     for name in ("one", "two"):
