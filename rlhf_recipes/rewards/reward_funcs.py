@@ -2,10 +2,8 @@
 
 import contextlib
 import importlib
-import importlib.util
 import inspect
 import math
-import pkgutil
 from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
@@ -116,12 +114,10 @@ def _read_weight(value: Any, where: str) -> float:
 
 def _build(path: str, arguments: dict[str, Any] | None, where: str) -> Reward:
     target = _import(path, where)
-    if not callable(target):
-        raise RecipeError(f"{where}: expected a function or a class, found a {type(target).__name__}")
     try:
         parameters = inspect.signature(target).parameters
-    except ValueError as error:
-        raise RecipeError(f"{where}: its parameters are unknown ({error}). Fix: wrap it in a function of yours") from error
+    except (TypeError, ValueError) as error:  # not callable, or a builtin
+        raise RecipeError(f"{where}: expected a function or a class with known parameters ({error})") from error
     if inspect.isclass(target) or (
         arguments is not None and not _takes_any_keyword(target) and "completions" not in parameters
     ):
@@ -145,24 +141,10 @@ def _import(path: str, where: str) -> Any:
     try:
         module = importlib.import_module(module_name)
     except ImportError as error:
-        raise RecipeError(
-            f"{where}: cannot import {module_name} (its folder must be on PYTHONPATH): {error}{_similar_module(module_name)}"
-        ) from error
+        raise RecipeError(f"{where}: cannot import {module_name} (its folder must be on PYTHONPATH): {error}") from error
     if not hasattr(module, name):
         raise RecipeError(f"{where}: {module_name} has no '{name}'{did_you_mean(name, dir(module))}")
     return getattr(module, name)
-
-
-def _similar_module(name: str) -> str:
-    """Return a hint at a module with a similar name in the same package, or ""."""
-    package, _, child = name.rpartition(".")
-    try:
-        spec = importlib.util.find_spec(package) if package else None
-    except ImportError:
-        return ""
-    if spec is None or child in (siblings := [item.name for item in pkgutil.iter_modules(spec.submodule_search_locations)]):
-        return ""
-    return did_you_mean(child, siblings)
 
 
 def _make(maker: Callable[..., Reward], arguments: dict[str, Any], where: str) -> Reward:
@@ -170,14 +152,10 @@ def _make(maker: Callable[..., Reward], arguments: dict[str, Any], where: str) -
     if not (inspect.isclass(maker) and _takes_any_keyword(maker)):
         _check_names(maker, arguments, where)
     try:
-        inspect.signature(maker).bind(**arguments)
-    except TypeError as error:
-        raise RecipeError(f"{where}: arguments: {error} of {_signature(maker)}") from error
-    try:
         reward = maker(**arguments)
     except RecipeError as error:
         raise RecipeError(f"{where}: {error}") from error
-    except ValueError as error:
+    except (TypeError, ValueError) as error:
         raise RecipeError(f"{where}: arguments: {explain_argument_error(error)}") from error
     if not callable(reward):
         raise RecipeError(f"{where}: makes a {type(reward).__name__}, not a reward function")

@@ -184,10 +184,10 @@ def test_kl_and_entropy_equal_the_metric():
 @pytest.mark.parametrize(
     ("scores", "message"),
     [
-        ([1.0], "gold returned 1 numbers for 2 completions"),
+        ([1.0], "gold returned 1 scores"),
         ([1.0, -math.inf], "gold returned -inf for completion 1 .*'q1'"),
         ([1.0, math.nan], "gold returned nan for completion 1 .*'q1'"),
-        (None, "gold returned a NoneType"),
+        (None, "gold returned NoneType"),
     ],
 )
 def test_invalid_scores_are_an_error_that_names_the_prompt(scores, message):

@@ -64,7 +64,7 @@ def batch(tokenizer, answers):
 
 
 def train(folder, tokenizer, batch, seed=0, **options):
-    """Trains and saves a reward adapter; returns its scores of `batch` before it was saved."""
+    """Train and save a reward adapter; return its scores of `batch` before saving."""
     training = RewardConfig(
         str(folder),
         bf16=False,
@@ -87,7 +87,7 @@ def train(folder, tokenizer, batch, seed=0, **options):
 
 @pytest.fixture(scope="module")
 def trained(tmp_path_factory, tokenizer, batch):
-    """Folders of reward adapters with the scores that they gave before they were saved: trained in fp32, in 4 bits."""
+    """Folders of reward adapters, trained in fp32 and 4 bits, with their scores before saving."""
     folders = {}
     for name, seed, options in (("fp32", 0, {}), ("second", 1, {}), ("4bit", 2, IN_4_BITS)):
         folder = tmp_path_factory.mktemp(name)
@@ -97,13 +97,13 @@ def trained(tmp_path_factory, tokenizer, batch):
 
 @pytest.fixture
 def folder(trained, tmp_path):
-    """A copy of a reward adapter's folder, to spoil."""
+    """A copy of a reward adapter's folder, to change."""
     shutil.copytree(trained["fp32"][0], tmp_path / "adapter")
     return tmp_path / "adapter"
 
 
 def policy(**options):
-    """A base with a policy adapter that is trained, and a frozen reference."""
+    """A base with a trained policy adapter and a frozen reference."""
     torch.manual_seed(3)
     config = LoraConfig(r=2, target_modules=["q_proj", "v_proj", "up_proj"], init_lora_weights=False, task_type="CAUSAL_LM")
     model = get_peft_model(load_base(**options), config)
@@ -124,7 +124,7 @@ def close(scores, expected):
 
 
 @pytest.mark.parametrize("bits", BITS)
-def test_scores_are_the_same_before_saving_and_wherever_the_adapter_is_loaded(trained, tokenizer, batch, answers, bits):
+def test_scores_survive_saving_on_every_base(trained, tokenizer, batch, answers, bits):
     folder, before = trained[bits]
     assert before.std() > 0.1
     assert before.dtype == torch.float32
@@ -147,8 +147,8 @@ def test_scores_are_the_same_before_saving_and_wherever_the_adapter_is_loaded(tr
 
 
 @pytest.mark.parametrize("as_documented", [True, False])
-def test_documented_way_to_load_it_elsewhere_reads_padded_rows_right(folder, batch, trained, tmp_path, as_documented):
-    """Where the base's PAD is its EOS; without the line that says which PAD it is, the scores are others."""
+def test_documented_loading_without_this_project_scores_padded_rows(folder, batch, trained, tmp_path, as_documented):
+    """The base's PAD is its EOS: without the line that sets PAD, scores differ."""
     base = AutoModelForCausalLM.from_pretrained(BASE)
     base.config.pad_token_id = base.config.eos_token_id
     base.save_pretrained(tmp_path / "base")
@@ -164,7 +164,7 @@ def test_documented_way_to_load_it_elsewhere_reads_padded_rows_right(folder, bat
     assert torch.allclose(scores, trained["fp32"][1], rtol=0, atol=1e-5) is as_documented
 
 
-def test_documented_way_to_score_reads_what_training_read(folder, tokenizer):
+def test_documented_scoring_encodes_as_training(folder, tokenizer):
     blocks = re.findall(r"```python\n(.*?)```", (ROOT / "docs" / "reward.md").read_text(), re.S)[:2]
     code = "".join(blocks).replace('"runs/tiny/reward"', repr(str(folder)))
     edit_config(folder, base_model_name_or_path=str(BASE))
@@ -173,7 +173,7 @@ def test_documented_way_to_score_reads_what_training_read(folder, tokenizer):
     assert isinstance(names["score"], float)
 
 
-def test_merged_at_full_precision_it_scores_the_same(trained, tokenizer, batch, answers, tmp_path):
+def test_merged_reward_model_scores_the_same(trained, tokenizer, batch, answers, tmp_path):
     folder, before = trained["fp32"]
     adapted = PeftModel.from_pretrained(AutoModelForSequenceClassification.from_pretrained(BASE, num_labels=1), folder)
     adapted.merge_and_unload().save_pretrained(tmp_path)
@@ -185,7 +185,7 @@ def test_merged_at_full_precision_it_scores_the_same(trained, tokenizer, batch, 
     close(torch.tensor(merged(*answers)), before)
 
 
-def test_several_on_one_base_and_trained_with_a_bf16_base(trained, tokenizer, batch, tmp_path):
+def test_several_on_one_base_and_on_a_bf16_base(trained, tokenizer, batch, tmp_path):
     model = policy()
     rewards = [load_reward_adapter(model, trained[name][0], name, tokenizer) for name in ("fp32", "second")]
     for _ in range(2):
@@ -195,8 +195,8 @@ def test_several_on_one_base_and_trained_with_a_bf16_base(trained, tokenizer, ba
     close(load_reward_adapter(load_base(dtype="bfloat16"), tmp_path, "reward", tokenizer).score(**batch), before)
 
 
-def test_in_4_bits_with_bf16_compute_it_scores_the_same_on_every_base(tokenizer, batch, answers, tmp_path):
-    """As on a GPU, where the base's own weights are bf16 too, and the head is not."""
+def test_scores_survive_saving_with_4_bits_and_bf16_compute(tokenizer, batch, answers, tmp_path):
+    """As on a GPU: the base is in bf16 too, and the head is not."""
     options = {**IN_4_BITS, "dtype": "bfloat16"}
     before = train(tmp_path, tokenizer, batch, **options)
     assert before.std() > 0.1
@@ -224,7 +224,7 @@ def test_head_of_a_full_bf16_model_is_read_from_its_file(tokenizer, batch, tmp_p
     assert torch.equal(on.score.weight, model.score.weight)
 
 
-def test_an_adapter_costs_its_own_weights_and_no_other_base(trained, tokenizer):
+def test_adapter_adds_its_weights_only(trained, tokenizer):
     model = load_base()
     pointers = {weight.data_ptr() for weight in model.parameters()}
     count = sum(weight.numel() for weight in model.parameters())
@@ -256,7 +256,7 @@ def assert_unchanged(before, after):
 
 
 @pytest.mark.parametrize("bits", BITS)
-def test_scoring_leaves_every_other_role_as_it_was(trained, tokenizer, batch, bits):
+def test_scoring_restores_every_other_role(trained, tokenizer, batch, bits):
     folder, scores = trained[bits]
     model = policy(**BITS[bits]).train()
     next(weight for name, weight in model.named_parameters() if "lora_A.default" in name).requires_grad_(False)
@@ -283,7 +283,7 @@ def test_scoring_leaves_every_other_role_as_it_was(trained, tokenizer, batch, bi
 
 
 @pytest.mark.parametrize("bits", BITS)
-def test_gradients_of_the_policy_are_the_same_after_scoring(trained, tokenizer, batch, bits):
+def test_scoring_leaves_gradients_of_the_policy_unchanged(trained, tokenizer, batch, bits):
     model = policy(**BITS[bits]).train()
 
     def gradient():
@@ -298,7 +298,7 @@ def test_gradients_of_the_policy_are_the_same_after_scoring(trained, tokenizer, 
     assert torch.equal(gradient(), before)
 
 
-def test_a_bare_base_stays_bare_and_takes_other_adapters(trained, tokenizer, batch):
+def test_base_without_adapters_answers_as_before_and_takes_other_adapters(trained, tokenizer, batch):
     model = load_base()
     expected = logits(model, batch)
     rewards = [load_reward_adapter(model, trained[name][0], name, tokenizer) for name in ("fp32", "second")]
@@ -313,7 +313,7 @@ def test_a_bare_base_stays_bare_and_takes_other_adapters(trained, tokenizer, bat
     assert torch.equal(logits(later, batch), changed)
 
 
-def test_state_comes_back_after_an_error(trained, tokenizer, batch):
+def test_state_is_restored_after_an_error(trained, tokenizer, batch):
     model = policy().train()
     reward = load_reward_adapter(model, trained["fp32"][0], "reward", tokenizer)
     before = state_of(model)
@@ -322,7 +322,7 @@ def test_state_comes_back_after_an_error(trained, tokenizer, batch):
     assert_unchanged(before, state_of(model))
 
 
-def test_merged_policy_is_not_unmerged_behind_its_back(trained, tokenizer, batch):
+def test_scoring_refuses_to_unmerge_a_merged_policy(trained, tokenizer, batch):
     model = policy()
     reward = load_reward_adapter(model, trained["fp32"][0], "reward", tokenizer)
     model.merge_adapter()
@@ -330,7 +330,7 @@ def test_merged_policy_is_not_unmerged_behind_its_back(trained, tokenizer, batch
         reward.score(**batch)
 
 
-def test_policy_that_trains_its_embeddings_too(trained, tokenizer, batch):
+def test_policy_with_trained_embeddings(trained, tokenizer, batch):
     torch.manual_seed(3)
     model = get_peft_model(load_base(), LoraConfig(r=2, target_modules=["q_proj"], modules_to_save=["embed_tokens", "norm"]))
     model.base_model.model.model.embed_tokens.modules_to_save.default.weight.data.add_(1.0)
@@ -342,10 +342,10 @@ def test_policy_that_trains_its_embeddings_too(trained, tokenizer, batch):
     assert torch.equal(logits(model, batch), expected)
 
 
-# --- Reading ---------------------------------------------------------------------------------------------
+# --- Encoding ---------------------------------------------------------------------------------------------
 
 
-def test_padding_does_not_matter(trained, tokenizer, batch):
+def test_scores_do_not_depend_on_padding(trained, tokenizer, batch):
     reward = load_reward_adapter(load_base(), trained["fp32"][0], "reward", tokenizer)
     expected = reward.score(**batch)
     lengths = batch["attention_mask"].sum(1)
@@ -365,8 +365,8 @@ def test_padding_does_not_matter(trained, tokenizer, batch):
         reward.score(batch["input_ids"], torch.zeros_like(batch["attention_mask"]))
 
 
-def test_generated_answers_score_like_written_ones(trained, tokenizer, answers):
-    """The space that a template puts before an answer is generated with it, and stands there once."""
+def test_generated_answers_score_like_dataset_answers(trained, tokenizer, answers):
+    """The space that a template puts before an answer is generated with it, and must occur once."""
     reward = load_reward_adapter(load_base(), trained["fp32"][0], "reward", tokenizer)
     prompts, written = answers
     generated = [[{**message, "content": " " + message["content"]} for message in completion] for completion in written]
@@ -375,7 +375,7 @@ def test_generated_answers_score_like_written_ones(trained, tokenizer, answers):
     assert reward([], []) == []
 
 
-def test_it_is_a_reward_function_of_trl(trained, tokenizer, tmp_path):
+def test_trl_trainer_takes_it_as_reward_function(trained, tokenizer, tmp_path):
     model = policy()
     rewards = [load_reward_adapter(model, trained[name][0], name, tokenizer) for name in ("fp32", "second")]
     training = GRPOConfig(
@@ -450,8 +450,8 @@ def ensemble(trained, tmp_path):
     return tmp_path / "ensemble"
 
 
-def test_ensemble_is_of_the_members_that_its_record_lists(ensemble, tokenizer, batch):
-    """What else lies there was left by something else."""
+def test_ensemble_loads_the_members_in_its_record(ensemble, tokenizer, batch):
+    """Other folders there are ignored."""
     write_ensemble_record(ensemble, ["member-0", "member-1"], "uncertainty", 0.5)
     (ensemble / "member-old").mkdir()
     model = policy()
@@ -475,7 +475,7 @@ def test_unfinished_or_damaged_ensemble_is_refused(ensemble, tokenizer):
 
 
 @pytest.mark.parametrize("options", [{"combine": "min"}, {"uncertainty_coef": 3.0}])
-def test_one_reward_model_is_not_combined(folder, tokenizer, options):
+def test_combining_a_single_reward_model_is_refused(folder, tokenizer, options):
     with pytest.raises(RecipeError, match=f"{folder}: holds one reward model.*`combine`"):
         load_saved_reward(folder, policy(), tokenizer, **options)
 
@@ -492,7 +492,7 @@ def test_missing_normalisation_is_warned_of_once(folder, tokenizer, batch, answe
     assert not caplog.records
 
 
-def test_full_reward_model_is_placed_where_the_policy_will_be(tmp_path, tokenizer, monkeypatch):
+def test_full_reward_model_is_placed_on_the_policy_device(tmp_path, tokenizer, monkeypatch):
     AutoModelForSequenceClassification.from_pretrained(BASE, num_labels=1).save_pretrained(tmp_path)
     tokenizer.save_pretrained(tmp_path)
     monkeypatch.setattr(saved, "PartialState", lambda: SimpleNamespace(device=torch.device("meta")))
@@ -526,7 +526,7 @@ def test_normalised_scores_have_mean_0_and_deviation_1_on_demonstrations(folder,
     assert read_json(folder / REWARD)["base_model"]["name"] == BASE
 
 
-def test_scale_that_cannot_be_measured_leaves_the_old_one(folder, tokenizer, answers):
+def test_failed_calibration_keeps_the_old_normalisation(folder, tokenizer, answers):
     reward = load_reward_adapter(load_base(), folder, "reward", tokenizer)
     before = reward.calibrate(*answers)
     with pytest.raises(RecipeError, match="cannot be normalised"):
@@ -568,35 +568,36 @@ def renamed(name, **options):
     return model
 
 
-def edit_weights(folder, change):
-    weights = load_file(folder / "adapter_model.safetensors")
-    save_file(change(weights), folder / "adapter_model.safetensors")
-
-
 def edit_config(folder, **changes):
     path = folder / "adapter_config.json"
     path.write_text(json.dumps(json.loads(path.read_text()) | changes))
 
 
-def test_head_that_is_not_in_the_file_is_never_random(folder, tokenizer):
-    edit_weights(folder, lambda weights: {name: weight for name, weight in weights.items() if "score" not in name})
-    refused(folder, tokenizer, "has no head")
+def without(part):
+    return lambda weights: {name: weight for name, weight in weights.items() if part not in name}
 
 
-def test_head_of_another_width_is_refused(folder, tokenizer):
-    edit_weights(
-        folder, lambda w: {name: weight[:, :-1].contiguous() if "score" in name else weight for name, weight in w.items()}
-    )
-    refused(folder, tokenizer, "does not fit .*127")
+def narrower_head(weights):
+    return {name: weight[:, :-1].contiguous() if "score" in name else weight for name, weight in weights.items()}
 
 
-def test_lora_weights_that_are_not_in_the_file_are_never_random(folder, tokenizer):
-    edit_weights(folder, lambda weights: {n: w for n, w in weights.items() if "layers.0.self_attn.q_proj.lora_A" not in n})
-    with pytest.raises(RecipeError, match=r"missing \(.*q_proj\.lora_A"):
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (without("score"), "has no head"),
+        (narrower_head, "does not fit .*127"),
+        (without("layers.0.self_attn.q_proj.lora_A"), r"missing \(.*q_proj\.lora_A"),
+    ],
+    ids=["no-head", "narrower-head", "no-lora-weight"],
+)
+def test_incomplete_weights_are_refused_not_random(folder, tokenizer, change, message):
+    path = folder / "adapter_model.safetensors"
+    save_file(change(load_file(path)), path)
+    with pytest.raises(RecipeError, match=message):
         load_reward_adapter(load_base(), folder, "reward", tokenizer)
 
 
-def test_lora_weights_that_the_base_has_no_place_for(folder, tokenizer):
+def test_weights_without_a_place_in_the_base_are_refused(folder, tokenizer):
     edit_config(folder, target_modules=["q_proj"])
     with pytest.raises(RecipeError, match="has no place for"):
         load_reward_adapter(load_base(), folder, "reward", tokenizer)
@@ -620,7 +621,7 @@ def test_folders_without_an_adapter(folder, tokenizer, tmp_path):
 
 
 @pytest.mark.parametrize("weight", ["model.embed_tokens.weight", "model.layers.2.input_layernorm.weight"])
-def test_base_with_other_weights_is_refused_by_whatever_name(folder, tokenizer, weight):
+def test_base_with_other_weights_is_refused_under_the_same_name(folder, tokenizer, weight):
     other = load_base()
     other.get_parameter(weight).data.view(-1)[-1] += 0.5
     refused(
@@ -649,8 +650,8 @@ def test_base_that_an_adapter_was_merged_into_is_refused(folder, tokenizer):
     refused(folder, tokenizer, both, merged)
 
 
-def test_base_in_4_bits_is_told_from_a_merged_one_by_its_name(folder, tokenizer, trained, caplog):
-    """Its linear layers cannot be compared with those of another precision."""
+def test_4_bit_base_of_another_name_is_warned_of(folder, tokenizer, trained, caplog):
+    """Its linear layers cannot be compared."""
     load_reward_adapter(load_base(**IN_4_BITS), folder, "reward", tokenizer)
     load_reward_adapter(load_base(), trained["4bit"][0], "reward", tokenizer)
     assert not caplog.records
@@ -659,7 +660,7 @@ def test_base_in_4_bits_is_told_from_a_merged_one_by_its_name(folder, tokenizer,
     assert warning.startswith(f"{folder}: was trained on {BASE}, and the base in memory is runs/sft-merged")
 
 
-def test_records_without_a_digest_of_the_linear_layers_are_read(folder, tokenizer, batch, trained, caplog):
+def test_older_records_without_digest_of_linear_layers(folder, tokenizer, batch, trained, caplog):
     record = read_json(folder / REWARD)
     assert record["base_model"]["fingerprint"].pop("matrices")
     (folder / REWARD).write_text(json.dumps(record))
@@ -670,13 +671,13 @@ def test_records_without_a_digest_of_the_linear_layers_are_read(folder, tokenize
 
 
 def test_where_weights_cannot_be_compared_the_name_decides(folder, tokenizer):
-    """In fp16 there is nothing to compare: rounding differs from that of bf16."""
+    """fp16 is rounded differently than bf16, so nothing can be compared."""
     load_reward_adapter(load_base(dtype="float16"), folder, "reward", tokenizer)
     both = f"{folder}: was trained on {BASE}, and the base in memory is another-base: their weights cannot be compared"
     refused(folder, tokenizer, both, renamed("another-base", dtype="float16"))
 
 
-def test_base_that_was_moved_is_taken(folder, tokenizer, batch, trained, tmp_path):
+def test_moved_base_is_recognised(folder, tokenizer, batch, trained, tmp_path):
     shutil.copytree(BASE, tmp_path / "elsewhere")
     moved = AutoModelForCausalLM.from_pretrained(tmp_path / "elsewhere")
     close(load_reward_adapter(moved, folder, "reward", tokenizer).score(**batch), trained["fp32"][1])
@@ -689,7 +690,7 @@ def test_without_a_fingerprint_the_name_decides(folder, tokenizer, batch, traine
     refused(folder, tokenizer, f"was trained on somebody/other-model, and the base in memory is {BASE}")
 
 
-def test_fingerprint_is_that_of_the_base_however_it_is_loaded(trained):
+def test_fingerprint_does_not_depend_on_loading(trained):
     expected = fingerprint(load_base())
     assert expected["weights"]
     assert expected["matrices"]
@@ -731,7 +732,7 @@ def test_other_tokenizers_are_refused(folder, tokenizer):
     refused(folder, tokenizer, f"{folder}: no readable tokenizer")
 
 
-def test_a_name_that_is_taken(trained, tokenizer):
+def test_taken_adapter_names_are_refused(trained, tokenizer):
     with pytest.raises(RecipeError, match="has an adapter 'ref' already"):
         load_reward_adapter(policy(), trained["fp32"][0], "ref", tokenizer)
     model = load_base()
