@@ -102,7 +102,7 @@ def test_every_key_of_ours_is_read_somewhere():
     ours = [cls for module in modules for cls in vars(module).values() if getattr(cls, "__module__", None) == module.__name__]
     inherited = {field.name for field in dataclasses.fields(GRPOConfig)}
     fields = {field.name for cls in ours if dataclasses.is_dataclass(cls) for field in dataclasses.fields(cls)} - inherited
-    by_name = set(tokenizer._OF_TOKENIZERS)  # of whichever group has them
+    by_name = set(tokenizer._TOKENIZER_ARGUMENTS)  # read from any group
     assert not [name for name in fields - by_name if not readers(name)]
 
 
@@ -123,3 +123,11 @@ DOCUMENTS = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
 def test_links_in_the_documents_lead_somewhere(path):
     links = re.findall(r"\]\((?!https?:)([^)#]+)", path.read_text())
     assert not [link for link in links if not (path.parent / link).exists()]
+
+
+def test_the_map_of_the_library_is_complete():
+    text = (ROOT / "docs" / "contributing.md").read_text()
+    shown = set(re.findall(r"^\| `rlhf_recipes/(\w+)/?", text, re.MULTILINE))
+    packages = {path.parent.name for path in (ROOT / "rlhf_recipes").glob("*/__init__.py")}
+    assert packages <= shown
+    assert all((ROOT / "rlhf_recipes" / name).exists() or (ROOT / "rlhf_recipes" / f"{name}.py").exists() for name in shown)
