@@ -180,11 +180,11 @@ class Chat:
         others = [name for name in self.policies if name not in active]
         return f"You talk to {' and '.join(active)}." + (f" Others: {', '.join(others)}." if others else "")
 
-    def _check_policies(self, *names: str) -> None:
+    def _check_policies(self, *names: str, key: str = "") -> None:
         for name in names:
             if name not in self.policies:
                 known = f"{', '.join(self.policies)}{did_you_mean(name, self.policies)}"
-                raise RecipeError(f"{name!r} is none of the policies {known}")
+                raise RecipeError(f"{key}{name!r} is none of the policies {known}")
 
     def _check_turns(self, command: str) -> None:
         if not self.sides[0].turns:
@@ -268,12 +268,11 @@ class Chat:
     # --- Scores -----------------------------------------------------------------------------------------
 
     def _choose_reference(self) -> str:
-        name = self.arguments.kl_reference
-        if name is not None and name not in self.policies:
-            known = f"{', '.join(self.policies)}{did_you_mean(name, self.policies)}"
-            raise RecipeError(f"kl_reference: {name!r} is none of the policies {known}")
-        if name or "sft" in self.policies:
-            return name or "sft"
+        name = self.arguments.kl_reference or "sft"
+        if self.arguments.kl_reference:
+            self._check_policies(name, key="kl_reference: ")
+        if name in self.policies:
+            return name
         self.bank.add(BASE, None, "kl_reference")
         return BASE
 

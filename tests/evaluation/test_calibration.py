@@ -132,28 +132,28 @@ def predictions(generator, groups, gap):
 
 
 def test_calibration_difference_by_hand():
-    """Gaps that every prompt has alike: of -.2 in one bin, and of .5 in another."""
-    found = calibration_difference([0.7] * 20, [0.5] * 20, [0.5] * 20, [1.0] * 20)
-    assert found["ece"] == {"mean": pytest.approx(0.2 - 0.5), "interval": pytest.approx([-0.3, -0.3]), "n": 20}
-    assert found["brier"]["mean"] == pytest.approx((0.5 * 0.3**2 + 0.5 * 0.7**2) - 0.5**2)
+    """All prompts have the same gaps: -.2 in one bin, .5 in another."""
+    difference = calibration_difference([0.7] * 20, [0.5] * 20, [0.5] * 20, [1.0] * 20)
+    assert difference["ece"] == {"mean": pytest.approx(0.2 - 0.5), "interval": pytest.approx([-0.3, -0.3]), "n": 20}
+    assert difference["brier"]["mean"] == pytest.approx((0.5 * 0.3**2 + 0.5 * 0.7**2) - 0.5**2)
 
 
 def test_calibration_difference_is_near_the_plain_difference():
     generator = np.random.default_rng(0)
     groups, others = np.repeat(np.arange(400), 3), np.arange(400)
     one, other = predictions(generator, groups, 0.4), predictions(generator, others, 0.1)
-    found = calibration_difference(*one, *other, groups=groups.tolist(), other_groups=others.tolist())
+    difference = calibration_difference(*one, *other, groups=groups.tolist(), other_groups=others.tolist())
     plain = [calibration(*one), calibration(*other)]
-    assert found["brier"]["mean"] == pytest.approx(plain[0]["brier"] - plain[1]["brier"])
-    assert found["ece"]["mean"] == pytest.approx(plain[0]["ece"] - plain[1]["ece"], abs=0.05)
+    assert difference["brier"]["mean"] == pytest.approx(plain[0]["brier"] - plain[1]["brier"])
+    assert difference["ece"]["mean"] == pytest.approx(plain[0]["ece"] - plain[1]["ece"], abs=0.05)
     for name in ("ece", "brier"):
-        low, high = found[name]["interval"]
-        assert 0 < low < found[name]["mean"] < high
-        assert found[name]["n"] == 400
+        low, high = difference[name]["interval"]
+        assert 0 < low < difference[name]["mean"] < high
+        assert difference[name]["n"] == 400
     # the same answers five times over say nothing new
     repeated = [np.repeat(column, 5) for column in (*one, *other)]
     again = calibration_difference(*repeated, groups=np.repeat(groups, 5).tolist(), other_groups=np.repeat(others, 5).tolist())
-    assert again["ece"]["interval"] == pytest.approx(found["ece"]["interval"])
+    assert again["ece"]["interval"] == pytest.approx(difference["ece"]["interval"])
     assert calibration_difference(*one, *one, groups=groups.tolist(), other_groups=groups.tolist())["ece"] == {
         "mean": 0,
         "interval": None,

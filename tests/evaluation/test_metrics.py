@@ -83,8 +83,8 @@ def test_best_of_n_by_another_reward_shares_ties():
 
 def test_best_of_n_is_unbiased():
     generator = np.random.default_rng(0)
-    drawn = generator.random((20_000, 6))
-    assert best_of_n(drawn, 4).mean() == pytest.approx(4 / 5, abs=0.005)  # the largest of n uniform numbers: n / (n + 1)
+    samples = generator.random((20_000, 6))
+    assert best_of_n(samples, 4).mean() == pytest.approx(4 / 5, abs=0.005)  # the largest of n uniform numbers: n / (n + 1)
 
 
 def test_best_of_n_kl_equals_the_integral():
@@ -97,8 +97,8 @@ def test_best_of_n_kl_equals_the_integral():
 
 def test_divergence_estimates_exact_kl_and_entropy():
     p, q = np.array([0.7, 0.2, 0.1]), np.array([0.2, 0.5, 0.3])
-    drawn = np.random.default_rng(0).choice(3, size=50_000, p=p)
-    result = divergence(np.log(p)[drawn], np.log(q)[drawn])
+    samples = np.random.default_rng(0).choice(3, size=50_000, p=p)
+    result = divergence(np.log(p)[samples], np.log(q)[samples])
     for name, exact in (("kl", float(p @ np.log(p / q))), ("entropy", float(-p @ np.log(p)))):
         assert result[name] == pytest.approx(exact, abs=0.02)
         low, high = result[f"{name}_interval"]
@@ -170,7 +170,7 @@ def test_diversity_within_and_across_prompts():
     texts = ["red", "red", "blue", "blue"]
     result = Diversity().compute(predictions=texts, groups=[0, 0, 1, 1])
     assert result["self_bleu_within"] == 1  # each prompt has one answer only
-    assert result["self_bleu"] == 0  # and each another one
+    assert result["self_bleu"] == 0  # they differ between prompts
     assert Diversity().compute(predictions=texts)["self_bleu_within"] is None
 
 

@@ -97,10 +97,10 @@ def _frontiers(results: EvaluationResults) -> list[Markup]:
         runs = {
             names[folder]: points([(point, str(point.step)) for point in run], reward) for folder, run in frontier.runs.items()
         }
-        drawn = runs, points(best_of, reward), points(policies, reward)
-        if any(runs.values()) or any(drawn[1:]):
+        parts = runs, points(best_of, reward), points(policies, reward)
+        if any(runs.values()) or any(parts[1:]):
             title = f"{reward} ({'trained against' if about.trained else 'held out'})"
-            pictures.append(_picture(plots.frontier(*drawn, title)))
+            pictures.append(_picture(plots.frontier(*parts, title)))
     return pictures
 
 
@@ -119,7 +119,7 @@ def _diagrams(results: EvaluationResults) -> list[Markup]:
     trained = [name for name, policy in results.others.items() if policy.adapter]
     titles = {results.compare_with: f"before: {results.compare_with}"} | {name: f"after: {name}" for name in trained[-1:]}
     measured = {title: results.policies[name].calibration_of_all for name, title in titles.items()}
-    return [_picture(plots.reliability_diagram(found.bins, title)) for title, found in measured.items() if found]
+    return [_picture(plots.reliability_diagram(one.bins, title)) for title, one in measured.items() if one]
 
 
 def _reward_lines(results: EvaluationResults) -> list[str]:

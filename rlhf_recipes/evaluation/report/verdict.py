@@ -74,7 +74,7 @@ def _rewards(name: str, results: EvaluationResults) -> str | None:
 def _over_optimised(name: str, results: EvaluationResults) -> str | None:
     """Warn if a trained reward rises while a held-out one falls (Gao et al., 2023)."""
     compared = {reward: score.difference for reward, score in results.policies[name].rewards.items() if score}
-    clear = {reward: found.mean for reward, found in compared.items() if found and not is_insignificant(found)}
+    clear = {reward: change.mean for reward, change in compared.items() if change and not is_insignificant(change)}
     trained = [reward for reward in clear if clear[reward] > 0 and _made_for(name, reward, results)]
     held_out = [reward for reward in clear if not results.rewards[reward].trained and clear[reward] < 0]
     if not (trained and held_out):
@@ -129,7 +129,7 @@ def _insignificant(results: EvaluationResults) -> str:
         name: [label for label, difference in differences(policy) if is_insignificant(difference)]
         for name, policy in results.others.items()
     }
-    listed = "; ".join(f"{name}: {', '.join(found)}" for name, found in labels.items() if found)
+    listed = "; ".join(f"{name}: {', '.join(listed)}" for name, listed in labels.items() if listed)
     covered = "Looked at: scores, shares of answers, calibration and length; perplexity and diversity have no interval."
     if not listed:
         return f"No difference from {results.compare_with} that was measured lies inside the noise. {covered}"
