@@ -1,10 +1,10 @@
-"""Evaluation: any number of policies on held-out prompts, on one base, adapter by adapter, and a report for people.
+"""Evaluation: any number of policies on held-out prompts, as adapters on one base, and a report.
 
     accelerate launch recipes/evaluate.py                     # configs/tiny/evaluate.yaml: the tiny world, on a CPU
     accelerate launch recipes/evaluate.py --config my.yaml --num_answers 4
 
-Writes `metrics.json` and `index.html`, one file that needs nothing else: a verdict in words, a table of the policies, learning
-curves, reward against KL, reliability diagrams, and answers side by side. One process does it all.
+Writes `metrics.json`, and `index.html`, which needs no other file: a verdict in words, a table of the policies, learning
+curves, reward against KL, reliability diagrams, and answers side by side. Runs in one process.
 """
 
 from pathlib import Path
@@ -47,7 +47,7 @@ def main() -> None:
     measurement = Measurement(bank, rows, rewards, evaluate_args)
     check_choosers(policies, measurement)
 
-    # Answers of every policy, each with a seed of its own, and what is measured on them
+    # Answers of every policy, each with a seed of its own, and their metrics
     samples = {}
     for number, (name, policy) in enumerate(policies.items()):
         samples[name] = sample_policy(measurement, policy, evaluate_args.seed + number)

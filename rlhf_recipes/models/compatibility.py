@@ -24,8 +24,8 @@ def check_vocabulary(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase)
     rows = model.get_input_embeddings().num_embeddings  # under ZeRO-3 the weight itself may be empty
     if len(tokenizer) > rows:
         raise RecipeError(
-            f"the tokenizer in {tokenizer.name_or_path} has {len(tokenizer)} tokens, and {model.name_or_path} has embeddings "
-            f"for {rows}. Fix: name a model and a tokenizer that belong together"
+            f"the vocabulary of the tokenizer in {tokenizer.name_or_path} has {len(tokenizer)} tokens, and "
+            f"{model.name_or_path} has embeddings for {rows}. Fix: name a model and a tokenizer that belong together"
         )
 
 
