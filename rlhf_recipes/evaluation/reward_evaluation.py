@@ -3,7 +3,7 @@
 import itertools
 from collections.abc import Hashable, Iterator, Sequence
 from pathlib import Path
-from typing import Any, Literal, Protocol
+from typing import Any, Protocol
 
 from rlhf_recipes.core.files import REWARD_EVALUATION, write_json, write_text
 from rlhf_recipes.evaluation.metrics.accuracy import pair_accuracy, preferred, ranking_tau
@@ -100,8 +100,6 @@ def evaluate_reward(
     *,
     groups: Sequence[Hashable] | None = None,
     margins: Sequence[float] | None = None,
-    bins: int = 10,
-    binning: Literal["width", "mass"] = "width",
     seed: int = 0,
 ) -> dict[str, Any]:
     """Measure scores against held-out rankings. A pair is a ranking of two.
@@ -116,8 +114,6 @@ def evaluate_reward(
         groups: Prompt of each ranking. None: each has a prompt to itself.
         margins: For pairs only: how much better people found the chosen answer. Without them, differences of rank are taken
             if they vary.
-        bins: Of the calibration.
-        binning: Of the calibration.
         seed: Of all resampling.
 
     Returns:
@@ -145,7 +141,7 @@ def evaluate_reward(
         ),
         "length_accuracy": float(preferred(np.asarray(long), np.asarray(short)).mean()),
         "tau": ranking_tau(scores, ranks, groups=prompts, seed=seed),
-        "calibration": preference_calibration(chosen, rejected, bins=bins, binning=binning, **options),
+        "calibration": preference_calibration(chosen, rejected, **options),
         "score_length": score_length(
             np.concatenate(scores), np.concatenate(lengths), groups=np.repeat(prompts, [len(row) for row in scores]).tolist()
         ),

@@ -28,9 +28,9 @@ class Labeler(Protocol):
     """Who ranks groups."""
 
     def rank(self, groups: Sequence[Group]) -> Rows:
-        """Return rows of `prompt`, `completions`, `ranks` (the lowest is the best), `labeller` and `id`.
+        """Return rows of `prompt`, `completions`, `ranks`, `labeller` and `id`.
 
-        Groups in which nothing is preferred have no row.
+        The lowest rank is the best. Groups in which nothing is preferred have no row.
         """
 
 
@@ -71,7 +71,7 @@ class HumanLabeler:
     path: Path
 
     def rank(self, groups: Sequence[Group]) -> Rows:
-        """Return people's rankings of these groups. From now on the page offers only these.
+        """Return people's rankings of these groups. The page now offers only these.
 
         Raises:
             RecipeError: while a group is neither ranked nor skipped by everyone who labels these groups.
@@ -96,7 +96,7 @@ class HumanLabeler:
 
 @dataclass(frozen=True)
 class JudgeLabeler:
-    """A chat model that compares every two completions of a group, in both orders. More wins rank higher."""
+    """A chat model that compares all pairs in both orders. More wins rank higher."""
 
     judge: ChatJudge
 
@@ -117,7 +117,7 @@ class JudgeLabeler:
 
 @dataclass(frozen=True)
 class SimulatedLabeler:
-    """A labeller who prefers completions by a reward with noise, as in the Bradley-Terry model.
+    """A labeller who prefers by a noisy reward, as in the Bradley-Terry model.
 
     Equal rewards tie. Of two others the higher one is preferred with probability sigmoid(difference / noise): each reward in a
     group gets one draw of Gumbel noise, seeded by the id of the group.

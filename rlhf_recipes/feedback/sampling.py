@@ -1,4 +1,4 @@
-"""Sample groups: several different completions of each prompt, from one policy or several."""
+"""Sample several different completions of each prompt, from one or more policies."""
 
 import json
 import os
@@ -32,7 +32,7 @@ def reject_best_of(policies: dict[str, Policy]) -> None:
 def sample_groups(
     bank: PolicyBank, policies: Sequence[str], rows: Dataset, arguments: SampleArguments, done: int = 0
 ) -> Iterator[list[dict[str, Any]]]:
-    """Sample groups of `prompt`, `completions`, `sources` and the data's other columns, part by part.
+    """Sample groups part by part: `prompt`, `completions`, `sources`, other columns.
 
     A completion that a prompt already has is sampled again, in at most `max_attempts` attempts. Policies take turns in writing
     one more if `num_completions` is not a multiple of their number. Each part has its own seed, so that an interrupted run
@@ -63,7 +63,7 @@ def part_size(arguments: SampleArguments) -> int:
 def _sample_part(
     bank: PolicyBank, policies: Sequence[str], prompts: Sequence[Any], arguments: SampleArguments, first: int
 ) -> list[dict[str, tuple[str, str]]]:
-    """Return for each prompt its different completions: stripped text -> (text, policy)."""
+    """Return each prompt's different completions: stripped text -> (text, policy)."""
     completions: list[dict[str, tuple[str, str]]] = [{} for _ in prompts]
     for attempt in range(arguments.max_attempts):
         for turn, policy in enumerate(policies):
@@ -108,7 +108,7 @@ def delete_samples(folder: Path) -> None:
 
 
 class GroupFile:
-    """`groups.jsonl` in a folder, written part by part. An interrupted run resumes after its last complete part.
+    """`groups.jsonl` in a folder. An interrupted run resumes after the last part.
 
     Parameters:
         folder: created if it does not exist.
@@ -135,7 +135,7 @@ class GroupFile:
             file.truncate(self._state["bytes"])  # drop an incomplete part
 
     def _check_state(self, inputs: dict[str, Any]) -> None:
-        """Reject samples of other arguments or changed files, and a file that has lost samples."""
+        """Reject samples of other arguments or changed files, and lost samples."""
         fix = "Fix: name another folder, or delete this one"
         try:
             before, size = self._state["arguments"] | self._state["files"], self._state["bytes"]
@@ -161,7 +161,7 @@ class GroupFile:
         return self._state["groups"]
 
     def append(self, part: Sequence[dict[str, Any]]) -> None:
-        """Append the groups of a part that have at least two completions. They are on the disk when this returns."""
+        """Append groups with at least two completions, durably when this returns."""
         groups = [group for group in part if len(group["completions"]) > 1]
         lines = "".join(json.dumps(group, ensure_ascii=False) + "\n" for group in groups).encode()
         with self.path.open("ab") as file:

@@ -1,4 +1,4 @@
-"""People rank, compare and correct sampled completions on a web page; their labels become datasets.
+"""People label sampled completions on a web page; labels become datasets.
 
 `store` keeps labels in SQLite (`database`), `assignment` says which group a labeller gets, `files` exports and restores labels,
 `agreement` compares labellers; `app`, `guard`, `task_view` and `server` are the page. Only these need the extra `label`.

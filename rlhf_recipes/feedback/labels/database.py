@@ -1,4 +1,4 @@
-"""The SQLite file of labels: durable transactions, the schema, and errors with a remedy."""
+"""The SQLite file of labels: durable transactions, the schema, clear errors."""
 
 import contextlib
 import secrets

@@ -26,7 +26,7 @@ _LABELS = f"{_LABEL} WHERE l.withdrawn IS NULL ORDER BY l.number"
 
 
 class Store:
-    """Groups and labels in one SQLite file. Threads may share a store; several processes may open one file.
+    """Groups and labels in one SQLite file, for several threads and processes.
 
     Args:
         path: the file.
@@ -64,7 +64,7 @@ class Store:
 
     @property
     def seed(self) -> str:
-        """Random text of this file; it seeds the orders in which labellers see completions."""
+        """Random text of this file, which seeds the order of completions."""
         return self._database.one("SELECT seed FROM settings")[0]
 
     @property
@@ -75,7 +75,9 @@ class Store:
     # --- Groups -------------------------------------------------------------------------------------------------------
 
     def add(self, groups: Iterable[Group], exclusive: bool = False) -> int:
-        """Add groups to be labelled, all or none. Groups already stored stay; those with nothing to compare are left out.
+        """Add groups to be labelled, all or none; without those not comparable.
+
+        Groups already stored stay as they are.
 
         Args:
             groups: to give to labellers from now on.
@@ -111,7 +113,7 @@ class Store:
     # --- Tasks --------------------------------------------------------------------------------------------------------
 
     def claim(self, name: str) -> Group | None:
-        """Return the group to label now, the same one until it is labelled; None at the end.
+        """Return the group to label, the same until it is labelled; None at the end.
 
         For an hour no other labeller gets it, unless every labeller does.
         """
@@ -131,7 +133,7 @@ class Store:
     # --- Labels -------------------------------------------------------------------------------------------------------
 
     def contents(self) -> list[tuple[Group, list[Label]]]:
-        """Return every group with its labels that were not undone, as of one moment and in the order of storing."""
+        """Return every group with its labels, as of one moment and without undone ones."""
         with self._database.transaction("DEFERRED"):
             groups = self._database.execute("SELECT content FROM groups ORDER BY number")
             rows = self._database.execute(_LABELS)
@@ -168,7 +170,7 @@ class Store:
         )[0]
 
     def undo(self, name: str, number: int | None = None) -> Label | None:
-        """Withdraw a label, give its group to the labeller again, and return the label; None if there is none.
+        """Withdraw and return a label, and claim its group again; None without a label.
 
         Args:
             name: of the labeller.
