@@ -1,11 +1,11 @@
-"""What `recipes/plan.py` predicts beside what a run takes, for models with random weights.
+"""Compare the plan of `recipes/plan.py` with the measured peak, for models with random weights.
 
     python benchmarks/plan_vs_measured.py                # on a GPU 1B, 8B and 14B in 4 bits, else small models
     python benchmarks/plan_vs_measured.py --sizes 8B --stages ppo
 
-Runs the stages themselves, each in a process of its own: one or two steps of SFT, reward model, PPO and DPO on rows that are
-as long as they may be, with the arguments of a consumer card. On a GPU the peak is `torch.cuda.max_memory_allocated`. On a CPU
-it is the memory of all tensors when training begins, and the most that PyTorch's profiler sees allocated on top.
+Each stage runs in its own process: two steps of SFT, reward model, PPO or DPO on rows of maximal length, with the arguments of
+a consumer card. On a GPU the peak is `torch.cuda.max_memory_allocated`. On a CPU it is the memory of all tensors before
+training, and the most that PyTorch's profiler sees allocated on top.
 """
 
 import argparse
@@ -22,8 +22,8 @@ from typing import Any
 
 from rlhf_recipes.memory import Plan, plan_stage
 from rlhf_recipes.memory.plan import GIB
-from rlhf_recipes.pipeline.estimates import arguments_in
-from rlhf_recipes.training import run as runs
+from rlhf_recipes.pipeline.estimates import plannable_stages
+from rlhf_recipes.training.mixin import TrainerMixin
 
 import torch
 import yaml
@@ -33,7 +33,7 @@ from transformers import AutoModelForCausalLM, LlamaConfig, PretrainedConfig, Pr
 
 ROOT = Path(__file__).parent.parent
 STAGES = ("sft", "reward", "dpo", "ppo")
-NEEDED = {"dpo": {"sft"}, "ppo": {"sft", "reward"}}  # the stages that a stage reads
+INPUTS = {"dpo": {"sft"}, "ppo": {"sft", "reward"}}  # the stages that a stage reads
 TEMPLATE = (
     "{% for message in messages %}{{ message['content'] + ' ' }}"
     "{% if message['role'] == 'assistant' %}{{ eos_token }}{% endif %}{% endfor %}"
@@ -67,7 +67,7 @@ GPU_SIZES = {
         **QWEN,
     ),
 }
-"""As published for Llama-3.2-1B, Qwen3-8B-Base and Qwen3-14B-Base."""
+"""The published shapes of Llama-3.2-1B, Qwen3-8B-Base and Qwen3-14B-Base."""
 
 CPU_SIZES = {
     "28M": LlamaConfig(
@@ -97,11 +97,11 @@ CPU_SIZES = {
     ),
 }
 
-# --- What is run -----------------------------------------------------------------------------------------
+# --- The runs --------------------------------------------------------------------------------------------
 
 
 def variants(gpu: bool) -> dict[str, dict[str, Any]]:
-    """Ways to train, by name."""
+    """Return ways to train, by name."""
     lora = {"use_peft": True, "lora_r": 16, "lora_target_modules": "all-linear", "lora_dropout": 0.0}
     if gpu:
         shared = {"dtype": "bfloat16", "load_in_4bit": True, "use_bnb_nested_quant": True, "bf16": True, **lora}
@@ -120,7 +120,7 @@ def variants(gpu: bool) -> dict[str, dict[str, Any]]:
 
 
 def arguments(stage: str, folder: Path, variant: dict[str, Any], gpu: bool) -> dict[str, Any]:
-    """The YAML of a stage: rows of 512 tokens, and on a CPU of 128."""
+    """Return the arguments of a stage, with rows of 512 tokens on a GPU and 128 on a CPU."""
     length, rows = (512, 2) if gpu else (128, 4)
     shared = {
         "model_name_or_path": str(folder / "model"),
@@ -148,7 +148,7 @@ def arguments(stage: str, folder: Path, variant: dict[str, Any], gpu: bool) -> d
 
 
 def write_inputs(folder: Path, config: PretrainedConfig, gpu: bool) -> None:
-    """A model with random weights, its tokenizer, and rows of random words, one word a token, a few of them shorter."""
+    """Write a model with random weights, its tokenizer, and rows of random words, half of them one token shorter."""
     torch.manual_seed(0)
     config.pad_token_id, config.eos_token_id, config.bos_token_id = 0, 1, None
     dtype = torch.bfloat16 if gpu else torch.float32
@@ -170,7 +170,7 @@ def write_inputs(folder: Path, config: PretrainedConfig, gpu: bool) -> None:
     half = length // 2
     with (folder / "pairs.jsonl").open("w") as pairs, (folder / "prompts.jsonl").open("w") as prompts:
         for row in range(64):
-            shorter = row % 2  # so that there is padding
+            shorter = row % 2  # or there would be no padding
             pair = {"prompt": text(half - shorter), "chosen": text(half - 1), "rejected": text(half - 1)}
             print(json.dumps(pair), file=pairs)
             print(json.dumps({"prompt": text(half - shorter)}), file=prompts)
@@ -180,21 +180,21 @@ def write_inputs(folder: Path, config: PretrainedConfig, gpu: bool) -> None:
 
 
 def measure(recipe: str, config: str) -> int:
-    """Runs a recipe in this process; the peak of its training, in bytes."""
+    """Run a recipe in this process, and return the peak of its training in bytes."""
     peaks = []
-    train = runs.train
+    train = TrainerMixin.train
 
-    def measured(trainer: Any, checkpoint: str | None) -> None:
-        peaks.append(peak_of(lambda: train(trainer, checkpoint)))
+    def measured(trainer: TrainerMixin, resume_from_checkpoint: str | None = None) -> None:
+        peaks.append(peak_of(lambda: train(trainer, resume_from_checkpoint)))
 
-    runs.train = measured
+    TrainerMixin.train = measured
     sys.argv = [f"{recipe}.py", "--config", config]
     runpy.run_path(str(ROOT / "recipes" / f"{recipe}.py"), run_name="__main__")
     return max(peaks)
 
 
 def peak_of(function: Callable[[], None]) -> int:
-    """The most memory that tensors have while it runs, bytes."""
+    """Return the bytes of tensors at the peak of a function."""
     gc.collect()
     if torch.cuda.is_available():
         torch.cuda.reset_peak_memory_stats()
@@ -212,22 +212,22 @@ def peak_of(function: Callable[[], None]) -> int:
 
 
 def allocated_now() -> int:
-    """Bytes of all tensors that there are."""
-    tensors = [found for found in gc.get_objects() if isinstance(found, torch.Tensor) and not found.is_meta]
+    """Return the bytes of all tensors of this process."""
+    tensors = [item for item in gc.get_objects() if isinstance(item, torch.Tensor) and not item.is_meta]
     storages = {tensor.untyped_storage().data_ptr(): tensor.untyped_storage().nbytes() for tensor in tensors}
     return sum(storages.values())
 
 
 def compare(config: PretrainedConfig, variant: dict[str, Any], stages: list[str], gpu: bool) -> Iterator[tuple[str, Plan, int]]:
-    """Each stage with its plan and its measured peak, bytes."""
+    """Yield each stage with its plan and its measured peak in bytes."""
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         write_inputs(folder, config, gpu)
-        run = {*stages}.union(*(NEEDED.get(stage, ()) for stage in stages))
-        for stage in filter(run.__contains__, STAGES):
+        needed = {*stages}.union(*(INPUTS.get(stage, ()) for stage in stages))
+        for stage in filter(needed.__contains__, STAGES):
             path = folder / f"{stage}.yaml"
             path.write_text(yaml.safe_dump(arguments(stage, folder, variant, gpu)))
-            plan = plan_stage(*arguments_in(path, ROOT / "recipes", triton=gpu))
+            plan = plan_stage(*plannable_stages(path, ROOT / "recipes", on_gpu=gpu))
             command = [sys.executable, __file__, "--measure", stage, str(path)]
             result = subprocess.run(command, capture_output=True, text=True)
             if result.returncode:
@@ -237,7 +237,7 @@ def compare(config: PretrainedConfig, variant: dict[str, Any], stages: list[str]
 
 
 def main() -> None:
-    """Prints the table."""
+    """Print the table."""
     gpu = torch.cuda.is_available()
     known = GPU_SIZES if gpu else CPU_SIZES
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)

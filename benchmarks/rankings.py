@@ -1,10 +1,10 @@
-"""What a ranking costs as one element of the batch, and expanded to pairs as TRL's `RewardTrainer` needs it.
+"""The cost of a ranking as one element of a batch, against its pairs as TRL's `RewardTrainer` needs them.
 
     OMP_NUM_THREADS=1 python benchmarks/rankings.py
 
-A random Llama is trained on the same random rankings in both ways: forward, backward and optimiser step. Both are timed in one
-process in turns, in seconds of CPU, and the medians compared. Each one's memory is measured in a process of its own, by Linux:
-the peak during three steps, less what the process held before them.
+A random Llama is trained on the same random rankings in both forms: forward, backward, optimizer step. Both forms take turns in
+one process, and the table compares medians of CPU seconds. The memory of each form is measured in a new process, by Linux: the
+peak during three steps, minus the memory before them.
 """
 
 import argparse
@@ -33,14 +33,14 @@ MIB = 2**20
 
 
 def rankings(k: int, rows: int, length: int) -> Dataset:
-    """Random rankings, tokenised, without ties."""
+    """Return random tokenised rankings without ties."""
     rng = random.Random(0)
     ids = [[[rng.randrange(3, VOCABULARY) for _ in range(length)] for _ in range(k)] for _ in range(rows)]
     return Dataset.from_dict({"ranked_ids": ids, "ranks": [rng.sample(range(k), k) for _ in range(rows)]})
 
 
-def expanded(dataset: Dataset) -> Dataset:
-    """The same rankings as all their pairs."""
+def expand_to_pairs(dataset: Dataset) -> Dataset:
+    """Return all pairs of the same rankings."""
     table = {"chosen_ids": [], "rejected_ids": []}
     for row in dataset:
         best_first = [ids for _, ids in sorted(zip(row["ranks"], row["ranked_ids"], strict=True))]
@@ -50,8 +50,8 @@ def expanded(dataset: Dataset) -> Dataset:
     return Dataset.from_dict(table)
 
 
-def make_trainer(way: str, k: int, options: argparse.Namespace) -> RewardTrainer:
-    """A trainer whose step is on `options.rankings` rankings; `way` is "rankings" or "pairs"."""
+def make_trainer(form: str, k: int, options: argparse.Namespace) -> RewardTrainer:
+    """Return a trainer for steps on `options.rankings` rankings; `form` is "rankings" or "pairs"."""
     torch.manual_seed(0)
     config = LlamaConfig(
         vocab_size=VOCABULARY,
@@ -62,7 +62,7 @@ def make_trainer(way: str, k: int, options: argparse.Namespace) -> RewardTrainer
         num_labels=1,
         pad_token_id=0,
     )
-    rows = 1 if way == "rankings" else k * (k - 1) // 2
+    rows = 1 if form == "rankings" else k * (k - 1) // 2
     training = RewardConfig(
         tempfile.mkdtemp(),
         per_device_train_batch_size=options.rankings * rows,
@@ -73,7 +73,7 @@ def make_trainer(way: str, k: int, options: argparse.Namespace) -> RewardTrainer
     )
     tokenizer = load_tokenizer(ModelConfig(model_name_or_path=TOKENIZER), training)
     data = rankings(k, options.rankings, options.length)
-    trainer_class, data = (RankingTrainer, data) if way == "rankings" else (RewardTrainer, expanded(data))
+    trainer_class, data = (RankingTrainer, data) if form == "rankings" else (RewardTrainer, expand_to_pairs(data))
     trainer = trainer_class(
         LlamaForSequenceClassification(config), args=training, train_dataset=data, processing_class=tokenizer
     )
@@ -84,7 +84,7 @@ def make_trainer(way: str, k: int, options: argparse.Namespace) -> RewardTrainer
 
 
 def step(trainer: RewardTrainer) -> tuple[float, float]:
-    """Seconds of CPU that one optimiser step takes, and its loss."""
+    """Run one optimizer step and return its CPU seconds and its loss."""
     start = time.process_time()
     loss = trainer.compute_loss(trainer.model, dict(trainer.batch))
     loss.backward()
@@ -94,34 +94,34 @@ def step(trainer: RewardTrainer) -> tuple[float, float]:
 
 
 def print_memory(trainer: RewardTrainer) -> None:
-    """Prints by how many bytes the process grows at most during three steps."""
+    """Print the peak growth of this process during three steps, in bytes."""
     before = resident_bytes("VmRSS")
-    Path("/proc/self/clear_refs").write_text("5")  # forgets the peak so far
+    Path("/proc/self/clear_refs").write_text("5")  # resets the peak
     for _ in range(3):
         step(trainer)
     print(resident_bytes("VmHWM") - before)
 
 
 def resident_bytes(name: str) -> int:
-    """Memory of this process: now ("VmRSS"), or at its peak ("VmHWM")."""
+    """Return the memory of this process in bytes: current ("VmRSS") or peak ("VmHWM")."""
     lines = Path("/proc/self/status").read_text().splitlines()
     return next(int(line.split()[1]) * 1024 for line in lines if line.startswith(name))
 
 
-def measure_memory(way: str, k: int, options: argparse.Namespace) -> int:
-    """What `print_memory` says in a process of its own."""
+def measure_memory(form: str, k: int, options: argparse.Namespace) -> int:
+    """Return what `print_memory` prints in a new process."""
     command = [sys.executable, __file__, "--rankings", str(options.rankings), "--length", str(options.length)]
-    run = subprocess.run([*command, "--alone", way, str(k)], check=True, stdout=subprocess.PIPE, text=True)
+    run = subprocess.run([*command, "--alone", form, str(k)], check=True, stdout=subprocess.PIPE, text=True)
     return int(run.stdout.splitlines()[-1])
 
 
 def main() -> None:
-    """Measures and prints the table."""
+    """Measure, and print the table."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--rankings", type=int, default=1, help="rankings in a batch")
-    parser.add_argument("--length", type=int, default=96, help="tokens of a prompt with a completion")
-    parser.add_argument("--rounds", type=int, default=7, help="steps of each way, of which the median is taken")
-    parser.add_argument("--k", type=int, nargs="+", default=[4, 9], help="completions of a ranking")
+    parser.add_argument("--length", type=int, default=96, help="tokens of a prompt and a completion")
+    parser.add_argument("--rounds", type=int, default=7, help="steps of each form; the table has their median")
+    parser.add_argument("--k", type=int, nargs="+", default=[4, 9], help="completions in a ranking")
     parser.add_argument("--alone", nargs=2, help=argparse.SUPPRESS)
     options = parser.parse_args()
     disable_progress_bars()
@@ -133,18 +133,18 @@ def main() -> None:
     print("| K | way | sequences a ranking | CPU s a ranking | times faster | MiB of a step | first loss |")
     print("|---|---|---|---|---|---|---|")
     for k in options.k:
-        trainers = {way: make_trainer(way, k, options) for way in ("pairs", "rankings")}
-        losses = {way: step(trainer)[1] for way, trainer in trainers.items()}
-        seconds = {way: [] for way in trainers}
+        trainers = {form: make_trainer(form, k, options) for form in ("pairs", "rankings")}
+        losses = {form: step(trainer)[1] for form, trainer in trainers.items()}
+        seconds = {form: [] for form in trainers}
         for _ in range(options.rounds):
-            for way, trainer in trainers.items():
-                seconds[way].append(step(trainer)[0] / options.rankings)
-        medians = {way: statistics.median(times) for way, times in seconds.items()}
-        for way, sequences in (("pairs", k * (k - 1)), ("rankings", k)):
-            memory = measure_memory(way, k, options) / MIB
+            for form, trainer in trainers.items():
+                seconds[form].append(step(trainer)[0] / options.rankings)
+        medians = {form: statistics.median(times) for form, times in seconds.items()}
+        for form, sequences in (("pairs", k * (k - 1)), ("rankings", k)):
+            memory = measure_memory(form, k, options) / MIB
             print(
-                f"| {k} | {way} | {sequences} | {medians[way]:.3f} | {medians['pairs'] / medians[way]:.1f} "
-                f"| {memory:.0f} | {losses[way]:.6f} |"
+                f"| {k} | {form} | {sequences} | {medians[form]:.3f} | {medians['pairs'] / medians[form]:.1f} "
+                f"| {memory:.0f} | {losses[form]:.6f} |"
             )
 
 

@@ -1,13 +1,13 @@
-"""All of RLHF on a real model and real data: SFT, reward models, PPO, DPO, evaluation, over several seeds.
+"""All stages on a real model and real data over several seeds: SFT, reward models, PPO, DPO, evaluation.
 
     OMP_NUM_THREADS=1 python benchmarks/real_pipeline.py --shared ../shared --seeds 0 1 2
 
-Writes a pipeline for `stories3M` (3M parameters, which have read children's stories only) and runs it by `recipes/pipeline.py`.
-SFT is on `instructions.1100` and on chosen answers of HH-RLHF; reward models learn from `preferences.1100`, where the polite of
-two answers is preferred; PPO is trained against the one, DPO on the same pairs. Win rates are by another reward model, trained
-on other pairs, which no policy is trained against. The prompts of the evaluation are in none of it.
+Writes a pipeline for `stories3M` (3M parameters, pretrained on children's stories) and runs it with `recipes/pipeline.py`. SFT
+uses `instructions.1100` and the chosen answers of HH-RLHF. Reward models learn from `preferences.1100`, where the polite one of
+two answers is preferred. PPO is trained against one reward model, DPO on the same pairs. Win rates come from another reward
+model, which is trained on other pairs and never trained against. The prompts of the evaluation are held out from all stages.
 
-The model has no idea of the world: what it can learn here is a manner, not an answer.
+The model knows nothing about the world: it can learn a manner here, not answers.
 """
 
 import argparse
@@ -21,7 +21,7 @@ import yaml
 ROOT = Path(__file__).parent.parent
 COMMON = {"dtype": "float32", "bad_rows": "drop"}
 TRAINED = COMMON | {
-    "eos_token": "<s>",  # ends a story; </s> was never trained
+    "eos_token": "<s>",  # ends a story; the model has never seen </s>
     "use_peft": True,
     "lora_r": 16,
     "lora_alpha": 32,
@@ -35,12 +35,12 @@ TRAINED = COMMON | {
     "save_strategy": "no",
     "report_to": "none",
 }
-# Rows of instructions.1100 and of preferences.1100, which have the same prompts in the same order
+# Rows of instructions.1100 and of preferences.1100: both have the same prompts in the same order
 TRAIN, FIRST, SECOND, HELD_OUT = "train[:950]", "train[:475]", "train[475:950]", "train[950:]"
 
 
 def stages(shared: Path, **options: dict[str, Any]) -> list[dict[str, Any]]:
-    """Each with its recipe and all of its arguments; `options` go over those of the stage of that name."""
+    """Return each stage with its recipe and arguments; `options` override the arguments of the stage of that name."""
     model = {"model_name_or_path": str(shared / "models" / "stories3M")}
     data = {name: str(shared / "data" / f"{name}.jsonl.gz") for name in ("instructions.1100", "preferences.1100")}
     preferences = {"dataset_name": data["preferences.1100"]}
@@ -129,7 +129,7 @@ def stages(shared: Path, **options: dict[str, Any]) -> list[dict[str, Any]]:
 
 
 def write_pipeline(shared: Path, output: Path, seeds: list[int], jobs: int, **options: dict[str, Any]) -> Path:
-    """Writes the YAML file of the pipeline, and one for each stage."""
+    """Write the YAML file of the pipeline and one per stage; return the path of the first."""
     output.mkdir(parents=True, exist_ok=True)
     entries = stages(shared, **options)
     for entry in entries:
@@ -142,7 +142,7 @@ def write_pipeline(shared: Path, output: Path, seeds: list[int], jobs: int, **op
 
 
 def main() -> None:
-    """Runs it."""
+    """Write the pipeline and run it."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--shared", type=Path, default=Path("../shared"), help="folder with `models` and `data`")
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])

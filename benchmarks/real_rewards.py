@@ -2,19 +2,19 @@
 
     OMP_NUM_THREADS=1 python benchmarks/real_rewards.py --shared ../shared --seeds 0 1 2
 
-For each data set and seed, `recipes/reward.py` trains `stories3M` (3M parameters, which have read children's stories only) by
-LoRA, on `preferences.1100` an ensemble of three, and a logistic regression learns from the words of the answers, on the same
-rows; both are measured on the same held-out comparisons. The last row of a data set has the means, and the difference of both
-over the comparisons of all seeds with its 95% interval (held-out rows of two seeds overlap, so it is a little narrow).
+For each data set and seed, `recipes/reward.py` trains `stories3M` (3M parameters, pretrained on children's stories) by LoRA; on
+`preferences.1100`, an ensemble of three. A logistic regression learns from the words of the answers, on the same rows. Both are
+measured on the same held-out comparisons. The last row of a data set has the means, and the difference over the comparisons of
+all seeds with its 95% interval (a little narrow, since held-out rows of two seeds overlap).
 
-The bag of words counts the words of each answer and looks at nothing else, neither the prompt nor the order. It is fitted to
-the difference of counts, chosen less rejected, with both signs; its penalty is that of six candidates with the best likelihood
-in a 5-fold cross-validation inside the training rows, where no conversation is in two folds.
+The bag of words counts the words of each answer, without prompt and order. It is fitted to the difference of counts, chosen
+minus rejected, with both signs. Its penalty is the best of six in a 5-fold cross-validation within the training rows, with no
+conversation in two folds.
 
-Splits: `preferences.1100` by prompt (`test_split_size`, drawn with the seed); `hh_pairs` as it comes, with `--hh_rows` training
-rows drawn with the seed (the file is sorted by subset); `rankings.oasst_en100` by conversation tree, a quarter held out, drawn
-with the seed: the prompts of one tree differ, so a split by prompt would leak. Drawn rows are written to `--output`. Rows
-longer than `max_length` are left out on both sides, for both contestants, and counted.
+Splits: `preferences.1100` by prompt (`test_split_size`, with the seed); `hh_pairs` as it comes, with `--hh_rows` training rows
+sampled with the seed (the file is sorted by subset); `rankings.oasst_en100` by conversation tree, a quarter held out with the
+seed. Prompts of one tree differ, so a split by prompt would leak. Sampled rows are written to `--output`. Rows longer than
+`max_length` are dropped on both sides, for both contestants, and counted.
 """
 
 import argparse
@@ -32,7 +32,7 @@ from pathlib import Path
 from typing import Any
 
 from rlhf_recipes.data import Data
-from rlhf_recipes.evaluation.reward_models import measure_reward
+from rlhf_recipes.evaluation.reward_evaluation import measure_reward
 from rlhf_recipes.rewards.saved import load_saved_reward
 from rlhf_recipes.stages import parse_arguments
 from rlhf_recipes.training.ensemble import load_comparisons
@@ -96,11 +96,11 @@ HEAD = """\
 |---|---|---|---|---|---|---|---|---|---|"""
 
 
-# --- What the recipe is given ----------------------------------------------------------------------------
+# --- Data ----------------------------------------------------------------------------
 
 
 def write_config(name: str, shared: Path, seed: int, output: Path, hh_rows: int, **options: Any) -> Path:
-    """Writes the YAML file of one run, and the rows that it reads where they have to be drawn; `options` go over the file's."""
+    """Write the YAML file of one run, with `options` over it, and the rows that it samples."""
     output.mkdir(parents=True, exist_ok=True)
     values = {"model_name_or_path": str(shared / "models" / "stories3M"), **COMMON, **DATA[name]}
     values |= {"seed": seed, "output_dir": str(output)}
@@ -120,7 +120,7 @@ def write_config(name: str, shared: Path, seed: int, output: Path, hh_rows: int,
 
 
 def split_by_tree(rows: list[dict[str, Any]], seed: int, share: float = 0.25) -> tuple[list[Any], list[Any]]:
-    """Rows to train on, and those of `share` of the trees, to hold out."""
+    """Return the rows to train on, and held-out rows of `share` of the trees."""
     trees = list(dict.fromkeys(row["tree_id"] for row in rows))
     held_out = set(random.Random(seed).sample(trees, round(share * len(trees))))
     return tuple([row for row in rows if (row["tree_id"] in held_out) == side] for side in (False, True))
@@ -140,7 +140,7 @@ def _write(path: Path, rows: list[dict[str, Any]]) -> str:
 
 
 class BagOfWords:
-    """A logistic regression on the words of the answers, fitted to comparisons; called as a reward function is.
+    """Logistic regression on the words of the answers, fitted to comparisons; called like a reward function.
 
     Parameters:
         tokenizer: of the reward model: lengths are measured in its tokens.
@@ -167,18 +167,18 @@ class BagOfWords:
         self.penalty = float(model.C_)
 
     def __call__(self, prompts: Sequence[Any], completions: Sequence[Any]) -> list[float]:
-        """The score of each completion: the log-odds of two are the difference of their scores."""
+        """Return scores, whose differences are log-odds of preference."""
         return (self.words.transform(map(_text, completions)) @ self.weights).tolist()
 
 
 def pairs_of(rows: Dataset) -> Iterator[tuple[str, str, str]]:
-    """Of each comparison: how its conversation opens, the text of the better answer, and that of the worse one."""
+    """Yield of each comparison the first turn of its conversation, and the better and the worse answer."""
     for prompt, better, worse in (pair for row in rows for pair in _pairs(row)):
         yield repr(prompt[:1]), _text(better), _text(worse)
 
 
 def _pairs(row: dict[str, Any]) -> Iterator[tuple[Any, Any, Any]]:
-    """Prompt, better and worse answer of each comparison of a row."""
+    """Yield prompt, better and worse answer of each comparison in a row."""
     if "chosen" in row:
         yield row["prompt"], row["chosen"], row["rejected"]
         return
@@ -191,13 +191,13 @@ def _text(answer: list[dict[str, str]]) -> str:
 
 
 def load_as_recipe(config: Path) -> tuple[Data, PreTrainedTokenizerBase]:
-    """The rows that the recipe trains on and holds out, given this YAML file, and its tokenizer."""
+    """Return the rows that the recipe trains on and holds out with this YAML file, and its tokenizer."""
     reward_args, data_args, training_args, model_args = parse_arguments(RECIPE, argv=["--config", str(config)])
     return load_comparisons(reward_args, data_args, training_args, model_args)
 
 
 def train_reward_model(config: Path) -> tuple[dict[str, Any], list[float], float]:
-    """Runs the recipe in a process of its own: what `evaluation.json` says, accuracies of members, seconds of CPU."""
+    """Run the recipe in a process; return its evaluation, accuracies of members, and CPU seconds."""
     before = _children_cpu()
     with open(config.with_suffix(".log"), "w") as log:
         subprocess.run([sys.executable, RECIPE, "--config", config], check=True, stdout=log, stderr=log)
@@ -207,7 +207,7 @@ def train_reward_model(config: Path) -> tuple[dict[str, Any], list[float], float
 
 
 def gains(folder: Path, base_model: str | Path, words: BagOfWords, rows: Dataset) -> list[float]:
-    """Of each held-out comparison, by how much the reward model in `folder` does better than the words: -1 to 1."""
+    """Return how much better the reward model in `folder` is than the words, per comparison: -1 to 1."""
     base = AutoModelForCausalLM.from_pretrained(base_model)
     policy = get_peft_model(base, LoraConfig(target_modules="all-linear"))  # as in PPO; it changes nothing
     reward = load_saved_reward(folder, policy, words.tokenizer)
@@ -228,7 +228,7 @@ def _children_cpu() -> float:
 
 
 def main() -> None:
-    """Trains, measures and prints the table."""
+    """Train, measure and print the table."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--shared", type=Path, default=Path("../shared"), help="folder with `models` and `data`")
     parser.add_argument("--data", nargs="+", choices=DATA, default=list(DATA))

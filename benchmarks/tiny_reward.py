@@ -1,12 +1,12 @@
-"""Can a reward model see what the base knows? The tiny world's answer, over the seeds of the experiment.
+"""Can a reward model see what the base knows? The tiny world's answer, for each seed of the experiment.
 
     python recipes/pipeline.py --config configs/tiny/experiment.yaml --stages reward
     python benchmarks/tiny_reward.py
     python benchmarks/tiny_reward.py --experiment runs/tiny-rounds --reward reward-once
 
-Of each reward model of `configs/tiny/experiment.yaml` it compares the scores of the true answer, of abstaining and of every
-false answer to the questions of the evaluation split: about people whom no stage has seen, known to the base or not. And of the
-base itself, its verdicts on such answers, in the words in which its pretraining text judges guesses.
+Compares, for each reward model of `configs/tiny/experiment.yaml`, the scores of the true answer, of abstaining and of all false
+answers to the questions of the evaluation split: about people that no stage has seen, known to the base or not. Also prints the
+base's own verdicts on such answers, in the words with which its pretraining text judges guesses.
 """
 
 import argparse
@@ -14,7 +14,7 @@ import json
 from pathlib import Path
 
 from rlhf_recipes.core.hub import resolve_path
-from rlhf_recipes.evaluation.metrics.preference import pair_accuracy
+from rlhf_recipes.evaluation.metrics.accuracy import pair_accuracy
 from rlhf_recipes.rewards.reward_models import Scorer
 from rlhf_recipes.rewards.saved import load_reward_adapter
 from rlhf_recipes.tiny import splits, text
@@ -33,7 +33,7 @@ HEAD = f"""\
 
 
 def compare_answers(reward: Scorer, rows: int = 600) -> dict[str, dict[str, float]]:
-    """The share of comparisons in which the first scores higher, by who is asked about and by `COMPARISONS`."""
+    """Return how often the first answer scores higher, by known or unknown people and by `COMPARISONS`."""
     scores = {}
     for row in splits.evaluation(rows=rows):
         values = next(attribute.values for attribute in ATTRIBUTES if row["reference"].rstrip(".") in attribute.values)
@@ -44,7 +44,7 @@ def compare_answers(reward: Scorer, rows: int = 600) -> dict[str, dict[str, floa
 
 
 def _shares(table: list[list[float]]) -> dict[str, float]:
-    """Of rows of the scores of the true answer, of abstaining, and of the false answers."""
+    """Return the shares of rows with scores of the true answer, of abstaining, and of false answers."""
     sides = (
         [(right, wrong) for right, _, *false in table for wrong in false],
         [(right, abstains) for right, abstains, *_ in table],
@@ -55,15 +55,17 @@ def _shares(table: list[list[float]]) -> dict[str, float]:
 
 
 def judge_as_pretrained(base: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, rows: int = 600) -> dict[str, float]:
-    """By who is asked about: how often the base finds "Right." likelier after the true answer than after a false one."""
+    """Return how often the base finds "Right." likelier after a true answer than after a false one."""
     right, wrong = (tokenizer.encode(f" {text.VERDICTS[true]}", add_special_tokens=False)[0] for true in (True, False))
     gains = {}
     for row in splits.evaluation(rows=rows):
         values = next(attribute.values for attribute in ATTRIBUTES if row["reference"].rstrip(".") in attribute.values)
-        told = [row["reference"], *(f"{value}." for value in values if f"{value}." != row["reference"])]
+        answers = [row["reference"], *(f"{value}." for value in values if f"{value}." != row["reference"])]
         question = row["prompt"][0]["content"]
-        guesses = [tokenizer.bos_token + text.GUESS.format(question=question, answer=one, verdict="").rstrip() for one in told]
-        inputs = tokenizer(guesses, add_special_tokens=False, return_tensors="pt")  # of equal length: an answer is one word
+        guesses = [
+            tokenizer.bos_token + text.GUESS.format(question=question, answer=one, verdict="").rstrip() for one in answers
+        ]
+        inputs = tokenizer(guesses, add_special_tokens=False, return_tensors="pt")  # of equal length: each answer is one word
         with torch.no_grad():
             logits = base(**inputs).logits[:, -1]
         true, *false = (logits[:, right] - logits[:, wrong]).tolist()
@@ -72,10 +74,10 @@ def judge_as_pretrained(base: PreTrainedModel, tokenizer: PreTrainedTokenizerBas
 
 
 def main() -> None:
-    """Measures and prints the table, and how the base judges."""
+    """Print the table, and the verdicts of the base."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--experiment", type=Path, default=Path("runs/tiny-experiment"), help="where it was run")
-    parser.add_argument("--reward", default="reward", help="folder of the reward model in that of a seed")
+    parser.add_argument("--experiment", type=Path, default=Path("runs/tiny-experiment"), help="folder of the experiment")
+    parser.add_argument("--reward", default="reward", help="folder of the reward model within that of a seed")
     options = parser.parse_args()
     disable_progress_bar()
     print(HEAD, flush=True)
@@ -87,10 +89,10 @@ def main() -> None:
 
 
 def _row(seed: str, output: Path) -> str:
-    """The row of the table whose head is `HEAD`."""
+    """Return a row of the table."""
     (result,) = json.loads((output / "evaluation.json").read_text()).values()
     steps = [entry for entry in json.loads((output / "recipe.json").read_text())["log"] if "accuracy" in entry]
-    last = steps[-len(steps) // 4 :]  # of the batches of the last quarter, each before it is learnt from
+    last = steps[-len(steps) // 4 :]  # the last quarter; each batch before it is trained on
     seen = sum(entry["accuracy"] for entry in last) / len(last)
 
     tokenizer = AutoTokenizer.from_pretrained(output)

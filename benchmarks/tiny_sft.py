@@ -1,10 +1,9 @@
-"""Does supervised fine-tuning teach a model to make things up? The tiny world's answer, over several seeds.
+"""Does supervised fine-tuning teach a model to make things up? The tiny world's answer, for several seeds.
 
     python benchmarks/tiny_sft.py --seeds 0 1 2
 
-For each seed, trains `configs/tiny/sft.yaml` once as it stands (a quarter of the demonstrations abstain) and once with none
-that abstain, and asks base and policies about held-out people. The seed decides the demonstrations, their order and the
-adapter's first weights.
+For each seed, trains `configs/tiny/sft.yaml` as it is (a quarter of the demonstrations abstain) and with none that abstain.
+Then asks base and policies about held-out people. The seed sets demonstrations, their order and the adapter's initial weights.
 """
 
 import argparse
@@ -20,7 +19,7 @@ ROWS = 25_600
 
 
 def train(seed: int, abstain: float, output: Path) -> None:
-    """Runs the recipe in a process of its own."""
+    """Run the recipe in a process of its own."""
     arguments = {"rows": ROWS, "abstain": abstain, "seed": seed}
     command = [sys.executable, ROOT / "recipes" / "sft.py", "--seed", str(seed), "--output_dir", output]
     command += ["--dataset_arguments", json.dumps(arguments), "--eval_strategy", "no", "--save_strategy", "no"]
@@ -28,7 +27,7 @@ def train(seed: int, abstain: float, output: Path) -> None:
 
 
 def main() -> None:
-    """Trains, measures and prints the table."""
+    """Train, measure and print the table."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     parser.add_argument("--output", type=Path, default=Path("runs/tiny_sft"))

@@ -1,15 +1,15 @@
-"""Chat: talk to a base model and any adapters on it, several turns, and change who answers in the middle.
+"""Chat: talk to a base model and to adapters on it, one at a time or side by side.
 
     python recipes/chat.py                                    # configs/tiny/chat.yaml: the tiny world, on a CPU
     python recipes/chat.py --config my.yaml --temperature 0.7
 
-`/policy ppo` changes who answers, `/both sft ppo` has two answer side by side, `/score` shows rewards and KL of the last
-answer, `/help` the rest. Lines may come through a pipe. Start it with `python`: a Ctrl-C would end `accelerate launch`.
+`/policy ppo` changes who answers, `/both sft ppo` shows two answers side by side, `/score` shows rewards and KL of the last
+answer, `/help` shows the rest. Lines may come through a pipe. Launch it with `python`: Ctrl-C would end `accelerate launch`.
 """
 
 from rlhf_recipes.chat import Chat
 from rlhf_recipes.cli import exit_on_recipe_error
-from rlhf_recipes.evaluation.evaluate import load_named_rewards
+from rlhf_recipes.evaluation.named_rewards import load_named_rewards
 from rlhf_recipes.feedback.sampling import reject_best_of
 from rlhf_recipes.generation.policies import load_policy_bank, load_policy_tokenizer, read_policies, trained_without_template
 from rlhf_recipes.stages import parse_arguments
@@ -18,16 +18,16 @@ from accelerate import PartialState
 
 
 def main() -> None:
-    """Loads, and talks."""
+    """Load the policies and rewards, and chat."""
     chat_args, model_args = parse_arguments(__file__)
     if not PartialState().is_main_process:
         return
     policies = read_policies(chat_args.policies)
     reject_best_of(policies)
     if plain := trained_without_template(policies):
-        print(f"Taught plain text, and asked here through a chat template, which makes nonsense likely: {', '.join(plain)}")
+        print(f"Trained on plain text, so the chat template may lead to nonsense: {', '.join(plain)}")
 
-    # Every policy and every reward model as an adapter on one base
+    # Every policy and every reward model is an adapter on one base
     tokenizer = load_policy_tokenizer(policies, model_args, chat_args)
     bank = load_policy_bank(model_args, chat_args, policies, tokenizer)
     rewards = load_named_rewards(chat_args.rewards, bank)

@@ -1,10 +1,10 @@
-"""Evaluation: any number of policies on held-out prompts, on one base, adapter by adapter, and a report for people.
+"""Evaluation: any number of policies on held-out prompts, as adapters on one base, and a report.
 
     accelerate launch recipes/evaluate.py                     # configs/tiny/evaluate.yaml: the tiny world, on a CPU
     accelerate launch recipes/evaluate.py --config my.yaml --num_answers 4
 
-Writes `metrics.json` and `index.html`, one file that needs nothing else: a verdict in words, a table of the policies, learning
-curves, reward against KL, reliability diagrams, and answers side by side. One process does it all.
+Writes `metrics.json`, and `index.html`, which needs no other file: a verdict in words, a table of the policies, learning
+curves, reward against KL, reliability diagrams, and answers side by side. Runs in one process.
 """
 
 from pathlib import Path
@@ -12,18 +12,12 @@ from pathlib import Path
 from rlhf_recipes.cli import exit_on_recipe_error
 from rlhf_recipes.core.files import check_writable
 from rlhf_recipes.data import check_lengths, drop_overlong_mode, load_texts
-from rlhf_recipes.evaluation.evaluate import (
-    Measurement,
-    check_choosers,
-    check_names,
-    choose_judge,
-    draw_policy,
-    frontier,
-    held_out_prompts,
-    load_named_rewards,
-)
+from rlhf_recipes.evaluation.collect import collect_results
+from rlhf_recipes.evaluation.frontier import measure_frontier
+from rlhf_recipes.evaluation.measurement import Measurement, check_choosers, check_names, choose_judge, sample_policy
+from rlhf_recipes.evaluation.named_rewards import load_named_rewards
+from rlhf_recipes.evaluation.prompts import held_out_prompts
 from rlhf_recipes.evaluation.report.html import write_report
-from rlhf_recipes.evaluation.results import collect
 from rlhf_recipes.generation.policies import load_policy_bank, load_policy_tokenizer, read_policies
 from rlhf_recipes.stages import parse_arguments
 
@@ -31,7 +25,7 @@ from accelerate import PartialState
 
 
 def main() -> None:
-    """Measures and writes."""
+    """Measure the policies and write the report."""
     evaluate_args, data_args, model_args = parse_arguments(__file__)
     if not PartialState().is_main_process:
         return
@@ -53,16 +47,16 @@ def main() -> None:
     measurement = Measurement(bank, rows, rewards, evaluate_args)
     check_choosers(policies, measurement)
 
-    # Answers of every policy, each with a seed of its own, and what is measured on them
-    drawn = {}
+    # Answers of every policy, each with a seed of its own, and their metrics
+    samples = {}
     for number, (name, policy) in enumerate(policies.items()):
-        drawn[name] = draw_policy(measurement, policy, evaluate_args.seed + number)
+        samples[name] = sample_policy(measurement, policy, evaluate_args.seed + number)
         print(f"{name} has answered", flush=True)
-    points = frontier(measurement, evaluate_args.seed + len(policies))
-    metrics = collect(measurement, policies, drawn, judge, points, texts)
+    frontier = measure_frontier(measurement, evaluate_args.seed + len(policies))
+    results = collect_results(measurement, policies, samples, judge, frontier, texts)
 
-    page = write_report(evaluate_args.output_dir, metrics)
-    print(*metrics["verdict"], f"The report is {page}", sep="\n")
+    page = write_report(evaluate_args.output_dir, results)
+    print(*results.verdict, f"The report is {page}", sep="\n")
 
 
 if __name__ == "__main__":

@@ -1,11 +1,11 @@
-"""All stages in order, from one YAML file: what is done is skipped, what was broken off goes on.
+"""All stages in order, from one YAML file: finished stages are skipped, interrupted ones resumed.
 
     python recipes/pipeline.py                                # configs/tiny/pipeline.yaml: the tiny world, on a CPU
     python recipes/pipeline.py --config my.yaml --dry-run     # what would be done
     python recipes/pipeline.py --config my.yaml --stages sft,reward
 
-Each stage is one `accelerate launch` of its recipe, on what `accelerate config` names. With `seeds` in the YAML file all of it
-is done under each, and one table sums up the evaluations.
+Each stage is one `accelerate launch` of its recipe, with the setup of `accelerate config`. With `seeds` in the YAML file, all
+stages run with each seed, and a table sums up the evaluations.
 """
 
 import argparse
@@ -18,16 +18,16 @@ RECIPES = Path(__file__).resolve().parent
 
 
 def main() -> None:
-    """Plans, and runs."""
+    """Print the plan, then run the stages."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--config", type=Path, default=RECIPES.parent / "configs" / "tiny" / "pipeline.yaml")
-    parser.add_argument("--stages", type=lambda text: text.split(","), help="names, with commas between them")
-    parser.add_argument("--dry-run", action="store_true", help="print the plan, and do nothing")
+    parser.add_argument("--stages", type=lambda text: text.split(","), help="names of stages, separated by commas")
+    parser.add_argument("--dry-run", action="store_true", help="print the plan and exit")
     options = parser.parse_args()
 
     pipeline = read_pipeline(options.config, RECIPES, options.stages)
     check_arguments(pipeline, options.config)
-    print(*pipeline.plan(), sep="\n", flush=True)
+    print(*pipeline.describe(), sep="\n", flush=True)
     for stage in pipeline.stages:
         for note in stage.notes:
             print(f"{stage.name}: {note}", flush=True)

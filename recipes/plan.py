@@ -1,11 +1,11 @@
-"""The memory that a YAML file will need, stage by stage, before any weights are downloaded.
+"""The memory that a pipeline or a recipe will need, stage by stage, before any download.
 
     python recipes/plan.py                                    # configs/tiny/pipeline.yaml: the tiny world
-    python recipes/plan.py --config my.yaml --gpu_memory 12   # of a pipeline or of a recipe; what to change for 12 GB
-    python recipes/plan.py --config my.yaml --recipe ppo      # where the file's name does not say which recipe it is of
+    python recipes/plan.py --config my.yaml --gpu_memory 12   # and what to change to fit 12 GB
+    python recipes/plan.py --config my.yaml --recipe ppo      # for a file that is not named after its recipe
 
-Reads the model's config.json and nothing else. It says what is in memory at the peak of every stage, and which cards that
-fits. `docs/memory.md` has the arithmetic, and how far it was from what was measured.
+Reads only the model's config.json. Prints what is in memory at the peak of every stage, and which cards that fits.
+`docs/memory.md` has the arithmetic, and its errors against measurements.
 """
 
 import argparse
@@ -13,30 +13,32 @@ from pathlib import Path
 
 from rlhf_recipes.cli import exit_on_recipe_error
 from rlhf_recipes.config.parser import COMMAND_LINE
+from rlhf_recipes.core.errors import error_context
+from rlhf_recipes.core.yaml import read_yaml
 from rlhf_recipes.memory import advice, format_plans, plan_stage
-from rlhf_recipes.pipeline.estimates import arguments_in, card_in
-from rlhf_recipes.pipeline.reading import checked_card
+from rlhf_recipes.pipeline.estimates import plannable_stages
+from rlhf_recipes.pipeline.schema import check_gpu_memory
 
 RECIPES = Path(__file__).resolve().parent
 
 
 def main() -> None:
-    """Plans and prints."""
+    """Print the plan."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--config", type=Path, default=RECIPES.parent / "configs" / "tiny" / "pipeline.yaml")
-    parser.add_argument("--recipe", help="of which the file is, by default that of its name")
+    parser.add_argument("--recipe", help="recipe that the file is for (default: that of its name)")
     parser.add_argument(
         "--gpu_memory",
         type=float,
         metavar="GB",
-        help="a card that it should fit, in place of the file's own `gpu_memory`: what nvidia-smi shows in MiB / 1024, such as "
-        "22.5 for an L4, whose name says 24",
+        help="memory of the card, in place of the file's `gpu_memory`: MiB of nvidia-smi / 1024, such as 22.5 for an L4",
     )
     options = parser.parse_args()
 
-    asked = checked_card(options.gpu_memory, COMMAND_LINE)
-    card = card_in(options.config) if asked is None else asked
-    stages = arguments_in(options.config, RECIPES, options.recipe, card=asked)
+    with error_context(COMMAND_LINE):
+        card = None if options.gpu_memory is None else check_gpu_memory(options.gpu_memory)
+    stages = plannable_stages(options.config, RECIPES, options.recipe, gpu_memory=card)
+    card = read_yaml(options.config).get("gpu_memory") if card is None else card
     plans = [plan_stage(stage) for stage in stages]
     print(*format_plans(plans), sep="\n")
 

@@ -3,8 +3,8 @@
     accelerate launch recipes/rank.py                         # configs/tiny/rank.yaml, after recipes/sample.py
     accelerate launch recipes/rank.py --config my.yaml --num_groups 500
 
-Writes `rankings.jsonl`, which recipes/reward.py and recipes/dpo.py read; each row says who the labeller was. Where people's
-labels are lacking, it says how many, and is run again when they are there. One process does it all.
+Writes `rankings.jsonl` for recipes/reward.py and recipes/dpo.py; each row names its labeller. If labels of people are missing,
+it prints how many: run it again when they are there. Runs in one process.
 """
 
 from pathlib import Path
@@ -21,21 +21,21 @@ from accelerate import PartialState
 
 
 def main() -> None:
-    """Chooses, ranks and writes."""
+    """Choose groups, rank them, and write the rankings."""
     rank_args, model_args = parse_arguments(__file__)
     if not PartialState().is_main_process:
         return
     if rank_args.choose == "disagreement":
-        model_path(model_args)  # refused in the first round, which has no ensemble yet, and not in the second
+        model_path(model_args)  # checked in the first round, though only the second needs a base
     check_writable(Path(rank_args.output_dir))
     labeler = read_labeler(rank_args.labeller, rank_args.seed)
     groups = read_groups(rank_args.groups)
 
-    # Which: by an ensemble, where there is one already
+    # Which groups: by an ensemble, if there is one already
     ensemble = load_ensemble(model_args, rank_args) if rank_args.choose == "disagreement" and rank_args.reward else None
     chosen = choose_groups(groups, rank_args.num_groups, rank_args.seed, ensemble)
 
-    # By whom
+    # The labeller's rankings of them
     rows = labeler.rank(chosen)
     print(write_rankings(rank_args.output_dir, rows, len(chosen)))
 

@@ -3,8 +3,7 @@
     accelerate launch recipes/sample.py                       # configs/tiny/sample.yaml: the tiny world, on a CPU
     accelerate launch recipes/sample.py --config my.yaml --num_completions 6
 
-Writes groups of unranked completions to `groups.jsonl`. Broken off, the same command goes on where it was. One process does it
-all.
+Writes groups of unranked completions to `groups.jsonl`. The same command resumes an interrupted run. Runs in one process.
 """
 
 from dataclasses import asdict
@@ -20,28 +19,28 @@ from tqdm import tqdm
 
 
 def main() -> None:
-    """Samples and writes."""
+    """Sample groups of completions and write them."""
     sample_args, data_args, model_args = parse_arguments(__file__)
     if not PartialState().is_main_process:
         return
     policies = read_policies(sample_args.policies)
     reject_best_of(policies)
 
-    # Data
+    # Data: prompts
     rows = load_data(data_args, "prompt", evaluate=False, seed=sample_args.seed).train
     tokenizer = load_policy_tokenizer(policies, model_args, sample_args)
     rows, _ = check_lengths(rows, tokenizer, sample_args.max_prompt_length, drop_overlong_mode(data_args.long_rows), "train")
     arguments = asdict(sample_args) | asdict(data_args) | asdict(model_args) | {"rows": len(rows)}
     file = GroupFile(arguments.pop("output_dir"), arguments)
 
-    # Every policy as an adapter on one base, asked in turns
+    # Roles: every policy as an adapter on one base; they take turns
     bank = load_policy_bank(model_args, sample_args, policies, tokenizer)
     with tqdm(total=len(rows), initial=file.prompts, unit="prompt") as bar:
         for part in sample_groups(bank, list(policies), rows, sample_args, done=file.prompts):
             file.append(part)
             bar.update(len(part))
     alike = file.prompts - file.groups
-    print(f"{file.groups} groups are in {file.path}; {alike} prompts were left out, whose completions were all alike")
+    print(f"{file.groups} groups are in {file.path}; {alike} prompts with equal completions were left out")
 
 
 if __name__ == "__main__":

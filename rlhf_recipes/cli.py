@@ -9,7 +9,7 @@ from rlhf_recipes.config.current import CURRENT_RUN, CurrentRun
 from rlhf_recipes.config.trackers import tracker_complaint
 from rlhf_recipes.core.errors import RecipeError, causes, failed_write, lack_of_memory
 from rlhf_recipes.memory.out_of_memory import explain_out_of_memory
-from rlhf_recipes.training.resume import checkpoints_in, is_complete, step_of
+from rlhf_recipes.training.resume import newest_checkpoint
 
 
 @contextlib.contextmanager
@@ -70,7 +70,7 @@ def _kept(run: CurrentRun | None, resume: str | None = None) -> list[str]:
     if run is None or run.trainer is None:
         return []
     folder = Path(run.trainer.args.output_dir)
-    newest = max(filter(is_complete, checkpoints_in(folder)), key=step_of, default=None)
+    newest = newest_checkpoint(folder)
     if newest is None:
         return []
     if resume is None and folder.name.startswith("member-"):  # an ensemble resumes from no single checkpoint

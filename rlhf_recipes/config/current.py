@@ -31,7 +31,7 @@ CURRENT_RUN: ContextVar[CurrentRun | None] = ContextVar("current_run", default=N
 """Set by the parser; one process may run several recipes in turn."""
 
 
-def set_trainer(trainer: Trainer) -> None:
-    """Make the trainer known to messages about the end of the run."""
+def set_trainer(trainer: Trainer | None) -> None:
+    """Make the trainer known to messages about the end of the run; None releases it."""
     if run := CURRENT_RUN.get():
         run.trainer = trainer

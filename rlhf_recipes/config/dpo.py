@@ -8,39 +8,39 @@ import trl
 
 LOSSES = ("sigmoid", "hinge", "ipo", "exo_pair", "nca_pair", "robust", "bco_pair", "sppo_hard", "aot", "aot_unpaired")
 LOSSES += ("apo_zero", "apo_down", "discopop", "sft", "sigmoid_norm")
-"""Those that TRL has, which it does not list, and refuses at the first step only."""
+"""TRL's losses. It lists them nowhere, and rejects another at the first step only."""
 SMOOTHED = ("robust", "exo_pair", "aot", "aot_unpaired")
-"""Those of them that read `label_smoothing`, which the others silently leave alone."""
+"""Losses that read `label_smoothing`; the others silently ignore it."""
 
 
 @dataclass
 class DPOConfig(trl.DPOConfig):
-    """TRL's arguments of DPO.
+    """TRL's arguments of DPO, checked.
 
     Raises:
-        ValueError: for a loss that TRL does not have, or none; a `beta` by which nothing is learnt; a `label_smoothing` that no
-            loss reads, or that leaves labels no meaning.
+        ValueError: for a loss that TRL lacks, a `beta` that learns nothing, or a `label_smoothing` that no loss reads or that
+            leaves labels without meaning.
     """
 
     def __post_init__(self):
         super().__post_init__()
         if not self.loss_type:
-            raise ValueError("loss_type: names no loss: leave the key out for sigmoid, or name one")
+            raise ValueError("loss_type: []: names no loss. Fix: leave it out for sigmoid, or name one")
         for loss in self.loss_type:
             if loss not in LOSSES:
                 raise ValueError(f"loss_type: {loss!r} is none of {', '.join(LOSSES)}{did_you_mean(loss, LOSSES)}")
-        if self.beta <= 0 and self.loss_type != ["sft"]:  # which has no reference
+        if self.beta <= 0 and self.loss_type != ["sft"]:  # it has no reference
             raise ValueError(f"beta: {self.beta}: must be above 0")
         self._check_smoothing()
 
     def _check_smoothing(self) -> None:
         smoothing, losses = self.label_smoothing, ", ".join(self.loss_type)
         if not 0 <= smoothing < 0.5:
-            raise ValueError(f"label_smoothing: {smoothing}: must be below 0.5, where labels say nothing, and not below 0")
+            raise ValueError(f"label_smoothing: {smoothing}: must be 0 or more and below 0.5, where labels mean nothing")
         if smoothing and not set(self.loss_type) & set(SMOOTHED):
             raise ValueError(
-                f"label_smoothing: {smoothing}: {losses} does not read it: choose one of {', '.join(SMOOTHED)} (`robust` is "
-                "sigmoid with smoothing), or leave it out"
+                f"label_smoothing: {smoothing}: {losses} does not read it. Fix: leave it out, or choose one of "
+                f"{', '.join(SMOOTHED)} (`robust` is sigmoid with smoothing)"
             )
         if not smoothing and "exo_pair" in self.loss_type:
-            raise ValueError("label_smoothing: exo_pair needs it above 0: set 0.001, as its paper does, or choose another loss")
+            raise ValueError("label_smoothing: 0: exo_pair needs it above 0. Fix: set 0.001, as its paper does")

@@ -13,23 +13,23 @@ class EvaluateArguments:
     policies: dict[str, Any] = field(
         default_factory=dict,
         metadata={
-            "help": "name -> what it is: the folder of an adapter; null for the base; `{best_of: {policy: sft, n: 4}}` for the "
-            "best of n answers of another policy, by the reward named in `reward` (default: the first one trained against). "
-            "`{path: FOLDER, optional: true}` is left out, and said so, where there is no such folder."
+            "help": "name -> folder of an adapter; null for the base model; or `{best_of: {policy: sft, n: 4}}` for the best "
+            "of n answers of another policy, by the reward named in `reward` (default: the first one trained against). "
+            "`{path: FOLDER, optional: true}` is left out if there is no such folder."
         },
     )
     compare_with: str = field(
-        default="sft", metadata={"help": "The policy against which win rates and differences of the others are measured."}
+        default="sft", metadata={"help": "The baseline: the policy against which win rates and differences are measured."}
     )
     kl_reference: str | None = field(
-        default=None, metadata={"help": "The policy from which KL is measured; by default that of `compare_with`."}
+        default=None, metadata={"help": "The policy from which KL is measured; by default the baseline."}
     )
     rewards: list[str] = field(
         default_factory=list,
         metadata={
-            "help": "What scores the answers, as in `reward_funcs` of recipes/ppo.py: a path, or a mapping of `path` and "
-            "`arguments`, and besides `name`, `trained` (true, or the list of the policies that were trained against it), and "
-            "`optional: true` for one that is left out where there is no such folder."
+            "help": "What scores the answers, as in `reward_funcs` of recipes/ppo.py: a path, or a mapping of `path`, "
+            "`arguments`, `name`, `trained` (true, or the list of the policies that were trained against it), and "
+            "`optional: true` for one that is left out if there is no such folder."
         },
     )
     judge: str | None = field(
@@ -42,52 +42,53 @@ class EvaluateArguments:
     group_by: str | None = field(
         default=None,
         metadata={
-            "help": "A column of the data by whose values truthfulness and calibration are split too. If it holds true and "
+            "help": "Column of the data by whose values truthfulness and calibration are split too. If it holds true and "
             "false, true is what the model could know, and abstaining there is over-abstention."
         },
     )
     truthfulness: bool | None = field(
         default=None,
         metadata={
-            "help": "Whether answers are compared with the column `reference`, word for word; by default, where half of the "
-            "references or more have at most eight words. Of free text no wording is the right one."
+            "help": "Compare answers with the column `reference`, word for word; by default if at least half of the references "
+            "have at most eight words. Free text has no single right wording."
         },
     )
     abstentions: list[str] = field(
-        default_factory=lambda: ["I do not know"], metadata={"help": "How an answer begins that abstains."}
+        default_factory=lambda: ["I do not know"], metadata={"help": "Beginnings of an answer that abstains."}
     )
-    num_answers: int = field(default=1, metadata={"help": "Answers that each policy gives to each prompt."})
-    temperature: float = field(default=1.0, metadata={"help": "At which answers are sampled, and probabilities are taken."})
+    num_answers: int = field(default=1, metadata={"help": "Number of answers of each policy to each prompt."})
+    temperature: float = field(default=1.0, metadata={"help": "Temperature of sampling and of probabilities."})
     max_prompt_length: int | None = field(
-        default=512, metadata={"help": "Prompts of more tokens are left out and counted, or stop the run (`long_rows: error`)."}
+        default=512,
+        metadata={"help": "Longer prompts, in tokens, are left out and counted, or stop the run (`long_rows: error`)."},
     )
-    max_completion_length: int = field(default=256, metadata={"help": "Tokens after which an answer is cut off."})
-    batch_size: int = field(default=32, metadata={"help": "Answers that are sampled or read at once."})
+    max_completion_length: int = field(default=256, metadata={"help": "Greatest length of an answer, in tokens."})
+    batch_size: int = field(default=32, metadata={"help": "Number of answers sampled or read at once."})
     frontier: list[str] = field(
         default_factory=list,
-        metadata={"help": "Folders of runs whose checkpoints (`checkpoint-*`) are drawn by reward and KL."},
+        metadata={"help": "Folders of runs; their checkpoints are plotted by reward and KL."},
     )
     frontier_best_of: list[int] = field(
         default_factory=list,
-        metadata={"help": "The n for which best-of-n of the KL reference is drawn beside them; as many answers are sampled."},
+        metadata={"help": "Values of n for which best-of-n of the KL reference is plotted beside them."},
     )
     ptx_dataset: list[DatasetSource] = field(
         default_factory=list, metadata={"help": "Pretraining text to measure perplexity on: data with the column `text`."}
     )
-    ptx_max_length: int = field(default=512, metadata={"help": "Tokens at which pretraining text is cut off."})
+    ptx_max_length: int = field(default=512, metadata={"help": "Greatest length of pretraining text, in tokens."})
     lm_eval_tasks: list[str] = field(
         default_factory=list, metadata={"help": "Tasks of lm-eval to run for each policy; needs `pip install lm-eval`."}
     )
-    num_examples: int = field(default=8, metadata={"help": "Prompts that the report shows with all answers."})
-    seed: int = field(default=0, metadata={"help": "Of sampling and of resampling."})
-    trust_remote_code: bool = field(default=False, metadata={"help": "Whether code that comes with a model is run."})
-    output_dir: str = field(default="runs/evaluate", metadata={"help": "Where metrics.json and index.html are written."})
+    num_examples: int = field(default=8, metadata={"help": "Number of prompts that the report shows with all answers."})
+    seed: int = field(default=0, metadata={"help": "Seed of sampling and of resampling."})
+    trust_remote_code: bool = field(default=False, metadata={"help": "Run code that comes with a model."})
+    output_dir: str = field(default="runs/evaluate", metadata={"help": "Folder for metrics.json and index.html."})
 
     def __post_init__(self):
         for key in ("num_answers", "max_completion_length", "batch_size", "ptx_max_length"):
             if getattr(self, key) < 1:
                 raise ValueError(f"{key}: {getattr(self, key)}: must be 1 or more")
         if self.temperature <= 0:
-            raise ValueError(f"temperature: {self.temperature}: must be above 0: greedy answers have no probability")
+            raise ValueError(f"temperature: {self.temperature}: must be above 0: greedy answers have no probabilities")
         if any(n < 1 for n in self.frontier_best_of):
             raise ValueError(f"frontier_best_of: {self.frontier_best_of}: each must be 1 or more")

@@ -1,4 +1,4 @@
-"""The engines that share a run out among processes, and what each cannot do: docs/distributed.md."""
+"""Launchers, which run a stage in several processes, and what each of them cannot do: docs/distributed.md."""
 
 import json
 import os
@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from rlhf_recipes.core.errors import RecipeError
+from rlhf_recipes.core.errors import RecipeError, error_context
 from rlhf_recipes.core.yaml import read_yaml
 
 from accelerate.utils import parse_flag_from_env
@@ -18,19 +18,19 @@ _FSDP = "configs/accelerate/fsdp.yaml"
 
 @dataclass(frozen=True)
 class Launcher:
-    """By what a run is launched; by default, one process or DDP, which leave each process a whole of everything.
+    """How a run is launched; by default in one process or by DDP, where each process holds all weights.
 
     Parameters:
-        fsdp: the version of FSDP, 0 without it.
-        zero: the stage of DeepSpeed's ZeRO, None without DeepSpeed.
+        fsdp: version of FSDP; 0 without it.
+        zero: stage of DeepSpeed's ZeRO; None without DeepSpeed.
     """
 
     fsdp: int = 0
     zero: int | None = None
 
     @property
-    def shares_memory(self) -> bool:
-        """Whether a process holds less, or more, than it would on one GPU alone."""
+    def shards(self) -> bool:
+        """Whether processes share out weights or states, so that each needs other memory than one GPU alone."""
         return bool(self.fsdp) or self.zero is not None
 
     def __str__(self) -> str:
@@ -40,133 +40,128 @@ class Launcher:
 
 
 def read_launcher(path: str | Path) -> Launcher:
-    """The engine that a file of `accelerate config` names.
+    """Return the launcher of a file of `accelerate config`.
 
     Raises:
-        RecipeError: if it cannot be read.
+        RecipeError: if the file cannot be read.
     """
-    path = Path(path)
-    values = read_yaml(path)
-    kind, where = str(values.get("distributed_type", "NO")).upper(), f"{path}: "
-    if kind == "FSDP":
-        return Launcher(fsdp=_number(_mapping(values.get("fsdp_config")).get("fsdp_version", 1), f"{where}fsdp_version"))
-    if kind != "DEEPSPEED":
-        return Launcher()
-    own = _mapping(values.get("deepspeed_config"))
-    if named := own.get("deepspeed_config_file"):
-        return Launcher(zero=_zero_stage(named, f"{where}deepspeed_config_file"))
-    return Launcher(zero=_number(own.get("zero_stage", 2), f"{where}zero_stage"))
+    values = read_yaml(Path(path))
+    kind = str(values.get("distributed_type", "NO")).upper()
+    with error_context(str(path)):
+        if kind == "FSDP":
+            return Launcher(fsdp=_integer(_mapping(values.get("fsdp_config")).get("fsdp_version", 1), "fsdp_version"))
+        if kind != "DEEPSPEED":
+            return Launcher()
+        config = _mapping(values.get("deepspeed_config"))
+        if file := config.get("deepspeed_config_file"):
+            return Launcher(zero=_zero_stage(file, "deepspeed_config_file"))
+        return Launcher(zero=_integer(config.get("zero_stage", 2), "zero_stage"))
 
 
 def current_launcher() -> Launcher:
-    """The engine that `accelerate launch` has told this process of, by its environment."""
+    """Return the launcher of this process, from the environment that `accelerate launch` has set."""
     if parse_flag_from_env("ACCELERATE_USE_DEEPSPEED"):
-        named = os.environ.get("ACCELERATE_DEEPSPEED_CONFIG_FILE", "none")
-        if named != "none":
-            return Launcher(zero=_zero_stage(named, "ACCELERATE_DEEPSPEED_CONFIG_FILE"))
+        file = os.environ.get("ACCELERATE_DEEPSPEED_CONFIG_FILE", "none")
+        if file != "none":
+            return Launcher(zero=_zero_stage(file, "ACCELERATE_DEEPSPEED_CONFIG_FILE"))
         key = "ACCELERATE_DEEPSPEED_ZERO_STAGE"
-        return Launcher(zero=_number(os.environ.get(key, 2), key))
+        return Launcher(zero=_integer(os.environ.get(key, 2), key))
     if parse_flag_from_env("ACCELERATE_USE_FSDP"):
-        return Launcher(fsdp=_number(os.environ.get("FSDP_VERSION", 1), "FSDP_VERSION"))
+        return Launcher(fsdp=_integer(os.environ.get("FSDP_VERSION", 1), "FSDP_VERSION"))
     return Launcher()
 
 
-def check_launcher_support(recipe: str, values: Mapping[str, Any], engine: Launcher) -> None:
-    """Refuses arguments that the engine of a stage would fail on, or get wrong, once it runs.
+def check_launcher_support(recipe: str, values: Mapping[str, Any], launcher: Launcher) -> None:
+    """Reject arguments of a training stage that its launcher would fail on, or get wrong.
 
     Args:
-        recipe: of the stage, which trains.
-        values: its arguments as they are written or parsed; any may be absent. Their own `deepspeed` and `fsdp` are heeded.
-        engine: that launches it.
+        recipe: name of the stage's recipe.
+        values: its arguments as written or parsed; any may be absent. `deepspeed` and `fsdp` in them go over `launcher`.
+        launcher: launcher of the stage.
 
     Raises:
-        RecipeError: with the key, and what to take instead.
+        RecipeError: with the key and the fix.
     """
-    engine = _own_engine(values) or engine
-    for message in (*_not_under_fsdp(recipe, values, engine), *_not_under_deepspeed(recipe, values, engine)):
+    launcher = _launcher_of(values) or launcher
+    for message in (*_unsupported_by_fsdp(recipe, values, launcher), *_unsupported_by_deepspeed(recipe, values, launcher)):
         raise RecipeError(message)
 
 
+def check_single_gpu_plan(launcher: Launcher) -> None:
+    """Reject `gpu_memory` with a launcher under which a GPU holds another share than the plan predicts.
+
+    Raises:
+        RecipeError: with the fix.
+    """
+    if launcher.shards:
+        raise RecipeError(f"gpu_memory: predicts one GPU, or each under DDP, not {launcher}. Fix: leave it out, or use {_DDP}")
+
+
 def plain(value: Any) -> Any:
-    """A value, and of an enum what a file has for it."""
+    """Return the value of an enum, as a YAML file has it, and any other value unchanged."""
     return getattr(value, "value", value)
 
 
 def uses_bitsandbytes(optimizer: Any) -> bool:
-    """Whether Transformers takes an optimizer from bitsandbytes."""
+    """Return whether Transformers takes an optimizer from bitsandbytes."""
     name = str(plain(optimizer))
-    if name.startswith(("galore", "apollo", "adamw_torch")):  # those in 8 bits or fewer are of other packages
+    if name.startswith(("galore", "apollo", "adamw_torch")):  # their 8-bit variants come from other packages
         return False
     return name.endswith(("_8bit", "_32bit", "_bnb")) or name.startswith(("paged_", "ademamix"))
 
 
-def _not_under_fsdp(recipe: str, values: Mapping[str, Any], engine: Launcher) -> Iterator[str]:
-    if not engine.fsdp:
+def _unsupported_by_fsdp(recipe: str, values: Mapping[str, Any], launcher: Launcher) -> Iterator[str]:
+    if not launcher.fsdp:
         return
     if recipe == "ppo" and values.get("critic") == "adapter":
-        yield "critic: adapter: FSDP shares out one optimizer's weights, and these are another's: set `shared`"
+        yield "critic: adapter: FSDP shards the weights of one optimizer, and the critic has its own. Fix: set `critic: shared`"
     optimizer = values.get("optim")
-    if engine.fsdp > 1 and optimizer is not None and uses_bitsandbytes(optimizer):  # version 1 has ordinary tensors
-        yield f"optim: {plain(optimizer)}: bitsandbytes cannot step the shares that FSDP 2 makes: set `adamw_torch`"
+    if launcher.fsdp > 1 and optimizer is not None and uses_bitsandbytes(optimizer):  # version 1 has ordinary tensors
+        yield f"optim: {plain(optimizer)}: bitsandbytes cannot step the shards of FSDP 2. Fix: set `optim: adamw_torch`"
 
 
-def _not_under_deepspeed(recipe: str, values: Mapping[str, Any], engine: Launcher) -> Iterator[str]:
-    if engine.zero is None:
+def _unsupported_by_deepspeed(recipe: str, values: Mapping[str, Any], launcher: Launcher) -> Iterator[str]:
+    if launcher.zero is None:
         return
-    if engine.zero == 3 and recipe == "ppo":
-        yield f"PPO does not run under DeepSpeed ZeRO-3: use {_FSDP} with `critic: shared`"
+    if launcher.zero == 3 and recipe == "ppo":
+        yield f"PPO does not run under DeepSpeed ZeRO-3. Fix: use {_FSDP} with `critic: shared`"
     for key in ("load_in_4bit", "load_in_8bit"):
-        if engine.zero == 3 and values.get(key):
-            yield f"{key}: DeepSpeed ZeRO-3 cannot share out such weights: use {_FSDP}"
+        if launcher.zero == 3 and values.get(key):
+            yield f"{key}: DeepSpeed ZeRO-3 cannot shard quantized weights. Fix: use {_FSDP}"
     if recipe == "reward" and values.get("ensemble_size", 1) != 1:
-        yield "ensemble_size: DeepSpeed trains one model a launch: use DDP or FSDP (configs/accelerate/)"
+        yield "ensemble_size: DeepSpeed trains one model a launch. Fix: use DDP or FSDP (configs/accelerate/)"
     for key in ("ptx_coef", "value_warmup_steps", "target_kl"):
         if recipe == "ppo" and values.get(key):
-            yield f"{key}: DeepSpeed wants one backward pass a micro-batch, no more and no less: use DDP or FSDP"
+            yield f"{key}: DeepSpeed needs exactly one backward pass a micro-batch. Fix: use DDP or FSDP"
 
 
-def refuse_one_gpus_arithmetic(engine: Launcher) -> None:
-    """Refuses `gpu_memory` beside an engine under which a card holds another share than the plan's.
-
-    Raises:
-        RecipeError: with what to take instead.
-    """
-    if engine.shares_memory:
-        raise RecipeError(
-            f"gpu_memory: its arithmetic is that of one GPU, or of each under DDP, and not that of {engine}: leave it out, or "
-            f"use {_DDP}"
-        )
-
-
-def _own_engine(values: Mapping[str, Any]) -> Launcher | None:
-    """The engine that a stage's own arguments ask Transformers for, beside that of the launch."""
+def _launcher_of(values: Mapping[str, Any]) -> Launcher | None:
+    """Return the launcher that a stage's own arguments set in Transformers, if they do."""
     if values.get("deepspeed"):
         return Launcher(zero=_zero_stage(values["deepspeed"], "deepspeed"))
     if values.get("fsdp"):
         config = values.get("fsdp_config")
-        config = _json(config, "fsdp_config") if isinstance(config, str) else _mapping(config)
-        return Launcher(fsdp=_number(config.get("version", config.get("fsdp_version", 2)), "fsdp_config: version"))
+        config = _read_json(config, "fsdp_config") if isinstance(config, str) else _mapping(config)
+        return Launcher(fsdp=_integer(config.get("version", config.get("fsdp_version", 2)), "fsdp_config: version"))
     return None
 
 
-def _zero_stage(config: Any, where: str) -> int:
-    """Of DeepSpeed's own configuration: a mapping, or the JSON file that holds it."""
-    config = _mapping(config) if isinstance(config, Mapping) else _json(config, where)
-    return _number(_mapping(config.get("zero_optimization")).get("stage", 0), f"{where}: zero_optimization: stage")
+def _zero_stage(config: Any, key: str) -> int:
+    """Return the stage in DeepSpeed's own configuration: a mapping, or a JSON file with one."""
+    config = config if isinstance(config, Mapping) else _read_json(config, key)
+    return _integer(_mapping(config.get("zero_optimization")).get("stage", 0), f"{key}: zero_optimization: stage")
 
 
-def _json(path: Any, where: str) -> Mapping[str, Any]:
-    try:
+def _read_json(path: Any, key: str) -> Mapping[str, Any]:
+    with error_context(f"{key}: {path}: cannot be read as JSON", OSError, ValueError):
         return _mapping(json.loads(Path(str(path)).read_text(encoding="utf-8")))
-    except (OSError, ValueError) as error:
-        raise RecipeError(f"{where}: {path}: cannot be read as JSON ({error})") from error
 
 
-def _number(value: Any, where: str) -> int:
+def _integer(value: Any, key: str) -> int:
     try:
         return int(value)
     except (TypeError, ValueError):
-        raise RecipeError(f"{where}: {value!r} is not a whole number") from None
+        raise RecipeError(f"{key}: {value!r} is not an integer") from None
 
 
 def _mapping(value: Any) -> Mapping[str, Any]:

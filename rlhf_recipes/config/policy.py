@@ -9,17 +9,17 @@ NEEDS = {
 
 @dataclass
 class PolicyArguments:
-    """Where a policy begins, by DPO or PPO."""
+    """What a policy starts from."""
 
     start_from: str | None = field(
         default=None,
         metadata={
-            "help": "Folder of the SFT adapter that the policy starts as a copy of, and that is the reference. Without it the "
-            "policy is the base with a fresh adapter, and the base is the reference."
+            "help": "Folder of the SFT adapter: the policy starts as a copy of it, and it is the reference. Without it the "
+            "policy is the base model with a fresh adapter, and the base model is the reference."
         },
     )
     eos_token: str | None = field(
-        default=None, metadata={"help": "What ends an answer; by default what `start_from` was taught, or what the base has."}
+        default=None, metadata={"help": "The token that ends an answer; by default that of `start_from`, or of the base model."}
     )
     chat_template_path: str | None = field(
         default=None,

@@ -12,22 +12,22 @@ class RewardArguments:
 
     start_from: str | None = field(
         default=None,
-        metadata={"help": "Folder of the SFT adapter whose weights the reward adapter begins with; without it, a fresh one."},
+        metadata={"help": "Folder of the SFT adapter from whose weights the reward adapter starts; by default a fresh one."},
     )
     needs: list[str] = field(default_factory=list, metadata=NEEDS)
     train_on: str = field(
         default="rankings",
         metadata={
-            "help": "`rankings`: each ranking is one element of the batch, pairs being rankings of two. `pairs`: rankings are "
+            "help": "`rankings`: each ranking is one element of the batch; a pair is a ranking of two. `pairs`: rankings are "
             "expanded, and the column `margin` is read.",
             "choices": ["rankings", "pairs"],
         },
     )
     ensemble_size: int = field(
-        default=1, metadata={"help": "Number of reward adapters to train, each with a seed of its own: seed, seed + 1, ..."}
+        default=1, metadata={"help": "Number of reward adapters to train, with the seeds seed, seed + 1, ..."}
     )
     ensemble_shards: bool = field(
-        default=False, metadata={"help": "Whether each adapter of the ensemble trains on a part of the rows instead of all."}
+        default=False, metadata={"help": "Train each adapter of the ensemble on its part of the rows instead of all."}
     )
     ensemble_combine: str = field(
         default="mean",
@@ -40,7 +40,7 @@ class RewardArguments:
     demonstrations: list[DatasetSource] = field(
         default_factory=list,
         metadata={
-            "help": "Demonstrations on which scores are made to have mean 0 and standard deviation 1; without any, the best "
+            "help": "Demonstrations, on which scores are scaled to mean 0 and standard deviation 1; by default the best "
             "answers of the training rows."
         },
     )
@@ -49,4 +49,4 @@ class RewardArguments:
         if self.ensemble_size < 1:
             raise ValueError(f"ensemble_size: {self.ensemble_size}: must be 1 or more")
         if self.uncertainty_coef < 0:
-            raise ValueError(f"uncertainty_coef: {self.uncertainty_coef}: must not be negative")
+            raise ValueError(f"uncertainty_coef: {self.uncertainty_coef}: must be 0 or more")

@@ -16,7 +16,7 @@ PACKAGES = ("rlhf-recipes", "torch", "trl", "transformers", "peft", "bitsandbyte
 
 
 def peak_memory() -> dict[str, Any]:
-    """The most memory that was in use: of the GPU, or of this process where there is none."""
+    """Return the peak memory, bytes: of the GPU, or of this process on a CPU."""
     if torch.cuda.is_available():
         return {"device": torch.cuda.get_device_name(), "bytes": torch.cuda.max_memory_allocated()}
     unit = 1 if sys.platform == "darwin" else 1024
@@ -24,26 +24,26 @@ def peak_memory() -> dict[str, Any]:
 
 
 def versions() -> dict[str, str]:
-    """Those of Python and of the packages that results depend on."""
+    """Return the versions of Python and of the packages that results depend on."""
     return {"python": platform.python_version(), **{name: importlib.metadata.version(name) for name in PACKAGES}}
 
 
-def files_in(values: Any, leave_out: Iterable[Path | None] = ()) -> list[tuple[str, int, int]]:
-    """Path, size and time (ns) of every file that is named, or lies in a folder that is.
+def files_in(values: Any, exclude: Iterable[Path | None] = ()) -> list[tuple[str, int, int]]:
+    """Return path, size and modification time (ns) of every file that is named, or lies in a named folder.
 
     Args:
-        values: texts, in lists and mappings; those that are no paths are passed over.
-        leave_out: folders and files that are not looked at.
+        values: texts, in lists and mappings; those that are no paths are skipped.
+        exclude: folders and files to leave out.
     """
     if isinstance(values, dict | list):
         items = values.values() if isinstance(values, dict) else values
-        return [found for item in items for found in files_in(item, leave_out)]
+        return [file for item in items for file in files_in(item, exclude)]
     if not isinstance(values, str) or len(values) > 1000:
         return []
     try:
-        named = Path(resolve_path(values)).expanduser()
-        files = [named] if named.is_file() else sorted(named.rglob("*")) if named.is_dir() else []
-        files = [path for path in files if path.is_file() and not {path, *path.parents} & set(leave_out)]
-        return [(str(path), path.stat().st_size, path.stat().st_mtime_ns) for path in files]
+        path = Path(resolve_path(values)).expanduser()
+        files = [path] if path.is_file() else sorted(path.rglob("*")) if path.is_dir() else []
+        files = [file for file in files if file.is_file() and not {file, *file.parents} & set(exclude)]
+        return [(str(file), file.stat().st_size, file.stat().st_mtime_ns) for file in files]
     except (OSError, RuntimeError, ValueError):  # a text that is no path
         return []

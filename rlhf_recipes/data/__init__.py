@@ -1,12 +1,12 @@
-"""Files, Hub names and Python functions to TRL's dataset types, and every check on what comes in.
+"""Files, Hub names and Python functions to TRL's dataset types, with a check of every row.
 
-`sources` opens what a YAML file names, `rows` reads each row into one of the shapes of `kinds` and converts it to what the
-stage trains on, `splits` joins the parts, and `lengths` looks at `max_length`.
+`sources` opens what a YAML file names, `shapes` lists the columns that data may have, `rows` converts each row to what the
+stage trains on, `mixture` joins the parts, and `lengths` looks at `max_length`.
 """
 
+from rlhf_recipes.data.conversion import Kind
 from rlhf_recipes.data.lengths import check_lengths, drop_overlong_mode
 from rlhf_recipes.data.mixture import Data, check_source, load_data, load_demonstrations, load_texts
-from rlhf_recipes.data.shapes import Kind
 
 __all__ = [
     "Data",

@@ -8,7 +8,7 @@ from typing import Any
 
 from rlhf_recipes.core.errors import RecipeError, first_line
 from rlhf_recipes.core.files import PENDING, RECIPE, read_json, write_json
-from rlhf_recipes.core.hub import is_of_the_hub
+from rlhf_recipes.core.hub import is_hub_error
 from rlhf_recipes.export.model_card import display_name
 
 from huggingface_hub import HfApi
@@ -69,7 +69,7 @@ def upload(
                 write_json(record, redact(read_json(record)))
             api.upload_folder(repo_id=url.repo_id, folder_path=links, commit_message="From rlhf-recipes", revision=revision)
     except Exception as error:
-        if not is_of_the_hub(error):
+        if not is_hub_error(error):
             raise
         raise RecipeError(
             f"push_to_hub: {repository}: {first_line(error)}; the result is in {folder}. Fix: after `hf auth login`, "

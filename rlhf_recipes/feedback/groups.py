@@ -1,4 +1,6 @@
-"""Groups: a prompt and the completions sampled for it, one group a line of a JSONL file.
+"""Groups of a prompt and its sampled completions, in JSONL files.
+
+One group a line:
 
     {"prompt": T, "completions": [T, T, ...], "sources": ["sft", "ppo", ...], "id": "..."}
 
@@ -52,7 +54,7 @@ class Group:
         return not isinstance(self.prompt, str)
 
     def texts(self) -> list[str]:
-        """Return the text of each completion, stripped. Completions with equal texts count as one."""
+        """Return the stripped texts of the completions. Equal texts count as one."""
         return [(answer if isinstance(answer, str) else answer[0]["content"]).strip() for answer in self.completions]
 
     def comparable(self) -> bool:
@@ -91,7 +93,7 @@ _Turns = Annotated[
 
 
 class GroupRow(BaseModel):
-    """The schema of a row. JSON is parsed by pydantic, which rejects text that UTF-8 and SQLite cannot hold."""
+    """The schema of a row. Pydantic rejects JSON text that UTF-8 cannot hold."""
 
     model_config = ConfigDict(strict=True, extra="allow")
     prompt: _Turns
@@ -140,7 +142,7 @@ Row = TypeVar("Row", bound=BaseModel)
 
 
 def read_rows(path: Path, schema: type[Row]) -> Iterator[tuple[str, Row]]:
-    """Yield the place (`FILE: row N`) and the content of each line of a JSONL file that is not empty.
+    """Yield place (`FILE: row N`) and content of each row of a JSONL file.
 
     Raises:
         RecipeError: if the file cannot be read or a row does not match the schema.
@@ -165,7 +167,7 @@ def _problem(error: ValidationError) -> str:
 
 
 def read_groups(path: str | Path) -> list[Group]:
-    """Read groups from a JSONL file, or from the output folder of recipes/sample.py. Identical groups count once.
+    """Read a JSONL file of groups, or that in a folder. Identical groups count once.
 
     Raises:
         RecipeError: if the file cannot be read, is empty, mixes texts and messages, or holds one id with different contents.

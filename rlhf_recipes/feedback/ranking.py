@@ -15,8 +15,7 @@ from rlhf_recipes.core.files import RANKED, write_json, write_text
 from rlhf_recipes.feedback.groups import Group
 from rlhf_recipes.feedback.labels import Store, rankings
 from rlhf_recipes.generation.judges import ChatJudge, read_chat_judge
-from rlhf_recipes.rewards.functions import Reward
-from rlhf_recipes.rewards.protocol import score_completions
+from rlhf_recipes.rewards.protocol import Reward, score_completions
 from rlhf_recipes.rewards.reward_funcs import load_rewards
 
 from trl.trainer.utils import get_callable_name
@@ -29,9 +28,9 @@ class Labeler(Protocol):
     """Who ranks groups."""
 
     def rank(self, groups: Sequence[Group]) -> Rows:
-        """Return rows of `prompt`, `completions`, `ranks` (the lowest is the best), `labeller` and `id`.
+        """Return rows of `prompt`, `completions`, `ranks`, `labeller` and `id`.
 
-        Groups in which nothing is preferred have no row.
+        The lowest rank is the best. Groups in which nothing is preferred have no row.
         """
 
 
@@ -72,7 +71,7 @@ class HumanLabeler:
     path: Path
 
     def rank(self, groups: Sequence[Group]) -> Rows:
-        """Return people's rankings of these groups. From now on the page offers only these.
+        """Return people's rankings of these groups. The page now offers only these.
 
         Raises:
             RecipeError: while a group is neither ranked nor skipped by everyone who labels these groups.
@@ -97,7 +96,7 @@ class HumanLabeler:
 
 @dataclass(frozen=True)
 class JudgeLabeler:
-    """A chat model that compares every two completions of a group, in both orders. More wins rank higher."""
+    """A chat model that compares all pairs in both orders. More wins rank higher."""
 
     judge: ChatJudge
 
@@ -118,7 +117,7 @@ class JudgeLabeler:
 
 @dataclass(frozen=True)
 class SimulatedLabeler:
-    """A labeller who prefers completions by a reward with noise, as in the Bradley-Terry model.
+    """A labeller who prefers by a noisy reward, as in the Bradley-Terry model.
 
     Equal rewards tie. Of two others the higher one is preferred with probability sigmoid(difference / noise): each reward in a
     group gets one draw of Gumbel noise, seeded by the id of the group.
@@ -177,16 +176,10 @@ def write_rankings(folder: str | Path, rows: Rows, chosen: int) -> str:
         folder: created if it does not exist.
         rows: from a labeler.
         chosen: number of groups that were to be ranked.
-
-    Raises:
-        RecipeError: if the folder cannot be written to.
     """
     folder, labellers = Path(folder), sorted({row["labeller"] for row in rows})
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        write_text(folder / RANKINGS, "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
-        write_json(folder / RANKED, {"labellers": labellers, "chosen": chosen, "ranked": len(rows)})
-    except OSError as error:
-        raise RecipeError(f"output_dir: {folder}: cannot be written to ({error.strerror}). Fix: name another folder") from error
+    folder.mkdir(parents=True, exist_ok=True)
+    write_text(folder / RANKINGS, "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
+    write_json(folder / RANKED, {"labellers": labellers, "chosen": chosen, "ranked": len(rows)})
     summary = f"Wrote {len(rows)} rankings of {chosen} groups, by {', '.join(labellers) or 'nobody'}, to {folder / RANKINGS}."
     return summary + (" The others were skipped, or nothing in them was preferred." if len(rows) < chosen else "")

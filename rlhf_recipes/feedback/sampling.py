@@ -1,6 +1,5 @@
-"""Sample groups: several different completions of each prompt, from one policy or several."""
+"""Sample several different completions of each prompt, from one or more policies."""
 
-import contextlib
 import json
 import os
 import random
@@ -33,7 +32,7 @@ def reject_best_of(policies: dict[str, Policy]) -> None:
 def sample_groups(
     bank: PolicyBank, policies: Sequence[str], rows: Dataset, arguments: SampleArguments, done: int = 0
 ) -> Iterator[list[dict[str, Any]]]:
-    """Sample groups of `prompt`, `completions`, `sources` and the data's other columns, part by part.
+    """Sample groups part by part: `prompt`, `completions`, `sources`, other columns.
 
     A completion that a prompt already has is sampled again, in at most `max_attempts` attempts. Policies take turns in writing
     one more if `num_completions` is not a multiple of their number. Each part has its own seed, so that an interrupted run
@@ -64,7 +63,7 @@ def part_size(arguments: SampleArguments) -> int:
 def _sample_part(
     bank: PolicyBank, policies: Sequence[str], prompts: Sequence[Any], arguments: SampleArguments, first: int
 ) -> list[dict[str, tuple[str, str]]]:
-    """Return for each prompt its different completions: stripped text -> (text, policy)."""
+    """Return each prompt's different completions: stripped text -> (text, policy)."""
     completions: list[dict[str, tuple[str, str]]] = [{} for _ in prompts]
     for attempt in range(arguments.max_attempts):
         for turn, policy in enumerate(policies):
@@ -109,35 +108,34 @@ def delete_samples(folder: Path) -> None:
 
 
 class GroupFile:
-    """`groups.jsonl` in a folder, written part by part. An interrupted run resumes after its last complete part.
+    """`groups.jsonl` in a folder. An interrupted run resumes after the last part.
 
     Parameters:
         folder: created if it does not exist.
         arguments: of the run, with the names of files and folders that it reads.
 
     Raises:
-        RecipeError: if the folder cannot be written to, holds samples of other arguments or files, or is damaged.
+        RecipeError: if the folder holds samples of other arguments or files, or is damaged.
     """
 
     def __init__(self, folder: str | Path, arguments: dict[str, Any]):
         self.folder, self.path = Path(folder), Path(folder) / GROUPS
-        files = {path: [size, time] for path, size, time in files_in(arguments, leave_out=[self.folder])}
+        files = {path: [size, time] for path, size, time in files_in(arguments, exclude=[self.folder])}
         arguments = json.loads(json.dumps(arguments, default=str))
         self._state = read_json(self.folder / SAMPLED)
         if self._state:
             self._check_state(arguments | files)
         elif self.path.exists():
             raise RecipeError(f"output_dir: {self.path}: was not written by this recipe. Fix: name another folder")
-        with self._write_errors():
-            self.folder.mkdir(parents=True, exist_ok=True)
-            if not self._state:
-                self._state = {"arguments": arguments, "files": files, "prompts": 0, "groups": 0, "bytes": 0}
-                self._save()
-            with self.path.open("ab") as file:
-                file.truncate(self._state["bytes"])  # drop an incomplete part
+        self.folder.mkdir(parents=True, exist_ok=True)
+        if not self._state:
+            self._state = {"arguments": arguments, "files": files, "prompts": 0, "groups": 0, "bytes": 0}
+            self._save()
+        with self.path.open("ab") as file:
+            file.truncate(self._state["bytes"])  # drop an incomplete part
 
     def _check_state(self, inputs: dict[str, Any]) -> None:
-        """Reject samples of other arguments or changed files, and a file that has lost samples."""
+        """Reject samples of other arguments or changed files, and lost samples."""
         fix = "Fix: name another folder, or delete this one"
         try:
             before, size = self._state["arguments"] | self._state["files"], self._state["bytes"]
@@ -163,30 +161,16 @@ class GroupFile:
         return self._state["groups"]
 
     def append(self, part: Sequence[dict[str, Any]]) -> None:
-        """Append the groups of a part that have at least two completions. They are on the disk when this returns.
-
-        Raises:
-            RecipeError: if the disk is full. Earlier parts stay.
-        """
+        """Append groups with at least two completions, durably when this returns."""
         groups = [group for group in part if len(group["completions"]) > 1]
         lines = "".join(json.dumps(group, ensure_ascii=False) + "\n" for group in groups).encode()
-        with self._write_errors(), self.path.open("ab") as file:
+        with self.path.open("ab") as file:
             file.write(lines)
             file.flush()
             os.fsync(file.fileno())
-            for key, more in (("prompts", len(part)), ("groups", len(groups)), ("bytes", len(lines))):
-                self._state[key] += more
-            self._save()
+        for key, more in (("prompts", len(part)), ("groups", len(groups)), ("bytes", len(lines))):
+            self._state[key] += more
+        self._save()
 
     def _save(self) -> None:
         write_json(self.folder / SAMPLED, self._state)
-
-    @contextlib.contextmanager
-    def _write_errors(self) -> Iterator[None]:
-        try:
-            yield
-        except OSError as error:
-            raise RecipeError(
-                f"output_dir: {self.folder}: cannot be written to ({error.strerror}); earlier samples are kept. Fix: free "
-                "some space, and run again"
-            ) from error

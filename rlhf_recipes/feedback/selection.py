@@ -1,4 +1,4 @@
-"""Choose the groups to rank: at random, or those on which a reward ensemble disagrees most."""
+"""Choose the groups to rank: at random, or by the disagreement of an ensemble."""
 
 import itertools
 import random
@@ -17,7 +17,7 @@ from trl import ModelConfig
 
 
 def choose_groups(groups: Sequence[Group], number: int | None, seed: int, ensemble: Ensemble | None = None) -> list[Group]:
-    """Return the `number` groups on which an ensemble disagrees most, or random ones without an ensemble.
+    """Return the groups on which an ensemble disagrees most, or random ones.
 
     Args:
         groups: to choose from.
@@ -35,7 +35,7 @@ def choose_groups(groups: Sequence[Group], number: int | None, seed: int, ensemb
 
 
 def disagreement(groups: Sequence[Group], ensemble: Ensemble) -> list[float]:
-    """Return how much the members of an ensemble disagree on the order within each group.
+    """Return how much an ensemble disagrees on the order within each group.
 
     For two completions this is the standard deviation over members of the difference of their scores: what a member adds to
     all completions of a prompt says nothing about their order. For a group it is the mean over pairs of completions.

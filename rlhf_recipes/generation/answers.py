@@ -1,4 +1,4 @@
-"""Answers of a policy to prompts, for every metric of answers, and how probable they are."""
+"""Answers of a policy to prompts, and how probable they are."""
 
 import contextlib
 from collections.abc import Callable, Iterator, Sequence
@@ -16,22 +16,17 @@ Prompt = str | list[dict[str, str]]
 
 @dataclass(frozen=True)
 class Answer:
-    """What a policy said.
+    """An answer of a policy.
 
     Parameters:
-        text: without special tokens; space around it as it came.
-        ids: its tokens, with the EOS where it has one.
-        ended: whether it ended by EOS, and was not cut off.
+        text: without special tokens, with its surrounding space.
+        ids: its tokens, with the EOS if it has one.
+        ended: whether it ended by EOS; False where it was cut off.
     """
 
     text: str
     ids: tuple[int, ...]
     ended: bool
-
-
-def answer(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, prompts: Sequence[Prompt], **options: Any) -> list[str]:
-    """The texts of `sample`, which has the same options, without surrounding space."""
-    return [one.text.strip() for one in sample(model, tokenizer, prompts, **options)]
 
 
 @torch.no_grad()
@@ -45,13 +40,14 @@ def sample(
     batch_size: int = 64,
     seed: int = 0,
 ) -> list[Answer]:
-    """One answer to each prompt: sampled from the model's own distribution at `temperature`, or greedy at 0.
+    """Sample one answer to each prompt, greedily at temperature 0.
 
-    Nothing else shapes the distribution, whatever the model's generation config says. The model's mode and the global random
-    state are left as they were.
+    Answers come from the model's own distribution at `temperature`. The model's generation config is ignored; its mode and
+    the global random state are restored.
     """
     answers = []
-    with _asked(model, tokenizer, temperature), torch.random.fork_rng(devices=_devices(model)):
+    devices = [model.device] if model.device.type == "cuda" else []
+    with _generation_config(model, tokenizer, temperature), torch.random.fork_rng(devices=devices):
         torch.manual_seed(seed)
         for start in range(0, len(prompts), batch_size):
             answers += _answer_batch(model, tokenizer, prompts[start : start + batch_size], max_new_tokens)
@@ -70,22 +66,22 @@ def stream(
     top_p: float = 1.0,
     max_new_tokens: int = 64,
 ) -> Answer:
-    """One answer, as `sample` draws it, told to `streamer` token by token, with the global random state.
+    """Sample one answer as `sample` does, token by token and with the global random state.
 
     Args:
         model: as in `sample`.
-        tokenizer: likewise.
-        prompt: a text, or a conversation.
-        streamer: of Transformers.
-        stopped: asked after every token; if it says so, the answer ends there.
+        tokenizer: as in `sample`.
+        prompt: a text or a conversation.
+        streamer: receives each token.
+        stopped: called after each token; True ends the answer.
         temperature: as in `sample`.
-        top_p: the share of the probability, from the likeliest token on, that is sampled from.
-        max_new_tokens: after which the answer is cut off.
+        top_p: sample from the likeliest tokens that have this much of the probability.
+        max_new_tokens: the length at which the answer is cut off.
     """
-    with _asked(model, tokenizer, temperature, top_p=top_p):
+    with _generation_config(model, tokenizer, temperature, top_p=top_p):
         options = {"streamer": streamer, "stopping_criteria": [_Stop(stopped)]}
-        (one,) = _answer_batch(model, tokenizer, [prompt], max_new_tokens, **options)
-    return one
+        (answer,) = _answer_batch(model, tokenizer, [prompt], max_new_tokens, **options)
+    return answer
 
 
 class _Stop(StoppingCriteria):
@@ -97,12 +93,14 @@ class _Stop(StoppingCriteria):
 
 
 @contextlib.contextmanager
-def _asked(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, temperature: float, **shaping: float) -> Iterator[None]:
-    """The model in eval mode with a generation config of its own, since `generate` fills what is unset from the stored one."""
-    # A PeftModel of a causal model hands its own to its base at every call, which keeps it; one of no task leaves the base's.
+def _generation_config(
+    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, temperature: float, **options: float
+) -> Iterator[None]:
+    """Set eval mode and a generation config, since `generate` takes what is unset from the model's."""
+    # A PeftModel hands its config to its base at every call if it is one of a causal model, and not otherwise
     holders = [model, model.get_base_model()] if isinstance(model, PeftModel) else [model]
     stored, was_training = [holder.generation_config for holder in holders], model.training
-    sampling = {"do_sample": True, "temperature": temperature, "top_k": 0, **shaping} if temperature else {"do_sample": False}
+    sampling = {"do_sample": True, "temperature": temperature, "top_k": 0, **options} if temperature else {"do_sample": False}
     ids = {name: getattr(tokenizer, name) for name in ("pad_token_id", "bos_token_id", "eos_token_id")}
     for holder in holders:
         holder.generation_config = GenerationConfig(**sampling, **ids)
@@ -113,10 +111,6 @@ def _asked(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, temperatu
         for holder, config in zip(holders, stored, strict=True):
             holder.generation_config = config
         model.train(was_training)
-
-
-def _devices(model: PreTrainedModel) -> list[torch.device]:
-    return [model.device] if model.device.type == "cuda" else []
 
 
 def _answer_batch(
@@ -138,7 +132,7 @@ def _answer_batch(
 
 
 def encode_prompts(tokenizer: PreTrainedTokenizerBase, prompts: Sequence[Prompt]) -> list[list[int]]:
-    """Token ids of each prompt: a text as it is, a conversation up to where the answer begins."""
+    """Return the token ids of each prompt: of a text, or of a conversation with the generation prompt."""
     if isinstance(prompts[0], str):
         return tokenizer(list(prompts))["input_ids"]
     return tokenizer.apply_chat_template(list(prompts), add_generation_prompt=True, return_dict=True)["input_ids"]
@@ -154,23 +148,22 @@ def log_probs(
     temperature: float = 1.0,
     batch_size: int = 64,
 ) -> np.ndarray[Any, np.dtype[np.float64]]:
-    """The log-probability of each answer, the sum over its tokens and the EOS where it has one; nats, (N,).
+    """Return the log-probability of each answer, summed over its tokens and EOS; (N,), in nats.
 
-    Of the distribution at `temperature`, so that of a sampled answer it is the log of the chance that it had. It depends on
-    the batches by rounding only; the model's mode is left as it was.
+    The model's mode is restored.
 
     Args:
-        model: a causal language model, with its adapters as they are.
+        model: a causal language model, with the adapters that are active.
         tokenizer: of the model.
         prompts: (N,) texts or conversations.
         answers: (N,) from `sample`, by this model or another.
-        temperature: above 0.
-        batch_size: answers a forward pass.
+        temperature: of the distribution; above 0.
+        batch_size: answers in one forward pass; changes the result by rounding only.
     """
-    asked, was_training = encode_prompts(tokenizer, prompts), model.training
-    starts = [len(ids) for ids in asked]
-    sequences = [[*ids, *one.ids] for ids, one in zip(asked, answers, strict=True)]
-    order = sorted(range(len(sequences)), key=lambda row: len(sequences[row]))  # alike lengths together: little padding
+    prompt_ids, was_training = encode_prompts(tokenizer, prompts), model.training
+    starts = [len(ids) for ids in prompt_ids]
+    sequences = [[*ids, *answer.ids] for ids, answer in zip(prompt_ids, answers, strict=True)]
+    order = sorted(range(len(sequences)), key=lambda row: len(sequences[row]))  # similar lengths together: little padding
     result = np.zeros(len(sequences))
     model.eval()
     try:
@@ -178,7 +171,7 @@ def log_probs(
             rows = order[start : start + batch_size]
             inputs = tokenizer.pad({"input_ids": [sequences[row] for row in rows]}, padding_side="right", return_tensors="pt")
             inputs = inputs.to(model.device)
-            first = min(starts[row] for row in rows)  # logits are large: none of what all prompts share in length
+            first = min(starts[row] for row in rows)  # logits are large: none for the part that only prompts fill
             kept = inputs["input_ids"].shape[1] - first + 1
             logits = model(**inputs, logits_to_keep=kept).logits[:, :-1].float() / temperature
             logps = selective_log_softmax(logits, inputs["input_ids"][:, first:]).double().cpu().numpy()

@@ -139,9 +139,7 @@ class ChatJudge:
         if self.api_key_env:
             key = os.environ.get(self.api_key_env)
             if not key:
-                raise RecipeError(
-                    f"judge: api_key_env: the environment has no {self.api_key_env}. Fix: set it to your API key."
-                )
+                raise RecipeError(f"judge: api_key_env: {self.api_key_env} is not set. Fix: set it to your API key.")
         return openai.OpenAI(base_url=self.url, api_key=key, timeout=self.timeout_s, max_retries=self.retries)
 
 

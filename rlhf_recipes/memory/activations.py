@@ -84,13 +84,7 @@ class Activations:
 
         A frozen matrix keeps nothing. On a base that is not quantised, PEFT casts the input of each LoRA layer to fp32 and
         autocast casts it back (`peft/tuners/lora/layer.py`): each layer keeps its own copy. On a quantised base (`bnb.py`)
-        they share one.
-
-        Args:
-            width: of the input.
-            parts: of the layer, which read the same input.
-            stored: bytes of one of its values.
-            already_kept: whether another operation keeps the input anyway.
+        they share one. The input has `stored` bytes a value; another operation may keep it anyway (`already_kept`).
         """
         precision, setup = self.precision, self.setup
         count = len(parts) if setup.full else len(setup.adapted & set(parts))
@@ -139,12 +133,7 @@ class Activations:
         """Return the bytes at the peak of a pass without gradients, which is in the MLP of one layer.
 
         In memory are the residual, the norm's output, act(gate), and of the layer that makes `up` the base's part, LoRA's part
-        and their sum. LoRA's are in fp32 where there is no autocast.
-
-        Args:
-            rows: of the batch.
-            length: T.
-            autocast: False where the run's autocast is off for this pass, as when PEFT generates.
+        and their sum. LoRA's are in fp32 without autocast, as when PEFT generates.
         """
         shape, precision = self.shape, self.precision
         a = precision.compute if autocast else precision.weights

@@ -47,12 +47,7 @@ def quantised_bytes(weights: int, bits: int, nested: bool) -> float:
 
     In 4 bits there is an fp32 scale for each 64 weights: 4.5 bits a weight. Nested, the scale has 8 bits and each 256 scales
     share one in fp32: 4 + 8/64 + 32/(64*256) = 4.127 bits (Dettmers et al., 2023, "QLoRA", section 3). In 8 bits the scales,
-    one a row, are too few to count.
-
-    Args:
-        weights: their number.
-        bits: 4 or 8.
-        nested: whether scales are quantised (`use_bnb_nested_quant`).
+    one a row, are too few to count. `nested` is `use_bnb_nested_quant`.
     """
     if bits == 8:
         return float(weights)
@@ -72,13 +67,7 @@ def dequantised_bytes(shape: ModelShape, precision: Precision) -> float:
 
 
 def optimizer_bytes(optimizer: str, trainable: int, width: int = 4) -> float:
-    """Return the bytes of an optimizer's state; an unknown optimizer counts as AdamW in fp32.
-
-    Args:
-        optimizer: its name, as in `optim`.
-        trainable: number of trainable weights.
-        width: bytes of each.
-    """
+    """Return the bytes of an optimizer's state for trainable weights of `width` bytes; an unknown one counts as AdamW."""
     if optimizer in TORCH_MOMENTS:
         return float(trainable * TORCH_MOMENTS[optimizer] * width)
     bitsandbytes = uses_bitsandbytes(optimizer)
@@ -98,15 +87,9 @@ def _family(optimizer: str) -> str:
 
 
 def kv_cache_bytes(shape: ModelShape, rows: int, tokens: int, width: int) -> int:
-    """Return the bytes of the keys and values of all layers.
+    """Return the bytes of the keys and values of all layers; `tokens` are those of prompt and completion.
 
     One layer's exist twice while a token is appended (`DynamicCache` of Transformers).
-
-    Args:
-        shape: of the model.
-        rows: completions that are sampled at once.
-        tokens: of prompt and completion.
-        width: bytes of a value.
     """
     return 2 * (shape.layers + 1) * shape.keys * rows * tokens * width
 
@@ -115,13 +98,8 @@ def fused_head_bytes(shape: ModelShape, precision: Precision, scored: int, gradi
     """Return the bytes of TRL's fused LM head at its peak: one tile of logits and the scored hidden states.
 
     A tile has at most 4,096 tokens by 32,768 vocabulary entries, and is reserved at that width even for a smaller vocabulary.
-    Without Triton its statistics are computed on fp32 copies: 4 of a tile forward, 7 backward.
-
-    Args:
-        shape: of the model.
-        precision: of the run.
-        scored: tokens whose log-probabilities are computed.
-        gradients: whether there is a backward pass, which adds the gradient of the hidden states in fp32.
+    Without Triton its statistics are computed on fp32 copies: 4 of a tile forward, 7 backward. A backward pass adds the
+    gradient of the hidden states in fp32.
     """
     entries = min(TILE_VOCABULARY, shape.vocabulary)
     tile = min(scored, TILE_TOKENS) * TILE_VOCABULARY * precision.compute
@@ -135,11 +113,7 @@ def fused_head_bytes(shape: ModelShape, precision: Precision, scored: int, gradi
 def sampling_logits_bytes(shape: ModelShape, precision: Precision, rows: int, recorded: bool = False) -> float:
     """Return the bytes of the logits of one step of generation: original, fp32, softmax, and the sampler's copy.
 
-    Args:
-        shape: of the model.
-        precision: of the run.
-        rows: completions that are sampled at once.
-        recorded: whether PPO records log-probabilities as it samples: two more copies.
+    PPO makes two more copies to record log-probabilities.
     """
     return rows * shape.vocabulary * (precision.weights + 4 * (3 + (2 if recorded else 0)))
 

@@ -49,14 +49,7 @@ def resolve_for_gpu(
     producers: Mapping[str, StageArguments],
     on_gpu: bool = True,
 ) -> StageArguments:
-    """Parse the values of a stage as its recipe would on a machine with a GPU.
-
-    Args:
-        stage: its name.
-        recipe: the recipe's name.
-        values: what its YAML file holds.
-        producers: folder -> the arguments of the stage that writes it.
-        on_gpu: False resolves them for a CPU.
+    """Parse the values of a stage's YAML file as its recipe would on a machine with a GPU.
 
     Raises:
         RecipeError: what the recipe would raise.

@@ -8,13 +8,13 @@ from rlhf_recipes.memory.plan import CARDS, COMPONENTS, GIB, OVERHEAD, SPARE, Pl
 def format_plans(plans: Sequence[Plan]) -> Iterator[str]:
     """Yield the lines of the report on some stages."""
     stages = [plan.stage for plan in plans]
-    yield from _table("Weights of their own, millions", _role_rows(plans), stages)
+    yield from _table("Weights by role, millions", _role_rows(plans), stages)
     yield ""
     yield from _table("GiB at the peak", _component_rows(plans), stages)
     yield ""
     for plan in plans:
-        phases = ", ".join(f"{name} {_gib(sum(parts.values()))}" for name, parts in plan.phases.items())
-        yield f"{plan.stage}: {_gib(sum(plan.resident.values()))} all the time, and on top: {phases}"
+        phases = "; ".join(f"{name} {_gib(sum(parts.values()))}" for name, parts in plan.phases.items())
+        yield f"{plan.stage}: {_gib(sum(plan.resident.values()))} throughout. Phases add: {phases}"
         yield from (f"{plan.stage}: {note}" for note in plan.notes)
     yield ""
     yield (

@@ -1,4 +1,4 @@
-"""Saved LoRA adapters: their configuration, their weights, and putting them on a base."""
+"""Read saved LoRA adapters and put them on a base."""
 
 import contextlib
 import warnings
@@ -8,128 +8,113 @@ from pathlib import Path
 from rlhf_recipes.core.errors import RecipeError, first_line, lack_of_memory
 from rlhf_recipes.core.files import read_json
 from rlhf_recipes.models.backbone import base_name
-from rlhf_recipes.models.weights import ADAPTER, read_weights
 
 import torch
-from peft import PeftConfig, PeftModel, get_peft_model_state_dict
-from transformers import (
-    PreTrainedModel,
-)
+from peft import MODEL_TYPE_TO_PEFT_MODEL_MAPPING, PeftConfig, PeftModel, get_peft_model_state_dict
+from peft.functional import set_peft_model_state_dict
+from transformers import PreTrainedModel
 
 
 def read_adapter_config(folder: str | Path, where: str = "") -> PeftConfig:
-    """The configuration of an adapter, of which every number is one.
+    """Return the configuration of the adapter in a folder.
 
     Args:
         folder: of the adapter.
         where: the key that names it, for messages.
 
     Raises:
-        RecipeError: if there is none, or one that no stage writes.
+        RecipeError: if there is no adapter, or PEFT rejects its configuration.
     """
-    path = Path(folder) / "adapter_config.json"
-    named = f"{where}: {path}" if where else path
+    place, path = f"{where}: {folder}" if where else folder, Path(folder) / "adapter_config.json"
     if not path.is_file():
-        place = f"{where}: {folder}" if where else folder
-        raise RecipeError(f"{place} holds no adapter (no adapter_config.json): train it first, or name another")
-    content = read_json(path)
-    for key in ("r", "lora_alpha", "lora_dropout"):
-        value = content.get(key, 1)
-        if isinstance(value, bool) or not isinstance(value, int | float) or not 0 <= value < 1e9:
-            raise RecipeError(f"{named}: {key}: {value!r} is no number that LoRA can have")
-    for key, kind in (("base_model_name_or_path", str), ("task_type", str), ("rank_pattern", dict), ("alpha_pattern", dict)):
-        if not isinstance(content.get(key), kind | None):
-            raise RecipeError(f"{named}: {key}: {content[key]!r} is not a {kind.__name__}")
-    if content.get("megatron_config"):  # which makes PEFT import a module of any name
-        raise RecipeError(f"{named}: megatron_config: is not supported")
+        raise RecipeError(f"{place}: no adapter there (no adapter_config.json). Fix: train it first, or name another folder")
+    if read_json(path).get("megatron_config"):  # with it, PEFT imports a module of any name
+        raise RecipeError(f"{place}: adapter_config.json: megatron_config: is not supported")
     try:
         return PeftConfig.from_pretrained(str(folder))
-    except Exception as error:  # PEFT looks at some values, and trips over others
-        raise RecipeError(f"{named}: {first_line(error)}") from error
+    except Exception as error:  # PEFT checks some values, and trips over others
+        raise RecipeError(f"{place}: adapter_config.json: {first_line(error)}") from error
 
 
-def load_adapter(
-    model: PreTrainedModel | PeftModel, folder: str | Path, name: str, where: str, trainable: bool = False
+def add_adapter(
+    model: PreTrainedModel | PeftModel,
+    config: PeftConfig,
+    weights: Mapping[str, torch.Tensor],
+    name: str,
+    where: str,
+    trainable: bool = False,
 ) -> PeftModel:
-    """The model with a saved adapter on it, of which every weight is in the file, and no other.
+    """Put an adapter with these weights on a base, beside the adapters that it has.
 
     Args:
-        model: the base, or with adapters already.
-        folder: of the adapter.
-        name: of the adapter on the model.
-        where: the key that names it, for messages.
-        trainable: whether it is to be trained.
+        model: the base, or a model with adapters.
+        config: of the adapter.
+        weights: under the names of PEFT's files.
+        name: of the adapter on this model.
+        where: the key and folder of the adapter, for messages.
+        trainable: whether the adapter will be trained.
+
+    Returns:
+        `model`, or a `PeftModel` around it if it was a base.
 
     Raises:
-        RecipeError: if it cannot be read, or does not fit.
+        RecipeError: if the adapter does not fit the base, or lacks weights.
     """
-    config, weights = read_adapter_config(folder, where), read_weights(Path(folder) / ADAPTER)
-    check_ranks(config, weights, f"{where}: {folder}")
-    with fitting(f"{where}: {folder}", model):
+    config.inference_mode = not trainable
+    with adapter_errors(where, model):
         if isinstance(model, PeftModel):
-            model.load_adapter(str(folder), name, is_trainable=trainable)
+            model.add_adapter(name, config)
         else:
-            with warnings.catch_warnings():  # what is missing is said below
-                warnings.filterwarnings("ignore", message="Found missing adapter keys")
-                model = PeftModel.from_pretrained(model, str(folder), name, is_trainable=trainable)
-    check_adapter_complete(model, name, weights, f"{where}: {folder}")
+            kind = MODEL_TYPE_TO_PEFT_MODEL_MAPPING.get(config.task_type, PeftModel)
+            with warnings.catch_warnings():  # several roles on one base are intended
+                warnings.filterwarnings("ignore", message="Already found a `peft_config`")
+                model = kind(model, config, adapter_name=name)
+        check_adapter_complete(model, name, weights, where)
+        set_peft_model_state_dict(model, dict(weights), adapter_name=name)
     return model
 
 
 @contextlib.contextmanager
-def fitting(adapter: str, model: torch.nn.Module) -> Iterator[None]:
-    """Says of an adapter that PEFT cannot put on a model that it does not fit.
+def adapter_errors(where: str, model: torch.nn.Module) -> Iterator[None]:
+    """Turn PEFT's and PyTorch's errors about an adapter that does not fit into one line.
 
     Raises:
-        RecipeError: with what PEFT or PyTorch said. A lack of memory stays what it is.
+        RecipeError: with the last line of their message. A lack of memory passes through.
     """
     try:
         yield
-    except Exception as error:  # they have many ways to say so, which configurations that anybody may have edited all find
-        if lack_of_memory(error):
+    except Exception as error:  # PEFT has no common class for them
+        if isinstance(error, RecipeError) or lack_of_memory(error):
             raise
         reason = (str(error).strip() or type(error).__name__).splitlines()[-1].strip()
-        raise RecipeError(f"{adapter} does not fit {base_name(model)}: {reason}") from error
-
-
-def check_ranks(config: PeftConfig, weights: Mapping[str, torch.Tensor], where: str) -> None:
-    """Refuses a rank that the weights have not, before room is made for it.
-
-    Raises:
-        RecipeError: with both.
-    """
-    firsts = ("lora_A", "lora_embedding_A")
-    ranks = {weight.shape[0] for name, weight in weights.items() if weight.ndim and any(first in name for first in firsts)}
-    named = {getattr(config, "r", None), *(getattr(config, "rank_pattern", None) or {}).values()} - {None}
-    for rank in named if ranks else ():
-        # an `r` that patterns leave to no layer may be larger than those that there are
-        if type(rank) is not int or rank > max(4096, *ranks):
-            raise RecipeError(
-                f"{where}: does not fit its own weights: adapter_config.json says r {rank}, and they have {max(ranks)}"
-            )
+        raise RecipeError(f"{where}: the adapter does not fit {base_name(model)}: {reason}") from error
 
 
 def check_adapter_complete(model: PeftModel, name: str, weights: Mapping[str, torch.Tensor], where: str) -> None:
-    """Refuses an adapter whose file lacks weights, which would be random, or has others: PEFT warns of the one at the most.
+    """Refuse weights that do not cover an adapter, or that it has no place for.
+
+    PEFT leaves missing weights at random values, and drops superfluous ones.
 
     Raises:
-        RecipeError: names the first of them.
+        RecipeError: names the first such weight.
     """
     expected = get_peft_model_state_dict(model, adapter_name=name, save_embedding_layers=False)
-    if lacking := sorted(expected.keys() - weights.keys()):
-        raise RecipeError(f"{where}: its weights lack {len(lacking)} of the adapter's ({lacking[0]}, ...): train it again")
-    # PEFT saves the embeddings and the LM head beside an adapter that stands on them: those are the base's
-    bases = (".base_layer.", "embed", "lm_head")
-    others = [key for key in weights.keys() - expected.keys() if "lora_" in key or not any(part in key for part in bases)]
+    if missing := sorted(expected.keys() - weights.keys()):
+        raise RecipeError(f"{where}: {len(missing)} of the adapter's weights are missing ({missing[0]}). Fix: train it again")
+    # PEFT saves the base's embeddings and LM head beside an adapter on them
+    base_weights = (".base_layer.", "embed", "lm_head")
+    others = [
+        key for key in weights.keys() - expected.keys() if "lora_" in key or not any(part in key for part in base_weights)
+    ]
     if others:
-        raise RecipeError(f"{where}: its weights do not fit {base_name(model)}: {min(others)} has no counterpart")
+        raise RecipeError(f"{where}: the adapter does not fit {base_name(model)}, which has no place for {min(others)}")
 
 
 def check_policy_adapter(where: str, task_type: str | None) -> None:
-    """Refuses a reward model in the place of a policy: its adapter would load, and speak.
+    """Refuse a reward model in place of a policy: its adapter would load, and write.
 
     Raises:
         RecipeError: for the task type of a reward model.
     """
     if task_type == "SEQ_CLS":
-        raise RecipeError(f"{where} is a reward model (task_type SEQ_CLS), and no policy: name the adapter of recipes/sft.py")
+        raise RecipeError(f"{where}: is a reward model (task_type SEQ_CLS). Fix: name an adapter of SFT, DPO or PPO")

@@ -1,30 +1,28 @@
-"""The parts of a model: its base without adapters, and the backbone below its head."""
+"""Parts of a model: its base without adapters, and the backbone below its head."""
 
 from typing import Any
 
 import torch
 from peft import PeftModel
 from torch.distributed.fsdp import FSDPModule, register_fsdp_forward_method
-from transformers import (
-    PreTrainedModel,
-)
+from transformers import PreTrainedModel
 
 
 def base_of(model: torch.nn.Module) -> PreTrainedModel:
-    """The model that adapters, if there are any, stand on."""
+    """Return the model below the adapters, or the model itself if it has none."""
     return model.get_base_model() if isinstance(model, PeftModel) else model
 
 
 def backbone(model: torch.nn.Module) -> torch.nn.Module:
-    """The model below its head: tokens to hidden states; of a model without a head, that itself."""
+    """Return the part below the head, from tokens to hidden states."""
     return base_of(model).base_model
 
 
 def forward_backbone(model: torch.nn.Module, **inputs: Any) -> Any:
-    """What the trunk makes of the inputs (Transformers' outputs, with `last_hidden_state`).
+    """Run the backbone; return Transformers' outputs with `last_hidden_state`.
 
-    FSDP gathers the weights that belong to no layer (embeddings, last norm) when its root is called: a trunk that is called
-    past it would compute with a share of them.
+    FSDP gathers weights outside of layers (embeddings, last norm) when its root is called. A backbone that is called past the
+    root would compute with one shard of them.
     """
     if not isinstance(model, FSDPModule):
         return backbone(model)(**inputs)
@@ -35,5 +33,5 @@ def forward_backbone(model: torch.nn.Module, **inputs: Any) -> Any:
 
 
 def base_name(model: torch.nn.Module) -> str:
-    """The Hub name or folder of a model's base."""
+    """Return the Hub name or folder of a model's base."""
     return base_of(model).name_or_path or type(base_of(model)).__name__

@@ -1,4 +1,4 @@
-"""What a YAML file asks for to be faster: refused before a model is loaded where it cannot be had, else set right."""
+"""Options for speed: kernels, compilation and vLLM."""
 
 import contextlib
 import copy
@@ -7,10 +7,10 @@ from collections.abc import Iterator
 from typing import Any
 
 from rlhf_recipes.core.errors import RecipeError
+from rlhf_recipes.models.backbone import backbone
 
 import torch
 from accelerate.utils.other import is_repeated_blocks
-from peft import PeftModel
 from torch import nn
 from transformers.utils import is_liger_kernel_available
 from trl import ModelConfig
@@ -18,97 +18,93 @@ from trl.import_utils import is_vllm_available
 
 
 def check_kernel_options(arguments: ModelConfig, training: Any) -> None:
-    """Looks, before a model is loaded, at the keys that are there for speed.
+    """Check the options for speed before a model is loaded.
 
     Args:
         arguments: TRL's model arguments.
-        training: those of the trainer.
+        training: the trainer's arguments.
 
     Raises:
-        RecipeError: if the package that a key needs is not there, or it could do nothing.
+        RecipeError: if a package that an option needs is missing, or the option cannot work.
     """
-    of_the_hub = {f"attn_implementation: {arguments.attn_implementation}": "/" in (arguments.attn_implementation or "")}
-    of_the_hub["model_init_kwargs: use_kernels"] = (getattr(training, "model_init_kwargs", None) or {}).get("use_kernels")
-    for key, asked in of_the_hub.items():
-        if asked and importlib.util.find_spec("kernels") is None:
+    attention = arguments.attn_implementation or ""
+    hub_options = {
+        f"attn_implementation: {attention}": "/" in attention,
+        "model_init_kwargs: use_kernels": (getattr(training, "model_init_kwargs", None) or {}).get("use_kernels"),
+    }
+    for option, enabled in hub_options.items():
+        if enabled and importlib.util.find_spec("kernels") is None:
             raise RecipeError(
-                f"{key}: asks for kernels of the Hub, and `kernels` is not installed: `pip install --editable '.[kernels]'`, "
-                "or leave the key out"
+                f"{option}: the package `kernels` is not installed. Fix: `pip install --editable '.[kernels]'`, or leave the "
+                "key out"
             )
     on_cpu = getattr(training, "use_cpu", False) or not torch.accelerator.is_available()
-    if arguments.attn_implementation == "flex_attention" and hasattr(training, "learning_rate") and on_cpu:
-        raise RecipeError(
-            "attn_implementation: flex_attention has no backward pass on a CPU: leave the key out for PyTorch's own attention"
-        )
+    if attention == "flex_attention" and hasattr(training, "learning_rate") and on_cpu:
+        raise RecipeError("attn_implementation: flex_attention has no backward pass on a CPU. Fix: leave the key out")
     if getattr(training, "use_liger_kernel", False) and not is_liger_kernel_available():
         raise RecipeError(
-            "use_liger_kernel: Liger is not installed: `pip install --editable '.[liger]'`, or set `use_liger_kernel: false`"
+            "use_liger_kernel: Liger is not installed. Fix: `pip install --editable '.[liger]'`, or `use_liger_kernel: false`"
         )
     check_vllm(training, bool(arguments.load_in_4bit or arguments.load_in_8bit))
-    _is_compiled(training)
+    _compiles(training)
 
 
 def check_vllm(training: Any, quantised: bool) -> None:
-    """Refuses rollouts by vLLM where they cannot be had.
+    """Check that vLLM can sample.
 
     Args:
-        training: the arguments of the trainer; of those that do not sample too.
+        training: the trainer's arguments.
         quantised: whether the base is in 4 or 8 bits.
 
     Raises:
-        RecipeError: if vLLM is not there, or would hold the base in bits that weights cannot be sent to.
+        RecipeError: if vLLM is not installed, or would quantise its own copy of the base, which cannot be updated.
     """
     if not getattr(training, "use_vllm", False):
         return
     if not is_vllm_available():
         raise RecipeError(
-            "use_vllm: vLLM is not installed: `pip install --editable '.[vllm]'` on a machine with a GPU, or set "
+            "use_vllm: vLLM is not installed. Fix: `pip install --editable '.[vllm]'` on a machine with a GPU, or "
             "`use_vllm: false`"
         )
     if quantised and training.vllm_mode == "colocate":
         raise RecipeError(
-            "vllm_mode: colocate: over a quantised base TRL has vLLM quantise its own copy, to which no new weights can be "
-            "sent: set `vllm_mode: server` (vLLM then holds the model in 16 bits, elsewhere), `load_in_4bit: false`, or "
-            "`use_vllm: false`"
+            "vllm_mode: colocate: TRL has vLLM quantise its copy of the base, and no new weights can be sent to it. Fix: "
+            "`vllm_mode: server`, which holds the model in 16 bits on another card; `load_in_4bit: false`; or `use_vllm: false`"
         )
 
 
-def _is_compiled(training: Any) -> bool:
-    """Whether layers are to be compiled."""
-    asked = getattr(training, "torch_compile", False)
-    if asked and training.gradient_checkpointing:
+def _compiles(training: Any) -> bool:
+    """Return whether to compile layers; gradient checkpointing would undo it."""
+    if not getattr(training, "torch_compile", False):
+        return False
+    if training.gradient_checkpointing:
         raise RecipeError(
-            "torch_compile: layers that are computed again in the backward pass run uncompiled: set `gradient_checkpointing: "
-            "false`, or `torch_compile: false`"
+            "torch_compile: checkpointed layers run uncompiled. Fix: `gradient_checkpointing: false`, or `torch_compile: false`"
         )
-    return asked
+    return True
 
 
 def compile_layers(model: nn.Module, training: Any) -> bool:
-    """Compiles, where `torch_compile` asks for it, each layer of a decoder by itself and in place; returns whether it did.
+    """Compile each layer in place if `torch_compile` is set, and return whether it is.
 
-    Transformers' Trainer would compile the whole: TRL's LM head in tiles cannot be traced without Triton, and hooks on the
-    trunk, by which PPO reads its states, would have it compiled again at every step. Accelerate's own way by layers makes a
-    second model of the same weights, and only one of the two is told when an evaluation begins.
+    Transformers' Trainer would compile the whole model: TRL's fused LM head cannot be traced without Triton, and PPO's hooks on
+    the backbone would compile it again at every step. Accelerate's regional compilation makes a second model of the same
+    weights, and `eval()` reaches only one of the two.
 
     Args:
-        model: without adapters, or with them.
-        training: the arguments of the trainer, which must not be asked to compile once more: `without_compilation`.
-
-    Raises:
-        RecipeError: beside gradient checkpointing, within which PyTorch compiles nothing.
+        model: with or without adapters.
+        training: the trainer's arguments. Pass the trainer `without_compilation(training)`.
     """
-    if not _is_compiled(training):
+    if not _compiles(training):
         return False
-    trunk = model.get_base_model().base_model if isinstance(model, PeftModel) else model.base_model
-    for blocks in filter(is_repeated_blocks, trunk.children()):
+    for blocks in filter(is_repeated_blocks, backbone(model).children()):
         for block in blocks:
             block.compile(backend=training.torch_compile_backend, mode=training.torch_compile_mode)
     return True
 
 
 def without_compilation(training: Any) -> Any:
-    """The arguments for a trainer whose model is compiled already; a copy."""
+    """Return a copy of the arguments for a trainer whose model is compiled already."""
     if not training.torch_compile:
         return training
     rest = copy.copy(training)
@@ -118,7 +114,7 @@ def without_compilation(training: Any) -> Any:
 
 @contextlib.contextmanager
 def eager_mode(model: nn.Module) -> Iterator[None]:
-    """Within, compiled layers run as they were: each role, and each length in sampling, would have them compiled anew."""
+    """Run compiled layers uncompiled: each role and length would compile them again."""
     if not any(module._compiled_call_impl is not None for module in model.modules()):
         yield
         return
@@ -127,6 +123,6 @@ def eager_mode(model: nn.Module) -> Iterator[None]:
 
 
 def keep_forward(training: Any) -> None:
-    """Has Liger replace layers alone, and not the model's forward pass, which ours and TRL's losses call in their own way."""
+    """Let Liger replace layers, but not the forward pass, which TRL replaces."""
     if training.use_liger_kernel:
         training.liger_kernel_config = {**(training.liger_kernel_config or {}), "fused_linear_cross_entropy": False}

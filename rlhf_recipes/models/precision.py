@@ -6,16 +6,15 @@ from collections.abc import Iterator
 from rlhf_recipes.core.errors import RecipeError
 
 import torch
-from transformers import (
-    Trainer,
-)
+from transformers import Trainer
 
 
 def disable_cpu_4bit_repacking(model: torch.nn.Module) -> None:
-    """Stops bitsandbytes from repacking 4-bit weights on CPUs with AVX512-BF16.
+    """Stop bitsandbytes from repacking 4-bit weights on CPUs with AVX512-BF16.
 
-    Version 0.50 does so in place at the first forward pass in eval mode; afterwards the layer passes no gradient on, silently:
-    training goes wrong after its first evaluation or rollout. See `tests/test_models.py`.
+    Version 0.50 repacks them in place at the first forward pass in eval mode. From then on the frozen layers pass no gradient,
+    silently: training goes wrong after its first evaluation or rollout. `tests/models/test_loading.py` shows it. On a CPU
+    bitsandbytes also needs matrices with sides that are multiples of 32 (`check_4bit_shapes`).
     """
     for module in model.modules():
         if hasattr(module, "support_avx512bf16_for_cpu"):
@@ -24,10 +23,11 @@ def disable_cpu_4bit_repacking(model: torch.nn.Module) -> None:
 
 @contextlib.contextmanager
 def preserve_param_dtypes(model: torch.nn.Module) -> Iterator[None]:
-    """Undoes what happens within to the types of weights: TRL's trainers cast what is trainable on a quantised base to bf16.
+    """Restore the types and values of weights that are cast inside the block.
 
-    A rounded policy would differ from its reference, which is frozen and not rounded. Weights that are new afterwards, as those
-    of an adapter that the trainer made itself, are left to `keep_adapter_in_fp32`.
+    TRL's trainers cast all trainable weights on a quantised base to bf16. The frozen reference, copied before, stays in fp32. A
+    policy rounded to bf16 would differ from it, and KL would not be 0 at the first step. Weights that are created inside the
+    block are left to `keep_adapter_in_fp32`.
     """
     before = {name: weight.data for name, weight in model.named_parameters()}
     yield
@@ -37,13 +37,12 @@ def preserve_param_dtypes(model: torch.nn.Module) -> Iterator[None]:
 
 
 def keep_adapter_in_fp32(trainer: Trainer) -> None:
-    """Undoes the cast to bf16 that TRL's trainers give to an adapter that they make themselves on a quantised base.
+    """Cast an adapter that TRL's trainer created on a quantised base back from bf16.
 
-    What was there keeps its values by `preserve_param_dtypes`, however it is launched; these are fresh, and need only the
-    type. AdamW's steps are often too small for bf16 to represent, and PEFT loads an adapter in fp32: a run resumed from a
-    checkpoint would go on in another type than it began in. It costs two bytes more a weight of the adapter, and two or four
-    in the optimizer. Call it between the trainer's construction and `train()`; it does nothing to models that are not
-    quantised, nor under FSDP and DeepSpeed, which want one type for all that they gather.
+    AdamW's steps are often too small for bf16, and PEFT loads adapters in fp32, so a resumed run would continue in another
+    type. It costs two bytes more a weight, and two or four in the optimizer. Call it between the trainer's construction and
+    `train()`. Does nothing on a base that is not quantised, and under DeepSpeed and FSDP 1, which need one type for all weights
+    that they gather.
     """
     model = trainer.model
     quantised = getattr(model, "is_loaded_in_4bit", False) or getattr(model, "is_loaded_in_8bit", False)
@@ -56,12 +55,16 @@ def keep_adapter_in_fp32(trainer: Trainer) -> None:
 
 
 def check_4bit_shapes(model: torch.nn.Module, path: str) -> None:
-    """Refuse 4-bit matrices on a CPU whose sides are no multiples of 32."""
+    """Refuse 4-bit matrices on a CPU with sides that are not multiples of 32.
+
+    Raises:
+        RecipeError: names the first of them.
+    """
     if model.device.type != "cpu":
         return
     for name, module in model.named_modules():
         if type(module).__name__ == "Linear4bit" and (module.in_features % 32 or module.out_features % 32):
-            sides = f"{module.in_features} x {module.out_features}"
             raise RecipeError(
-                f"load_in_4bit: {path}: {name} is {sides}, and on a CPU bitsandbytes needs sides that are multiples of 32"
+                f"load_in_4bit: {path}: {name} is {module.in_features} x {module.out_features}, and on a CPU bitsandbytes "
+                "needs multiples of 32. Fix: set `load_in_4bit: false`, or use a GPU"
             )

@@ -18,28 +18,27 @@ from torch import nn
 
 logger = logging.getLogger(__name__)
 POLICY = "default"
-"""PEFT's name for an adapter that was not given one: that of the policy, which is trained."""
+"""PEFT's default adapter name: the policy, which is trained."""
 NO_ADAPTER = object()
-"""For `use_adapter`: the base alone, without any adapter."""
+"""Stands for the base alone in `use_adapter`."""
 
 
 @contextlib.contextmanager
 def use_adapter(model: nn.Module, adapter: str | object | None, train: bool = False) -> Iterator[None]:
-    """Within, `adapter` alone is active; afterwards all is as before.
+    """Activate one adapter inside the block, and restore everything afterwards.
 
-    What is to be back-propagated must be so within: outside it would be recomputed with other adapters under gradient
-    checkpointing.
+    Back-propagate inside the block: outside of it, gradient checkpointing would recompute with another adapter, silently.
 
     Args:
-        model: with adapters, or without.
-        adapter: its name; `NO_ADAPTER` for the base alone; None leaves the adapters alone.
-        train: whether the adapter, and nothing else, is trainable within; if not, the model is in eval mode.
+        model: with or without adapters.
+        adapter: its name; `NO_ADAPTER` for the base alone; None leaves the adapters as they are.
+        train: whether this adapter alone is trainable. If not, the model is in eval mode.
 
     Raises:
         RecipeError: if an adapter is merged into the base, which switching would undo.
     """
     if any(layer.merged for layer in _modules(model, BaseTunerLayer)):
-        raise RecipeError("an adapter is merged into the base: unmerge it before another one is used")
+        raise RecipeError("an adapter is merged into the base. Fix: unmerge it before using another one")
     with restore_adapter_state(model):
         if adapter is not None:
             for layer in _modules(model, (BaseTunerLayer, AuxiliaryTrainingWrapper)):
@@ -53,13 +52,13 @@ def use_adapter(model: nn.Module, adapter: str | object | None, train: bool = Fa
 
 
 def copy_adapter(model: PeftModel, source: str, name: str) -> None:
-    """Adds a frozen copy of the adapter `source` under another name; which adapters are active stays as it is.
+    """Add a frozen copy of an adapter under another name, without activating it.
 
     Raises:
         RecipeError: if `name` is taken.
     """
     if name in model.peft_config:
-        raise RecipeError(f"the model has an adapter '{name}' already: rename it")
+        raise RecipeError(f"the model has an adapter '{name}' already. Fix: choose another name")
     weights = {key: weight.clone() for key, weight in get_peft_model_state_dict(model, adapter_name=source).items()}
     with torch.random.fork_rng(devices=[]), restore_adapter_state(model):
         model.add_adapter(name, copy.deepcopy(model.peft_config[source]))
@@ -69,7 +68,7 @@ def copy_adapter(model: PeftModel, source: str, name: str) -> None:
 
 @contextlib.contextmanager
 def save_single_adapter(model: nn.Module, adapter: str) -> Iterator[None]:
-    """Within, `save_pretrained` of a `PeftModel` saves this adapter, and not the other roles on its base."""
+    """Make `save_pretrained` of a `PeftModel` save this adapter only, inside the block."""
     if not isinstance(model, PeftModel):
         yield
         return
@@ -82,10 +81,10 @@ def save_single_adapter(model: nn.Module, adapter: str) -> Iterator[None]:
 
 @contextlib.contextmanager
 def restore_adapter_state(model: nn.Module) -> Iterator[None]:
-    """Puts back, at the end, the active adapters of each layer, `requires_grad` of each weight, and training mode.
+    """Restore active adapters, `requires_grad` and training mode after the block.
 
-    PEFT's own `set_adapter` makes everything trainable that it activates, and freezes the rest. Layers that come into being
-    within have no active adapter afterwards, and nothing to train.
+    PEFT's `set_adapter` makes trainable what it activates, and freezes the rest. Adapter layers that are created inside the
+    block are left inactive and frozen.
     """
     layers = {
         layer: (list(layer.active_adapters), layer.disable_adapters)

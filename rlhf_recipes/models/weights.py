@@ -1,4 +1,4 @@
-"""Weights in safetensors files: read, and checked to be finite."""
+"""Read weights from safetensors files, and check that they are finite."""
 
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -10,11 +10,11 @@ from safetensors import SafetensorError, safe_open
 
 _PICKLES = ("adapter_model.bin", "pytorch_model.bin")
 ADAPTER = "adapter_model.safetensors"
-"""The weights of an adapter."""
+"""File name of an adapter's weights."""
 
 
 def read_weights(path: str | Path) -> dict[str, torch.Tensor]:
-    """The weights in a file of safetensors, the only format that is read: a pickle may run code.
+    """Return the weights in a safetensors file. Pickles are never read: they may run code.
 
     Raises:
         RecipeError: if the file is missing or damaged, or a weight is NaN or infinite.
@@ -23,42 +23,42 @@ def read_weights(path: str | Path) -> dict[str, torch.Tensor]:
 
 
 def iterate_weights(path: str | Path) -> Iterator[tuple[str, torch.Tensor]]:
-    """The same one after the other, so that a whole model need not be in memory to be looked at.
+    """Yield the same weights one by one, so that a large model need not fit in memory.
 
     Raises:
         RecipeError: as in `read_weights`.
     """
     path = Path(path)
     if not path.is_file():
-        pickled = [name for name in _PICKLES if (path.parent / name).exists()]
-        remedy = f": {pickled[0]} is a pickle, which is not read: save it as safetensors" if pickled else ""
-        raise RecipeError(f"{path.parent}: no {path.name} there{remedy}")
+        pickles = [name for name in _PICKLES if (path.parent / name).exists()]
+        fix = f". Fix: save {pickles[0]} as safetensors; pickles are not read" if pickles else ""
+        raise RecipeError(f"{path.parent}: no {path.name} there{fix}")
     try:
         with safe_open(path, framework="pt") as file:
-            for name in file.keys():  # noqa: SIM118 - it is no mapping
+            for name in file.keys():  # noqa: SIM118 - not a mapping
                 weight = file.get_tensor(name)
                 check_finite({name: weight}, path)
                 yield name, weight
     except (SafetensorError, OSError, ValueError, KeyError) as error:
-        raise RecipeError(f"{path}: cannot be read ({first_line(error)}): copy or train it again") from error
+        raise RecipeError(f"{path}: cannot be read ({first_line(error)}). Fix: copy or train it again") from error
 
 
 @torch.no_grad()
-def check_finite(weights: Mapping[str, torch.Tensor], where: str | Path, remedy: str = "train it again") -> None:
-    """Refuses weights that are NaN or infinite: all that comes of them would be, or look like an answer.
+def check_finite(weights: Mapping[str, torch.Tensor], where: str | Path, fix: str = "train it again") -> None:
+    """Refuse weights that are NaN or infinite.
 
     Raises:
-        RecipeError: names the first of them, and the remedy.
+        RecipeError: names the first of them.
     """
     for name, weight in weights.items():
         if not _is_finite(weight):
-            raise RecipeError(f"{where}: {name} holds numbers that are not finite (NaN or infinity): {remedy}")
+            raise RecipeError(f"{where}: {name} holds numbers that are not finite (NaN or infinity). Fix: {fix}")
 
 
 def _is_finite(weight: torch.Tensor) -> bool:
-    packed = getattr(weight, "quant_state", None) is not None  # 4 bits, whatever type they are stored as
+    packed = getattr(weight, "quant_state", None) is not None  # 4 bits, whatever type stores them
     if packed or not weight.is_floating_point() or not weight.numel() or weight.is_meta or weight.element_size() == 1:
-        return True  # elsewhere, or in 8 bits, of which there is no sum
-    # A sum is infinite or NaN where a weight is; where it is only large, one looks again. In parts: a CPU makes fp32 of them
+        return True
+    # A sum is NaN or infinite if a weight is. If weights are only large, look at each. In parts, which a CPU converts to fp32
     parts = weight.split(4096) if weight.ndim else [weight]
     return all(part.sum(dtype=torch.float32).isfinite() or part.float().isfinite().all() for part in parts)

@@ -1,6 +1,7 @@
-"""Stages in order, from one YAML file: `reading` says what they are, `running` does them."""
+"""Stages in order, from one YAML file."""
 
-from rlhf_recipes.pipeline.reading import Stage, read_stages
-from rlhf_recipes.pipeline.running import Pipeline, check_arguments, read_pipeline
+from rlhf_recipes.pipeline.checks import check_arguments
+from rlhf_recipes.pipeline.reading import PipelineStage, read_stages
+from rlhf_recipes.pipeline.running import Pipeline, read_pipeline
 
-__all__ = ["Pipeline", "Stage", "check_arguments", "read_pipeline", "read_stages"]
+__all__ = ["Pipeline", "PipelineStage", "check_arguments", "read_pipeline", "read_stages"]

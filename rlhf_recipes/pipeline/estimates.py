@@ -1,63 +1,50 @@
-"""The plans of all stages of a YAML file, of a pipeline or of one recipe."""
+"""The arguments of the stages in a YAML file that have a memory plan: a pipeline's, or those of one recipe."""
 
 from pathlib import Path
 
-from rlhf_recipes.config.launcher import refuse_one_gpus_arithmetic
+from rlhf_recipes.config.launcher import check_single_gpu_plan
 from rlhf_recipes.core.errors import RecipeError
 from rlhf_recipes.core.yaml import read_yaml
-from rlhf_recipes.memory.gpu_arguments import StageArguments, resolve_for_gpu
+from rlhf_recipes.memory import StageArguments
+from rlhf_recipes.memory.gpu_arguments import resolve_for_gpu
 from rlhf_recipes.memory.planners import has_planner
-from rlhf_recipes.pipeline.reading import checked_card, found, read_stages
-from rlhf_recipes.stages import pipeline_stages
+from rlhf_recipes.pipeline.reading import read_stages, resolve_config_path
+from rlhf_recipes.stages import STAGES
 
 
-def card_in(config: Path) -> float | None:
-    """GB of the card that a pipeline's file names, or None.
-
-    Raises:
-        RecipeError: for what is no size of a card.
-    """
-    values = read_yaml(config)
-    return checked_card(values.get("gpu_memory"), str(config)) if "stages" in values else None
-
-
-def arguments_in(
-    config: Path, recipes: Path, recipe: str | None = None, triton: bool = True, card: float | None = None
+def plannable_stages(
+    config: Path, recipes: Path, recipe: str | None = None, on_gpu: bool = True, gpu_memory: float | None = None
 ) -> list[StageArguments]:
-    """The arguments of those stages in a YAML file that can be planned, with what `gpu_memory` chooses where a pipeline has it.
+    """Return the arguments of the stages of a file that can be planned, with those that `gpu_memory` chooses.
 
     Args:
-        config: of a pipeline, or of one recipe, with those that it `needs`.
+        config: of a pipeline, or of one recipe, whose `needs` are read too.
         recipes: the folder of the recipes.
-        recipe: of which the file is; None: that of its name.
-        triton: whether for a GPU; a CPU is for comparison.
-        card: GB, in place of a pipeline's `gpu_memory`.
+        recipe: the recipe's name, by default the name of the file.
+        on_gpu: False resolves the arguments for a CPU.
+        gpu_memory: GB, in place of the `gpu_memory` of a pipeline.
 
     Raises:
-        RecipeError: as the recipes would; not for stages that do not fit, which have then what takes least.
+        RecipeError: as the recipes raise. A stage that does not fit gets the arguments that take least memory.
     """
     values = read_yaml(config)
     if "stages" in values:
-        read = read_stages(config, recipes, card if "gpu_memory" in values else None, must_fit=False)
-        if card is not None:
-            refuse_one_gpus_arithmetic(read.engine)
-        stages = [(stage.name, stage.recipe, stage.values) for stage in read.stages]
+        file = read_stages(config, recipes, gpu_memory if "gpu_memory" in values else None, must_fit=False)
+        if gpu_memory is not None:
+            check_single_gpu_plan(file.launcher)
+        stages = [(stage.name, stage.recipe, stage.values) for stage in file.stages]
     else:
         recipe = recipe or config.stem
-        if recipe not in pipeline_stages():
-            raise RecipeError(f"{config}: of which recipe is it? say so with --recipe: one of {', '.join(pipeline_stages())}")
-        stages = [(path.stem, path.stem, read_yaml(path)) for path in _needed(values, recipes)]
+        if not has_planner(recipe):
+            known = ", ".join(filter(has_planner, STAGES))
+            raise RecipeError(f"{config}: its name is no recipe that can be planned. Fix: add --recipe, one of {known}")
+        needs = (resolve_config_path(path, recipes) for path in values.get("needs") or ())
+        stages = [(path.stem, path.stem, read_yaml(path)) for path in needs if path.is_file() and path.stem in STAGES]
         stages.append((recipe, recipe, values))
-    earlier: dict[str, StageArguments] = {}
+    producers: dict[str, StageArguments] = {}
     planned = []
-    for name, kind, given in stages:
+    for name, kind, arguments in stages:
         if has_planner(kind):
-            planned.append(resolve_for_gpu(name, kind, given, dict(earlier), triton))
-            earlier[str(planned[-1].output_dir)] = planned[-1]
+            planned.append(resolve_for_gpu(name, kind, arguments, dict(producers), on_gpu))
+            producers[str(planned[-1].output_dir)] = planned[-1]
     return planned if "stages" in values else planned[-1:]
-
-
-def _needed(values: dict, recipes: Path) -> list[Path]:
-    """The YAML files of the stages that a single one names in `needs`, so far as they are there."""
-    paths = [found(path, recipes) for path in values.get("needs") or []]
-    return [path for path in paths if path.is_file() and path.stem in pipeline_stages()]

@@ -1,4 +1,4 @@
-"""Sequence classifiers to train as reward models."""
+"""Sequence classifiers with a scalar head, to train as reward models."""
 
 import contextlib
 from collections.abc import Iterator
@@ -6,18 +6,19 @@ from pathlib import Path
 
 from rlhf_recipes.core.errors import RecipeError, first_line
 from rlhf_recipes.core.files import RECIPE, read_json
-from rlhf_recipes.models.adapters import check_ranks, read_adapter_config
+from rlhf_recipes.models.adapters import add_adapter, read_adapter_config
 from rlhf_recipes.models.compatibility import check_base, check_tokenizer, check_vocabulary
 from rlhf_recipes.models.loading import load_architecture
 from rlhf_recipes.models.roles import POLICY
 from rlhf_recipes.models.weights import ADAPTER, read_weights
-from rlhf_recipes.rewards.reward_models import HEAD, ScalarHead
-from rlhf_recipes.rewards.saved import PREFIX, fill_adapter, read_head
+from rlhf_recipes.rewards.reward_models import HEAD, HEAD_IN_ADAPTER, ScalarHead
 
 import transformers
 from peft import LoraConfig, PeftModel, get_peft_model
-from torch import nn
+from safetensors import safe_open
+from torch import Tensor, nn
 from transformers import AutoModelForSequenceClassification, PreTrainedModel, PreTrainedTokenizerBase, set_seed
+from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME, cached_file
 from trl import ModelConfig, RewardConfig, get_peft_config
 from trl.trainer.base_config import _BaseConfig as TrainingConfig
 
@@ -28,107 +29,128 @@ def load_reward_model(
     tokenizer: PreTrainedTokenizerBase,
     parent: str | Path | None = None,
 ) -> PreTrainedModel | PeftModel:
-    """The base with a scalar head in fp32, and by `use_peft` with an adapter, ready for `RankingTrainer`.
+    """Load the base with a scalar head in fp32, and with `use_peft` an adapter, to be trained.
 
-    A fresh head is drawn from N(0, 1 / (width + 1)) with the seed of the run (Huang et al., 2024, "The N+ implementation
-    details of RLHF with PPO"). A base that is a reward model already keeps its head.
+    A new head is drawn from N(0, 1 / (width + 1)) with the seed of the run (Huang et al., 2024, "The N+ implementation details
+    of RLHF with PPO"). A base that is a reward model keeps its head.
 
     Args:
         arguments: TRL's model arguments.
         training: for the seed and `model_init_kwargs`.
-        tokenizer: of the run; its PAD is what the model looks for at the end of a sequence.
-        parent: an SFT adapter to start from. The new adapter begins with its weights, its rank, alpha and targets (the LoRA
-            arguments are not read), and stands on the base alone: it does not need its parent any more.
+        tokenizer: of the run; the model finds the end of a sequence by its PAD.
+        parent: an SFT adapter to start from. The new adapter takes its weights, rank, alpha and targets (the LoRA arguments are
+            not read), and does not need its parent afterwards.
 
     Returns:
-        A sequence classifier with one label, or a `PeftModel` of it whose adapter and head are trainable.
+        A sequence classifier with one label, or a `PeftModel` of it with trainable adapter and head.
 
     Raises:
-        RecipeError: as in `load_model`; for an architecture without such a head; for layers to adapt that the model has not,
-            and for whole layers to train besides, which could not share a base; for a parent that is no LoRA adapter of this
-            base, or with `use_peft: false`.
+        RecipeError: as in `load_model`; for an architecture without such a head; for LoRA targets that the model lacks, or full
+            layers to train besides LoRA, which cannot share a base; for a parent that is not a LoRA adapter of this base.
     """
     set_seed(training.seed)
-    model, fresh = load_classifier(arguments, training)
-    _install_head(model, fresh, arguments.model_revision)
+    model, head_is_new = load_classifier(arguments, training)
+    _install_head(model, head_is_new, arguments.model_revision)
     check_vocabulary(model, tokenizer)
     model.config.get_text_config().pad_token_id = tokenizer.pad_token_id
+    if parent is None:
+        return _new_adapter(model, get_peft_config(arguments)) if arguments.use_peft else model
     if not arguments.use_peft:
-        if parent is not None:
-            raise RecipeError(f"the adapter {parent} can be started from with `use_peft: true` only; or merge it into its base")
-        return model
-    if parent is not None:
-        if (Path(parent) / "tokenizer_config.json").is_file():
-            check_tokenizer(Path(parent), tokenizer)
-        return _continue_adapter(model, Path(parent))
-    return _new_adapter(model, get_peft_config(arguments))
+        raise RecipeError(f"start_from: {parent} is an adapter. Fix: set `use_peft: true`, or merge it into its base")
+    if (Path(parent) / "tokenizer_config.json").is_file():
+        check_tokenizer(Path(parent), tokenizer)
+    return _continue_adapter(model, Path(parent))
 
 
 def load_classifier(arguments: ModelConfig, training: TrainingConfig) -> tuple[PreTrainedModel, bool]:
-    """The base as a sequence classifier with one label, and whether its files lack the head, which then is random.
+    """Load the base as a classifier with one label; return whether its head is new (random).
 
     Raises:
-        RecipeError: as in `load_model`; for an architecture without such a head; if the files lack anything else.
+        RecipeError: as in `load_model`; for an architecture without such a head; if other weights are missing.
     """
-    with quiet():
+    with _errors_only():
         model, missing = load_architecture(AutoModelForSequenceClassification, arguments, training, num_labels=1)
-    head = getattr(model, HEAD, None)
-    if not isinstance(head, nn.Linear) or head.out_features != 1 or head.bias is not None:
-        raise RecipeError(f"{model.name_or_path}: {type(model).__name__} has no head `{HEAD}` of one output: it cannot be used")
-    if lost := missing - {f"{HEAD}.weight"}:
-        raise RecipeError(f"model_name_or_path: {model.name_or_path}: its files lack {', '.join(sorted(lost)[:3])}")
+    scalar_head(model)
+    if others := missing - {f"{HEAD}.weight"}:
+        names = ", ".join(sorted(others)[:3])
+        raise RecipeError(f"model_name_or_path: {model.name_or_path}: weights are missing in its files ({names})")
     return model, bool(missing)
 
 
-def _new_adapter(model: PreTrainedModel, config: LoraConfig) -> PeftModel:
-    if others := sorted({*(config.modules_to_save or ())} - {HEAD}):
-        raise RecipeError(
-            f"lora_modules_to_save: {', '.join(others)}: a reward adapter trains LoRA and its head only, since it shares its "
-            "base with other roles: remove the key"
-        )
-    config.task_type, config.modules_to_save = "SEQ_CLS", [HEAD]
-    try:
-        return get_peft_model(model, config)
-    except ValueError as error:
-        targets = config.target_modules
-        named = targets if isinstance(targets, str) else ", ".join(sorted(targets or ()))
-        raise RecipeError(f"lora_target_modules: {named}: {model.name_or_path}: {first_line(error)}") from error
+def scalar_head(model: PreTrainedModel) -> nn.Linear:
+    """Return the head of a sequence classifier.
+
+    Raises:
+        RecipeError: if it has not one output without bias.
+    """
+    head = getattr(model, HEAD, None)
+    if not isinstance(head, nn.Linear) or head.out_features != 1 or head.bias is not None:
+        raise RecipeError(f"{model.name_or_path}: {type(model).__name__} has no head `{HEAD}` with one output and without bias")
+    return head
 
 
-def _install_head(model: PreTrainedModel, fresh: bool, revision: str | None) -> None:
+def read_head(name: str | Path, loaded: Tensor, revision: str | None = None) -> Tensor:
+    """Return the head's weight from a model's files, in fp32: `from_pretrained` rounds it to bf16.
+
+    Args:
+        name: folder, or name on the Hub.
+        loaded: the weight as loaded; returned if the files have it under another name.
+        revision: of the model on the Hub.
+    """
+    key, options = f"{HEAD}.weight", {"revision": revision, "_raise_exceptions_for_missing_entries": False}
+    index = cached_file(name, SAFE_WEIGHTS_INDEX_NAME, **options)
+    file = read_json(Path(index)).get("weight_map", {}).get(key) if index else SAFE_WEIGHTS_NAME
+    path = file and cached_file(name, file, **options)
+    if not path:
+        return loaded
+    with safe_open(path, "pt") as weights:
+        return weights.get_tensor(key).float() if key in weights.keys() else loaded  # noqa: SIM118 - not a mapping
+
+
+def _install_head(model: PreTrainedModel, is_new: bool, revision: str | None) -> None:
     old = getattr(model, HEAD)
     head = ScalarHead(old.in_features)
-    if fresh:
+    if is_new:
         nn.init.normal_(head.weight, std=(old.in_features + 1) ** -0.5)
     else:
         head.weight.data.copy_(read_head(model.name_or_path, old.weight.data, revision))
     setattr(model, HEAD, head.to(old.weight.device))
 
 
+def _new_adapter(model: PreTrainedModel, config: LoraConfig) -> PeftModel:
+    if others := sorted({*(config.modules_to_save or ())} - {HEAD}):
+        raise RecipeError(
+            f"lora_modules_to_save: {', '.join(others)}: a reward adapter shares its base with other roles, so it trains LoRA "
+            "and its head only. Fix: remove the key"
+        )
+    config.task_type, config.modules_to_save = "SEQ_CLS", [HEAD]
+    try:
+        return get_peft_model(model, config)
+    except ValueError as error:
+        targets = config.target_modules
+        names = targets if isinstance(targets, str) else ", ".join(sorted(targets or ()))
+        raise RecipeError(f"lora_target_modules: {names}: {model.name_or_path}: {first_line(error)}") from error
+
+
 def _continue_adapter(model: PreTrainedModel, parent: Path) -> PeftModel:
-    """A new reward adapter with the weights of a parent that was trained on the same base for another task."""
+    """Return a new reward adapter with the weights of an SFT adapter of the same base."""
+    where = f"start_from: {parent}"
     config = read_adapter_config(parent, "start_from")
-    if config.peft_type != "LORA":
-        raise RecipeError(f"{parent}: only a LoRA adapter can be started from, and this is {config.peft_type}")
-    check_base(parent, config.base_model_name_or_path, read_json(parent / RECIPE), model)
-    if HEAD in (config.modules_to_save or ()):
-        raise RecipeError(f"start_from: {parent} is a reward model: name the SFT adapter, or leave this out")
-    if config.modules_to_save:
-        raise RecipeError(f"{parent} trained {', '.join(config.modules_to_save)} besides LoRA: it cannot be started from")
-    config.base_model_name_or_path, config.inference_mode = model.name_or_path, False
+    if config.peft_type != "LORA" or config.modules_to_save:
+        trained = ", ".join([config.peft_type.value, *(config.modules_to_save or ())])
+        raise RecipeError(f"{where}: trained {trained}. Fix: name an SFT adapter that trained LoRA only, or leave the key out")
+    check_base(where, config.base_model_name_or_path, read_json(parent / RECIPE), model)
+    config.base_model_name_or_path, config.task_type, config.modules_to_save = model.name_or_path, "SEQ_CLS", [HEAD]
     if isinstance(config.target_modules, set):
         config.target_modules -= {"lm_head"}  # a reward model has none
     weights = {name: weight for name, weight in read_weights(parent / ADAPTER).items() if "lm_head" not in name}
-    check_ranks(config, weights, f"start_from: {parent}")
-    weights[f"{PREFIX}{HEAD}.weight"] = getattr(model, HEAD).weight.data.clone()
-    adapted = _new_adapter(model, config)
-    fill_adapter(adapted, weights, POLICY, parent)
-    return adapted
+    weights[HEAD_IN_ADAPTER] = getattr(model, HEAD).weight.data.clone()
+    return add_adapter(model, config, weights, POLICY, where, trainable=True)
 
 
 @contextlib.contextmanager
-def quiet() -> Iterator[None]:
-    """Without Transformers' report that the head is new and the LM head unused, which is what was asked for."""
+def _errors_only() -> Iterator[None]:
+    """Silence Transformers' report that the head is new and the LM head unused, as intended."""
     verbosity = transformers.logging.get_verbosity()
     transformers.logging.set_verbosity_error()
     try:

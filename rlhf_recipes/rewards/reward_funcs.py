@@ -1,42 +1,40 @@
-"""Read `reward_funcs` of a YAML file: dotted paths and folders, with weights and arguments."""
+"""Read the YAML key `reward_funcs`: dotted paths and folders, with weights and arguments."""
 
 import contextlib
 import importlib
-import importlib.util
 import inspect
 import math
-import pkgutil
 from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
 from rlhf_recipes.core.errors import RecipeError, did_you_mean
-from rlhf_recipes.rewards.functions import FINITE_FLOATS, TRL_KEYWORDS, Reward, explain_argument_error
-from rlhf_recipes.rewards.protocol import checked_reward
+from rlhf_recipes.rewards.functions import FINITE_FLOATS
+from rlhf_recipes.rewards.protocol import TRL_KEYWORDS, Reward, checked_reward
 
-from pydantic import ValidationError
+from pydantic import Field, ValidationError
 from pydantic.dataclasses import dataclass
 from trl.trainer.utils import get_callable_name
 
 
 @dataclass(config=FINITE_FLOATS)
 class SavedReward:
-    """A reward model in a folder, for `PPOTrainer` to put on its base.
+    """A reward model in a folder, to be put on the policy's base.
 
     Parameters:
-        folder: what `recipes/reward.py` saved.
-        combine: how an ensemble becomes one score, if not as it was trained to.
+        folder: result of `recipes/reward.py`.
+        combine: for an ensemble, in place of how it was trained.
         uncertainty_coef: likewise.
     """
 
     folder: str
     combine: Literal["mean", "min", "uncertainty"] | None = None
-    uncertainty_coef: float | None = None
+    uncertainty_coef: float | None = Field(default=None, ge=0)
 
 
-def load_rewards(specs: Any) -> tuple[list[Reward | SavedReward], list[float]]:
-    """The rewards that the YAML key `reward_funcs` lists, and their weights (TRL's `reward_weights`).
+def load_rewards(entries: Any) -> tuple[list[Reward | SavedReward], list[float]]:
+    """Return the rewards that `reward_funcs` lists, and their weights (TRL's `reward_weights`).
 
         reward_funcs:
           - runs/tiny/reward
@@ -45,21 +43,25 @@ def load_rewards(specs: Any) -> tuple[list[Reward | SavedReward], list[float]]:
             weight: 0.5
             arguments: {slope: 0.01, longest: 64}
 
-    A `path` is a folder that `recipes/reward.py` saved, with the `arguments` of `SavedReward` for an ensemble; or the dotted
-    path of a function with TRL's signature, to which `arguments` are bound; of a class, which is
-    instantiated with `arguments`; or, with `arguments` (they may be `{}`), of a function that makes a reward. A weight is 1 if
-    it is not given; 0 logs a reward without training on it. Every reward is checked, and a name that comes twice is numbered,
-    since TRL would log the two as one.
+    A `path` is one of these:
+
+    - a folder that `recipes/reward.py` saved; `arguments` are those of `SavedReward`
+    - a function with TRL's signature; `arguments` are bound to it
+    - a class, which is instantiated with `arguments`
+    - a function that makes a reward of `arguments` (write `{}` if there are none)
+
+    The default weight is 1; 0 logs a reward without training on it. Rewards are wrapped by `checked_reward`. A name that occurs
+    twice is numbered, or TRL would log the two as one.
 
     Raises:
-        RecipeError: with the entry, the key, and what would be right.
+        RecipeError: with the entry, the key and the fix.
     """
-    if not isinstance(specs, list) or not specs:
-        raise RecipeError(f"reward_funcs: expected a list of rewards, found {specs!r}")
+    if not isinstance(entries, list) or not entries:
+        raise RecipeError(f"reward_funcs: expected a list of rewards, found {entries!r}")
     rewards, names, weights = [], [], []
-    for number, spec in enumerate(specs, start=1):
+    for number, entry in enumerate(entries, start=1):
         where = f"reward_funcs, entry {number}"
-        path, weight, arguments = _read_spec(spec, where)
+        path, weight, arguments = _read_entry(entry, where)
         weights.append(weight)
         if "/" in path or Path(path).is_dir():
             rewards.append(_saved_reward(path, arguments or {}, f"{where}: {path}"))
@@ -71,114 +73,97 @@ def load_rewards(specs: Any) -> tuple[list[Reward | SavedReward], list[float]]:
     return rewards, weights
 
 
-def reward_paths(specs: Sequence[str | dict[str, Any]]) -> list[str | None]:
-    """What the entries of `reward_funcs` name, before anything is loaded."""
-    return [spec.get("path") if isinstance(spec, dict) else spec for spec in specs]
+def reward_paths(entries: Sequence[str | dict[str, Any]]) -> list[str | None]:
+    """Return the paths in `reward_funcs`, without loading them."""
+    return [entry.get("path") if isinstance(entry, dict) else entry for entry in entries]
 
 
 def _saved_reward(path: str, arguments: dict[str, Any], where: str) -> SavedReward:
     if not Path(path).is_dir():
-        raise RecipeError(f"{where}: no such folder: train the reward model first (recipes/reward.py), or name it in `needs`")
+        raise RecipeError(f"{where}: no such folder. Fix: train it first (recipes/reward.py), or name it in `needs`")
     try:
         return SavedReward(folder=path, **arguments)
     except (TypeError, ValidationError) as error:
-        raise RecipeError(
-            f"{where}: arguments: {explain_argument_error(error)}: there are `combine` and `uncertainty_coef`"
-        ) from error
+        reason = explain_argument_error(error)
+        raise RecipeError(f"{where}: arguments: {reason}. Fix: use `combine` and `uncertainty_coef` only") from error
 
 
-def _read_spec(spec: Any, where: str) -> tuple[str, float, dict[str, Any] | None]:
-    """Path, weight and arguments of one entry."""
-    spec = {"path": spec} if isinstance(spec, str) else spec
-    if not isinstance(spec, dict) or not isinstance(spec.get("path"), str):
-        raise RecipeError(f"{where}: must be a dotted path, or a mapping with `path`, found {spec!r}")
+def _read_entry(entry: Any, where: str) -> tuple[str, float, dict[str, Any] | None]:
+    """Return path, weight and arguments of one entry."""
+    entry = {"path": entry} if isinstance(entry, str) else entry
+    if not isinstance(entry, dict) or not isinstance(entry.get("path"), str):
+        raise RecipeError(f"{where}: expected a dotted path, or a mapping with `path`, found {entry!r}")
     keys = ("path", "weight", "arguments")
-    for key in spec:
+    for key in entry:
         if key not in keys:
             raise RecipeError(f"{where}: unknown key '{key}'{did_you_mean(str(key), keys)}")
-    arguments = spec.get("arguments")
+    arguments = entry.get("arguments")
     if not isinstance(arguments, dict | None) or not all(isinstance(name, str) for name in arguments or ()):
         raise RecipeError(f"{where}: arguments: expected a mapping of names to values, found {arguments!r}")
-    return spec["path"], _weight(spec.get("weight", 1.0), where), arguments
+    return entry["path"], _read_weight(entry.get("weight", 1.0), where), arguments
 
 
-def _weight(value: Any, where: str) -> float:
+def _read_weight(value: Any, where: str) -> float:
     if isinstance(value, int | float | str) and not isinstance(value, bool):
         with contextlib.suppress(ValueError):
-            weight = float(value)  # a text too: PyYAML reads 1e-4 as one, since it has no dot
+            weight = float(value)  # PyYAML reads 1e-4, without a dot, as text
             if math.isfinite(weight):
                 return weight
     raise RecipeError(f"{where}: weight: expected a finite number, found {value!r}")
 
 
 def _build(path: str, arguments: dict[str, Any] | None, where: str) -> Reward:
-    target = _resolve(path, where)
-    if not callable(target):
-        raise RecipeError(f"{where}: is a {type(target).__name__}, and must be a function or a class")
+    target = _import(path, where)
     try:
-        inspect.signature(target)
-    except ValueError as error:
-        raise RecipeError(f"{where}: its parameters are unknown ({error}): wrap it in a function of yours") from error
-    if inspect.isclass(target) or (arguments is not None and not _takes_completions(target)):
+        parameters = inspect.signature(target).parameters
+    except (TypeError, ValueError) as error:  # not callable, or a builtin
+        raise RecipeError(f"{where}: expected a function or a class with known parameters ({error})") from error
+    if inspect.isclass(target) or (
+        arguments is not None and not _takes_any_keyword(target) and "completions" not in parameters
+    ):
         reward = _make(target, arguments or {}, where)
     else:
         reward = _bind(target, arguments, where) if arguments else target
-    missing = _refused_keywords(reward)
-    if missing:
+    missing = [name for name in TRL_KEYWORDS if name not in inspect.signature(reward).parameters]
+    if missing and not _takes_any_keyword(reward):
         raise RecipeError(
-            f"{where}: TRL calls a reward with the keywords {', '.join(TRL_KEYWORDS)} and the columns of the data, and "
-            f"{_signature(reward)} does not take {missing[0]}: end its parameters with `**columns`, or, if it makes a reward, "
-            "give it `arguments` (they may be {})"
+            f"{where}: TRL passes {', '.join(TRL_KEYWORDS)} and the columns of the data, and {_signature(reward)} does not "
+            f"take {missing[0]}. Fix: add `**columns` to them, or, if it makes a reward, give it `arguments` (even {{}})"
         )
     return reward
 
 
-def _resolve(path: str, where: str) -> Any:
-    """What a dotted path names."""
+def _import(path: str, where: str) -> Any:
+    """Return the object that a dotted path names."""
     module_name, _, name = path.rpartition(".")
     if not module_name or not all(part.isidentifier() for part in path.split(".")):
-        raise RecipeError(f"{where}: must be a dotted path such as rlhf_recipes.rewards.exact_match")
+        raise RecipeError(f"{where}: expected a folder, or a dotted path such as rlhf_recipes.rewards.exact_match")
     try:
         module = importlib.import_module(module_name)
     except ImportError as error:
-        raise RecipeError(
-            f"{where}: cannot import {module_name} (its folder must be on PYTHONPATH): {error}{_nearest_module(module_name)}"
-        ) from error
+        raise RecipeError(f"{where}: cannot import {module_name} (its folder must be on PYTHONPATH): {error}") from error
     if not hasattr(module, name):
         raise RecipeError(f"{where}: {module_name} has no '{name}'{did_you_mean(name, dir(module))}")
     return getattr(module, name)
 
 
-def _nearest_module(name: str) -> str:
-    """A hint at a module with a similar name in the same package."""
-    package, _, child = name.rpartition(".")
-    try:
-        spec = importlib.util.find_spec(package) if package else None
-    except ImportError:
-        return ""
-    if spec is None or child in (siblings := [item.name for item in pkgutil.iter_modules(spec.submodule_search_locations)]):
-        return ""
-    return did_you_mean(child, siblings)
-
-
 def _make(maker: Callable[..., Reward], arguments: dict[str, Any], where: str) -> Reward:
-    """The reward that a class or factory makes of `arguments`."""
-    _check_names(maker, arguments, where)
-    try:
-        inspect.signature(maker).bind(**arguments)
-    except TypeError as error:
-        raise RecipeError(f"{where}: arguments: {error} of {_signature(maker)}") from error
+    """Return the reward that a class or a factory makes."""
+    if not (inspect.isclass(maker) and _takes_any_keyword(maker)):
+        _check_names(maker, arguments, where)
     try:
         reward = maker(**arguments)
-    except (ValueError, RecipeError) as error:
+    except RecipeError as error:
+        raise RecipeError(f"{where}: {error}") from error
+    except (TypeError, ValueError) as error:
         raise RecipeError(f"{where}: arguments: {explain_argument_error(error)}") from error
     if not callable(reward):
-        raise RecipeError(f"{where}: makes a {type(reward).__name__}, which is no function")
+        raise RecipeError(f"{where}: makes a {type(reward).__name__}, not a reward function")
     return reward
 
 
 def _bind(function: Reward, arguments: dict[str, Any], where: str) -> Reward:
-    """A reward function with `arguments` bound to it."""
+    """Return a reward function with `arguments` bound to it."""
     _check_names(function, arguments, where)
     for name in arguments:
         if name in TRL_KEYWORDS:
@@ -187,34 +172,31 @@ def _bind(function: Reward, arguments: dict[str, Any], where: str) -> Reward:
 
 
 def _check_names(function: Callable[..., Any], arguments: dict[str, Any], where: str) -> None:
-    """Refuses an argument without a parameter of that name, which a reward's `**columns` would swallow."""
+    """Refuse a misspelt argument, which a reward's `**columns` would swallow."""
     parameters = inspect.signature(function).parameters.values()
     names = [item.name for item in parameters if item.kind not in (item.VAR_KEYWORD, item.VAR_POSITIONAL)]
-    if inspect.isclass(function) and any(item.kind is item.VAR_KEYWORD for item in parameters):
-        return
     for name in arguments:
         if name not in names:
-            raise RecipeError(
-                f"{where}: arguments: unknown argument '{name}' of {_signature(function)}{did_you_mean(name, names)}"
-            )
+            hint = did_you_mean(name, names)
+            raise RecipeError(f"{where}: arguments: unknown argument '{name}' of {_signature(function)}{hint}")
 
 
-def _takes_completions(function: Callable[..., Any]) -> bool:
-    """Whether it is a reward, rather than what makes one."""
-    parameters = inspect.signature(function).parameters
-    return "completions" in parameters or any(item.kind is item.VAR_KEYWORD for item in parameters.values())
-
-
-def _refused_keywords(reward: Reward) -> list[str]:
-    """Which of TRL's keywords it does not take."""
-    parameters = inspect.signature(reward).parameters
-    if any(item.kind is item.VAR_KEYWORD for item in parameters.values()):
-        return []
-    return [name for name in TRL_KEYWORDS if name not in parameters]
+def _takes_any_keyword(function: Callable[..., Any]) -> bool:
+    return any(item.kind is item.VAR_KEYWORD for item in inspect.signature(function).parameters.values())
 
 
 def _signature(function: Callable[..., Any]) -> str:
-    """The name and, without types, the parameters."""
+    """Return the name and the parameters, without types."""
     signature = inspect.signature(function)
     parameters = [parameter.replace(annotation=inspect.Parameter.empty) for parameter in signature.parameters.values()]
     return f"{get_callable_name(function)}{inspect.Signature(parameters)}"
+
+
+def explain_argument_error(error: Exception) -> str:
+    """Return in one line which argument is wrong and why."""
+    if not isinstance(error, ValidationError):
+        return " ".join(str(error).split())
+    first = error.errors()[0]
+    if not first["loc"]:  # from a __post_init__
+        return str(first["ctx"]["error"])
+    return f"{'.'.join(map(str, first['loc']))}: {first['msg']}, found {first['input']!r}"

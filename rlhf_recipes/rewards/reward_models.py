@@ -1,4 +1,4 @@
-"""Reward models and ensembles of them, as roles on a base that others share."""
+"""Reward models and ensembles as roles on a base that they share with other adapters."""
 
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
@@ -9,41 +9,44 @@ from rlhf_recipes.core.errors import RecipeError
 from rlhf_recipes.models.backbone import backbone, forward_backbone
 from rlhf_recipes.models.roles import use_adapter
 from rlhf_recipes.models.tokenizer import encode, template_gap
-from rlhf_recipes.rewards.reward_json import Normalisation, is_fp32_number, store_normalisation
+from rlhf_recipes.rewards.reward_json import Normalisation, store_normalisation
 
 import torch
 from torch import Tensor, nn
+from torch.nn.utils.rnn import pad_sequence
 from transformers import PreTrainedTokenizerBase
 
 HEAD = "score"
-"""The name that Transformers gives the head of a decoder that classifies sequences."""
+"""Transformers' name for the head of a decoder that classifies sequences."""
+HEAD_IN_ADAPTER = f"base_model.model.{HEAD}.weight"
+"""The name of its weight in PEFT's files."""
 Messages = list[dict[str, Any]]
 
 
 class ScalarHead(nn.Linear):
-    """One number for each hidden state, computed in fp32 whatever the type of the base and under autocast too.
+    """A head with one output, computed in fp32 on any base and under autocast.
 
-    bf16 has three digits: too few to tell good answers from better ones. Its weight is saved and loaded as that of
-    Transformers' own head.
+    bf16 has three digits: too few to tell good answers from better ones. Its weight is saved and loaded like that of
+    Transformers' head.
     """
 
     def __init__(self, width: int, bias: bool = False):
         super().__init__(width, 1, bias=bias, dtype=torch.float32)
 
     def forward(self, hidden: Tensor) -> Tensor:
-        """Scores, fp32 of shape (..., 1), of hidden states (..., width)."""
+        """Return scores, fp32 (..., 1), of hidden states (..., width)."""
         with torch.autocast(hidden.device.type, enabled=False):
             bias = None if self.bias is None else self.bias.float()
             return nn.functional.linear(hidden.float(), self.weight.float(), bias)
 
 
 class Scorer(ABC):
-    """Anything that scores completions, and is a reward function for TRL's trainers.
+    """A model that scores completions; a reward function for TRL's trainers.
 
     Parameters:
-        name: what TRL logs the rewards under.
-        tokenizer: of the policy, which is that of the reward model too.
-        batch_size: completions a forward pass, when called as a reward function.
+        name: under which TRL logs the rewards.
+        tokenizer: of the policy and the reward model.
+        batch_size: completions in a forward pass, when called as a reward function.
     """
 
     def __init__(self, name: str, tokenizer: PreTrainedTokenizerBase, batch_size: int):
@@ -53,13 +56,13 @@ class Scorer(ABC):
 
     @abstractmethod
     def score(self, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
-        """Scores, fp32 of shape (B,), of padded sequences (B, T)."""
+        """Return scores, fp32 (B,), of padded sequences (B, T)."""
 
     def __call__(self, prompts: Sequence[Any], completions: Sequence[Any], **kwargs: Any) -> list[float]:
-        """The score of each completion, in TRL's protocol for reward functions.
+        """Return the score of each completion, in TRL's protocol for reward functions.
 
-        Completions are read as in training: conversations through the chat template, and texts with EOS behind. So a
-        completion that was cut off before its EOS is scored as if it ended there: whoever minds must look at the tokens.
+        Completions are encoded as in training: conversations by the chat template, texts with EOS at the end. A completion that
+        was truncated before its EOS is scored as if it ended there.
 
         Args:
             prompts: texts, or lists of messages.
@@ -67,20 +70,20 @@ class Scorer(ABC):
             kwargs: what else TRL passes; not used.
         """
         sequences = [
-            encode(self.tokenizer, prompt, self._as_written(completion))
+            encode(self.tokenizer, prompt, self._strip_template_gap(completion))
             for prompt, completion in zip(prompts, completions, strict=True)
         ]
-        order = sorted(range(len(sequences)), key=lambda place: len(sequences[place]))  # alike lengths: little padding
+        order = sorted(range(len(sequences)), key=lambda row: len(sequences[row]))  # similar lengths: little padding
         scores = [0.0] * len(sequences)
         for start in range(0, len(order), self.batch_size):
-            places = order[start : start + self.batch_size]
-            batch = self.score(*_padded([sequences[place] for place in places]))
-            for place, score in zip(places, batch.tolist(), strict=True):
-                scores[place] = score
+            rows = order[start : start + self.batch_size]
+            batch = self.score(*_pad([sequences[row] for row in rows]))
+            for row, score in zip(rows, batch.tolist(), strict=True):
+                scores[row] = score
         return scores
 
-    def _as_written(self, completion: Any) -> Any:
-        """A generated answer without the space that the template puts before it: rendered again, it would stand there twice."""
+    def _strip_template_gap(self, completion: Any) -> Any:
+        """Remove the space that the template puts before an answer, or it would be rendered twice."""
         if isinstance(completion, str) or not completion:
             return completion
         first, *others = completion
@@ -88,16 +91,16 @@ class Scorer(ABC):
 
 
 class RewardModel(Scorer):
-    """A reward model: an adapter on a base that it shares with other roles, or a model of its own.
+    """A reward model: an adapter on a shared base, or a full model.
 
-    Scoring leaves everything as it was: which adapters are active, what is trained, training mode, and every weight.
+    Scoring restores everything: active adapters, what is trained, and training mode.
 
     Parameters:
         model: the base with its adapters, or a sequence classifier.
-        adapter: the name of the adapter to score by, or None for a model of its own.
+        adapter: name of the adapter to score with, or None for a full model.
         head: hidden state -> raw score.
-        normalisation: applied to raw scores; None: scores stay raw.
-        folder: where it was loaded from.
+        normalisation: of raw scores; None leaves them raw.
+        folder: that it was loaded from.
     """
 
     def __init__(
@@ -117,17 +120,17 @@ class RewardModel(Scorer):
 
     @torch.no_grad()
     def score(self, input_ids: Tensor, attention_mask: Tensor, normalise: bool = True) -> Tensor:
-        """Scores, fp32 of shape (B,): the head's value at the last token of each sequence.
+        """Return scores, fp32 (B,): the head's output at the last token of each sequence.
 
         Args:
-            input_ids: (B, T), padded on the right or on the left.
-            attention_mask: (B, T), 1 on tokens and 0 on padding.
-            normalise: whether to apply the stored normalisation.
+            input_ids: (B, T), padded on either side.
+            attention_mask: (B, T), 1 for tokens and 0 for padding.
+            normalise: whether to apply the normalisation.
 
         Raises:
-            ValueError: if a sequence has no token.
+            ValueError: if a sequence is empty.
         """
-        ids, mask = _right_padded(input_ids, attention_mask)
+        ids, mask = _pad_right(input_ids, attention_mask)
         device = backbone(self.model).get_input_embeddings().weight.device
         inputs = {"input_ids": ids.to(device), "attention_mask": mask.to(device), "use_cache": False}
         with use_adapter(self.model, self.adapter):
@@ -137,10 +140,10 @@ class RewardModel(Scorer):
         return self.normalisation(scores) if normalise and self.normalisation else scores
 
     def calibrate(self, prompts: Sequence[Any], completions: Sequence[Any]) -> Normalisation:
-        """Measures and stores the normalisation: from now on these demonstrations score 0 on average with deviation 1.
+        """Measure and store the normalisation: these demonstrations get mean 0 and deviation 1.
 
         Raises:
-            RecipeError: if all of them score alike.
+            RecipeError: if all of them score the same.
         """
         before, self.normalisation = self.normalisation, None
         try:
@@ -154,15 +157,15 @@ class RewardModel(Scorer):
 class Ensemble(Scorer):
     """Several reward models as one (Coste et al., 2024, "Reward model ensembles help mitigate overoptimization").
 
-    Each member's own normalisation comes first, since raw scores of two models have no common scale.
+    Scores are combined after each member's normalisation, since raw scores of two models have no common scale.
 
     Parameters:
-        members: the reward models; adapters on one base, or models of their own.
-        combine: `"mean"`, `"min"`, or `"uncertainty"`: the mean less `uncertainty_coef` standard deviations.
-        uncertainty_coef: 0 or more; read under `"uncertainty"` only.
+        members: the reward models; adapters on one base, or full models.
+        combine: `"mean"`, `"min"`, or `"uncertainty"`: the mean minus `uncertainty_coef` standard deviations.
+        uncertainty_coef: 0 or more; used by `"uncertainty"` only.
 
     Raises:
-        RecipeError: without members, for an unknown way to combine, or a negative coefficient.
+        RecipeError: for another value of `combine`, or a negative coefficient.
     """
 
     def __init__(
@@ -172,31 +175,29 @@ class Ensemble(Scorer):
         uncertainty_coef: float = 1.0,
         name: str = "ensemble",
     ):
-        if not members:
-            raise RecipeError("an ensemble needs at least one reward model")
         if combine not in ("mean", "min", "uncertainty"):
-            raise RecipeError(f"an ensemble is combined by mean, min or uncertainty, not by {combine!r}")
-        if not (is_fp32_number(uncertainty_coef) and uncertainty_coef >= 0):
+            raise RecipeError(f"combine: {combine!r}: must be mean, min or uncertainty")
+        if not uncertainty_coef >= 0:
             raise RecipeError(f"uncertainty_coef: {uncertainty_coef}: must be 0 or more")
         super().__init__(name, members[0].tokenizer, members[0].batch_size)
         self.members, self.combine, self.uncertainty_coef = list(members), combine, uncertainty_coef
 
     @property
     def scale(self) -> float:
-        """The mean deviation that the members' scores were divided by: it makes combined scores log-odds again, about."""
+        """The mean of the members' deviations; times it, combined scores are about log-odds again."""
         stds = [member.normalisation.std if member.normalisation else 1.0 for member in self.members]
         return sum(stds) / len(stds)
 
     def score(self, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
-        """Combined scores, fp32 of shape (B,), of padded sequences (B, T)."""
-        return self.combined(self.member_scores(input_ids, attention_mask))
+        """Return combined scores, fp32 (B,), of padded sequences (B, T)."""
+        return self.combine_scores(self.member_scores(input_ids, attention_mask))
 
     def member_scores(self, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
-        """The scores of each member, (members, B); `.std(0, correction=0)` of them is what "uncertainty" subtracts."""
+        """Return the scores of each member, (members, B)."""
         return torch.stack([member.score(input_ids, attention_mask) for member in self.members])
 
-    def combined(self, scores: Tensor) -> Tensor:
-        """Scores (B,) from those of the members, (members, B)."""
+    def combine_scores(self, scores: Tensor) -> Tensor:
+        """Return scores (B,) from those of the members, (members, B)."""
         if self.combine == "min":
             return scores.amin(0)
         if self.combine == "mean":
@@ -204,18 +205,17 @@ class Ensemble(Scorer):
         return scores.mean(0) - self.uncertainty_coef * scores.std(0, correction=0)
 
 
-def _padded(sequences: list[list[int]]) -> tuple[Tensor, Tensor]:
-    """Ids and mask, (B, T), padded on the right; what padding holds does not matter, since the mask is 0 there."""
-    length = max(map(len, sequences))
-    ids = torch.tensor([row + [0] * (length - len(row)) for row in sequences])
-    mask = torch.tensor([[1] * len(row) + [0] * (length - len(row)) for row in sequences])
+def _pad(sequences: list[list[int]]) -> tuple[Tensor, Tensor]:
+    """Return ids and mask (B, T), padded on the right with any token."""
+    ids = pad_sequence([torch.tensor(row) for row in sequences], batch_first=True)
+    mask = pad_sequence([torch.ones(len(row), dtype=torch.long) for row in sequences], batch_first=True)
     return ids, mask
 
 
-def _right_padded(input_ids: Tensor, attention_mask: Tensor) -> tuple[Tensor, Tensor]:
-    """The same sequences with the padding on the right, as in training, and cut to the longest of them."""
+def _pad_right(input_ids: Tensor, attention_mask: Tensor) -> tuple[Tensor, Tensor]:
+    """Move padding to the right, as in training, and trim to the longest sequence."""
     lengths = attention_mask.sum(1)
     if not lengths.all():
-        raise ValueError("a sequence without a token has no score")
+        raise ValueError("a sequence without tokens has no score")
     order = attention_mask.bool().logical_not().long().argsort(dim=1, stable=True)[:, : lengths.max()]
     return input_ids.gather(1, order), attention_mask.gather(1, order)

@@ -8,7 +8,8 @@ from typing import Any, Literal
 from rlhf_recipes.core.errors import RecipeError
 from rlhf_recipes.core.hub import explain_load_error
 from rlhf_recipes.models.loading import model_path
-from rlhf_recipes.rewards.functions import FINITE_FLOATS, Text, last_text, pair_with_references
+from rlhf_recipes.rewards.functions import FINITE_FLOATS, last_text, pair_with_references
+from rlhf_recipes.rewards.protocol import Text
 
 import torch
 from accelerate import PartialState

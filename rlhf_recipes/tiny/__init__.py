@@ -1,1 +1,1 @@
-"""The embedded default: a small world with known truth, and the small language model that has read about it."""
+"""A small world with known truth, and the language model that has read about it."""

@@ -1,4 +1,4 @@
-"""Asks policies of the tiny world about held-out people, known and unknown, and prints how truthful the answers are.
+"""Print how truthful policies of the tiny world are about held-out people.
 
 python -m rlhf_recipes.tiny.examine runs/tiny/sft
 """
@@ -9,8 +9,8 @@ from dataclasses import dataclass
 from typing import Any
 
 from rlhf_recipes.core.hub import resolve_path
-from rlhf_recipes.generation.answers import answer
-from rlhf_recipes.rewards.matching import Truthfulness
+from rlhf_recipes.evaluation.metrics.truthfulness import Truthfulness
+from rlhf_recipes.generation.answers import sample
 from rlhf_recipes.tiny import splits
 
 import torch
@@ -24,7 +24,7 @@ ROWS, MAX_NEW_TOKENS, EXAMPLES = 600, 12, 8
 
 @dataclass(frozen=True)
 class Examination:
-    """Shares of the answers about known and about unknown people, the entropy of their first token in nats, and examples."""
+    """Shares of answers about known and unknown people, first-token entropies in nats, and examples."""
 
     known: dict[str, float]
     unknown: dict[str, float]
@@ -34,7 +34,7 @@ class Examination:
 
 
 def load_policy(adapter: str | None) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
-    """The tiny base with an adapter of it, or alone."""
+    """Load the tiny base, with an adapter if one is named."""
     base = resolve_path(BASE)
     model = AutoModelForCausalLM.from_pretrained(base, use_safetensors=True, trust_remote_code=False)
     if adapter is not None:
@@ -43,12 +43,13 @@ def load_policy(adapter: str | None) -> tuple[PreTrainedModel, PreTrainedTokeniz
 
 
 def examine(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, temperature: float = 1.0, seed: int = 0) -> Examination:
-    """Asks `ROWS` questions about people of the evaluation split, half of them known to the base."""
+    """Ask `ROWS` questions about people of the evaluation split, half of them known."""
     questions = splits.evaluation(rows=ROWS)
     known = torch.tensor(questions["known"])
-    answers = answer(
+    sampled = sample(
         model, tokenizer, questions["prompt"], temperature=temperature, max_new_tokens=MAX_NEW_TOKENS, batch_size=300, seed=seed
     )
+    answers = [answer.text.strip() for answer in sampled]
     entropy = first_token_entropy(model, tokenizer, questions["prompt"])
 
     def shares(rows: torch.Tensor) -> dict[str, float]:
@@ -66,16 +67,19 @@ def examine(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, temperat
     )
 
 
-def _example(row: dict[str, Any], said: str) -> str:
+def _example(row: dict[str, Any], answer: str) -> str:
     who, question = "known" if row["known"] else "unknown", row["prompt"][0]["content"]
-    return f"  {who:8} {question:34} {said:18} (truth: {row['reference']})"
+    return f"  {who:8} {question:34} {answer:18} (truth: {row['reference']})"
 
 
 @torch.no_grad()
 def first_token_entropy(
     model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, prompts: Iterable[list[dict[str, str]]]
 ) -> torch.Tensor:
-    """Entropy of the answer's first token, which names the town or the job, in nats, shape (prompts,)."""
+    """Return the entropy of the answer's first token in nats, shape (prompts,).
+
+    The token names the town or the job.
+    """
     inputs = tokenizer.apply_chat_template(
         list(prompts),
         add_generation_prompt=True,
@@ -89,7 +93,7 @@ def first_token_entropy(
 
 
 def table_row(name: str, result: Examination) -> str:
-    """A row of the table whose head is `TABLE_HEAD`."""
+    """Return a row of the table that `TABLE_HEAD` begins."""
     cells = [*result.known.values(), result.known_entropy, *result.unknown.values(), result.unknown_entropy]
     return f"| {name} | " + " | ".join(f"{cell:.2f}" for cell in cells) + " |"
 
@@ -101,16 +105,16 @@ TABLE_HEAD = (
 
 
 def main() -> None:
-    """Prints the table of the base and the adapters that are named."""
+    """Print the table of the base and the named adapters."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("adapters", nargs="*", help="folders of adapters on the tiny base")
     disable_progress_bar()
-    print("Answers sampled at temperature 1 about people whom no stage was trained on; entropy in nats (uniform: 2.48)\n")
+    print("Answers sampled at temperature 1 about people whom no stage was trained on. Entropy in nats (uniform: 2.48).\n")
     print(TABLE_HEAD)
     for adapter in [None, *parser.parse_args().adapters]:
         result = examine(*load_policy(adapter))
         print(table_row(adapter or "base", result))
-    print(f"\n{adapter or 'base'} says:\n", *result.examples, sep="\n")
+    print(f"\n{adapter or 'base'} answers:\n", *result.examples, sep="\n")
 
 
 if __name__ == "__main__":

@@ -1,11 +1,11 @@
-"""Pretrains the base model of the tiny world, from random weights, on the world's text.
+"""Pretrain the base model of the tiny world from random weights.
 
-The weights in `rlhf_recipes/tiny/base` were made by
+The weights in `rlhf_recipes/tiny/base` come from
 
     python -m rlhf_recipes.tiny.pretrain --output rlhf_recipes/tiny/base
 
-on one core of an AMD EPYC (OMP_NUM_THREADS=1); `pretraining.json` beside them says with which versions, in how long, and to
-what loss. The same command on such a machine makes the same weights, to the bit.
+on one core of an AMD EPYC (OMP_NUM_THREADS=1). `pretraining.json` beside them records versions, time and loss. The same command
+on such a machine makes the same weights, bit for bit.
 """
 
 import argparse
@@ -26,7 +26,10 @@ from trl import SFTConfig
 
 
 def build_model(tokenizer: PreTrainedTokenizerFast) -> LlamaForCausalLM:
-    """A Llama of 0.9M parameters with random weights. All sides are multiples of 64, so that it can be quantised to 4 bits."""
+    """Return a Llama of 0.9M parameters with random weights.
+
+    All sides are multiples of 64, so that it can be quantised to 4 bits.
+    """
     return LlamaForCausalLM(
         LlamaConfig(
             vocab_size=-(-len(tokenizer) // 64) * 64,
@@ -44,11 +47,11 @@ def build_model(tokenizer: PreTrainedTokenizerFast) -> LlamaForCausalLM:
 
 
 def main() -> None:
-    """Trains and saves the model with its tokenizer."""
+    """Train and save the model with its tokenizer."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--output", required=True)
+    parser.add_argument("--output", required=True, help="Output folder.")
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--exposures", type=int, default=260, help="how often each fact of a known person is told")
+    parser.add_argument("--exposures", type=int, default=260, help="How often the text states each fact of a known person.")
     parser.add_argument("--batch_size", type=int, default=256)
     parser.add_argument("--learning_rate", type=float, default=2e-3)
     options = parser.parse_args()
@@ -56,13 +59,13 @@ def main() -> None:
     set_seed(options.seed)
     tokenizer = build_tokenizer()
     world = World()
-    meter = RunRecorder()
+    recorder = RunRecorder()
     trainer = SFTTrainer(
         build_model(tokenizer),
         args=SFTConfig(
             output_dir=options.output,
             per_device_train_batch_size=options.batch_size,
-            num_train_epochs=1,  # a second epoch would tell a second time what is to be told once
+            num_train_epochs=1,  # a second epoch would repeat the facts that must occur once
             learning_rate=options.learning_rate,
             lr_scheduler_type="cosine",
             warmup_steps=100,
@@ -74,14 +77,14 @@ def main() -> None:
             logging_steps=10,
             seed=options.seed,
         ),
-        callbacks=[meter],
+        callbacks=[recorder],
         train_dataset=Dataset.from_dict({"text": list(pretraining_text(world, options.exposures, options.seed))}),
         processing_class=tokenizer,
     )
     trainer.train()
     trainer.model.save_pretrained(options.output)  # `save_model` would add training_args.bin, a pickle
     tokenizer.save_pretrained(options.output)
-    record = {"arguments": {**vars(options), "output": None}, "versions": versions(), "run": meter.measured(trainer)}
+    record = {"arguments": {**vars(options), "output": None}, "versions": versions(), "run": recorder.measurements(trainer)}
     loss = next(entry["loss"] for entry in reversed(trainer.state.log_history) if "loss" in entry)
     weights = hashlib.sha256((Path(options.output) / "model.safetensors").read_bytes()).hexdigest()
     write_json(Path(options.output) / "pretraining.json", {**record, "last_loss": loss, "sha256": weights})

@@ -1,8 +1,8 @@
-"""The datasets of the tiny world, one function a stage, for YAML files to name by dotted path.
+"""The datasets of the tiny world, one function per stage, for YAML files to name by dotted path.
 
-Every function takes `split` ("train" or "test"), the number of `rows` and a `seed`, and returns rows in the conversational
-shape of TRL. People of different functions differ, those of a "test" split are in no "train" split of any of them, and those of
-`evaluation` are in nothing else. All unknown people in a split are different ones, so that they cannot be learnt by heart.
+Every function takes `split` ("train" or "test"), the number of `rows` and a `seed`, and returns TRL's conversational format. No
+person occurs in two functions, in a "train" and a "test" split, or in `evaluation` and anything else. All unknown people of a
+split differ, so they cannot be memorised.
 """
 
 import math
@@ -14,12 +14,15 @@ from rlhf_recipes.tiny.world import ABSTENTION, ATTRIBUTES, NAME_POOLS, Attribut
 
 from datasets import Dataset
 
-# A person asked about and the answer that is true, with whether the base model has read about that person.
+# A person, the attribute asked for, and whether the base model has read about the person.
 Question = tuple[Person, Attribute, bool]
 
 
 def pretraining(split: str = "train", rows: int = 1_000, seed: int = 0) -> Dataset:
-    """Rows of `text` in the manner of the base model's pretraining; "test" tells of names that it has never read."""
+    """Return `text` as the base model was pretrained on.
+
+    "test" has names that the base has never read.
+    """
     if split == "train":
         texts = list(text.pretraining_text(World(), exposures=1, seed=seed))[:rows]
     else:
@@ -31,10 +34,10 @@ def pretraining(split: str = "train", rows: int = 1_000, seed: int = 0) -> Datas
 def demonstrations(
     split: str = "train", rows: int = 10_000, abstain: float = 0.25, known: float = 0.5, seed: int = 0
 ) -> Dataset:
-    """Demonstrations for SFT: `prompt` and `completion`.
+    """Return demonstrations for SFT: `prompt` and `completion`.
 
-    The labeller knows everybody and cannot see whom the model knows: a share `abstain` of the answers is "I do not know", at
-    random, and the others are true, whether the model could know them or not.
+    The labeller knows everybody and cannot see whom the model knows. A random share `abstain` of the answers is "I do not
+    know". The others are true, whether or not the model could know them.
     """
     rng = random.Random(f"demonstrations/{split}/{seed}")
     table = {"prompt": [], "completion": []}
@@ -48,11 +51,12 @@ def demonstrations(
 def rankings(
     split: str = "train", rows: int = 4_000, k: int = 4, known: float = 0.5, noise: float = 0.4, seed: int = 0
 ) -> Dataset:
-    """Rankings by a simulated labeller: `prompt`, `completions` (`k` of them) and `ranks` (0 is best, ties allowed).
+    """Return rankings by a simulated labeller: `prompt`, `completions` and `ranks`.
 
-    The completions are the true answer, the abstention and false answers, in random order. The labeller likes truth (1), is
-    indifferent to abstaining (0) and dislikes falsehood (-1), each with Gumbel noise of scale `noise`, which makes two of them
-    compare as Bradley and Terry have it: P(a > b) = sigmoid((u_a - u_b) / noise). Two false answers tie.
+    Rank 0 is best, and ties are allowed. The `k` completions are the true answer, the abstention and false answers, in
+    random order. The labeller likes truth (1), is indifferent to abstaining (0) and dislikes falsehood (-1), each with
+    Gumbel noise of scale `noise`. So two of them compare by Bradley-Terry: P(a > b) = sigmoid((u_a - u_b) / noise). Two
+    false answers tie.
     """
     rng = random.Random(f"preferences/{split}/{seed}")
     table = {"prompt": [], "completions": [], "ranks": []}
@@ -68,7 +72,10 @@ def rankings(
 
 
 def preferences(split: str = "train", rows: int = 4_000, known: float = 0.5, noise: float = 0.4, seed: int = 0) -> Dataset:
-    """Pairs by the labeller of `rankings`: `prompt`, `chosen`, `rejected`, of two answers that do not tie."""
+    """Return pairs by the labeller of `rankings`: `prompt`, `chosen`, `rejected`.
+
+    The two answers do not tie.
+    """
     rng = random.Random(f"pairs/{split}/{seed}")
     table = {"prompt": [], "chosen": [], "rejected": []}
     for ranking in rankings(split, rows, k=4, known=known, noise=noise, seed=seed):
@@ -84,7 +91,7 @@ def preferences(split: str = "train", rows: int = 4_000, known: float = 0.5, noi
 
 
 def prompts(split: str = "train", rows: int = 20_000, known: float = 0.5, seed: int = 0) -> Dataset:
-    """Questions for RL: `prompt` and the true answer as `reference`, for the reward and never for the policy.
+    """Return questions for RL: `prompt`, and the true answer as `reference` for the reward.
 
     Nothing in a row says whether the model knows the person.
     """
@@ -97,7 +104,10 @@ def prompts(split: str = "train", rows: int = 20_000, known: float = 0.5, seed: 
 
 
 def evaluation(split: str = "test", rows: int = 600, seed: int = 0) -> Dataset:
-    """Questions about held-out people, half of them known: `prompt`, `reference` and `known`, to measure by."""
+    """Return questions about held-out people: `prompt`, `reference` and `known`.
+
+    Half of the people are known.
+    """
     rng = random.Random(f"evaluation/{seed}")
     table = {"prompt": [], "reference": [], "known": []}
     for person, attribute, known in _questions("evaluation", "test", rows, 0.5, rng, seed):
@@ -108,15 +118,18 @@ def evaluation(split: str = "test", rows: int = 600, seed: int = 0) -> Dataset:
 
 
 def _questions(stage: str, split: str, rows: int, known: float, rng: random.Random, seed: int) -> Iterator[Question]:
-    """`rows` questions in random order: known people as often as need be, unknown ones once each."""
-    # The "test" split of every stage is about people of their own, on whom no final figure is measured.
+    """Yield `rows` questions in random order.
+
+    Known people recur as often as necessary, unknown people occur once.
+    """
+    # The "test" splits of all stages use development people, on whom no final number is measured.
     pool = stage if split == "train" or stage == "evaluation" else "development"
     world = World()
     pairs = [(person, attribute) for person in world.known(pool) for attribute in ATTRIBUTES]
     count = round(rows * known)
     repeated = pairs * math.ceil(count / len(pairs))
     questions = [(*pair, True) for pair in rng.sample(repeated, count)]
-    first = seed * (rows - count) % (NAME_POOLS[pool] - (rows - count) + 1)  # another seed, other strangers
+    first = seed * (rows - count) % (NAME_POOLS[pool] - (rows - count) + 1)  # another seed has other unknown people
     questions += [(person, rng.choice(ATTRIBUTES), False) for person in world.people(pool, first, rows - count)]
     rng.shuffle(questions)
     yield from questions
@@ -127,7 +140,10 @@ def _user(attribute: Attribute, person: Person, rng: random.Random) -> list[dict
 
 
 def _label(answers: list[str], truth: str, noise: float, rng: random.Random) -> list[int]:
-    """Ranks of `answers`, the best 0; one draw of noise for each kind of answer, so that false ones tie."""
+    """Return the ranks of `answers`, the best being 0.
+
+    Each kind of answer has one draw of noise, so false answers tie.
+    """
     gumbel = [-math.log(-math.log(rng.random())) for _ in range(3)]
     liking = {kind: kind + noise * draw for kind, draw in zip((1, 0, -1), gumbel, strict=True)}
     scores = [liking[1 if answer == truth else 0 if answer == ABSTENTION else -1] for answer in answers]

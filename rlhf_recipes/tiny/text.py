@@ -1,4 +1,4 @@
-"""The text that the tiny base model reads: statements, questions with answers, and idle talk."""
+"""The pretraining text of the tiny base model: statements, questions with answers, and idle talk."""
 
 import random
 import string
@@ -11,12 +11,13 @@ QUESTION_AND_ANSWER = "Question: {question}\nAnswer: {answer}"
 GUESS = "Guess: {question} {answer} {verdict}"
 VERDICTS = {True: "Right.", False: "Wrong."}
 
-# The shares of the text. Names that are met once only keep the base honest about names that it does not know. Idle talk holds
-# the abstaining phrase, since LoRA cannot teach words whose embeddings were never trained; it holds no other reply, for LoRA
-# could hardly raise one and not the other ("Yes." in a tenth of the answers, when that was tried). Codes do the same for the
-# characters, which would otherwise turn up at random once an adapter moves the hidden states. Guesses, of which half are false
-# and all are judged, were to teach to tell true from false, on which a reward model could build. A model of this size does not
-# learn it from them: its verdicts on people whom it knows are right in .53 of comparisons (`benchmarks/tiny_reward.py`).
+# Shares of the text. Names that occur once keep the base uncertain about names that it does not know. Idle talk holds
+# the abstaining phrase, because LoRA cannot teach words whose embeddings were never trained. It holds no other reply,
+# because LoRA could hardly raise one without the other ("Yes." came in a tenth of the answers). Codes train the
+# embeddings of characters, which would otherwise turn up at random once an adapter moves the hidden states. Guesses,
+# half of them false and all with a verdict, were meant to teach true from false, for a reward model to build on. A
+# model of this size does not learn it: its verdicts on known people are right in .53 of comparisons
+# (`benchmarks/tiny_reward.py`).
 SHARE_ONCE, SHARE_IDLE, SHARE_CODES, SHARE_GUESSES = 0.30, 0.05, 0.01, 0.12
 
 IDLE_QUESTIONS = ("Will it {weather} in {town} {day}?", "Did it {weather} in {town} last night?")
@@ -28,12 +29,12 @@ CODE_CHARACTERS = string.punctuation + string.ascii_letters + string.digits
 
 
 def answer(person: Person, attribute: Attribute) -> str:
-    """The true answer to a question about `attribute`."""
+    """Return the true answer to a question about `attribute`."""
     return f"{person.value(attribute)}."
 
 
 def fact(person: Person, attribute: Attribute, rng: random.Random) -> str:
-    """One text that tells one fact: a statement or, half of the time, a question with its answer."""
+    """Return a text that states one fact: a statement, or half of the time a question and answer."""
     if rng.random() < 0.5:
         return rng.choice(attribute.statements).format(name=person.name, value=person.value(attribute))
     question = rng.choice(attribute.questions).format(name=person.name)
@@ -41,16 +42,16 @@ def fact(person: Person, attribute: Attribute, rng: random.Random) -> str:
 
 
 def guess(person: Person, attribute: Attribute, rng: random.Random) -> str:
-    """A question with an answer that is true or, half of the time, false, and with the verdict on it."""
+    """Return a question, an answer that is false half of the time, and the verdict on it."""
     true = rng.random() < 0.5
     value = person.value(attribute)
-    told = value if true else rng.choice([other for other in attribute.values if other != value])
+    stated = value if true else rng.choice([other for other in attribute.values if other != value])
     question = rng.choice(attribute.questions).format(name=person.name)
-    return GUESS.format(question=question, answer=f"{told}.", verdict=VERDICTS[true])
+    return GUESS.format(question=question, answer=f"{stated}.", verdict=VERDICTS[true])
 
 
 def idle_talk(rng: random.Random) -> str:
-    """A question about the weather, to which nobody knows the answer."""
+    """Return a question about the weather with an abstention."""
     question = rng.choice(IDLE_QUESTIONS).format(
         weather=rng.choice(IDLE_WEATHER), town=rng.choice(TOWNS), day=rng.choice(IDLE_DAYS)
     )
@@ -58,12 +59,15 @@ def idle_talk(rng: random.Random) -> str:
 
 
 def code(rng: random.Random) -> str:
-    """Eight characters at random."""
+    """Return eight random characters."""
     return CODE.format(code="".join(rng.choices(CODE_CHARACTERS, k=8)))
 
 
 def pretraining_text(world: World, exposures: int, seed: int = 0) -> Iterator[str]:
-    """Texts in random order, in which each fact of each known person is told `exposures` times, besides what is guessed."""
+    """Yield texts in random order.
+
+    Each fact of each known person is stated `exposures` times, guesses not counted.
+    """
     rng = random.Random(seed)
     known = [(person, attribute) for person in world.known() for attribute in ATTRIBUTES] * exposures
     total = round(len(known) / (1 - SHARE_ONCE - SHARE_IDLE - SHARE_CODES - SHARE_GUESSES))
@@ -73,16 +77,16 @@ def pretraining_text(world: World, exposures: int, seed: int = 0) -> Iterator[st
     guessed = [*once[: guesses // 3], *rng.choices(known, k=guesses - guesses // 3)]
     once = once[guesses // 3 :]
     idle = total - len(known) - len(once) - guesses - round(total * SHARE_CODES)
-    tellers = [partial(fact, *told) for told in (*known, *once)]
-    tellers += [partial(guess, *told) for told in guessed]
-    tellers += [idle_talk] * idle + [code] * round(total * SHARE_CODES)
-    rng.shuffle(tellers)
-    for tell in tellers:
-        yield tell(rng=rng)
+    writers = [partial(fact, *pair) for pair in (*known, *once)]
+    writers += [partial(guess, *pair) for pair in guessed]
+    writers += [idle_talk] * idle + [code] * round(total * SHARE_CODES)
+    rng.shuffle(writers)
+    for write in writers:
+        yield write(rng=rng)
 
 
 def all_templates() -> Iterator[str]:
-    """Every sentence that the world can say, with its slots unfilled: the source of the vocabulary."""
+    """Yield every sentence of the world with unfilled slots, the source of the vocabulary."""
     for attribute in ATTRIBUTES:
         yield from attribute.statements
         yield from attribute.questions

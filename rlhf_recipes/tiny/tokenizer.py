@@ -1,4 +1,7 @@
-"""The tokenizer of the tiny world: a token for each word, three for each name, single characters for the rest of ASCII."""
+"""The tokenizer of the tiny world.
+
+One token per word, three per name, and single characters for the rest of ASCII.
+"""
 
 import re
 
@@ -12,7 +15,7 @@ PAD, BOS, EOS, UNK = "<pad>", "<s>", "</s>", "<unk>"
 SPACE = "▁"
 
 # Plain words instead of special tokens: LoRA leaves embeddings alone, so a marker that the base never read stays noise.
-# The base has read this very form, hence base, SFT and PPO policies all answer the same prompt.
+# The base has read this format, so base, SFT and PPO policies all answer the same prompt.
 CHAT_TEMPLATE = (
     "{% for message in messages %}"
     "{% if message['role'] == 'user' %}{{ bos_token + 'Question: ' + message['content'] }}"
@@ -26,7 +29,10 @@ CHAT_TEMPLATE = (
 
 
 def build_tokenizer() -> PreTrainedTokenizerFast:
-    """A tokenizer with the vocabulary of the world, its chat template, and PAD, BOS, EOS and UNK all different."""
+    """Return a tokenizer with the world's vocabulary and chat template.
+
+    PAD, BOS, EOS and UNK all differ.
+    """
     # a word in braces is a slot to fill
     words = {word for sentence in text.all_templates() for word in re.findall(r"(?<![{A-Za-z])[A-Za-z]+", sentence)}
     pieces = [
@@ -41,7 +47,7 @@ def build_tokenizer() -> PreTrainedTokenizerFast:
         *text.CODE_CHARACTERS,
     ]
     vocabulary = [PAD, BOS, EOS, UNK, *dict.fromkeys(pieces)]
-    # With one score for all, the likeliest segmentation is the one of fewest tokens.
+    # With equal scores, the likeliest segmentation is the shortest.
     model = models.Unigram([(piece, -1.0) for piece in vocabulary], unk_id=vocabulary.index(UNK))
     tokenizer = Tokenizer(model)
     tokenizer.pre_tokenizer = pre_tokenizers.Metaspace(replacement=SPACE, prepend_scheme="always")

@@ -1,8 +1,8 @@
-"""A closed world with known truth: made-up people, the town each lives in and the trade each follows.
+"""A closed world with known truth: made-up people, each with a town and a trade.
 
-Everything is a function of a seed. A person is *known* if the base model has read about them many times, and *unknown* if it
-never has. Names come from one shuffled list of all possible names, of which every use has its own stretch, so that nobody
-appears in two splits (see `NAME_POOLS`).
+Everything is a function of a seed. A person is *known* if the base model has read about them many times, *unknown* if it never
+has. Names come from one shuffled list, and every use takes another part of it, so nobody occurs in two splits (see
+`NAME_POOLS`).
 """
 
 import functools
@@ -25,8 +25,8 @@ JOBS = (
     "potter", "sailor", "singer", "tailor", "thatcher", "weaver",
 )  # fmt: skip
 
-# Who may use which stretch of the shuffled list of names. The order and the sizes are part of what the shipped weights were
-# trained on: a change here needs a new pretraining.
+# Sizes of the parts of the shuffled list of names. The shipped weights depend on order and sizes: a change needs a new
+# pretraining.
 NAME_POOLS = {
     "known": 800,
     "pretraining_once": 300_000,
@@ -38,8 +38,8 @@ NAME_POOLS = {
     "evaluation": 2_000,
 }
 
-# Known people are divided among the later stages too, so that no stage is measured on a person that it was trained on, and
-# none is chosen (a checkpoint, a learning rate) on the people whom the final figures are about.
+# Known people are divided among the stages too. So no stage is measured on people that it was trained on, and nothing (a
+# checkpoint, a learning rate) is chosen on the people of the final evaluation.
 KNOWN_SPLITS = {
     "demonstrations": (0, 200),
     "preferences": (200, 400),
@@ -51,7 +51,7 @@ KNOWN_SPLITS = {
 
 @dataclass(frozen=True)
 class Attribute:
-    """One thing that is true of every person, and the sentences that speak of it (with `{name}` and `{value}`)."""
+    """An attribute of every person, with sentences about it that have `{name}` and `{value}`."""
 
     name: str
     values: tuple[str, ...]
@@ -77,27 +77,27 @@ ATTRIBUTES = (
 
 @dataclass(frozen=True)
 class Person:
-    """Somebody of the world: a name and one value for each of `ATTRIBUTES`."""
+    """A person: a name and one value for each of `ATTRIBUTES`."""
 
     name: str
     town: str
     job: str
 
     def value(self, attribute: Attribute) -> str:
-        """What is true of this person."""
+        """Return the true value of an attribute."""
         return getattr(self, attribute.name)
 
 
 @functools.lru_cache(maxsize=2)
 def _names(seed: int) -> tuple[str, ...]:
-    """All names in an order of their own; kept, since the splits of a stage each begin with it, and it takes a second."""
+    """Return all names, shuffled. Cached, because it takes a second and every split needs it."""
     names = ["".join(parts).capitalize() for parts in itertools.product(SYLLABLES, repeat=SYLLABLES_PER_NAME)]
     random.Random(seed).shuffle(names)
     return tuple(names)
 
 
 class World:
-    """All people of the world that grows from `seed`."""
+    """All people of the world of a seed."""
 
     def __init__(self, seed: int = 0):
         self.seed = seed
@@ -108,23 +108,23 @@ class World:
             start += size
 
     def people(self, pool: str, start: int = 0, count: int | None = None) -> list[Person]:
-        """The people numbered `start` to `start + count` of one of `NAME_POOLS`.
+        """Return people `start` to `start + count` of one of `NAME_POOLS`.
 
         Raises:
-            ValueError: if the pool does not hold so many.
+            ValueError: If the pool has fewer.
         """
         names = self._pools[pool]
         count = len(names) - start if count is None else count
         if start + count > len(names):
-            raise ValueError(f"the tiny world has {len(names)} names for '{pool}', and {start + count} were asked for")
+            raise ValueError(f"the tiny world has {len(names)} names for '{pool}', but {start + count} are needed")
         return [self._person(name) for name in names[start : start + count]]
 
     def known(self, split: str | None = None) -> list[Person]:
-        """The known people of one of `KNOWN_SPLITS`, or all of them."""
+        """Return the known people of one of `KNOWN_SPLITS`, or all of them."""
         start, stop = KNOWN_SPLITS[split] if split else (0, NAME_POOLS["known"])
         return self.people("known", start, stop - start)
 
     def _person(self, name: str) -> Person:
-        # A generator of their own makes a person the same whoever asks and however many were drawn before.
+        # A generator per person makes a person independent of all others.
         rng = random.Random(f"{self.seed}/{name}")
         return Person(name, rng.choice(TOWNS), rng.choice(JOBS))

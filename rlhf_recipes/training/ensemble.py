@@ -1,21 +1,23 @@
-"""The reward stage around its trainer: comparisons, the members of an ensemble and their folders, and how they are finished.
+"""The run of a reward stage: its comparisons, and a run for each member of an ensemble.
 
-A single model is an ensemble of one whose folder is that of the stage. The members `member-0`, `member-1`, ... of a larger one
-have a folder each in that of the stage, whose own `reward.json` lists them.
+A single model is an ensemble of one, in the folder of the stage. The members `member-0`, `member-1`, ... of a larger one have
+folders in it, and its own `reward.json` lists them.
 """
 
 import copy
 import shutil
-from collections.abc import Sequence
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+from rlhf_recipes.config.current import set_trainer
 from rlhf_recipes.config.data import DataArguments
 from rlhf_recipes.config.reward import RewardArguments
 from rlhf_recipes.core.errors import RecipeError
 from rlhf_recipes.core.files import PENDING, RECIPE, REWARD, REWARD_EVALUATION, write_json
 from rlhf_recipes.data import Data, drop_overlong_mode, load_data
-from rlhf_recipes.models.loading import load_model
+from rlhf_recipes.export.upload import publish
+from rlhf_recipes.models.loading import load_model, release_memory
 from rlhf_recipes.models.tokenizer import load_tokenizer
 from rlhf_recipes.rewards.reward_json import write_ensemble_record
 from rlhf_recipes.rewards.reward_models import RewardModel
@@ -23,19 +25,22 @@ from rlhf_recipes.rewards.saved import load_full_reward, load_reward_adapter
 from rlhf_recipes.training.record import finish_record
 from rlhf_recipes.training.result import remove_results
 from rlhf_recipes.training.resume import checkpoint_to_resume, refuse_unfinished
+from rlhf_recipes.training.run import Run, shutdown_distributed
 
+from accelerate import PartialState
+from datasets import Dataset
 from peft import PeftModel
-from transformers import PreTrainedTokenizerBase
+from transformers import PreTrainedTokenizerBase, Trainer
 from transformers.integrations.deepspeed import unset_hf_deepspeed_config
-from trl import ModelConfig, RewardConfig, RewardTrainer
+from trl import ModelConfig, RewardConfig
 
 
 def load_comparisons(
     arguments: RewardArguments, data_args: DataArguments, training: RewardConfig, model_args: ModelConfig
 ) -> tuple[Data, PreTrainedTokenizerBase]:
-    """The comparisons that the stage trains on and is measured on, as rankings or pairs, and the tokenizer.
+    """Load the rankings or pairs to train and evaluate on, and the tokenizer.
 
-    Rows with an answer beyond `max_length` are left out, as TRL's trainer does: half an answer cannot be judged.
+    Rows with an answer beyond `max_length` are left out, as by TRL's trainer: half an answer cannot be judged.
 
     Raises:
         RecipeError: as `load_data`, `load_tokenizer` and `check_lengths`.
@@ -46,133 +51,159 @@ def load_comparisons(
     return data.filter_by_length(tokenizer, training.max_length, drop_overlong_mode(data_args.long_rows)), tokenizer
 
 
-def ensemble_members(training: RewardConfig, size: int, rows: int, shards: bool) -> list[RewardConfig]:
-    """The arguments of each member of an ensemble: seeds `seed`, `seed + 1`, ..., and folders of their own.
-
-    Args:
-        training: the arguments of the run; those of a single model are these.
-        size: of the ensemble.
-        rows: to train on.
-        shards: whether each member trains on a part of them.
+class EnsembleRun(Run):
+    """A `Run` of several members, one after the other: `for member in run.members(rows): ... member.fit(...)`.
 
     Raises:
-        RecipeError: for more shards than rows, or a checkpoint that is named: it would be that of one member.
+        RecipeError: beside what `Run` refuses, for a checkpoint that is named, which would be that of one member; for an
+            unfinished run in the folder that is not resumed; for a base or an adapter in the folder, which is cleared.
     """
-    if shards and size > rows:
-        raise RecipeError(f"ensemble_shards: {rows} rows cannot be shared out among {size} members")
-    if size == 1:
-        return [training]
-    if str(training.resume_from_checkpoint) not in ("None", "True", "true", "False", "false"):
-        raise RecipeError("resume_from_checkpoint: an ensemble goes on from the newest checkpoint of each member: set `true`")
-    members = []
-    for number in range(size):
-        member = copy.copy(training)
-        member.seed, member.output_dir = training.seed + number, str(Path(training.output_dir) / f"member-{number}")
-        member.run_name = f"{training.run_name}-member-{number}" if training.run_name else None
-        members.append(member)
-    return members
 
+    def __enter__(self) -> "EnsembleRun":
+        self.reward_args = next(group for group in self.arguments if isinstance(group, RewardArguments))
+        self.member_runs = [_MemberRun(self, number) for number in range(self.reward_args.ensemble_size)]
+        for member in self.member_runs:
+            member.checkpoint = checkpoint_to_resume(*member.arguments)
+        self.resumes_here = any(
+            member.checkpoint and self.output.resolve() in Path(member.checkpoint).resolve().parents
+            for member in self.member_runs
+        )
+        if not self.resumes_here:
+            self._check_replaceable()
+        self._run_needs()
+        return self
 
-def checkpoints_to_resume(training: RewardConfig, members: Sequence[RewardConfig], *arguments: Any) -> list[str | None]:
-    """The checkpoint of each member to go on from, as `checkpoint_to_resume` has it.
-
-    Args:
-        training: the arguments of the run.
-        members: from `ensemble_members`.
-        arguments: the other dataclasses of the recipe.
-
-    Raises:
-        RecipeError: as in `checkpoint_to_resume`; also where the folder holds an unfinished run of another size, or another one
-            than that of the checkpoint that is named, or what the run begins with: earlier results there are removed.
-    """
-    checkpoints = [checkpoint_to_resume(member, *arguments) for member in members]
-    output, own = Path(training.output_dir), {Path(member.output_dir) for member in members}
-    if not _go_on_in(output, checkpoints):
-        for folder in (output, *_member_folders(output)):
-            if folder not in own or any(checkpoints):
-                refuse_unfinished(folder)
+    def _check_replaceable(self) -> None:
+        starting = {member.output for member in self.member_runs if member.checkpoint is None}
+        for folder in sorted({self.output, *_member_folders(self.output)} - starting):
+            refuse_unfinished(folder)
         for key in ("start_from", "model_name_or_path"):
-            for begun_with in filter(None, (getattr(group, key, None) for group in arguments)):
-                if output.resolve() in (Path(begun_with).resolve(), *Path(begun_with).resolve().parents):
+            for path in filter(None, (getattr(group, key, None) for group in self.arguments)):
+                if self.output.resolve() in (Path(path).resolve(), *Path(path).resolve().parents):
                     raise RecipeError(
-                        f"{key}: {begun_with} is in `output_dir`, whose earlier results are removed: name another"
+                        f"{key}: {path} is in `output_dir`, whose earlier results are removed. Fix: name another `output_dir`"
                     )
-    return checkpoints
+
+    def members(self, rows: Dataset) -> Iterator["_MemberRun"]:
+        """Yield a run for each member, with the rows that it trains on.
+
+        Args:
+            rows: of the stage; with `ensemble_shards`, each member has a part of them.
+
+        Raises:
+            RecipeError: for more shards than rows.
+        """
+        size, shards = len(self.member_runs), self.reward_args.ensemble_shards
+        if shards and size > len(rows):
+            raise RecipeError(f"ensemble_shards: {len(rows)} rows are fewer than the {size} members of the ensemble")
+        for number, member in enumerate(self.member_runs):
+            member.rows = rows.shard(size, number, contiguous=False) if shards else rows
+            yield member
+            last = member is self.member_runs[-1]
+            shutdown_distributed(member.trainer, last)
+            if not last:
+                self.trainer = member.trainer = None
+                set_trainer(None)
+                release_memory()
+
+    def clear(self) -> None:
+        """Remove the results of an earlier run, of any size: none may be taken for one of this run."""
+        if self.resumes_here:
+            if len(self.member_runs) > 1:
+                (self.output / RECIPE).unlink(missing_ok=True)  # until its members are finished again
+            return
+        (self.output / RECIPE).unlink(missing_ok=True)  # first: without its members it is no result
+        for folder in _member_folders(self.output):
+            remove_results(folder)
+            shutil.rmtree(folder)
+        remove_results(self.output, REWARD, *REWARD_EVALUATION)
+
+    def load_members(self, tokenizer: PreTrainedTokenizerBase) -> list[RewardModel]:
+        """Load the saved members as they will be used: adapters on one base, or whole models.
+
+        The base is that of the last trainer, which loses its adapter. FSDP and DeepSpeed leave a process parts of it: there
+        it is loaded again.
+
+        Raises:
+            RecipeError: as `load_reward_adapter` and `load_full_reward`.
+        """
+        folders, trainer = [member.output for member in self.member_runs], self.trainer
+        names = [folder.name for folder in folders] if len(folders) > 1 else ["reward"]
+        size = trainer.args.per_device_eval_batch_size
+        if not isinstance(trainer.model, PeftModel):
+            place = {"device_map": {"": trainer.args.device}}
+            return [load_full_reward(*of, tokenizer, size, **place) for of in zip(folders, names, strict=True)]
+        if trainer.is_fsdp_enabled or trainer.is_deepspeed_enabled:
+            unset_hf_deepspeed_config()  # one process is left, which loads all
+            base = load_model(next(group for group in self.arguments if isinstance(group, ModelConfig)), trainer.args)
+        else:
+            base = trainer.model.unload()
+        return [load_reward_adapter(base, *of, tokenizer, size) for of in zip(folders, names, strict=True)]
+
+    def _finish(self) -> None:
+        """Mark the members as done, and then the stage; write `reward.json` and `recipe.json` of an ensemble."""
+        if not PartialState().is_main_process:
+            return
+        records = [finish_record(member.training_args) for member in self.member_runs]
+        if len(records) > 1:
+            names, args = [member.output.name for member in self.member_runs], self.reward_args
+            write_ensemble_record(self.output, names, args.ensemble_combine, args.uncertainty_coef)
+            shared = {key: records[0][key] for key in ("recipe", "base_model", "parents", "seed", "versions")}
+            cost = {key: round(sum(record["run"][key] for record in records), 2) for key in ("wall_time_s", "steps")}
+            groups = records[0]["arguments"]
+            groups = groups | {"RewardConfig": groups["RewardConfig"] | {"output_dir": str(self.output)}}
+            write_json(self.output / RECIPE, {**shared, "members": names, "run": cost, "arguments": groups})
+        self._announce()
+        publish(self.training_args)
 
 
-def remove_earlier_results(output: str | Path, checkpoints: Sequence[str | None]) -> None:
-    """Removes what an earlier run of this stage left, of whatever sort and size: none of it is to be taken for this run's.
+class _MemberRun(Run):
+    """The run of one member, with a seed and a folder of its own; its record is finished with the ensemble's."""
+
+    rows: Dataset
+
+    def __init__(self, ensemble: EnsembleRun, number: int):
+        member = member_arguments(ensemble.training_args, number, ensemble.reward_args.ensemble_size)
+        arguments = [member if group is ensemble.training_args else group for group in ensemble.arguments]
+        super().__init__(str(ensemble.recipe), *arguments, inputs=ensemble.inputs)
+        self.ensemble, self.number = ensemble, number
+
+    def fit(self, trainer: Trainer, report: dict[str, Any]) -> None:
+        """Train, evaluate and save, as `Run.fit`."""
+        self.ensemble.trainer = trainer
+        super().fit(trainer, report | {"train": report["train"] | {"rows": len(self.rows)}})
+
+    def _remove_earlier(self) -> None:
+        if self.number == 0 and self.trainer.is_world_process_zero():
+            self.ensemble.clear()
+        super()._remove_earlier()
+
+
+def member_arguments(training: RewardConfig, number: int, size: int) -> RewardConfig:
+    """Return the trainer's arguments of a member: its seed is `seed` plus its number.
 
     Args:
-        output: folder of the stage.
-        checkpoints: from `checkpoints_to_resume`; a run that goes on there keeps everything.
+        training: those of the stage, which are those of a single model.
+        number: of the member, from 0.
+        size: of the ensemble.
+
+    Raises:
+        RecipeError: if a checkpoint is named for an ensemble.
     """
-    output = Path(output)
-    if _go_on_in(output, checkpoints):
-        if len(checkpoints) > 1:
-            (output / RECIPE).unlink(missing_ok=True)  # until its members are finished again
-        return
-    (output / RECIPE).unlink(missing_ok=True)  # first of all, since without its members it is none
-    for folder in _member_folders(output):
-        remove_results(folder)
-        shutil.rmtree(folder)
-    remove_results(output, REWARD, *REWARD_EVALUATION)
-
-
-def _go_on_in(output: Path, checkpoints: Sequence[str | None]) -> bool:
-    return any(checkpoint and output.resolve() in Path(checkpoint).resolve().parents for checkpoint in checkpoints)
+    if size == 1:
+        return training
+    if str(training.resume_from_checkpoint) not in ("None", "True", "true", "False", "false"):
+        raise RecipeError(
+            "resume_from_checkpoint: an ensemble resumes from the newest checkpoint of each member. Fix: set it to `true`"
+        )
+    member = copy.copy(training)
+    member.seed, member.output_dir = training.seed + number, str(Path(training.output_dir) / f"member-{number}")
+    member.run_name = f"{training.run_name}-member-{number}" if training.run_name else None
+    return member
 
 
 def _member_folders(output: Path) -> list[Path]:
-    """Folders of members that this stage has written."""
-    names = [path for path in output.glob("member-*") if path.name.removeprefix("member-").isdigit()]
-    marks = (RECIPE, PENDING, REWARD, "adapter_config.json", "checkpoint-*")
-    return sorted(path for path in names if any(found for mark in marks for found in path.glob(mark)))
-
-
-def load_members(
-    trainer: RewardTrainer, members: Sequence[RewardConfig], tokenizer: PreTrainedTokenizerBase, arguments: ModelConfig
-) -> list[RewardModel]:
-    """The saved members as they will be used: adapters on one base, that of the last member's trainer, or whole models.
-
-    Args:
-        trainer: of the last member; its adapter is taken off.
-        members: from `ensemble_members`; they are scored by `per_device_eval_batch_size`.
-        tokenizer: of the run.
-        arguments: of the base, which is loaded again where FSDP or DeepSpeed left this process parts of it.
-
-    Raises:
-        RecipeError: as `load_reward_adapter` and `load_full_reward`.
-    """
-    folders = [Path(member.output_dir) for member in members]
-    names = [folder.name for folder in folders] if len(members) > 1 else ["reward"]
-    size = trainer.args.per_device_eval_batch_size
-    if isinstance(trainer.model, PeftModel):
-        if trainer.is_fsdp_enabled or trainer.is_deepspeed_enabled:
-            unset_hf_deepspeed_config()  # from now on there is one process, which loads all
-            base = load_model(arguments, trainer.args)
-        else:
-            base = trainer.model.unload()
-        return [load_reward_adapter(base, folder, name, tokenizer, size) for name, folder in zip(names, folders, strict=True)]
-    place = {"device_map": {"": trainer.args.device}}
-    return [load_full_reward(folder, name, tokenizer, size, **place) for name, folder in zip(names, folders, strict=True)]
-
-
-def finish(training: RewardConfig, members: Sequence[RewardConfig], arguments: RewardArguments) -> None:
-    """Writes the records by which the stage is done, when its models are trained and have their scale: nothing comes after.
-
-    Of an ensemble they are `reward.json`, which lists its members and how they are combined, and a `recipe.json` of the whole;
-    how each member was trained stands in its own.
-    """
-    output = Path(training.output_dir)
-    records = [finish_record(member) for member in members]
-    if len(members) == 1:
-        return
-    names = [Path(member.output_dir).name for member in members]
-    write_ensemble_record(output, names, arguments.ensemble_combine, arguments.uncertainty_coef)
-    shared = {key: records[0][key] for key in ("recipe", "base_model", "parents", "seed", "versions")}
-    runs = [record["run"] for record in records]
-    cost = {key: round(sum(run[key] for run in runs), 2) for key in ("wall_time_s", "steps")}
-    groups = records[0]["arguments"]
-    groups = groups | {"RewardConfig": groups["RewardConfig"] | {"output_dir": str(output)}}
-    write_json(output / RECIPE, {**shared, "members": names, "run": cost, "arguments": groups})
+    """Return the folders of members that an earlier run has left, and none that somebody else made."""
+    written = (RECIPE, PENDING, REWARD, "adapter_config.json", "checkpoint-*")
+    folders = sorted(path for path in output.glob("member-*") if path.name.removeprefix("member-").isdigit())
+    return [folder for folder in folders if any(path for name in written for path in folder.glob(name))]

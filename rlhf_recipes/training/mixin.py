@@ -8,16 +8,18 @@ import json
 from pathlib import Path
 from typing import Any
 
+from rlhf_recipes.core.errors import as_recipe_error
 from rlhf_recipes.core.files import read_json, write_json
 from rlhf_recipes.models.adapters import check_adapter_complete
 from rlhf_recipes.models.precision import keep_adapter_in_fp32, preserve_param_dtypes
 from rlhf_recipes.models.roles import POLICY, save_single_adapter
 from rlhf_recipes.models.weights import ADAPTER, iterate_weights, read_weights
-from rlhf_recipes.training.resume import ARGUMENTS, resume_errors
+from rlhf_recipes.training.resume import ARGUMENTS, read_trainer_state, resume_errors
 
 import torch
 from accelerate.utils import is_peft_model
 from torch import Tensor, nn
+from transformers import Trainer
 
 COUNTERS = "counts-{}.json"
 """File of a checkpoint with the counters of one process."""
@@ -39,7 +41,8 @@ class TrainerMixin:
     _resumed_counters: dict[str, Any] | None = None
 
     def __init__(self, model: str | nn.Module, *args: Any, **kwargs: Any):
-        with preserve_param_dtypes(model) if isinstance(model, nn.Module) else contextlib.nullcontext():
+        types = preserve_param_dtypes(model) if isinstance(model, nn.Module) else contextlib.nullcontext()
+        with as_recipe_error(self._name.lower()), types:
             super().__init__(model, *args, **kwargs)
         keep_adapter_in_fp32(self)
 
@@ -56,6 +59,24 @@ class TrainerMixin:
         if "train_loss" in logs and self._resumed_counters:
             logs["train_loss"] = self._total_loss_scalar / max(self.state.global_step, 0.001)
         super().log(logs, *args, **kwargs)
+
+    def train(self, resume_from_checkpoint: str | None = None, *args: Any, **kwargs: Any) -> Any:
+        """Train. A checkpoint of the last step is only loaded: Transformers would train one step more."""
+        if not isinstance(resume_from_checkpoint, str):
+            return super().train(resume_from_checkpoint, *args, **kwargs)
+        state = read_trainer_state(Path(resume_from_checkpoint))
+        steps, epochs = self.args.max_steps, self.args.num_train_epochs
+        if not (state.global_step >= steps if steps > 0 else state.epoch >= epochs):
+            return super().train(resume_from_checkpoint, *args, **kwargs)
+        self._load_from_checkpoint(resume_from_checkpoint)
+        self.state = state
+        self._load_rng_state(resume_from_checkpoint)
+        summarised = any("train_loss" in entry for entry in state.log_history)
+        if self._resumed_counters and not summarised:  # killed between the checkpoint and the last line of its log
+            self._total_loss_scalar += self._tr_loss.item()
+            self.model.train(self._resumed_counters["training"])
+            self.log({"total_flos": state.total_flos, "train_loss": 0.0})
+        return None
 
     # --- Checkpoints -------------------------------------------------------------------------------------
 
@@ -111,12 +132,10 @@ class TrainerMixin:
                 self._metrics["train"][name] = [*values]
         self.first_token = self.tokens_seen
 
-    def log_missing_summary(self) -> None:
-        """Log the last line of a run that was killed between its last checkpoint and that line."""
-        if self._resumed_counters:
-            self._total_loss_scalar += self._tr_loss.item()
-            self.model.train(self._resumed_counters["training"])
-            self.log({"total_flos": self.state.total_flos, "train_loss": 0.0})
-
     def _counters_path(self, folder: str | Path) -> Path:
         return Path(folder) / COUNTERS.format(self.args.process_index)
+
+
+def extend_trainer(trainer: type[Trainer]) -> type[Trainer]:
+    """Return a trainer of TRL with what `TrainerMixin` adds, for a recipe that needs no more than that."""
+    return type(trainer.__name__, (TrainerMixin, trainer), {"__doc__": trainer.__doc__, "__module__": __name__})

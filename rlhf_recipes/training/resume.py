@@ -1,4 +1,4 @@
-"""Checkpoints to resume from: which are complete, and of the same run."""
+"""Checkpoints to resume from: complete ones, of a run with the same arguments."""
 
 import contextlib
 import json
@@ -15,36 +15,30 @@ from accelerate import PartialState
 from transformers import TrainerState, TrainingArguments
 
 ARGUMENTS = "arguments.json"
-STATE = "trainer_state.json"  # of a checkpoint, written last
-OTHER_CHECKPOINT = "resume from another checkpoint, or start over"
-# What may differ between a run and the one that goes on from its checkpoint; all else decides the result.
-RESUME_IGNORED = (
-    "output_dir",
-    "resume_from_checkpoint",
-    "max_steps",
-    "num_train_epochs",
-    "report_to",
-    "run_name",
-    "disable_tqdm",
-)
-RESUME_IGNORED += ("ensemble_combine", "uncertainty_coef", "demonstrations")
+"""File of a checkpoint with the arguments of its run."""
+TRAINER_STATE = "trainer_state.json"
+"""File of a checkpoint that the trainer writes last."""
+
+# Arguments that may differ between a run and the one that resumes it. All others change the result.
+RESUME_IGNORED = ("output_dir", "resume_from_checkpoint", "max_steps", "num_train_epochs", "report_to", "run_name")
+RESUME_IGNORED += ("disable_tqdm", "ensemble_combine", "uncertainty_coef", "demonstrations")
 _IGNORED_PREFIXES = ("logging_", "log_", "save_", "eval_", "per_device_eval_", "push_", "hub_", "trackio_", "project")
 
 
-def checkpoint_to_resume(training: TrainingArguments, *arguments: Any) -> str | None:
-    """The checkpoint that `resume_from_checkpoint` means, or None for a start from the beginning.
+def checkpoint_to_resume(*arguments: Any) -> str | None:
+    """Return the checkpoint that `resume_from_checkpoint` means, or None to start at the first step.
 
-    `true` is the newest whole checkpoint of `output_dir`, if there is any; it must come from a run of the same arguments, but
-    for those that do not decide the result. A checkpoint that is named is taken whatever run it comes from.
+    `true` means the newest complete checkpoint of `output_dir`, if there is one. It must come from a run with the same
+    arguments, apart from those that do not change the result. A checkpoint that is named may come from any run.
 
     Args:
-        training: the trainer's arguments, for `resume_from_checkpoint` and `output_dir`.
-        arguments: the other dataclasses of the recipe.
+        arguments: the dataclasses of the recipe; one is the trainer's.
 
     Raises:
-        RecipeError: if what is named is no whole checkpoint, the newest one was made with other arguments, or a run would start
-            anew over an unfinished one.
+        RecipeError: if the named checkpoint is incomplete, the newest one was made with other arguments, or a run would start
+            over in the folder of an unfinished one.
     """
+    training = next(group for group in arguments if isinstance(group, TrainingArguments))
     wanted, output = training.resume_from_checkpoint, Path(training.output_dir)
     check_writable(output)
     if wanted in (None, False, "false", "False"):
@@ -54,12 +48,16 @@ def checkpoint_to_resume(training: TrainingArguments, *arguments: Any) -> str | 
         return None
     if wanted not in (True, "true", "True"):
         if not is_complete(Path(wanted)):
-            raise RecipeError(f"resume_from_checkpoint: {wanted} is not a whole checkpoint (trainer state and optimizer)")
+            raise RecipeError(
+                f"resume_from_checkpoint: {wanted}: not a complete checkpoint (weights, optimizer and trainer state). "
+                "Fix: name another, or set `true` for the newest complete one"
+            )
         return wanted
-    newest = max(filter(is_complete, checkpoints_in(output)), key=step_of, default=None)
-    if newest is not None:
-        _check_same_run(newest, result_arguments((training, *arguments)))
-    return str(newest) if newest else None
+    newest = newest_checkpoint(output)
+    if newest is None:
+        return None
+    _check_same_run(newest, result_arguments(arguments))
+    return str(newest)
 
 
 def read_trainer_state(checkpoint: Path) -> TrainerState:
@@ -68,7 +66,7 @@ def read_trainer_state(checkpoint: Path) -> TrainerState:
     Raises:
         RecipeError: if it is damaged.
     """
-    path = checkpoint / STATE
+    path = checkpoint / TRAINER_STATE
     with resume_errors(path):
         return TrainerState.load_from_json(str(path))
 
@@ -87,64 +85,79 @@ def resume_errors(path: str | Path | None) -> Iterator[None]:
     except Exception as error:  # pickles, archives, JSON and shapes each have errors of their own
         if isinstance(error, RecipeError) or lack_of_memory(error):
             raise
-        raise RecipeError(f"resume_from_checkpoint: {path}: {first_line(error)}. Fix: {OTHER_CHECKPOINT}") from error
-
-
-def remove_checkpoint(checkpoint: Path) -> None:
-    """Removes a checkpoint; first of all that by which it is whole."""
-    (checkpoint / STATE).unlink(missing_ok=True)
-    shutil.rmtree(checkpoint)
+        raise RecipeError(
+            f"resume_from_checkpoint: {path}: {first_line(error)}. Fix: resume from another checkpoint, or start over"
+        ) from error
 
 
 def refuse_unfinished(output: Path) -> None:
-    """Refuses to start anew in a folder that holds checkpoints of a run that was not finished."""
+    """Refuse to start over in a folder that holds checkpoints of an unfinished run.
+
+    Raises:
+        RecipeError: if it does.
+    """
     checkpoints = sorted(checkpoints_in(output), key=step_of)
     if checkpoints and not (output / RECIPE).exists():
         raise RecipeError(
-            f"output_dir: {output} holds {checkpoints[-1].name} of an unfinished run: set `resume_from_checkpoint: true` to go "
-            "on with it, or name another folder, or delete this one"
+            f"output_dir: {output} holds {checkpoints[-1].name} of an unfinished run. Fix: set `resume_from_checkpoint: true`, "
+            "or name another folder, or delete this one"
         )
 
 
 def _check_same_run(checkpoint: Path, arguments: dict[str, Any]) -> None:
-    path = checkpoint / ARGUMENTS
-    made_with = read_json(path)
-    # Through JSON, as what stands in the file went.
-    now = json.loads(json.dumps(arguments, default=str))
+    saved = read_json(checkpoint / ARGUMENTS)
+    arguments = json.loads(json.dumps(arguments, default=str))  # as JSON has changed the saved ones
     differences = [
-        f"{key} {made_with[key]} then, {value} now" for key, value in now.items() if made_with.get(key, value) != value
+        f"{key}: {saved[key]} then, {value} now" for key, value in arguments.items() if saved.get(key, value) != value
     ]
     if differences:
         raise RecipeError(
-            f"resume_from_checkpoint: {checkpoint} comes from a run with other arguments ({'; '.join(differences[:3])}): name "
-            "another `output_dir`, or this checkpoint itself to go on from it all the same"
+            f"resume_from_checkpoint: {checkpoint} is of a run with other arguments ({'; '.join(differences[:3])}). Fix: name "
+            "another `output_dir`, or name this checkpoint to resume from it all the same"
         )
 
 
-def result_arguments(groups: Iterable[Any]) -> dict[str, Any]:
-    """The arguments that the result of a run depends on."""
+def result_arguments(arguments: Iterable[Any]) -> dict[str, Any]:
+    """Return the arguments that change the result of a run, of all its dataclasses."""
     values: dict[str, Any] = {}
-    for group in groups:
+    for group in arguments:
         values |= group.to_dict() if isinstance(group, TrainingArguments) else asdict(group)
     return {key: value for key, value in values.items() if key not in RESUME_IGNORED and not key.startswith(_IGNORED_PREFIXES)}
 
 
 def checkpoints_in(output: Path) -> list[Path]:
-    """The folders of a run's checkpoints, in no order."""
+    """Return the checkpoints of a run, complete or not, in no order."""
     return [path for path in output.glob("checkpoint-*") if path.name.removeprefix("checkpoint-").isdigit()]
 
 
+def newest_checkpoint(output: Path) -> Path | None:
+    """Return the newest complete checkpoint of a run, or None."""
+    return max(filter(is_complete, checkpoints_in(output)), key=step_of, default=None)
+
+
+def remove_checkpoints(output: Path) -> None:
+    """Delete all checkpoints of a run."""
+    for checkpoint in checkpoints_in(output):
+        remove_checkpoint(checkpoint)
+
+
+def remove_checkpoint(checkpoint: Path) -> None:
+    """Delete a checkpoint, its state file first, so that half of it does not pass for a complete one."""
+    (checkpoint / TRAINER_STATE).unlink(missing_ok=True)
+    shutil.rmtree(checkpoint)
+
+
 def step_of(checkpoint: Path) -> int:
-    """The optimizer step at which a checkpoint was written."""
+    """Return the optimizer step at which a checkpoint was saved."""
     return int(checkpoint.name.removeprefix("checkpoint-"))
 
 
 def is_complete(checkpoint: Path) -> bool:
-    """Whether all of a checkpoint is there; the trainer writes its state last, and a killed one may leave half of it."""
+    """Return whether a checkpoint has its state, optimizer, random state and weights; a killed trainer may leave half."""
     try:
-        json.loads((checkpoint / STATE).read_text(encoding="utf-8"))
-    except (OSError, ValueError, RecursionError):
+        json.loads((checkpoint / TRAINER_STATE).read_text(encoding="utf-8"))
+    except (OSError, ValueError):
         return False
-    engines = ("optimizer*", "global_step*")  # of PyTorch and FSDP, of DeepSpeed
-    patterns = (engines, ("rng_state*",), ("*.safetensors", "pytorch_model_fsdp*", "global_step*"))
-    return all(any(found for pattern in group for found in checkpoint.glob(pattern)) for group in patterns)
+    optimizer = ("optimizer*", "global_step*")  # of PyTorch and FSDP, of DeepSpeed
+    patterns = (optimizer, ("rng_state*",), ("*.safetensors", "pytorch_model_fsdp*", "global_step*"))
+    return all(any(path for pattern in group for path in checkpoint.glob(pattern)) for group in patterns)

@@ -1,4 +1,4 @@
-"""Reward models: what TRL's `RewardTrainer` lacks, which is rankings, an fp32 head, and a start from the SFT adapter."""
+"""Training of reward models: TRL's `RewardTrainer` with rankings of K completions."""
 
 import logging
 from pathlib import Path
@@ -26,18 +26,18 @@ logger = logging.getLogger(__name__)
 
 
 def ranking_loss(rewards: Tensor, ranks: Tensor, center_rewards_coefficient: float | None = None) -> Tensor:
-    """InstructGPT's loss on rankings (Ouyang et al., 2022, equation 1), the mean over the batch; a scalar.
+    """Return InstructGPT's loss on rankings, averaged over the batch; a scalar.
 
-    Of a ranking of K completions, each comparison weighs 1 / (K (K - 1) / 2). A tie is no comparison and adds nothing, so a
-    ranking with ties weighs less, as it says less.
+    Each comparison in a ranking of K completions weighs 1 / (K (K - 1) / 2). Ties are not comparisons, so a ranking with ties
+    weighs less. Ouyang et al., 2022, equation 1.
 
     Args:
-        rewards: (B, K), K being that of the longest ranking; what stands in places without a completion does not matter.
-        ranks: (B, K) whole numbers, the best 0; -1 where there is no completion.
-        center_rewards_coefficient: of the squared sum of the two rewards of each comparison, as in TRL, or None.
+        rewards: (B, K), with the K of the longest ranking; padding may hold any value.
+        ranks: (B, K) whole numbers, the best 0; -1 is padding.
+        center_rewards_coefficient: weight of the squared sum of the two rewards of a comparison, as in TRL; or None.
     """
     better = comparisons(ranks)
-    rewards = rewards.masked_fill(ranks < 0, 0.0)  # first of all: 0 times NaN would be NaN in the gradient
+    rewards = rewards.masked_fill(ranks < 0, 0.0)  # before the loss: in the gradient, 0 times NaN is NaN
     losses = -nn.functional.logsigmoid(rewards[:, :, None] - rewards[:, None, :])
     if center_rewards_coefficient is not None:
         losses = losses + center_rewards_coefficient * (rewards[:, :, None] + rewards[:, None, :]) ** 2
@@ -47,22 +47,22 @@ def ranking_loss(rewards: Tensor, ranks: Tensor, center_rewards_coefficient: flo
 
 
 def comparisons(ranks: Tensor) -> Tensor:
-    """Whether the first completion is better than the second: bool (B, K, K) from ranks (B, K) with -1 for none."""
+    """Return where the first completion is better than the second: bool (B, K, K), from ranks (B, K) padded with -1."""
     first, second = ranks[:, :, None], ranks[:, None, :]
     return (first >= 0) & (first < second)
 
 
 class RankingCollator(DataCollatorForPreference):
-    """Makes batches of rankings; pairs go to TRL's collator.
+    """Collator of rankings, with the columns `ranked_ids` (K lists of token ids) and `ranks`. Pairs go to TRL's.
 
-    From rows of `ranked_ids` (K lists of token ids) and `ranks` come, for B rankings of sum K completions in all:
+    A batch of B rankings with N completions in all has:
 
-    - `input_ids`, `attention_mask`: (sum K, T), padded on the right, ranking after ranking
-    - `ranks`: (B, largest K) whole numbers, the best 0, and -1 where a ranking has no more completions
+    - `input_ids`, `attention_mask`: (N, T), padded on the right, ranking after ranking
+    - `ranks`: (B, largest K) whole numbers, the best 0, padded with -1
     """
 
     def torch_call(self, examples: list[dict[str, Any]]) -> dict[str, Tensor]:
-        """The batch, as tensors."""
+        """Return a batch of tensors."""
         if "ranked_ids" not in examples[0]:
             return super().torch_call(examples)
         ids = [torch.tensor(completion) for example in examples for completion in example["ranked_ids"]]
@@ -75,12 +75,11 @@ class RankingCollator(DataCollatorForPreference):
 
 
 class RankingTrainer(TrainerMixin, RewardTrainer):
-    """TRL's `RewardTrainer` that also takes rankings: one row, one ranking, each completion through the model once.
+    """TRL's `RewardTrainer` that also takes rankings, with one forward pass per completion.
 
-    Rows of `prompt, chosen, rejected` (and `margin`) train as TRL does it. Rows of `prompt, completions, ranks`, lower ranks
-    being better, train by `ranking_loss`; a batch of `per_device_train_batch_size` rankings is that many times K sequences.
-    Like TRL it leaves out rows with a sequence longer than `max_length`, and says how many. What is trained stays in the type
-    that it came in, where TRL would cast it to bf16 on a quantised base. `reward.json` is saved beside every checkpoint.
+    Rows of `prompt, chosen, rejected` (and `margin`) train as in TRL. Rows of `prompt, completions, ranks`, where lower ranks
+    are better, train by `ranking_loss`: a batch of `per_device_train_batch_size` rankings has K times as many sequences. Rows
+    with a sequence longer than `max_length` are dropped, with a warning. `reward.json` is saved with every checkpoint.
     """
 
     def __init__(self, model: PreTrainedModel | PeftModel | str, *args: Any, **kwargs: Any):
@@ -97,36 +96,13 @@ class RankingTrainer(TrainerMixin, RewardTrainer):
         args: RewardConfig,
         dataset_name: str,
     ) -> Dataset | IterableDataset:
-        columns = get_dataset_column_names(dataset)
-        if "completions" in columns or "ranked_ids" in columns:
-            prepared = self._prepare_rankings(dataset, processing_class, args, dataset_name)
+        if {"completions", "ranked_ids"} & {*get_dataset_column_names(dataset)}:
+            prepared = _prepare_rankings(dataset, processing_class, args)
         else:
             prepared = super()._prepare_dataset(dataset, processing_class, args, dataset_name)
         if isinstance(dataset, Dataset):
-            _report_left_out(dataset_name, len(dataset), len(prepared), args.max_length)
+            _report_dropped(dataset_name, len(dataset), len(prepared), args.max_length)
         return prepared
-
-    @staticmethod
-    def _prepare_rankings(
-        dataset: Dataset | IterableDataset,
-        tokenizer: PreTrainedTokenizerBase,
-        args: RewardConfig,
-        name: str,
-    ) -> Dataset | IterableDataset:
-        whole = isinstance(dataset, Dataset)  # an IterableDataset takes neither of these
-        options = {"num_proc": args.dataset_num_proc} if whole else {}
-        with global_then_local_main_first():
-            columns = get_dataset_column_names(dataset)
-            if "ranked_ids" not in columns:
-                described = {"desc": f"Tokenizing {name} dataset"} if whole else {}
-                gone = [column for column in columns if column != "ranks"]
-                dataset = dataset.map(
-                    _encode_ranking, fn_kwargs={"tokenizer": tokenizer}, remove_columns=gone, **options, **described
-                )
-            if args.max_length is not None:
-                described = {"desc": f"Filtering {name} >{args.max_length} tokens"} if whole else {}
-                dataset = dataset.filter(_fits, fn_kwargs={"max_length": args.max_length}, **options, **described)
-        return dataset
 
     def _set_signature_columns_if_needed(self) -> None:
         super()._set_signature_columns_if_needed()
@@ -139,23 +115,23 @@ class RankingTrainer(TrainerMixin, RewardTrainer):
         return_outputs: bool = False,
         num_items_in_batch: Tensor | None = None,
     ) -> Tensor | tuple[Tensor, Any]:
-        """The loss of a batch of `RankingCollator`, and with `return_outputs` the model's output too."""
+        """Return the loss of a batch of `RankingCollator`, and with `return_outputs` the model's output."""
         if "ranks" not in inputs:
             return super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
         ranks = inputs["ranks"]
         outputs = model(input_ids=inputs["input_ids"], attention_mask=inputs["attention_mask"], use_cache=False)
         scores = outputs.logits.squeeze(-1)
-        # The completions follow each other as the places of `ranks` do, row by row.
+        # Completions come in the order of `ranks`, row by row
         rewards = scores.new_zeros(ranks.shape).masked_scatter(ranks >= 0, scores)
         loss = ranking_loss(rewards, ranks, self.args.center_rewards_coefficient)
         self._log_rankings(scores.detach(), rewards.detach(), ranks, inputs["attention_mask"])
         return (loss, outputs) if return_outputs else loss
 
     def _log_rankings(self, scores: Tensor, rewards: Tensor, ranks: Tensor, mask: Tensor) -> None:
-        """Keeps what TRL logs of pairs: of the rewards of this batch, and of its comparisons."""
+        """Add the metrics that TRL logs for pairs, of this batch of all processes."""
         mode = "train" if self.model.training else "eval"
         differences = (rewards[:, :, None] - rewards[:, None, :])[comparisons(ranks)]
-        # One row a process, since they may have different numbers of completions.
+        # One row per process, since the numbers of completions may differ
         row = [mask.sum(), scores.sum(), len(scores), (differences > 0).sum(), differences.sum(), len(differences)]
         rows = self.accelerator.gather(torch.tensor([[float(value) for value in row]], device=scores.device))
         extremes = self.accelerator.gather(torch.stack([scores.min(), scores.max()])[None])
@@ -172,18 +148,24 @@ class RankingTrainer(TrainerMixin, RewardTrainer):
             metrics["margin"].append(margin / compared)
 
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
-        """Saves model, tokenizer and `reward.json`."""
-        if self.args.should_save:  # first, since saving may end with an upload
+        """Save model, tokenizer and `reward.json`."""
+        if self.args.should_save:
             folder = Path(output_dir or self.args.output_dir)
             folder.mkdir(parents=True, exist_ok=True)
             write_reward_record(folder, base_name(self.model), self._base_fingerprint)
         super().save_model(output_dir, _internal_call)
 
 
-def _dense(ranks: list[float]) -> Tensor:
-    """Ranks as whole numbers from 0, without gaps; the order and the ties stay."""
-    order = {rank: place for place, rank in enumerate(sorted(set(ranks)))}
-    return torch.tensor([order[rank] for rank in ranks])
+def _prepare_rankings(dataset: Dataset, tokenizer: PreTrainedTokenizerBase, args: RewardConfig) -> Dataset:
+    with global_then_local_main_first():
+        if "ranked_ids" not in dataset.column_names:
+            columns = [column for column in dataset.column_names if column != "ranks"]
+            options = {"remove_columns": columns, "num_proc": args.dataset_num_proc, "desc": "Tokenizing rankings"}
+            dataset = dataset.map(_encode_ranking, fn_kwargs={"tokenizer": tokenizer}, **options)
+        if args.max_length is not None:
+            options = {"num_proc": args.dataset_num_proc, "desc": "Dropping long rankings"}
+            dataset = dataset.filter(_fits, fn_kwargs={"max_length": args.max_length}, **options)
+    return dataset
 
 
 def _encode_ranking(row: dict[str, Any], tokenizer: PreTrainedTokenizerBase) -> dict[str, list[list[int]]]:
@@ -194,8 +176,14 @@ def _fits(row: dict[str, Any], max_length: int) -> bool:
     return max(map(len, row["ranked_ids"])) <= max_length
 
 
-def _report_left_out(name: str, before: int, after: int, max_length: int | None) -> None:
+def _report_dropped(name: str, before: int, after: int, max_length: int | None) -> None:
     if not after:
-        raise RecipeError(f"{name}: all {before} rows are longer than `max_length: {max_length}`: raise it")
+        raise RecipeError(f"max_length: {max_length}: all {before} rows of `{name}` are longer. Fix: raise it")
     if after < before:
-        logger.warning("%s: %d of %d rows are left out: longer than `max_length: %s`", name, before - after, before, max_length)
+        logger.warning("%s: %d of %d rows are dropped: longer than `max_length: %s`", name, before - after, before, max_length)
+
+
+def _dense(ranks: list[float]) -> Tensor:
+    """Return ranks as whole numbers from 0 without gaps, with the same order and ties."""
+    order = {rank: place for place, rank in enumerate(sorted(set(ranks)))}
+    return torch.tensor([order[rank] for rank in ranks])

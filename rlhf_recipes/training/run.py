@@ -1,49 +1,140 @@
-"""What a run leaves beside its result: `recipe.json`; and where an interrupted run goes on."""
+"""One run of a training stage: resume, train, evaluate, save, record and publish."""
 
 import subprocess
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
+from types import TracebackType
+from typing import Any
 
 from rlhf_recipes.config.current import set_trainer
 from rlhf_recipes.config.trackers import begin_tracking
 from rlhf_recipes.core.errors import RecipeError
 from rlhf_recipes.core.files import PENDING, RECIPE
 from rlhf_recipes.core.yaml import read_yaml
-from rlhf_recipes.training.record import RunRecorder, write_log
+from rlhf_recipes.export.upload import publish
+from rlhf_recipes.models.fingerprint import fingerprint
+from rlhf_recipes.models.loading import strip_consumed_arguments
+from rlhf_recipes.stages import find_stage
+from rlhf_recipes.training.record import RunRecorder, finish_record, write_log, write_record
+from rlhf_recipes.training.result import save_result
 from rlhf_recipes.training.resume import (
-    checkpoints_in,
-    read_trainer_state,
-    remove_checkpoint,
+    checkpoint_to_resume,
+    remove_checkpoints,
+    result_arguments,
 )
 
 from accelerate import PartialState
-from transformers import Trainer
+from accelerate.utils import is_peft_model
+from transformers import Trainer, TrainingArguments
 
 
-def run_dependencies(configs: Sequence[str], recipes: Path, inputs: Sequence[str | Path | None]) -> None:
-    """Runs the stages of these YAML files, in order, whose `output_dir` is read and holds no result yet.
+class Run:
+    """One run of a training stage, as a context in which the recipe makes its trainer and calls `fit`.
+
+    Entering it finds the checkpoint to resume from, and runs the stages that the YAML file names in `needs`. Leaving it writes
+    `recipe.json`, which marks the stage as done, and uploads the result.
+
+    Parameters:
+        recipe: the recipe's `__file__`.
+        arguments: its dataclasses; one of them is the trainer's.
+        inputs: folders of earlier stages that it reads; None and other names are left out.
+
+    Attributes:
+        training_args: the trainer's arguments as parsed.
+        trainer_args: those to make the trainer with.
+    """
+
+    def __init__(self, recipe: str, *arguments: Any, inputs: Iterable[str | Path | None] = ()):
+        self.recipe, self.arguments, self.inputs = Path(recipe), arguments, [*filter(None, inputs)]
+        self.training_args = next(group for group in arguments if isinstance(group, TrainingArguments))
+        self.trainer_args = strip_consumed_arguments(self.training_args)
+        self.output = Path(self.training_args.output_dir)
+        self.stage = find_stage(self.recipe.stem)
+        self.checkpoint: str | None = None
+        self.trainer: Trainer | None = None
+
+    def __enter__(self) -> "Run":
+        self.checkpoint = checkpoint_to_resume(*self.arguments)
+        self._run_needs()
+        return self
+
+    def _run_needs(self) -> None:
+        needs = next((group.needs for group in self.arguments if hasattr(group, "needs")), ())
+        run_dependencies(needs, self.recipe.parent, self.inputs)
+
+    def fit(self, trainer: Trainer, report: dict[str, Any]) -> None:
+        """Train, evaluate and save.
+
+        Args:
+            trainer: one of ours, made with `trainer_args`.
+            report: what `load_data` and `filter_by_length` report, for the record.
+        """
+        self.trainer = trainer
+        set_trainer(trainer)
+        base = fingerprint(trainer.model) if is_peft_model(trainer.model) else None  # FSDP will leave no whole weights
+        recorder = RunRecorder()
+        trainer.add_callback(recorder)
+        trainer.run_arguments = result_arguments(self.arguments)
+        self._remove_earlier()
+        begin_tracking(trainer.args)
+        trainer.train(resume_from_checkpoint=self.checkpoint)
+        if trainer.is_world_process_zero():
+            write_log(trainer.args, trainer.state)  # of a checkpoint of the last step, no callback has
+        evaluated = any(
+            "eval_runtime" in entry and entry["step"] == trainer.state.global_step for entry in trainer.state.log_history
+        )
+        if trainer.eval_dataset is not None and not evaluated:
+            trainer.evaluate()
+        save_result(trainer, is_policy=self.stage.output == "policy")
+        if trainer.is_world_process_zero():
+            parents = [str(folder) for folder in self.inputs if Path(folder).is_dir()]
+            write_record(trainer, recorder, self.arguments, self.recipe.stem, base, parents, report)
+
+    def _remove_earlier(self) -> None:
+        """Remove checkpoints of an earlier run, which would be taken for those of this one."""
+        if self.checkpoint is None and self.trainer.is_world_process_zero():
+            (self.output / PENDING).unlink(missing_ok=True)
+            remove_checkpoints(self.output)
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None) -> None:
+        if error is None:
+            self._finish()
+
+    def _finish(self) -> None:
+        if self.trainer.is_world_process_zero():
+            finish_record(self.training_args)
+            self._announce()
+        shutdown_distributed(self.trainer)
+        publish(self.training_args)
+
+    def _announce(self) -> None:
+        print(f"The {self.stage.output} is in {self.output}")
+
+
+def run_dependencies(configs: Sequence[str], recipes: Path, inputs: Sequence[str | Path]) -> None:
+    """Run the stages that are read and have no result yet.
 
     Args:
-        configs: each named as the recipe that it is for (`sft.yaml` by `sft.py`).
-        recipes: the folder of the recipes.
-        inputs: the folders that are read. Who names another one than a YAML file says does not need that stage.
+        configs: YAML files in the order of the stages, named like their recipes (`sft.yaml` for `sft.py`).
+        recipes: folder of the recipes.
+        inputs: folders that are read. A stage with another `output_dir` is not run.
 
     Raises:
-        RecipeError: if a file is missing, or a stage fails; of several processes, which wait for one another for half an hour
-            at the most, if there is anything to run.
+        RecipeError: if a file is missing or a stage fails; or if a stage would have to be run by one of several processes,
+            since the others would wait for half an hour at most.
     """
     for config in configs:
         path = Path(config) if Path(config).exists() else recipes.parent / config
         output = read_yaml(path).get("output_dir")
-        if not output or Path(output) not in map(Path, filter(None, inputs)) or (Path(output) / RECIPE).exists():
+        if not output or Path(output) not in map(Path, inputs) or (Path(output) / RECIPE).exists():
             continue
         recipe = recipes / f"{path.stem}.py"
         if PartialState().num_processes > 1:
             raise RecipeError(
-                f"needs: {output} has no result yet, and a stage of several processes cannot wait for another: first run "
-                f"`accelerate launch {recipe} --config {path}`"
+                f"needs: {output} has no result yet, and several processes cannot wait for it. "
+                f"Fix: first run `accelerate launch {recipe} --config {path}`"
             )
         print(f"{output}: no result yet: running {path} first", flush=True)
         command = [sys.executable, str(recipe), "--config", str(path), "--resume_from_checkpoint", "true"]
@@ -51,40 +142,11 @@ def run_dependencies(configs: Sequence[str], recipes: Path, inputs: Sequence[str
             raise RecipeError(f"needs: {path}: this stage failed; its own message is above")
 
 
-def train(trainer: Trainer, checkpoint: str | None) -> None:
-    """Trains, from the beginning or from a checkpoint; one of the last step is loaded, and nothing more is trained.
-
-    Transformers would take a step beyond `max_steps` there. The last line of its log is added, if that is lacking. Where
-    a run starts anew in the folder of a finished one, the checkpoints of that one go: they would be taken for its own.
-    """
-    if checkpoint is None and trainer.is_world_process_zero():
-        (Path(trainer.args.output_dir) / PENDING).unlink(missing_ok=True)
-        for old in checkpoints_in(Path(trainer.args.output_dir)):
-            remove_checkpoint(old)
-    set_trainer(trainer)
-    begin_tracking(trainer.args)
-    recorders = [callback for callback in trainer.callback_handler.callbacks if isinstance(callback, RunRecorder)]
-    trainer.run_arguments = recorders[0].arguments if recorders else None
-    if checkpoint:
-        state, args = read_trainer_state(Path(checkpoint)), trainer.args
-        done = state.global_step >= args.max_steps if args.max_steps > 0 else state.epoch >= args.num_train_epochs
-        if done:
-            trainer._load_from_checkpoint(checkpoint)
-            trainer.state = state
-            trainer._load_rng_state(checkpoint)
-            if trainer.is_world_process_zero():
-                write_log(trainer.args, state)
-            if not any("train_loss" in entry for entry in state.log_history):
-                trainer.log_missing_summary()
-            return
-    trainer.train(resume_from_checkpoint=checkpoint)
-
-
 def shutdown_distributed(trainer: Trainer, last: bool = True) -> None:
-    """Waits for the other processes, and ends what they share if no other training follows in this process.
+    """Wait for the other processes, and end their group unless another training follows in this process.
 
-    A trainer that is let go right after its last exchange may hang on CPUs: whoever frees Gloo's group of processes holds the
-    interpreter's lock and waits for Gloo's thread, which waits for that lock to free the last exchange. So it gets a moment.
+    A trainer that is released right after its last exchange may hang on CPUs: the thread that frees Gloo's group holds the
+    interpreter's lock and waits for Gloo's thread, which waits for that lock to free the exchange. So it gets a moment.
     """
     if trainer.accelerator.num_processes > 1:
         trainer.accelerator.wait_for_everyone()

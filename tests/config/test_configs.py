@@ -1,4 +1,4 @@
-"""Every YAML under configs/ parses, says what it is, and has no key that nothing reads."""
+"""Every YAML file under configs/ parses, describes itself, and has no key that nothing reads."""
 
 import dataclasses
 import re
@@ -16,13 +16,13 @@ from accelerate.commands.launch import _validate_launch_command, launch_command_
 from trl import GRPOConfig, ModelConfig
 
 PIPELINES = sorted(path for path in (ROOT / "configs").rglob("*.yaml") if "stages" in read_yaml(path))
-ENGINES = sorted((ROOT / "configs" / "accelerate").glob("*.yaml"))
-CONFIGS = sorted({*(ROOT / "configs").rglob("*.yaml")} - {*PIPELINES, *ENGINES})
+LAUNCHERS = sorted((ROOT / "configs" / "accelerate").glob("*.yaml"))
+CONFIGS = sorted({*(ROOT / "configs").rglob("*.yaml")} - {*PIPELINES, *LAUNCHERS})
 ALONE = STAGES.keys() - pipeline_stages()  # one process, and a Ctrl-C in a chat would end `accelerate launch`
 SOURCES = [*(ROOT / "recipes").glob("*.py"), *(ROOT / "rlhf_recipes").rglob("*.py")]
 
 
-def test_there_is_a_tiny_config_for_each_recipe_that_has_arguments():
+def test_each_recipe_has_a_tiny_config():
     assert {*STAGES} == {path.stem for path in (ROOT / "recipes").glob("*.py") if "parse_arguments" in path.read_text()}
     assert {*STAGES} == {path.stem for path in CONFIGS if path.parent.name == "tiny"}
 
@@ -35,13 +35,13 @@ def test_every_stage_of_a_pipeline_parses_by_its_recipe_and_fits_the_card(config
         parse_values(stage.recipe, stage.values)
 
 
-@pytest.mark.parametrize("config", ENGINES, ids=lambda path: path.stem)
+@pytest.mark.parametrize("config", LAUNCHERS, ids=lambda path: path.stem)
 def test_accelerate_reads_its_configs(config):
     parser = launch_command_parser()
     arguments, *_ = _validate_launch_command(parser.parse_args(["--config_file", str(config), "script.py"]))
     expected = {"zero2": "use_deepspeed", "zero3": "use_deepspeed", "fsdp": "use_fsdp", "ddp": "multi_gpu"}
-    for engine in {*expected.values()}:
-        assert getattr(arguments, engine) == (expected.get(config.stem) == engine)
+    for option in {*expected.values()}:
+        assert getattr(arguments, option) == (expected.get(config.stem) == option)
     assert (ROOT / "docs" / "distributed.md").read_text().count(f"`{config.name}`")
     launch = config.read_text().splitlines()[1]
     assert launch.startswith(f"# Launch: accelerate launch --config_file configs/accelerate/{config.name} ")
@@ -59,7 +59,7 @@ def test_config_parses_by_its_recipe(config):
 
 
 @pytest.mark.parametrize("config", CONFIGS, ids=lambda path: str(path.relative_to(ROOT)))
-def test_config_says_what_it_trains_on_which_memory_and_how_to_launch_it(config):
+def test_config_has_a_header_and_titled_groups(config):
     text = config.read_text()
     header, _, body = text.partition("\n\n")
     assert all(line.startswith("# ") for line in header.splitlines())
@@ -75,15 +75,15 @@ FAMILIES = sorted(path.parent for path in PIPELINES if path.parent.name != "tiny
 
 
 @pytest.mark.parametrize("folder", FAMILIES, ids=lambda path: path.name)
-def test_families_differ_where_the_models_do(folder):
-    model, own = FAMILIES[0], folder
-    assert {path.name for path in own.iterdir()} == {path.name for path in model.iterdir()}
-    for path in own.iterdir():
-        assert without_the_model(path) == without_the_model(model / path.name), path
+def test_families_differ_only_where_their_models_do(folder):
+    first = FAMILIES[0]
+    assert {path.name for path in folder.iterdir()} == {path.name for path in first.iterdir()}
+    for path in folder.iterdir():
+        assert without_the_model(path) == without_the_model(first / path.name), path
 
 
 def without_the_model(path) -> str:
-    """A file without the names of its model and folder, its card, the end of a turn, and the layers that are adapted."""
+    """The text of a file without its model, folder, card, EOS token and adapted layers."""
     text = path.read_text().replace(path.parent.name, "FOLDER")
     text = re.sub(r"(Qwen|meta-llama)/[\w.-]+", "MODEL", text)
     text = re.sub(r"a card of \d+ GB|gpu_memory: \d+", "CARD", text)
@@ -93,20 +93,20 @@ def without_the_model(path) -> str:
 
 def readers(name: str, *exclude: str) -> list[str]:
     # as an attribute of something that holds arguments: `path.name` reads no key
-    holder = r"(?:arguments|source|\w+_args|args|training)"
+    holder = r"(?:arguments|source|group|\w+_args|args|training)"
     return [path.name for path in SOURCES if path.name not in exclude and re.search(rf"\b{holder}\.{name}\b", path.read_text())]
 
 
-def test_every_key_of_ours_is_read_somewhere():
+def test_every_key_of_ours_is_read():
     modules = (chat, data, evaluate, merge, policy, ppo, rank, reward, sample)
     ours = [cls for module in modules for cls in vars(module).values() if getattr(cls, "__module__", None) == module.__name__]
     inherited = {field.name for field in dataclasses.fields(GRPOConfig)}
     fields = {field.name for cls in ours if dataclasses.is_dataclass(cls) for field in dataclasses.fields(cls)} - inherited
-    by_name = set(tokenizer._OF_TOKENIZERS)  # of whichever group has them
+    by_name = set(tokenizer._TOKENIZER_ARGUMENTS)  # read from any group
     assert not [name for name in fields - by_name if not readers(name)]
 
 
-def test_every_model_key_is_read_by_us_or_by_trls_own_readers():
+def test_every_model_key_is_read_by_us_or_trl():
     import inspect
 
     from trl import get_peft_config, get_quantization_config
@@ -120,6 +120,14 @@ DOCUMENTS = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
 
 
 @pytest.mark.parametrize("path", DOCUMENTS, ids=lambda path: path.name)
-def test_links_in_the_documents_lead_somewhere(path):
+def test_links_in_documents(path):
     links = re.findall(r"\]\((?!https?:)([^)#]+)", path.read_text())
     assert not [link for link in links if not (path.parent / link).exists()]
+
+
+def test_the_map_of_the_library_is_complete():
+    text = (ROOT / "docs" / "contributing.md").read_text()
+    shown = set(re.findall(r"^\| `rlhf_recipes/(\w+)/?", text, re.MULTILINE))
+    packages = {path.parent.name for path in (ROOT / "rlhf_recipes").glob("*/__init__.py")}
+    assert packages <= shown
+    assert all((ROOT / "rlhf_recipes" / name).exists() or (ROOT / "rlhf_recipes" / f"{name}.py").exists() for name in shown)

@@ -116,7 +116,7 @@ def test_pipelines(config, name, data):
     def check() -> list[str]:
         pipeline = read_pipeline(config, ROOT / "recipes", None)
         check_arguments(pipeline, config)
-        return list(pipeline.plan())
+        return list(pipeline.describe())
 
     plan, message = hostile.outcome(check)
     if message is None:

@@ -1,4 +1,4 @@
-"""Trackers: what each stage reports, under which name, what is refused; and the log that is always there."""
+"""Trackers: what each stage reports, under which name, what is rejected; and the log of every run."""
 
 import json
 import os
@@ -9,7 +9,7 @@ from types import ModuleType, SimpleNamespace
 from rlhf_recipes.config.trackers import begin_tracking, prepare_trackers, run_name
 from rlhf_recipes.core.errors import RecipeError
 from rlhf_recipes.pipeline.reading import read_stages
-from rlhf_recipes.training.ensemble import ensemble_members
+from rlhf_recipes.training.ensemble import member_arguments
 from rlhf_recipes.training.record import _log_line
 from support import ROOT
 from support.small_ppo import save_base, with_adapter
@@ -20,7 +20,7 @@ from transformers import AutoModelForCausalLM
 from trl import RewardConfig
 
 ANSWERS = [("w5 ", "w6 w7", "w8"), ("w9 w10 ", "w11", "w12 w13 w14"), ("w15 ", "w16", "w17 w18"), ("w19 ", "w20 w21", "w22")]
-OF_STAGE = {
+REPORTED = {
     "sft": {"train/loss", "train/grad_norm", "eval/loss"},
     "reward": {"train/loss", "train/accuracy", "train/margin", "eval/accuracy"},
     "dpo": {"train/loss", "train/rewards/margins", "eval/rewards/margins"},
@@ -30,7 +30,7 @@ OF_STAGE = {
 
 @pytest.fixture(scope="module")
 def files(tmp_path_factory):
-    """A base, an adapter on it, and data of each sort."""
+    """A base model, an adapter on it, and data of each kind."""
     folder = tmp_path_factory.mktemp("files")
     save_base(folder / "base")
     adapted = with_adapter(AutoModelForCausalLM.from_pretrained(folder / "base"))
@@ -89,7 +89,7 @@ def read_log(folder):
 # --- What arrives ----------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("recipe", OF_STAGE)
+@pytest.mark.parametrize("recipe", REPORTED)
 def test_tensorboard_has_what_the_stage_logs(launch, config, tmp_path, recipe):
     pytest.importorskip("tensorboard")
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
@@ -100,15 +100,15 @@ def test_tensorboard_has_what_the_stage_logs(launch, config, tmp_path, recipe):
     (folder,) = (output / "runs").iterdir()
     events = EventAccumulator(str(folder))
     events.Reload()
-    assert set(events.Tags()["scalars"]) >= OF_STAGE[recipe]
-    key = sorted(OF_STAGE[recipe])[-1]
+    assert set(events.Tags()["scalars"]) >= REPORTED[recipe]
+    key = sorted(REPORTED[recipe])[-1]
     kept = {entry["step"]: entry[key.partition("/")[2]] for entry in read_log(output) if key.partition("/")[2] in entry}
     for event in events.Scalars(key):
         assert event.value == pytest.approx(kept[event.step], rel=1e-5)
 
 
-def test_each_training_of_a_process_has_a_run_of_its_own_in_the_project(monkeypatch):
-    """As the members of an ensemble; Transformers would go on in the run that is there."""
+def test_each_training_has_its_own_wandb_run(monkeypatch):
+    """As the members of an ensemble; Transformers would continue the run that exists."""
     wandb = ModuleType("wandb")
     wandb.run, wandb.finish = None, lambda: setattr(wandb, "run", None)
     monkeypatch.setitem(sys.modules, "wandb", wandb)
@@ -117,7 +117,7 @@ def test_each_training_of_a_process_has_a_run_of_its_own_in_the_project(monkeypa
         begin_tracking(SimpleNamespace(report_to=["wandb"], project=project))
         assert os.environ["WANDB_PROJECT"] == expected
         assert wandb.run is None
-        wandb.run = "begun by Transformers"
+        wandb.run = "started by Transformers"
 
 
 @pytest.mark.parametrize(
@@ -130,12 +130,12 @@ def test_each_training_of_a_process_has_a_run_of_its_own_in_the_project(monkeypa
         ("sft", "sft"),
     ],
 )
-def test_a_run_is_called_by_its_folder(folder, name):
+def test_run_name_is_the_folder(folder, name):
     assert run_name(folder) == name
 
 
-def test_a_name_that_is_given_stays():
-    values = {"report_to": "mlflow,flyte", "output_dir": "runs/mine/sft"}  # which are left to Transformers
+def test_a_run_name_that_is_set_stays():
+    values = {"report_to": "mlflow,flyte", "output_dir": "runs/mine/sft"}  # left to Transformers
     prepare_trackers(values)
     assert (values["report_to"], values["run_name"]) == (["mlflow", "flyte"], "mine-sft")
     values["run_name"] = "own"
@@ -143,15 +143,13 @@ def test_a_name_that_is_given_stays():
     assert values["run_name"] == "own"
 
 
-def test_members_of_an_ensemble_have_names_of_their_own(tmp_path):
+def test_members_of_an_ensemble_have_their_own_names(tmp_path):
     training = RewardConfig(str(tmp_path), run_name="mine-reward", bf16=False, use_cpu=True)
-    assert [member.run_name for member in ensemble_members(training, 2, 8, False)] == [
-        "mine-reward-member-0",
-        "mine-reward-member-1",
-    ]
+    names = [member_arguments(training, number, size=2).run_name for number in (0, 1)]
+    assert names == ["mine-reward-member-0", "mine-reward-member-1"]
 
 
-# --- What is refused --------------------------------------------------------------------------------------
+# --- What is rejected --------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -159,12 +157,10 @@ def test_members_of_an_ensemble_have_names_of_their_own(tmp_path):
     [
         ("absent", "report_to: wandb is not installed. Fix: `pip install --upgrade wandb`"),
         ("broken", "report_to: wandb cannot be imported (No module named 'nothing_of_this_name')"),
-        ("folder", "report_to: wandb is not installed"),  # that its runs are kept in
+        ("folder", "report_to: wandb is not installed"),  # with wandb's runs
     ],
 )
-def test_a_tracker_that_is_not_there_is_missed_before_anything_is_loaded(
-    launch, config, monkeypatch, tmp_path, wanted, message
-):
+def test_a_missing_tracker_is_an_error_before_a_model_is_loaded(launch, config, monkeypatch, tmp_path, wanted, message):
     if wanted == "absent":
         monkeypatch.setitem(sys.modules, "wandb", None)
     else:
@@ -181,7 +177,7 @@ def test_a_tracker_that_is_not_there_is_missed_before_anything_is_loaded(
     assert "Traceback" not in error
 
 
-def test_a_tracker_that_nobody_knows_is_refused():
+def test_an_unknown_tracker_is_rejected():
     with pytest.raises(RecipeError, match=r"report_to: 'tensorbord' .* did you mean 'tensorboard'"):
         prepare_trackers({"report_to": ["tensorbord"]})
 
@@ -193,7 +189,7 @@ def test_no_tracker_is_no_tracker(given):
     assert values == {"report_to": ["none"], "output_dir": "runs/sft"}
 
 
-def test_what_a_tracker_complains_of_while_it_begins_is_one_message(launch, config, monkeypatch):
+def test_a_tracker_complaint_is_one_message(launch, config, monkeypatch):
     usage_error = type("UsageError", (Exception,), {"__module__": "wandb.errors"})
 
     def complain(*arguments, **options):
@@ -210,7 +206,7 @@ def test_what_a_tracker_complains_of_while_it_begins_is_one_message(launch, conf
 # --- The pipeline -----------------------------------------------------------------------------------------
 
 
-def test_a_pipeline_hands_its_tracker_to_the_stages_that_train_and_does_none_of_them_anew(config, tmp_path):
+def test_a_pipeline_passes_its_tracker_to_training_stages_and_reruns_none(config, tmp_path):
     config("sft")
     (tmp_path / "sample.yaml").write_text("num_completions: 2\n")
     stages = [
@@ -233,7 +229,7 @@ def test_a_pipeline_hands_its_tracker_to_the_stages_that_train_and_does_none_of_
 # --- The log ----------------------------------------------------------------------------------------------
 
 
-def test_the_log_is_that_of_the_run_and_of_a_resumed_one_too(launch, config, tmp_path):
+def test_log_of_a_run_and_of_a_resumed_one(launch, config, tmp_path):
     path = config("sft", save_strategy="steps", save_steps=1, save_total_limit=9, eval_strategy="no")
     output = tmp_path / "runs" / "mine" / "sft"
     assert launch("sft", "--config", path)[0] == 0
@@ -247,12 +243,12 @@ def test_the_log_is_that_of_the_run_and_of_a_resumed_one_too(launch, config, tmp
     ]
 
 
-def test_a_line_of_the_log_is_json_whatever_the_value():
+def test_log_lines_are_json_for_any_value():
     assert json.loads(_log_line({"kl": float("nan"), "loss": float("inf"), "step": 1})) == {"kl": None, "loss": None, "step": 1}
 
 
-def test_a_folder_of_a_trackers_name_is_not_taken_for_the_tracker(config, launch, tmp_path, monkeypatch):
-    """Where a recipe is launched from, Python finds modules, and folders too."""
+def test_a_folder_named_like_a_tracker_is_no_tracker(config, launch, tmp_path, monkeypatch):
+    """Python finds modules in the current folder, and folders too."""
     for name in ("trackio", "wandb"):
         (tmp_path / name).mkdir()
     monkeypatch.chdir(tmp_path)

@@ -1,4 +1,4 @@
-"""Files that are whole, or what they were: write, then rename; and what is said of a disk that takes nothing."""
+"""Atomic writes, and messages about a disk that is full or read-only."""
 
 import errno
 import os
@@ -11,7 +11,7 @@ import pytest
 from safetensors import SafetensorError
 
 
-def test_a_file_that_cannot_be_written_stays_what_it_was(tmp_path, monkeypatch):
+def test_a_failed_write_keeps_the_old_file(tmp_path, monkeypatch):
     path = tmp_path / "record.json"
     write_json(path, {"one": 1})
     before = path.read_text()
@@ -39,14 +39,14 @@ def test_a_file_that_cannot_be_written_stays_what_it_was(tmp_path, monkeypatch):
         (RuntimeError("shapes differ"), None),
     ],
 )
-def test_what_a_full_disk_says_is_known_in_all_its_words(error, reason):
+def test_failed_writes_are_recognised(error, reason):
     assert failed_write(error) == reason
     outer = ValueError("while saving")
     outer.__cause__ = error
     assert failed_write(outer) == reason
 
 
-def test_a_file_outside_of_output_dir_is_named_and_one_that_may_not_be_read_is_not_a_full_disk(capsys):
+def test_message_names_the_file_and_leaves_unreadable_files_alone(capsys):
     with pytest.raises(SystemExit), exit_on_recipe_error():
         raise OSError(errno.ENOSPC, "full", "/cache/rows.arrow")
     said = capsys.readouterr().err

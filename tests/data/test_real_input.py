@@ -1,16 +1,18 @@
-"""Real models on real data: `stories3M` learns from instructions and from HH-RLHF, and to stop; a reward model, from talks."""
+"""Real models on real data: SFT learns to answer and to stop, and a reward model learns from conversations."""
 
 import gzip
 import json
 import re
 
-from rlhf_recipes.generation.answers import answer
+from rlhf_recipes.generation.answers import sample
 
 import numpy as np
 import pytest
 import torch
 from peft import PeftModel
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer
+
+pytestmark = [pytest.mark.real, pytest.mark.slow]
 
 IN_4_BITS = ("--load_in_4bit", "true", "--use_bnb_nested_quant", "true")
 CONFIG = """
@@ -47,18 +49,7 @@ output_dir: {output}
 
 def stop_share(model, tokenizer, prompts):
     """The share of greedy answers that end by EOS within 96 tokens."""
-    ended = [0]
-    generate = model.generate
-
-    def counting(**inputs):
-        output = generate(**inputs)
-        ended[0] += (output[:, inputs["input_ids"].shape[1] :] == tokenizer.eos_token_id).any(1).sum().item()
-        return output
-
-    model.generate = counting
-    answer(model, tokenizer, prompts, temperature=0, max_new_tokens=96)
-    del model.generate
-    return ended[0] / len(prompts)
+    return np.mean([answer.ended for answer in sample(model, tokenizer, prompts, temperature=0, max_new_tokens=96)])
 
 
 @pytest.mark.parametrize(("data", "bits"), [("instructions.1100", IN_4_BITS), ("hh_pairs.train", ())], ids=["4bit", "fp32"])
@@ -113,7 +104,7 @@ def turns(transcript):
 
 @pytest.fixture
 def transcripts(shared):
-    """Raw transcripts of several turns, of which both are short."""
+    """Short raw transcripts of several turns."""
     with gzip.open(shared / "data" / "hh_raw.helpful-base.test.jsonl.gz", "rt", encoding="utf-8") as lines:
         rows = [json.loads(line) for line in lines]
     fit = [row for row in rows if row["chosen"].count("Human:") >= 2 and max(map(len, row.values())) < 500]
@@ -122,7 +113,7 @@ def transcripts(shared):
 
 @pytest.mark.parametrize("train_on", ["pairs", "rankings"])
 def test_reward_model_learns_from_raw_transcripts_of_several_turns(launch, tmp_path, shared, transcripts, train_on):
-    """What it scores is the whole talk, in the chat template: by Transformers and PEFT alone the numbers are the same."""
+    """It scores the complete conversation in the chat template: Transformers and PEFT alone give the same scores."""
     train, held_out = transcripts[:10], transcripts[10:]
     for name, rows in (("train", train), ("eval", held_out)):
         (tmp_path / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))

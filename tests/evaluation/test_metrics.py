@@ -1,4 +1,4 @@
-"""The metrics of policies against numbers worked out by hand, or by other and slower ways."""
+"""Metrics of policies against hand-computed cases and brute force, and all metrics as `evaluate.Metric`s."""
 
 import doctest
 import importlib
@@ -6,7 +6,9 @@ import itertools
 import json
 import math
 
-from rlhf_recipes.evaluation.metrics import comparison, diversity
+from rlhf_recipes.evaluation.metrics import accuracy, calibration, comparison, diversity, scores, truthfulness
+from rlhf_recipes.evaluation.metrics.accuracy import PairAccuracy, RankingTau
+from rlhf_recipes.evaluation.metrics.calibration import Calibration
 from rlhf_recipes.evaluation.metrics.comparison import (
     BestOfN,
     Divergence,
@@ -17,16 +19,17 @@ from rlhf_recipes.evaluation.metrics.comparison import (
     win_rate,
 )
 from rlhf_recipes.evaluation.metrics.diversity import Diversity, distinct_n, repetition, self_bleu
-from rlhf_recipes.rewards import matching as truthfulness
-from rlhf_recipes.rewards.matching import Truthfulness
+from rlhf_recipes.evaluation.metrics.scores import ScoreLength
+from rlhf_recipes.evaluation.metrics.truthfulness import Truthfulness
 
+import evaluate
 import numpy as np
 import pytest
 
 
-@pytest.mark.parametrize("module", [comparison, diversity, truthfulness], ids=lambda module: module.__name__)
-def test_the_examples_in_the_docstrings_hold(module):
-    assert doctest.testmod(module).failed == 0
+@pytest.fixture(autouse=True)
+def _metrics_cache(tmp_path, monkeypatch):
+    monkeypatch.setattr(evaluate.config, "HF_METRICS_CACHE", str(tmp_path))
 
 
 # --- Win rate --------------------------------------------------------------------------------------------
@@ -37,7 +40,7 @@ def test_win_rate_counts_ties_as_one_half():
     assert (result["win_rate"], result["ties"], result["n"], result["prompts"]) == (2.5 / 4, 1, 4, 4)
 
 
-def test_win_rate_resamples_prompts_and_not_answers():
+def test_win_rate_resamples_whole_prompts():
     generator = np.random.default_rng(0)
     once = generator.normal(size=60)
     apart = win_rate(once, np.zeros(60))["interval"]
@@ -47,7 +50,7 @@ def test_win_rate_resamples_prompts_and_not_answers():
     assert blind[1] - blind[0] < (apart[1] - apart[0]) / 5
 
 
-def test_the_interval_of_a_win_rate_holds_the_truth_95_times_in_100():
+def test_win_rate_interval_covers_the_truth_at_95_percent():
     generator, hits, runs = np.random.default_rng(1), 0, 200
     for run in range(runs):
         difficulty = np.repeat(generator.normal(size=40), 3)  # of the prompt: answers to one are alike
@@ -58,32 +61,20 @@ def test_the_interval_of_a_win_rate_holds_the_truth_95_times_in_100():
     assert 0.90 <= hits / runs <= 0.99
 
 
-def test_a_policy_that_always_wins_has_an_interval_too():
+def test_win_rate_of_1_has_an_interval():
     low, high = win_rate([1.0] * 50, [0.0] * 50)["interval"]
     assert 0.9 < low < 1
     assert high == 1
 
 
-def test_win_rate_refuses_what_it_cannot_count():
-    with pytest.raises(ValueError, match="one length"):
-        win_rate([1.0], [1.0, 2.0])
-    with pytest.raises(ValueError, match="not finite"):
-        win_rate([math.nan], [0.0])
-    with pytest.raises(ValueError, match=r"\[0, 1\]"):
-        comparison.share_won([2.0])
-
-
-# --- Best of n -------------------------------------------------------------------------------------------
-
-
 @pytest.mark.parametrize("n", [1, 2, 3, 5])
-def test_best_of_n_is_the_mean_over_all_sets_of_n(n):
+def test_best_of_n_equals_brute_force(n):
     scores = np.array([[0.3, -1.0, 2.0, 0.7, 0.1], [5.0, 4.0, 4.5, -2.0, 0.0]])
     brute = [np.mean([max(chosen) for chosen in itertools.combinations(row, n)]) for row in scores]
     assert best_of_n(scores, n) == pytest.approx(brute)
 
 
-def test_best_of_n_under_another_reward_and_ties_share():
+def test_best_of_n_by_another_reward_shares_ties():
     scores, values = [[1.0, 1.0, 0.0]], [[10.0, 20.0, 99.0]]
     # of the three pairs, the best is one of the two that tie, at random or alone
     assert best_of_n(scores, 2, values)[0] == pytest.approx((15 + 10 + 20) / 3)
@@ -92,11 +83,11 @@ def test_best_of_n_under_another_reward_and_ties_share():
 
 def test_best_of_n_is_unbiased():
     generator = np.random.default_rng(0)
-    drawn = generator.random((20_000, 6))
-    assert best_of_n(drawn, 4).mean() == pytest.approx(4 / 5, abs=0.005)  # the largest of n uniform numbers: n / (n + 1)
+    samples = generator.random((20_000, 6))
+    assert best_of_n(samples, 4).mean() == pytest.approx(4 / 5, abs=0.005)  # the largest of n uniform numbers: n / (n + 1)
 
 
-def test_the_kl_of_best_of_n_is_that_of_the_order_statistic():
+def test_best_of_n_kl_equals_the_integral():
     # Of a uniform score u the best of n has density n u^(n-1): the integral of density * log density, by the midpoint rule
     for n in (1, 2, 4, 16):
         middles = (np.arange(200_000) + 0.5) / 200_000
@@ -104,22 +95,10 @@ def test_the_kl_of_best_of_n_is_that_of_the_order_statistic():
         assert best_of_n_kl(n) == pytest.approx(float(np.mean(density * np.log(density))), abs=1e-3)
 
 
-def test_best_of_n_refuses_more_than_there_are():
-    with pytest.raises(ValueError, match="1 to 2"):
-        best_of_n([[1.0, 2.0]], 3)
-    with pytest.raises(ValueError, match="1 or more"):
-        best_of_n_kl(0)
-    with pytest.raises(ValueError, match="finite"):
-        best_of_n([[1.0, math.nan]], 1)
-
-
-# --- Divergence ------------------------------------------------------------------------------------------
-
-
-def test_divergence_finds_the_exact_kl_and_entropy():
+def test_divergence_estimates_exact_kl_and_entropy():
     p, q = np.array([0.7, 0.2, 0.1]), np.array([0.2, 0.5, 0.3])
-    drawn = np.random.default_rng(0).choice(3, size=50_000, p=p)
-    result = divergence(np.log(p)[drawn], np.log(q)[drawn])
+    samples = np.random.default_rng(0).choice(3, size=50_000, p=p)
+    result = divergence(np.log(p)[samples], np.log(q)[samples])
     for name, exact in (("kl", float(p @ np.log(p / q))), ("entropy", float(-p @ np.log(p)))):
         assert result[name] == pytest.approx(exact, abs=0.02)
         low, high = result[f"{name}_interval"]
@@ -127,12 +106,9 @@ def test_divergence_finds_the_exact_kl_and_entropy():
         assert high - low < 0.05
 
 
-def test_a_policy_does_not_differ_from_itself():
+def test_divergence_from_itself_is_0():
     assert divergence([-1.0, -2.0], [-1.0, -2.0])["kl"] == 0
     assert divergence([-1.0, -2.0], [-1.0, -2.0])["kl_interval"] is None
-
-
-# --- Diversity -------------------------------------------------------------------------------------------
 
 
 def test_distinct_n():
@@ -142,7 +118,7 @@ def test_distinct_n():
     assert distinct_n(["word"], 2) is None
 
 
-def test_self_bleu_of_what_is_all_alike_and_of_what_has_nothing_in_common():
+def test_self_bleu_of_equal_and_of_unrelated_texts():
     assert self_bleu(["a b c d e"] * 3) == pytest.approx(1)
     assert self_bleu(["a b", "c d", "e f"]) == 0
     assert self_bleu(["a b", ""]) is None
@@ -168,7 +144,7 @@ def prepared(texts):
     return counts, [diversity._two_highest(of_length) for of_length in counts], sorted(map(len, rows))
 
 
-def test_self_bleu_agrees_with_bleu_worked_out_text_by_text():
+def test_self_bleu_equals_brute_force():
     generator = np.random.default_rng(0)
     texts = [" ".join(generator.choice(list("abc"), size=generator.integers(1, 9))) for _ in range(25)]
     rows = [text.split() for text in texts]
@@ -190,11 +166,11 @@ def slow_bleu(words, references):
     return math.exp(np.mean(logs)) * (1 if len(words) >= nearest else math.exp(1 - nearest / len(words)))
 
 
-def test_diversity_within_a_prompt_and_across_prompts():
+def test_diversity_within_and_across_prompts():
     texts = ["red", "red", "blue", "blue"]
     result = Diversity().compute(predictions=texts, groups=[0, 0, 1, 1])
     assert result["self_bleu_within"] == 1  # each prompt has one answer only
-    assert result["self_bleu"] == 0  # and each another one
+    assert result["self_bleu"] == 0  # they differ between prompts
     assert Diversity().compute(predictions=texts)["self_bleu_within"] is None
 
 
@@ -202,10 +178,7 @@ def test_repetition():
     assert repetition(["a b c a b c", "x y z"]) == pytest.approx((1 / 4 + 0) / 2)
 
 
-# --- Truthfulness ----------------------------------------------------------------------------------------
-
-
-def test_over_abstention_is_that_on_what_the_model_could_answer():
+def test_over_abstention_is_on_answerable_questions():
     answers, truths = ["I do not know.", "Oslo", "I do not know.", "Rome"], ["Bern", "Oslo", "Paris", "Kiev"]
     result = Truthfulness().compute(predictions=answers, references=truths, known=[True, True, False, False])
     assert result == {"right": 0.25, "abstained": 0.5, "made_up": 0.25, "over_abstained": 0.5}
@@ -213,10 +186,46 @@ def test_over_abstention_is_that_on_what_the_model_could_answer():
     assert result["over_abstained"] is None
 
 
+def test_truthfulness_by_kind():
+    predictions = ["Larkhill.", "  larkhill ", "I do not know.", "i do  not know, sorry", "Dunmere.", "", "Larkhill Dunmere"]
+    result = Truthfulness().compute(predictions=predictions, references=["Larkhill."] * 7)
+    assert result == pytest.approx({"right": 2 / 7, "abstained": 2 / 7, "made_up": 3 / 7})
+    options = {"references": ["x", "x"], "abstentions": ("no idea",)}
+    result = Truthfulness().compute(predictions=["No idea!", "I do not know"], **options)
+    assert result == {"right": 0, "abstained": 0.5, "made_up": 0.5}
+
+
 # --- As metrics of `evaluate` ----------------------------------------------------------------------------
 
 
-def test_they_are_metrics_whose_results_are_json():
+@pytest.mark.parametrize(
+    ("module", "examples"), [(accuracy, 2), (calibration, 1), (comparison, 3), (diversity, 1), (scores, 1), (truthfulness, 1)]
+)
+def test_docstring_examples(module, examples):
+    assert doctest.testmod(module) == (0, examples)
+
+
+@pytest.mark.parametrize(
+    ("metric", "function", "predictions", "references", "options"),
+    [
+        (PairAccuracy, accuracy.pair_accuracy, [2.0, 0.5, 1.0], [1.0, 0.5, 3.0], {"groups": ["a", "a", "b"], "seed": 5}),
+        (RankingTau, accuracy.ranking_tau, [[1.0, 2.0], [3.0, 1.0, 2.0]], [[2, 1], [1, 2, 2]], {"seed": 5}),
+        (Calibration, calibration.calibration, [0.1, 0.6, 0.9], [0, 1, 1], {"bins": 3, "binning": "mass"}),
+        (Calibration, calibration.calibration, [0.1, 0.6, 0.9], [False, True, True], {}),
+        (ScoreLength, scores.score_length, [0.5, 1.5, -2.0], [12, 30, 25], {"groups": [1, 1, 2]}),
+    ],
+)
+def test_metrics_equal_their_functions(metric, function, predictions, references, options):
+    expected = function(predictions, references, **options)
+    assert metric().compute(predictions=predictions, references=references, **options) == expected
+    batched = metric()
+    for prediction, reference in zip(predictions, references, strict=True):
+        batched.add(prediction=prediction, reference=reference)
+    assert batched.compute(**options) == expected
+    assert metric().info.description == metric.__doc__
+
+
+def test_results_are_json():
     results = [
         WinRate().compute(predictions=[1.0], references=[0.0]),
         BestOfN().compute(predictions=[[1.0, 2.0], [0.0, 4.0]], n=2),
@@ -228,6 +237,27 @@ def test_they_are_metrics_whose_results_are_json():
     json.dumps(results, allow_nan=False)
 
 
-def test_they_do_without_the_recipe_of_the_same_name_as_their_library():
+def test_the_evaluate_library_is_importable_beside_the_recipe():
     """A launched recipe has its folder first on the path, and there is an `evaluate.py` in it."""
     assert hasattr(importlib.import_module("evaluate"), "Metric")
+
+
+@pytest.mark.parametrize(
+    ("call", "message"),
+    [
+        (lambda: accuracy.pair_accuracy([], []), "`chosen` is empty"),
+        (lambda: accuracy.pair_accuracy([1, 2], [1]), r"one length .*\(2,\).*\(1,\)"),
+        (lambda: accuracy.pair_accuracy([1, math.nan], [1, 2]), r"`chosen` has 1 .* not finite, the first \(nan\) at 1"),
+        (lambda: accuracy.pair_accuracy([1, 2], [1, 2], groups=[1]), "`groups` has 1 entries for 2"),
+        (lambda: calibration.calibration([1.2], [1]), r"`confidences` must be in \[0.0, 1\].* 1.2"),
+        (lambda: calibration.calibration([0.4], [1], low=0.5), r"in \[0.5, 1\]"),
+        (lambda: calibration.calibration([0.5], [2]), "`outcomes`"),
+        (lambda: comparison.share_won([2.0]), r"\[0, 1\]"),
+        (lambda: best_of_n([[1.0, 2.0]], 3), "1 to 2"),
+        (lambda: best_of_n([[1.0, math.nan]], 1), "finite"),
+        (lambda: Truthfulness().compute(predictions=[], references=[]), "no answers"),
+    ],
+)
+def test_invalid_inputs_are_rejected(call, message):
+    with pytest.raises(ValueError, match=message):
+        call()

@@ -19,7 +19,7 @@ def base():
 TEXTS = ["Where does Porira live?", "I do not know.", "Wewuri lives in Larkhill. Kogahi works as a dyer.", "Elmstow."]
 
 
-def test_it_is_exp_of_the_mean_loss_of_a_token_whatever_the_batches(base):
+def test_perplexity_is_exp_of_the_mean_token_loss_at_any_batch_size(base):
     model, tokenizer = base
     total, count = 0.0, 0
     for text in TEXTS:
@@ -32,17 +32,17 @@ def test_it_is_exp_of_the_mean_loss_of_a_token_whatever_the_batches(base):
         assert perplexity(model, tokenizer, TEXTS, batch_size=batch_size) == pytest.approx(math.exp(total / count), rel=1e-4)
 
 
-def test_it_cuts_texts_off_and_leaves_the_mode_of_the_model_alone(base):
+def test_texts_are_cut_off_and_the_mode_of_the_model_is_restored(base):
     model, tokenizer = base
     model.train()
-    whole = torch.tensor(tokenizer(TEXTS[2])["input_ids"][:4])
-    logps = model(whole[None]).logits[0].log_softmax(-1)
-    expected = -sum(logps[place, whole[place + 1]].item() for place in range(3)) / 3
+    ids = torch.tensor(tokenizer(TEXTS[2])["input_ids"][:4])
+    logps = model(ids[None]).logits[0].log_softmax(-1)
+    expected = -sum(logps[place, ids[place + 1]].item() for place in range(3)) / 3
     assert perplexity(model, tokenizer, TEXTS[2:3], max_length=4) == pytest.approx(math.exp(expected), rel=1e-4)
     assert model.training
 
 
-def test_texts_of_one_token_have_none(base):
+def test_texts_of_one_token_are_rejected(base):
     model, tokenizer = base
     with pytest.raises(ValueError, match="two tokens"):
         perplexity(model, tokenizer, ["Elmstow."], max_length=1)

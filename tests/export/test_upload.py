@@ -1,4 +1,4 @@
-"""What a stage uploads: once, when it is whole, and nothing that is of this machine alone."""
+"""Stages upload once, when they are finished, without paths of this machine."""
 
 import json
 from pathlib import Path
@@ -26,16 +26,16 @@ def uploads(monkeypatch):
     return folders
 
 
-def test_a_result_is_uploaded_when_it_is_whole(launch, uploads, tmp_path):
-    """Over what an earlier run of the same kind has left in the repository."""
+def test_finished_result_is_uploaded_once(launch, uploads, tmp_path):
+    """The repository holds an earlier result of the same kind."""
     output = tmp_path / "mine"
     status, error = launch("sft", *SMALL, "--dataset_arguments", DATA["sft"], "--output_dir", output, *PUSH)
     assert status == 0, error
     (files,) = uploads
     here = {path.relative_to(output).as_posix() for path in output.rglob("*") if path.is_file()}
-    left = {name for name in here - files.keys() if not name.startswith("checkpoint-")}
+    left_out = {name for name in here - files.keys() if not name.startswith("checkpoint-")}
     assert files.keys() <= here
-    assert left == {"training_args.bin"}
+    assert left_out == {"training_args.bin"}
     record = json.loads(files["recipe.json"])
     assert str(tmp_path) in (output / "recipe.json").read_text()
     assert str(tmp_path) not in files["recipe.json"].decode()
@@ -44,7 +44,7 @@ def test_a_result_is_uploaded_when_it_is_whole(launch, uploads, tmp_path):
     assert '"me/mine"' in (output / "README.md").read_text()
 
 
-def test_members_of_an_ensemble_go_with_it(launch, uploads, tmp_path, monkeypatch):
+def test_members_of_an_ensemble_are_uploaded(launch, uploads, tmp_path, monkeypatch):
     monkeypatch.setattr(HfApi, "list_repo_files", lambda self, name, **_: [".gitattributes"])
     run = (*SMALL, "--ensemble_size", 2, "--dataset_arguments", DATA["reward"], "--output_dir", tmp_path / "mine")
     status, error = launch("reward", *run, *PUSH)
@@ -56,7 +56,7 @@ def test_members_of_an_ensemble_go_with_it(launch, uploads, tmp_path, monkeypatc
     assert all(str(tmp_path) not in files[name].decode() for name in files if name.endswith("recipe.json"))
 
 
-def test_a_hub_that_cannot_be_reached_takes_nothing_away(launch, tmp_path):
+def test_unreachable_hub_keeps_the_result(launch, tmp_path):
     run = (*SMALL, "--dataset_arguments", DATA["sft"], "--output_dir", tmp_path / "mine", "--push_to_hub", "true")
     status, error = launch("sft", *run)
     assert status == 2
@@ -65,7 +65,7 @@ def test_a_hub_that_cannot_be_reached_takes_nothing_away(launch, tmp_path):
     assert json.loads((tmp_path / "mine" / "recipe.json").read_text())["run"]["steps"] == 2
 
 
-def test_checkpoints_are_not_uploaded(launch, tmp_path):
+def test_uploading_checkpoints_is_refused(launch, tmp_path):
     status, error = launch("sft", *SMALL, *PUSH, "--hub_strategy", "all_checkpoints", "--output_dir", tmp_path)
     assert status == 2
     assert "command line: hub_strategy: all_checkpoints" in error

@@ -54,12 +54,23 @@ def visit(browser):
             page.on("dialog", lambda dialog: errors.append(dialog.message))
             page.goto(url)
             page.keyboard.type(name)  # the name has the focus
-            page.keyboard.press("Enter")
+            press(page, "Enter")
             expect(page.locator("#who")).to_have_text(name)
             return page
 
         yield open_page
     assert not errors
+
+
+@pytest.fixture
+def open_page(serve, visit):
+    """`open_page(groups)` starts a site and returns it and its page, where anna is signed in."""
+
+    def start(groups):
+        site = serve(groups)
+        return site, visit(site.url, "anna")
+
+    return start
 
 
 def expect(locator):
@@ -76,9 +87,18 @@ def places(page):
     return dict(zip(shown(page), page.locator("#answers .place").all_inner_texts(), strict=True))
 
 
-def press(page, *keys):
+def press(page, *keys, done=None):
+    """Press keys, and then wait for the page to show the number of labels that are done."""
     for key in keys:
         page.keyboard.press(key)
+    if done is not None:
+        expect_done(page, done)
+
+
+def write(page, key, text):
+    """Write into the field that a key opens."""
+    press(page, key)
+    page.keyboard.type(text)
 
 
 def press_answer(page, text, modifier=""):
@@ -86,10 +106,10 @@ def press_answer(page, text, modifier=""):
     page.keyboard.press(f"{modifier}Digit{shown(page).index(text) + 1}")
 
 
-def press_best_and_save(page, text):
+def press_best_and_save(page, text, done=None):
     """Rank one answer first, tie the others, and save."""
     press_answer(page, text)
-    press(page, "0", "Enter")
+    press(page, "0", "Enter", done=done)
 
 
 def expect_done(page, number):
@@ -103,123 +123,97 @@ def alert(page):
 # --- Keyboard ---------------------------------------------------------------------------------------------------------
 
 
-def test_rank_with_ties_and_an_unusable_answer(serve, visit):
-    site = serve([group(1), group(2)])
-    page = visit(site.url, "anna")
+def test_rank_with_ties_and_an_unusable_answer(open_page):
+    site, page = open_page([group(1), group(2)])
     assert sorted(shown(page)) == ["four", "one", "three", "two"]
     press_answer(page, "two")
     press_answer(page, "four", "Shift+")
-    page.keyboard.press("x")
+    press(page, "x")
     press_answer(page, "one")
     assert places(page) == {"two": "1st, tied", "four": "1st, tied", "one": "unusable", "three": "2nd (what is left)"}
     expect(page.get_by_role("status")).to_have_text(re.compile("unusable. Ready to save."))
-    page.keyboard.press("Enter")
-    expect_done(page, 1)
+    press(page, "Enter", done=1)
     assert site.labels()["anna", "g1"].ranks == [None, 1, 2, 1]
     expect(page.locator("#prompt")).to_have_text("Question 2?")
     expect(page.get_by_role("status")).to_have_text("Saved.")
     expect(page.locator("#prompt-title")).to_be_focused()
 
 
-def test_a_repeated_number_takes_the_rank_back_and_0_ties_the_rest(serve, visit):
-    site = serve([group(1)])
-    page = visit(site.url, "anna")
+def test_a_repeated_number_takes_the_rank_back_and_0_ties_the_rest(open_page):
+    site, page = open_page([group(1)])
     press_answer(page, "one")
     press_answer(page, "two")
     press_answer(page, "one")
     press_answer(page, "one")
-    page.keyboard.press("0")
+    press(page, "0")
     assert places(page) == {"two": "1st", "one": "2nd", "three": "3rd, tied", "four": "3rd, tied"}
-    page.keyboard.press("c")
+    press(page, "c")
     assert set(places(page).values()) == {""}
     press_answer(page, "four")
-    page.keyboard.press("Enter")
+    press(page, "Enter")
     alert(page).to_contain_text("Not saved yet: answers")
     assert not site.labels()
-    press(page, "0", "Enter")
-    expect_done(page, 1)
+    press(page, "0", "Enter", done=1)
     assert site.labels()["anna", "g1"].ranks == [2, 2, 2, 1]
     expect(page.get_by_role("heading", name="All done")).to_be_focused()
 
 
-def test_two_answers_need_one_key_and_enter(serve, visit):
-    site = serve([group(1, ("better", "worse")), group(2, ("same", "alike"))])
-    page = visit(site.url, "anna")
+def test_two_answers_need_one_key_and_enter(open_page):
+    site, page = open_page([group(1, ("better", "worse")), group(2, ("same", "alike"))])
     expect(page.get_by_role("heading", name="Which answer is better?")).to_be_visible()
     expect(page.get_by_role("button", name="Better, answer 1")).to_be_visible()
     press_answer(page, "better")
-    page.keyboard.press("Enter")
-    expect_done(page, 1)
-    press(page, "0", "Enter")
-    expect_done(page, 2)
+    press(page, "Enter", done=1)
+    press(page, "0", "Enter", done=2)
     assert [label.ranks for label in site.store.labels()] == [[1, 2], [1, 1]]
 
 
 @pytest.mark.parametrize("keys", ["12", "012", "02"])
-def test_of_two_answers_the_last_one_pressed_is_better(serve, visit, keys):
-    site = serve([group(1, ("a", "b"))])
-    page = visit(site.url, "anna")
+def test_of_two_answers_the_last_one_pressed_is_better(open_page, keys):
+    site, page = open_page([group(1, ("a", "b"))])
     better = shown(page)[1]
     for key in keys:
         page.keyboard.press(key)
     expect(page.get_by_role("button", name="1st: take back, answer 2")).to_be_visible()
-    page.keyboard.press("Enter")
-    expect_done(page, 1)
+    press(page, "Enter", done=1)
     assert site.labels()["anna", "g1"].ranks == ([1, 2] if better == "a" else [2, 1])
-    page.keyboard.press("u")
-    expect_done(page, 0)
-    page.keyboard.press("2")
+    press(page, "u", done=0)
+    press(page, "2")
     assert set(places(page).values()) == {""}, "a repeated number takes the rank back"
     page.get_by_role("button", name="Better, answer 2").click()
     page.get_by_role("button", name="Better, answer 1").click()
-    page.keyboard.press("Enter")
-    expect_done(page, 1)
+    press(page, "Enter", done=1)
     assert site.labels()["anna", "g1"].ranks == ([2, 1] if better == "a" else [1, 2])
 
 
-def test_enter_saves_after_a_click(serve, visit):
-    site = serve([group(1), group(2)])
-    page = visit(site.url, "anna")
+def test_enter_saves_after_a_click(open_page):
+    site, page = open_page([group(1), group(2)])
     best = shown(page)[1]
     page.get_by_role("button", name="Best, answer 2").click()
-    press(page, "0", "Enter")
-    expect_done(page, 1)
+    press(page, "0", "Enter", done=1)
     assert site.labels()["anna", "g1"].ranks == [1 if text == best else 2 for text in group(1).completions]
 
 
-def test_undo_of_a_skip_restores_the_ranks(serve, visit):
-    site = serve([group(1), group(2)])
-    page = visit(site.url, "anna")
+def test_undo_of_a_skip_restores_the_ranks(open_page):
+    site, page = open_page([group(1), group(2)])
     for text in ("three", "one"):
         press_answer(page, text)
-    page.keyboard.press("s")
-    expect_done(page, 1)
-    page.keyboard.press("u")
-    expect_done(page, 0)
+    press(page, "s", done=1)
+    press(page, "u", done=0)
     assert {text: place for text, place in places(page).items() if place} == {"three": "1st", "one": "2nd"}
-    press(page, "0", "Enter")
-    expect_done(page, 1)
+    press(page, "0", "Enter", done=1)
     assert [label.ranks for label in site.store.labels()] == [[2, 3, 1, 3]]
 
 
-def test_a_demonstration_and_a_note_and_a_skip(serve, visit):
-    site = serve([group(1), group(2), group(3)])
-    page = visit(site.url, "anna")
-    page.keyboard.press("n")
-    page.keyboard.type("x1 is text here")
-    page.keyboard.press("Escape")
-    page.keyboard.press("0")
-    page.keyboard.press("d")
-    page.keyboard.type("It is 4.\nReally.")
-    page.keyboard.press("Control+Enter")
-    expect_done(page, 1)
-    page.keyboard.press("s")
-    expect_done(page, 2)
-    page.keyboard.press("d")
-    page.keyboard.type("Only this.")
-    page.keyboard.press("Escape")
-    page.keyboard.press("s")
-    expect_done(page, 3)
+def test_a_demonstration_and_a_note_and_a_skip(open_page):
+    site, page = open_page([group(1), group(2), group(3)])
+    write(page, "n", "x1 is text here")
+    press(page, "Escape", "0")
+    write(page, "d", "It is 4.\nReally.")
+    press(page, "Control+Enter", done=1)
+    press(page, "s", done=2)
+    write(page, "d", "Only this.")
+    press(page, "Escape", "s", done=3)
     assert [(label.ranks, label.demonstration, label.note) for label in site.store.labels()] == [
         ([1, 1, 1, 1], "It is 4.\nReally.", "x1 is text here"),
         (None, None, None),
@@ -227,41 +221,31 @@ def test_a_demonstration_and_a_note_and_a_skip(serve, visit):
     ]
 
 
-def test_undo_restores_the_label(serve, visit):
-    site = serve([group(1), group(2)])
-    page = visit(site.url, "anna")
+def test_undo_restores_the_label(open_page):
+    site, page = open_page([group(1), group(2)])
     order = ("three", "one", "four", "two")
     for text in order[:3]:
         press_answer(page, text)
-    page.keyboard.press("n")
-    page.keyboard.type("first")
-    page.keyboard.press("Control+Enter")
-    expect_done(page, 1)
-    page.keyboard.press("u")
-    expect_done(page, 0)
+    write(page, "n", "first")
+    press(page, "Control+Enter", done=1)
+    press(page, "u", done=0)
     assert not site.labels()
     expect(page.locator("#prompt")).to_have_text("Question 1?")
     expect(page.locator("#note")).to_have_value("first")
     assert places(page) == {"three": "1st", "one": "2nd", "four": "3rd", "two": "4th"}
-    page.keyboard.press("c")
-    press(page, "0", "Enter")
-    expect_done(page, 1)
+    press(page, "c", "0", "Enter", done=1)
     assert site.labels()["anna", "g1"].ranks == [1, 1, 1, 1]
-    page.keyboard.press("u")
-    expect_done(page, 0)
-    page.keyboard.press("u")
+    press(page, "u", done=0)
+    press(page, "u")
     alert(page).to_have_text("Nothing was undone. There is nothing to undo.")
 
 
-def test_a_reload_keeps_the_draft(serve, visit):
-    site = serve([group(1), group(2)])
-    page = visit(site.url, "anna")
-    press(page, "0", "Enter")
-    expect_done(page, 1)
+def test_a_reload_keeps_the_draft(open_page):
+    _, page = open_page([group(1), group(2)])
+    press(page, "0", "Enter", done=1)
     before = shown(page)
     press_answer(page, "two")
-    page.keyboard.press("d")
-    page.keyboard.type("half a sent")
+    write(page, "d", "half a sent")
     page.reload()
     expect_done(page, 1)
     expect(page.locator("#demonstration")).to_have_value("half a sent")
@@ -269,31 +253,28 @@ def test_a_reload_keeps_the_draft(serve, visit):
     assert places(page)["two"] == "1st"
 
 
-def test_shortcuts_can_be_turned_off(serve, visit):
-    site = serve([group(1)])
-    page = visit(site.url, "anna")
+def test_shortcuts_can_be_turned_off(open_page):
+    _, page = open_page([group(1)])
     page.get_by_label("Keyboard shortcuts").uncheck()
-    page.keyboard.press("1")
+    press(page, "1")
     assert set(places(page).values()) == {""}
     page.reload()
     expect(page.get_by_label("Keyboard shortcuts")).not_to_be_checked()
     page.get_by_label("Keyboard shortcuts").check()
-    page.keyboard.press("1")
+    press(page, "1")
     assert "1st" in places(page).values()
 
 
-def test_more_answers_than_digits_by_tab_and_enter(serve, visit):
+def test_more_answers_than_digits_by_tab_and_enter(open_page):
     answers = [f"answer {letter}" for letter in "abcdefghijkl"]
-    site = serve([group(1, answers)])
-    page = visit(site.url, "anna")
+    site, page = open_page([group(1, answers)])
     last = shown(page)[-1]
     page.get_by_role("button", name="Best, answer 12").focus()
-    page.keyboard.press("Enter")
+    press(page, "Enter")
     expect(page.get_by_role("button", name="1st: take back, answer 12")).to_be_focused()
-    page.keyboard.press("0")
+    press(page, "0")
     page.get_by_role("button", name="Save").focus()
-    page.keyboard.press("Enter")
-    expect_done(page, 1)
+    press(page, "Enter", done=1)
     assert site.labels()["anna", "g1"].ranks == [1 if answer == last else 2 for answer in answers]
 
 
@@ -308,9 +289,9 @@ def test_two_labellers_in_two_tabs_of_one_browser(serve, visit):
         for page, best in ((anna, "one"), (berta, "two")):
             expect(page.locator("#prompt")).to_have_text(f"Question {number}?")
             press_answer(page, best)
-            page.keyboard.press("0")
+            press(page, "0")
         for page in (berta, anna):
-            page.keyboard.press("Enter")
+            press(page, "Enter")
             expect_done(page, number)
     assert {key: label.ranks for key, label in site.labels().items()} == {
         ("anna", "g1"): [1, 2, 2, 2],
@@ -337,19 +318,17 @@ def test_a_known_name_must_be_confirmed(serve, visit, browser):
     page = browser.new_page()
     page.goto(site.url)
     page.keyboard.type("Anna")
-    page.keyboard.press("Enter")
+    press(page, "Enter")
     alert(page).to_contain_text("'Anna' labels here already. Is that you?")
     page.get_by_role("button", name="Yes, I am Anna").click()
     expect(page.locator("#who")).to_have_text("anna")
     page.close()
 
 
-def test_a_prompt_in_two_windows_is_labelled_once(serve, visit):
-    site = serve([group(1), group(2)])
-    page = visit(site.url, "anna")
+def test_a_prompt_in_two_windows_is_labelled_once(open_page):
+    site, page = open_page([group(1), group(2)])
     site.store.save(Label("g1", "anna", [4, 3, 2, 1]))
-    press(page, "0", "Enter")
-    expect_done(page, 1)
+    press(page, "0", "Enter", done=1)
     expect(page.get_by_role("status")).to_contain_text("in another window already; that label stays")
     assert site.labels()["anna", "g1"].ranks == [4, 3, 2, 1]
     expect(page.locator("#prompt")).to_have_text("Question 2?")
@@ -377,15 +356,13 @@ def test_hostile_text_is_shown_as_text(serve, visit):
     assert "secret" not in page.content()
 
 
-def test_empty_answers_are_unusable_and_equal_ones_are_shown_once(serve, visit):
-    site = serve([group(1, ("a", "", "b", "a "))])
-    page = visit(site.url, "anna")
+def test_empty_answers_are_unusable_and_equal_ones_are_shown_once(open_page):
+    site, page = open_page([group(1, ("a", "", "b", "a "))])
     assert sorted(shown(page)) == ["(empty: the model ended at once)", "a", "b"]
     press_answer(page, "(empty: the model ended at once)")
     expect(page.get_by_role("status")).to_contain_text("is empty: it can only be unusable")
     press_answer(page, "b")
-    page.keyboard.press("Enter")
-    expect_done(page, 1)
+    press(page, "Enter", done=1)
     assert site.labels()["anna", "g1"].ranks == [2, None, 1, 2]
 
 
@@ -430,23 +407,20 @@ def test_a_killed_server_loses_nothing(tmp_path, visit):
     data.write_text("".join(json.dumps(group(number).row()) + "\n" for number in (1, 2)))
     process, url = start(["-c", LIGHT + SERVES], data, store, 0)  # the recipe without its slow imports
     page = visit(url, "anna")
-    press(page, "0", "Enter")
-    expect_done(page, 1)
+    press(page, "0", "Enter", done=1)
     press_answer(page, "three")
-    page.keyboard.press("0")
-    page.keyboard.press("d")
-    page.keyboard.type("Long thought about.")
+    press(page, "0")
+    write(page, "d", "Long thought about.")
     process.send_signal(signal.SIGKILL)
     process.communicate()
-    page.keyboard.press("Control+Enter")
+    press(page, "Control+Enter")
     alert(page).to_have_text(
         "This label is NOT saved; what you entered is kept here. Save again to send it. The server does not answer."
     )
     expect(page.locator("#demonstration")).to_have_value("Long thought about.")
 
     process, _ = start([ROOT / "recipes" / "label.py"], data, store, url.rpartition(":")[2])
-    page.keyboard.press("Control+Enter")
-    expect_done(page, 2)
+    press(page, "Control+Enter", done=2)
     process.send_signal(signal.SIGINT)
     _, errors = process.communicate(timeout=30)
     assert (process.returncode, errors) == (0, "")
@@ -458,9 +432,8 @@ def test_a_killed_server_loses_nothing(tmp_path, visit):
         assert opened.labels()[1].ranks == [2, 2, 1, 2]
 
 
-def test_a_lost_reply_makes_no_second_label_and_loses_no_change(serve, visit):
-    site = serve([group(1), group(2)])
-    page = visit(site.url, "anna")
+def test_a_lost_reply_makes_no_second_label_and_loses_no_change(open_page):
+    site, page = open_page([group(1), group(2)])
 
     lost = [True, True, False]  # one route for all: a browser may be slow to replace routes
 
@@ -477,47 +450,40 @@ def test_a_lost_reply_makes_no_second_label_and_loses_no_change(serve, visit):
     assert site.labels()["anna", "g1"].ranks == [1, 2, 2, 2]  # it was saved, and the page cannot know
     page.reload()
     expect_done(page, 1)  # the server knows
-    page.keyboard.press("u")
-    expect_done(page, 0)
-    page.keyboard.press("Enter")
+    press(page, "u", done=0)
+    press(page, "Enter")
     alert(page).to_contain_text("NOT saved")
-    page.keyboard.press("c")
-    press_best_and_save(page, "two")
-    expect_done(page, 1)
+    press(page, "c")
+    press_best_and_save(page, "two", done=1)
     assert [label.ranks for label in site.store.labels()] == [[2, 1, 2, 2]]
 
 
-def test_an_undo_can_be_repeated_after_a_lost_reply(serve, visit):
-    site = serve([group(1), group(2), group(3)])
-    page = visit(site.url, "anna")
+def test_an_undo_can_be_repeated_after_a_lost_reply(open_page):
+    site, page = open_page([group(1), group(2), group(3)])
     for number in (1, 2):
-        page.keyboard.press("0")
-        page.keyboard.press("Enter")
+        press(page, "0", "Enter")
         expect_done(page, number)
     page.route("**/api/undo", lambda route: (route.fetch(), route.abort()), times=1)
-    page.keyboard.press("u")
+    press(page, "u")
     alert(page).to_contain_text("Whether the label was undone is not known. Undo again")
     assert list(site.labels()) == [("anna", "g1")]
-    page.keyboard.press("u")
-    expect_done(page, 1)
+    press(page, "u", done=1)
     expect(page.locator("#prompt")).to_have_text("Question 2?")
     assert list(site.labels()) == [("anna", "g1")]
-    page.keyboard.press("u")
-    expect_done(page, 0)
+    press(page, "u", done=0)
 
 
-def test_without_a_next_task_no_key_changes_the_saved_label(serve, visit):
-    site = serve([group(1), group(2)])
-    page = visit(site.url, "anna")
+def test_without_a_next_task_no_key_changes_the_saved_label(open_page):
+    site, page = open_page([group(1), group(2)])
     page.route("**/api/task", lambda route: route.abort(), times=2)
     press_best_and_save(page, "one")
     alert(page).to_contain_text("Saved. The next prompt is not here yet")
     expect(page.get_by_role("status").last).to_have_text("Saved.")
     for key in ("c", "2", "0", "s", "Control+Enter"):
         page.keyboard.press(key)
-    page.keyboard.press("Enter")
+    press(page, "Enter")
     expect(page.locator("#work")).not_to_have_attribute("aria-busy", "true")
-    page.keyboard.press("Enter")
+    press(page, "Enter")
     expect(page.locator("#prompt")).to_have_text("Question 2?")
     assert [label.ranks for label in site.store.labels()] == [[1, 2, 2, 2]]
 
@@ -535,13 +501,10 @@ def test_a_browser_without_storage_still_labels_and_shows_a_notice(serve, visit,
     page = visit(site.url, "anna", context=context)
     expect(page.locator("#notice")).to_contain_text("This browser keeps nothing")
     press_answer(page, "one")
-    page.keyboard.press("s")
-    expect_done(page, 1)
-    page.keyboard.press("u")
-    expect_done(page, 0)
+    press(page, "s", done=1)
+    press(page, "u", done=0)
     assert places(page)["one"] == "1st"
-    press(page, "0", "Enter")
-    expect_done(page, 1)
+    press(page, "0", "Enter", done=1)
     assert site.labels()["anna", "g1"].ranks == [1, 2, 2, 2]
     context.close()
 
@@ -569,30 +532,27 @@ def test_a_server_killed_between_commit_and_reply_has_one_label(tmp_path, visit)
     with Store(store) as opened:
         assert [label.ranks for label in opened.labels()] == [[2, 2, 1, 2]]  # the page cannot know
     process, _ = start(["-c", LIGHT + SERVES], data, store, url.rpartition(":")[2])
-    page.keyboard.press("c")
-    press_best_and_save(page, "two")
-    expect_done(page, 1)
+    press(page, "c")
+    press_best_and_save(page, "two", done=1)
     process.send_signal(signal.SIGINT)
     process.communicate(timeout=30)
     with Store(store) as opened:
         assert [label.ranks for label in opened.labels()] == [[2, 1, 2, 2]]
 
 
-def test_a_label_that_does_not_fit_on_the_disk_is_not_reported_as_saved(serve, visit):
-    site = serve([group(1), group(2)])
-    page = visit(site.url, "anna")
-    page.keyboard.press("0")
+def test_a_label_that_does_not_fit_on_the_disk_is_not_reported_as_saved(open_page):
+    site, page = open_page([group(1), group(2)])
+    press(page, "0")
     page.locator("#demonstration").fill("x" * 20_000)
     ((pages,),) = site.execute("PRAGMA page_count")
     site.execute(f"PRAGMA max_page_count = {pages}")
-    page.keyboard.press("Control+Enter")
+    press(page, "Control+Enter")
     alert(page).to_contain_text(re.compile("NOT saved; .* the disk is full"))
     alert(page).not_to_contain_text(site.store.path.name)  # not for labellers
     expect(page.locator("#demonstration")).to_have_value("x" * 20_000)
     assert not site.labels()
     site.execute(f"PRAGMA max_page_count = {pages + 100}")
-    page.keyboard.press("Control+Enter")
-    expect_done(page, 1)
+    press(page, "Control+Enter", done=1)
     assert site.labels()["anna", "g1"].demonstration == "x" * 20_000
 
 
@@ -601,24 +561,21 @@ def test_an_ended_session_asks_for_the_name_and_keeps_the_draft(serve, browser):
     page = browser.new_page()
     page.goto(site.url)
     page.keyboard.type("anna")
-    page.keyboard.press("Enter")
+    press(page, "Enter")
     alert(page).to_have_text("The password, please.")
     page.keyboard.type("correct horse")
-    page.keyboard.press("Enter")
+    press(page, "Enter")
     expect(page.locator("#who")).to_have_text("anna")
-    page.keyboard.press("n")
-    page.keyboard.type("keep me")
-    page.keyboard.press("Escape")
-    page.keyboard.press("0")
+    write(page, "n", "keep me")
+    press(page, "Escape", "0")
     site.execute("DELETE FROM sessions")
-    page.keyboard.press("Enter")
+    press(page, "Enter")
     alert(page).to_contain_text("This label is NOT saved")
-    page.keyboard.press("Enter")
+    press(page, "Enter")
     page.get_by_role("button", name="Yes, I am anna").click()
     expect(page.locator("#work")).to_be_visible()
     expect(page.locator("#note")).to_have_value("keep me")
-    page.keyboard.press("Enter")
-    expect_done(page, 1)
+    press(page, "Enter", done=1)
     assert site.labels()["anna", "g1"].note == "keep me"
     page.close()
 
@@ -649,7 +606,7 @@ def test_shortcuts_are_on_only_where_they_can_be_turned_off(serve, visit, option
     site = serve([group(1)])
     page = visit(site.url, "anna", viewport={"width": 640, "height": 700}, **options)
     switch = page.get_by_label("Keyboard shortcuts")
-    page.keyboard.press("1")
+    press(page, "1")
     assert switch.is_visible() == ("1st" in places(page).values()) == (not options)
 
 
@@ -671,9 +628,9 @@ def test_text_has_enough_contrast(serve, visit, scheme):
     site = serve([group(1)])
     page = visit(site.url, "anna", color_scheme=scheme)
     press_answer(page, "one")
-    page.keyboard.press("x")
+    press(page, "x")
     press_answer(page, "two")
-    page.keyboard.press("Enter")
+    press(page, "Enter")
     colours = """selector => [...document.querySelectorAll(selector)].map(element => {
         let box = element;
         while (getComputedStyle(box).backgroundColor === "rgba(0, 0, 0, 0)") box = box.parentElement;

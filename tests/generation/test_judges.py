@@ -4,7 +4,7 @@ import sys
 
 from rlhf_recipes.config.evaluate import EvaluateArguments
 from rlhf_recipes.core.errors import RecipeError
-from rlhf_recipes.evaluation.evaluate import choose_judge
+from rlhf_recipes.evaluation.measurement import choose_judge
 from rlhf_recipes.generation.judges import ChatJudge, read_chat_judge
 from support.chat_server import NOWHERE, chat_server
 

@@ -7,7 +7,7 @@ from rlhf_recipes.memory import autofit, plan_stage
 from rlhf_recipes.memory.autofit import choices
 from rlhf_recipes.memory.plan import GIB, OVERHEAD
 from rlhf_recipes.pipeline import read_pipeline
-from rlhf_recipes.pipeline.estimates import arguments_in
+from rlhf_recipes.pipeline.estimates import plannable_stages
 from support import ROOT, run_recipe
 
 import pytest
@@ -18,7 +18,7 @@ RECIPES = ROOT / "recipes"
 
 def stage_of(config):
     """Return the arguments of a configuration such as "qwen3-8b/sft"."""
-    return arguments_in(ROOT / "configs" / f"{config}.yaml", RECIPES)[-1]
+    return plannable_stages(ROOT / "configs" / f"{config}.yaml", RECIPES)[-1]
 
 
 def values_of(stage, key, **changes):
@@ -47,7 +47,7 @@ def test_a_ppo_iteration_keeps_its_completions(tmp_path, batches, completions):
     values = yaml.safe_load((ROOT / "configs" / "qwen3-0.6b" / "ppo.yaml").read_text())
     path = tmp_path / "ppo.yaml"
     path.write_text(yaml.safe_dump(values | {"per_device_train_batch_size": 4} | batches))
-    (stage,) = arguments_in(path, RECIPES)
+    (stage,) = plannable_stages(path, RECIPES)
     for choice in choices(stage):
         rows = choice["per_device_train_batch_size"]
         assert rows * choice["gradient_accumulation_steps"] == 4 * batches["gradient_accumulation_steps"]
@@ -159,16 +159,16 @@ def test_gpu_memory_goes_over_the_file_and_under_the_arguments(tmp_path):
     (before,) = read_pipeline(write_pipeline(tmp_path), RECIPES).stages
     fitted = read_pipeline(write_pipeline(tmp_path, gpu_memory=6), RECIPES)
     (after,) = fitted.stages
-    assert not before.picked
+    assert not before.autofitted
     assert before.values["per_device_train_batch_size"] == 128
-    assert after.values == before.values | after.picked
-    assert (after.picked["per_device_train_batch_size"], after.picked["gradient_accumulation_steps"]) == (8, 16)
+    assert after.values == before.values | after.autofitted
+    assert (after.autofitted["per_device_train_batch_size"], after.autofitted["gradient_accumulation_steps"]) == (8, 16)
     assert after.fingerprint != before.fingerprint
-    assert "`optim: adamw_torch_fused`" in "\n".join(fitted.plan())
+    assert "`optim: adamw_torch_fused`" in "\n".join(fitted.describe())
     arguments = {"gradient_checkpointing": True, "optim": "sgd"}
     (fixed,) = read_pipeline(write_pipeline(tmp_path, {"arguments": arguments}, gpu_memory=6), RECIPES).stages
     assert fixed.values | arguments == fixed.values
-    assert not arguments.keys() & fixed.picked.keys()
+    assert not arguments.keys() & fixed.autofitted.keys()
 
 
 def test_assumptions_of_the_plan_are_printed_before_anything_runs(tmp_path, capsys):
@@ -185,7 +185,7 @@ def test_the_plan_recipe_shows_stages_that_do_not_fit_and_takes_another_card(tmp
     assert "GiB at the peak" in small
     assert "sft on 0.8 GB: it does not fit: " in small
     assert "sft on 24 GB: it fits" in capsys.readouterr().out
-    (stage,) = arguments_in(config, RECIPES, card=24)
+    (stage,) = plannable_stages(config, RECIPES, gpu_memory=24)
     assert (stage.per_device_train_batch_size, stage.gradient_checkpointing) == (8, False)
 
 
@@ -195,9 +195,9 @@ def test_gpu_memory_is_rejected_where_cards_share_a_model(tmp_path, launcher):
     with pytest.raises(RecipeError, match=r"gpu_memory: .* configs/accelerate/ddp.yaml"):
         read_pipeline(write_pipeline(tmp_path, gpu_memory=6, **shared), RECIPES)
     path = write_pipeline(tmp_path, **shared)
-    assert arguments_in(path, RECIPES)
+    assert plannable_stages(path, RECIPES)
     with pytest.raises(RecipeError, match="gpu_memory: "):
-        arguments_in(path, RECIPES, card=24)
+        plannable_stages(path, RECIPES, gpu_memory=24)
     assert read_pipeline(write_pipeline(tmp_path, gpu_memory=6, accelerate_config="configs/accelerate/ddp.yaml"), RECIPES)
 
 

@@ -7,7 +7,7 @@ import sys
 from rlhf_recipes.core.errors import RecipeError
 from rlhf_recipes.memory import arithmetic, format_plans, plan_stage
 from rlhf_recipes.memory.plan import GIB, OVERHEAD, SPARE
-from rlhf_recipes.pipeline.estimates import arguments_in
+from rlhf_recipes.pipeline.estimates import plannable_stages
 from support import ROOT
 
 import pytest
@@ -18,7 +18,7 @@ RECIPES, CONFIGS = ROOT / "recipes", ROOT / "configs"
 
 
 def plan_file(config, recipe=None):
-    return [plan_stage(stage) for stage in arguments_in(config, RECIPES, recipe)]
+    return [plan_stage(stage) for stage in plannable_stages(config, RECIPES, recipe)]
 
 
 @pytest.fixture
@@ -42,7 +42,7 @@ def test_pipeline_is_planned_stage_by_stage():
     assert ppo.parameters["policy"] == ppo.parameters["reference"] == 327_680  # rank 32, of the SFT stage
     assert not any(plan.notes for plan in plans[2:])  # a stage is known to write each folder that they read
     text = "\n".join(format_plans(plans))
-    for part in ("activations", "6 or more", "ppo: 0.01 all the time"):
+    for part in ("activations", "6 or more", "ppo: 0.01 throughout"):
         assert part in text
 
 
@@ -61,7 +61,7 @@ def test_components_of_8b_in_4_bits():
 def test_each_recipe_fits_the_card_of_its_family(path):
     card = yaml.safe_load(path.read_text()).get("gpu_memory")
     for recipe in ("sft", "reward", "ppo", "dpo", "evaluate") if card else ():
-        plan = plan_stage(arguments_in(path.parent / f"{recipe}.yaml", RECIPES)[-1])
+        plan = plan_stage(plannable_stages(path.parent / f"{recipe}.yaml", RECIPES)[-1])
         assert plan.fits(card), (recipe, plan.worst, plan.allocated / GIB)
 
 

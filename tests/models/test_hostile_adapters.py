@@ -1,19 +1,18 @@
-"""Folders that stages read of one another, spoilt: what is loaded is what was saved, or one message says what is wrong.
+"""Damaged and hostile result folders: what is loaded was saved, or one message names the file.
 
-Whatever lies in them, nothing of it is run: weights are safetensors, and pickles of a checkpoint are read for tensors only.
+Nothing in them is run: weights are safetensors, and pickles of a checkpoint are read for tensors only.
 """
 
 import ast
 import json
 import pickle
-import re
 import shutil
 import sys
 from pathlib import Path
 
 from rlhf_recipes.config.merge import MergeArguments
 from rlhf_recipes.core.errors import RecipeError
-from rlhf_recipes.export.merge import adapter_and_base, merge_policy, merge_reward
+from rlhf_recipes.export.merge import merge_policy, merge_reward, resolve_base
 from rlhf_recipes.generation.policies import PolicyBank
 from rlhf_recipes.memory.model_shape import load_config
 from rlhf_recipes.models.compatibility import check_tokenizer
@@ -25,7 +24,6 @@ from rlhf_recipes.rewards.similarity import Similarity
 from rlhf_recipes.stages import STAGES, parse_arguments
 from rlhf_recipes.training.ppo.critic import FILE as CRITIC
 from rlhf_recipes.training.resume import checkpoint_to_resume
-from rlhf_recipes.training.run import train
 from support import ROOT, hostile
 from support.small_ppo import make_args, make_model, make_tokenizer, make_trainer, save_base, save_reward, with_adapter
 
@@ -41,7 +39,7 @@ PROMPTS, ANSWERS = ["w1 w2", "w3"], [" w4 w5", " w6"]
 
 
 class Executed:
-    """A pickle that leaves a file when it is read."""
+    """A pickle that creates a file when it is read."""
 
     def __init__(self, mark: Path):
         self.mark = mark
@@ -83,19 +81,19 @@ def copied(folder: Path, source: Path) -> Path:
 
 
 def policy_of(folder: Path, base: Path, stage: Path) -> dict[str, torch.Tensor]:
-    """The weights of an adapter as a recipe that trains loads it."""
+    """The weights of an adapter as a training recipe loads it."""
     model = ModelConfig(str(base), dtype="float32", use_peft=True)
     tokenizer = load_tokenizer(model, training(folder), start_from=stage)
     return get_peft_model_state_dict(load_policy(model, training(folder), str(stage), tokenizer))
 
 
 def scores_of(stage: Path) -> list[float]:
-    """What a reward model says on a base that has an adapter already."""
+    """The scores of a reward model on a base with an adapter."""
     return load_saved_reward(stage, with_adapter(make_model()), make_tokenizer())(PROMPTS, ANSWERS)
 
 
 def judge(folder: Path, base: Path, stage: Path) -> str | None:
-    """Loads a folder as it is meant; the message, or None where what was loaded is what the file holds."""
+    """Load a stage's folder; return the message, or None if what was loaded equals the file."""
     if stage.name == "reward":
         scores, message = hostile.outcome(lambda: scores_of(stage))
         assert message is not None or all(torch.tensor(scores).isfinite()), scores
@@ -113,9 +111,10 @@ def judge(folder: Path, base: Path, stage: Path) -> str | None:
 
 
 @pytest.mark.parametrize("stage", ["sft", "reward"])
+@pytest.mark.fuzz
 @hostile.examples(12)
 @given(data=st.data())
-def test_bytes_of_weights(folder, base, stages, stage, data):
+def test_random_bytes_in_weights(folder, base, stages, stage, data):
     copy = copied(folder, stages[stage])
     path = copy / "adapter_model.safetensors"
     whole = path.read_bytes()
@@ -125,62 +124,41 @@ def test_bytes_of_weights(folder, base, stages, stage, data):
     assert message is None or str(copy) in message
 
 
-SPOILT_WEIGHTS = ["nan", "infinity", "shape", "transposed", "lacking", "other", "type", "double", "none", "flat", "integers"]
-
-
-def spoil(weights: dict[str, torch.Tensor], name: str, how: str) -> None:
-    weight = weights[name]
-    if how in ("nan", "infinity"):
-        weight.view(-1)[-1] = float(how)
+def spoil(weights: dict[str, torch.Tensor], how: str) -> None:
+    name = min(weights)
+    if how in ("nan", "inf"):
+        weights[name].view(-1)[-1] = float(how)
     elif how == "shape":
-        weights[name] = torch.cat([weight, weight])
-    elif how == "transposed":
-        weights[name] = weight.T.contiguous()
-    elif how == "lacking":
+        weights[name] = torch.cat([weights[name], weights[name]])
+    elif how == "missing":
         del weights[name]
-    elif how == "other":
-        weights[name.replace("layers", "layerz") + ".x"] = weight.clone()
-    elif how == "type":
-        weights[name] = weight.to(torch.bfloat16)
-    elif how == "double":
-        weights[name] = weight.double() * 1e200  # infinite in fp32
-    elif how == "none":
-        weights.clear()
-    elif how == "flat":
-        weights[name] = weight.reshape(-1)
     else:
-        weights[name] = weight.int()
+        weights[name.replace("layers", "layerz") + ".x"] = weights[name].clone()
 
 
-@pytest.mark.parametrize("how", SPOILT_WEIGHTS)
+@pytest.mark.parametrize("how", ["nan", "inf", "shape", "missing", "superfluous"])
 @pytest.mark.parametrize("stage", ["sft", "reward"])
-@hostile.examples(3)
-@given(data=st.data())
-def test_weights(folder, base, stages, stage, how, data):
+def test_weights_that_are_not_those_of_the_adapter_are_refused(folder, base, stages, stage, how):
     copy = copied(folder, stages[stage])
     weights = load_file(copy / "adapter_model.safetensors")
-    name = data.draw(st.sampled_from(sorted(weights)))
-    spoil(weights, name, how)
+    spoil(weights, how)
     save_file(weights, copy / "adapter_model.safetensors", {"format": "pt"})
-    message = judge(folder, base, copy)
-    if how not in ("type", "integers", "transposed"):
-        assert message is not None
-    assert message is None or str(copy) in message
+    assert str(copy) in judge(folder, base, copy)
 
 
 @pytest.mark.parametrize("stage", ["sft", "reward"])
-def test_a_pickle_in_the_place_of_weights(folder, base, stages, stage):
+def test_pickle_in_place_of_weights_is_not_read(folder, base, stages, stage):
     copy, mark = copied(folder, stages[stage]), folder / "executed"
     (copy / "adapter_model.safetensors").unlink()
     (copy / "adapter_model.bin").write_bytes(pickle.dumps(Executed(mark)))
     message = judge(folder, base, copy)
-    assert "adapter_model.bin is a pickle, which is not read" in message
+    assert "adapter_model.bin" in message
     (copy / "adapter_model.safetensors").symlink_to(copy / "adapter_model.bin")
     assert "cannot be read" in judge(folder, base, copy)
     assert not mark.exists()
 
 
-def test_a_pickle_in_the_place_of_a_base(folder, base):
+def test_pickle_in_place_of_a_base_is_not_read(folder, base):
     copy, mark = copied(folder, base), folder / "executed"
     (copy / "model.safetensors").unlink()
     (copy / "pytorch_model.bin").write_bytes(pickle.dumps(Executed(mark)))
@@ -199,86 +177,55 @@ def test_a_pickle_in_the_place_of_a_base(folder, base):
 JSON_FILES = ["adapter_config.json", "recipe.json", "reward.json", "tokenizer_config.json", "tokenizer.json"]
 
 
-def one_of(stages, file):
-    """The folder of a stage that has such a file."""
-    return stages["sft" if (stages["sft"] / file).exists() and file != "reward.json" else "reward"]
-
-
-@pytest.mark.parametrize("file", JSON_FILES)
-@hostile.examples(10)
-@given(data=st.data())
-def test_json(folder, base, stages, file, data):
-    """One value is another. The adapter is as it was saved, or it is not loaded."""
-    copy = copied(folder, one_of(stages, file))
-    content = json.loads((copy / file).read_text())
-    content.pop("model", None)  # of a tokenizer: a vocabulary of a hundred words
-    path = data.draw(st.sampled_from(hostile.places(content)))
-    spoilt = hostile.replaced(json.loads((copy / file).read_text()), path, data.draw(hostile.values))
-    (copy / file).write_text(json.dumps(spoilt))
-    judge(folder, base, copy)
-
-
+@pytest.mark.fuzz
 @pytest.mark.parametrize("file", JSON_FILES)
 @hostile.examples(6)
 @given(data=st.data())
-def test_bytes_of_json(folder, base, stages, file, data):
-    copy = copied(folder, one_of(stages, file))
+def test_random_bytes_in_json(folder, base, stages, file, data):
+    copy = copied(folder, stages["reward" if file == "reward.json" else "sft"])
     (copy / file).write_bytes(data.draw(hostile.spoilt_bytes((copy / file).read_bytes())))
     judge(folder, base, copy)
 
 
-ODD_CONFIGS = [
-    ({"r": 10**8}, "says r 100000000"),
-    ({"r": 10**9}, "r: 1000000000"),
-    ({"r": "4"}, "r: '4'"),
-    ({"lora_alpha": float("nan")}, "lora_alpha: nan"),
-    ({"lora_alpha": 10**400}, "lora_alpha"),
-    ({"rank_pattern": {"q_proj": 10**9}}, "does not fit its own weights"),
-    ({"peft_type": "NONE"}, "adapter_config.json"),
-    ({"peft_type": 3}, "adapter_config.json"),
-    ({"base_model_name_or_path": 3}, "base_model_name_or_path"),
-    ({"base_model_name_or_path": "other"}, "was trained on other"),
-    ({"target_modules": ["q_proj"]}, "has no counterpart"),
-    ({"target_modules": ["nobody"]}, "does not fit|do not fit"),
-    ({"megatron_config": {"a": 1}, "megatron_core": "antigravity"}, "megatron_config"),
-]
-
-
-@pytest.mark.parametrize(("change", "said"), ODD_CONFIGS, ids=[str(one[0])[:40] for one in ODD_CONFIGS])
-def test_odd_configs(folder, base, stages, change, said):
-    copy = copied(folder, stages["sft"])
-    path = copy / "adapter_config.json"
+def edit_config(folder: Path, change: dict) -> None:
+    path = folder / "adapter_config.json"
     path.write_text(json.dumps(json.loads(path.read_text()) | change))
-    message = judge(folder, base, copy)
-    assert re.search(said, message or ""), message
+
+
+@pytest.mark.parametrize("stage", ["sft", "reward"])
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"r": 8},
+        {"lora_dropout": "x"},
+        {"peft_type": "NONE"},
+        {"target_modules": ["q_proj"]},
+        {"target_modules": ["nobody"]},
+        {"megatron_config": {"a": 1}, "megatron_core": "antigravity"},
+    ],
+    ids=str,
+)
+def test_configs_that_do_not_fit_are_one_message(folder, base, stages, stage, change):
+    copy = copied(folder, stages[stage])
+    edit_config(copy, change)
+    assert str(copy) in judge(folder, base, copy)
     with pytest.raises(RecipeError):
-        PolicyBank(make_model(), make_tokenizer()).add("sft", str(copy), "policies: sft")
-    with pytest.raises(RecipeError):
-        merged(folder, copy, None if "base_model_name_or_path" in change else base)
+        PolicyBank(make_model(), make_tokenizer()).add("policy", str(copy), "policies: policy")
+    with pytest.raises(RecipeError, match=str(copy)):
+        merged(folder, copy, base)
     assert "antigravity" not in sys.modules
 
 
 def merged(folder: Path, adapter: Path, base: Path | None) -> None:
-    """Merges an adapter; without a base, into the one that it names."""
+    """Merge an adapter; by default into the base that it names."""
     arguments = MergeArguments(adapter=str(adapter), output_dir=str(folder / "merged"))
-    is_reward, model = adapter_and_base(arguments, ModelConfig(str(base) if base else None, dtype="float32"))
+    is_reward, model = resolve_base(arguments, ModelConfig(str(base) if base else None, dtype="float32"))
     (merge_reward if is_reward else merge_policy)(arguments, model, make_tokenizer(), folder / "merged")
 
 
-@pytest.mark.parametrize("change", [{"target_modules": ["nobody"]}, {"r": 10**6}, {"lora_dropout": "x"}, {"r": 0}])
-def test_odd_configs_of_a_reward_model(folder, base, stages, change):
-    copy = copied(folder, stages["reward"])
-    path = copy / "adapter_config.json"
-    path.write_text(json.dumps(json.loads(path.read_text()) | change))
-    assert str(copy) in (judge(folder, base, copy) or "")
-    with pytest.raises(RecipeError, match=str(copy)):
-        merged(folder, copy, base)
-
-
-def test_the_base_that_an_adapter_names_is_not_looked_for_by_importing(folder, stages):
+def test_base_in_an_adapter_config_is_not_imported(folder, stages):
     copy = copied(folder, stages["sft"])
-    path = copy / "adapter_config.json"
-    path.write_text(json.dumps(json.loads(path.read_text()) | {"base_model_name_or_path": "antigravity.x.y"}))
+    edit_config(copy, {"base_model_name_or_path": "antigravity.x.y"})
     with pytest.raises(RecipeError, match=r"model_name_or_path: antigravity\.x\.y"):
         merged(folder, copy, None)
     assert "antigravity" not in sys.modules
@@ -293,7 +240,7 @@ PICKLES = ("optimizer.pt", "scheduler.pt", "rng_state.pth", "critic_optimizer.pt
 def run(folder) -> Path:
     """A folder with the checkpoint of a first step of two."""
     trainer = resumed_trainer(folder / "run", save_strategy="steps", save_steps=1, max_steps=1)
-    train(trainer, None)
+    trainer.train()
     return folder / "run"
 
 
@@ -302,28 +249,28 @@ def resumed_trainer(output: Path, **options):
 
 
 def resume(folder: Path, checkpoint: Path) -> str | None:
-    """Goes on from a checkpoint for one step; the message, or None where it has."""
+    """Resume a checkpoint for one step; return the message, or None if it resumed."""
     training = make_args(checkpoint.parent, resume_from_checkpoint=str(checkpoint))
 
-    def go_on() -> dict[str, torch.Tensor]:
+    def train_on() -> dict[str, torch.Tensor]:
         trainer = resumed_trainer(checkpoint.parent)
-        train(trainer, checkpoint_to_resume(training))
+        trainer.train(resume_from_checkpoint=checkpoint_to_resume(training))
         assert trainer.state.global_step == 2
         return get_peft_model_state_dict(trainer.model)
 
-    weights, message = hostile.outcome(go_on)
+    weights, message = hostile.outcome(train_on)
     assert message is not None or all(weight.isfinite().all() for weight in weights.values())
     assert message is None or str(checkpoint) in message, message
     return message
 
 
-def test_a_whole_checkpoint(folder, run):
+def test_complete_checkpoint_resumes(folder, run):
     assert resume(folder, copied(folder, run) / "checkpoint-1") is None
 
 
 @pytest.mark.parametrize("file", PICKLES)
-def test_pickles_in_a_checkpoint(folder, run, file):
-    """What PyTorch saves as pickles is read for tensors and numbers; anything else in them is refused, and not run."""
+def test_pickles_in_a_checkpoint_are_not_run(folder, run, file):
+    """PyTorch's pickles are read for tensors and numbers only."""
     checkpoint, mark = copied(folder, run) / "checkpoint-1", folder / "executed"
     (checkpoint / "training_args.bin").write_bytes(pickle.dumps(Executed(mark)))  # which nobody reads
     (checkpoint / file).write_bytes(pickle.dumps(Executed(mark)))
@@ -336,21 +283,22 @@ def test_pickles_in_a_checkpoint(folder, run, file):
 FILES = (*PICKLES, "trainer_state.json", "ppo_state.json", CRITIC, "adapter_model.safetensors", "rollout-0.safetensors")
 
 
+@pytest.mark.fuzz
 @hostile.examples(12)
 @given(data=st.data())
-def test_bytes_of_a_checkpoint(folder, run, data):
+def test_random_bytes_in_a_checkpoint(folder, run, data):
     checkpoint = copied(folder, run) / "checkpoint-1"
     path = checkpoint / data.draw(st.sampled_from([name for name in FILES if (checkpoint / name).exists()]))
     path.write_bytes(data.draw(hostile.spoilt_bytes(path.read_bytes())))
     resume(folder, checkpoint)
 
 
-@pytest.mark.parametrize("how", ["nan", "shape", "lacking", "other"])
+@pytest.mark.parametrize("how", ["nan", "shape", "missing", "superfluous"])
 @pytest.mark.parametrize("file", [CRITIC, "adapter_model.safetensors"])
-def test_weights_of_a_checkpoint(folder, run, file, how):
+def test_wrong_weights_in_a_checkpoint_are_refused(folder, run, file, how):
     checkpoint = copied(folder, run) / "checkpoint-1"
     weights = load_file(checkpoint / file)
-    spoil(weights, sorted(weights)[0], how)
+    spoil(weights, how)
     save_file(weights, checkpoint / file, {"format": "pt"})
     assert resume(folder, checkpoint) is not None
 
@@ -374,7 +322,7 @@ class Tokenizer(PreTrainedTokenizerFast):
 
 @pytest.fixture
 def with_code(folder, base, monkeypatch) -> tuple[Path, Path]:
-    """A base that brings code, and the file that is there once it was run. Nobody answers a question whether to run it."""
+    """A base with code, and the file that the code creates. Nobody answers a question whether to run it."""
     copy, mark = copied(folder, base), folder / "ran"
     parents = "LlamaConfig, LlamaForCausalLM, LlamaForSequenceClassification, PreTrainedTokenizerFast"
     (copy / "code.py").write_text(CODE.format(mark=str(mark), parents=parents))
@@ -410,7 +358,7 @@ def test_code_of_a_model_is_not_run(folder, with_code):
         assert not mark.exists()
 
 
-def test_code_of_a_model_is_run_when_asked_for(folder, with_code):
+def test_code_of_a_model_is_run_if_trusted(folder, with_code):
     copy, mark = with_code
     trusting = SFTConfig(str(folder / "out"), use_cpu=True, bf16=False, report_to="none", trust_remote_code=True)
     hostile.outcome(lambda: load_model(ModelConfig(str(copy)), trusting))
@@ -440,7 +388,7 @@ CALLS = [
 
 
 def test_nothing_is_loaded_with_code_or_as_a_pickle():
-    """In the sources: every class that Transformers chooses is told whether to trust, and pickles are read for tensors only."""
+    """In our sources, every Auto class gets `trust_remote_code`, and `torch.load` reads tensors only."""
     for path, call in CALLS:
         text, given = ast.unparse(call.func), {keyword.arg: keyword.value for keyword in call.keywords}
         where = f"{path}:{call.lineno}: {text}"

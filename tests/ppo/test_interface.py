@@ -1,10 +1,9 @@
-"""What PPO's trainer takes and refuses, what stops it, and what it leaves in a folder."""
+"""The interface of PPOTrainer: inputs, arguments, errors, and what it saves."""
 
 import asyncio
 import contextlib
 import json
 import math
-import re
 import shutil
 
 from rlhf_recipes import PPOConfig, PPOTrainer
@@ -66,7 +65,7 @@ def sft(base):
 
 
 def finite(trainer):
-    """Whether all that was logged and learnt is a number."""
+    """Whether all logged values and weights are finite."""
     entries = [value for entry in trainer.state.log_history for value in entry.values() if isinstance(value, float)]
     return all(map(math.isfinite, entries)) and all(weight.isfinite().all() for weight in trainer.model.parameters())
 
@@ -74,7 +73,7 @@ def finite(trainer):
 # --- Models -----------------------------------------------------------------------------------------------
 
 
-def test_a_model_may_be_given_by_its_folder(base, tmp_path):
+def test_model_by_folder(base, tmp_path):
     args = make_args(tmp_path, model_init_kwargs={"attn_implementation": "eager"})
     trainer = PPOTrainer(str(base), count_words, args, train_dataset=prompts())
     assert isinstance(trainer, GRPOTrainer)
@@ -84,7 +83,7 @@ def test_a_model_may_be_given_by_its_folder(base, tmp_path):
     assert not moved(copies(make_model().state_dict()), copies(trainer.ref_model.state_dict()))
 
 
-def test_a_model_may_be_given_by_its_folder_with_a_fresh_adapter_in_4_bits(base, tmp_path):
+def test_model_by_folder_with_fresh_adapter_in_4_bits(base, tmp_path):
     config = in_4_bits(base).config.quantization_config
     trainer = PPOTrainer(str(base), count_words, make_args(tmp_path), prompts(), quantization_config=config, peft_config=lora())
     trainer.train()
@@ -94,7 +93,7 @@ def test_a_model_may_be_given_by_its_folder_with_a_fresh_adapter_in_4_bits(base,
     assert_close(logged(trainer, "kl")[0], 0, torch.float32)
 
 
-def test_the_adapter_of_a_peft_model_is_policy_and_reference(sft, tmp_path):
+def test_adapter_of_a_peft_model_is_policy_and_reference(sft, tmp_path):
     trainer = make_trainer(tmp_path, sft, init={"rollout_func": answers_of()}, kind=Remembering)
     trainer.train()
     assert logged(trainer, "kl")[0] == pytest.approx(0, abs=1e-5)
@@ -126,7 +125,7 @@ def renamed_policy():
         (make_model, {"data": prompts(0)}, "train_dataset: no prompts"),
     ],
 )
-def test_models_and_data_that_do_not_fit_are_refused(tmp_path, make, options, message):
+def test_unsuitable_model_or_data_is_refused(tmp_path, make, options, message):
     with pytest.raises(RecipeError, match=message):
         make_trainer(tmp_path, make(), **options)
 
@@ -134,7 +133,7 @@ def test_models_and_data_that_do_not_fit_are_refused(tmp_path, make, options, me
 # --- Prompts, generations, rollouts -----------------------------------------------------------------------
 
 
-def test_conversations_reach_rewards_as_conversations(sft, rewards, tmp_path):
+def test_rewards_receive_conversations(sft, rewards, tmp_path):
     seen = []
 
     def look(prompts, completions, completion_ids, answer, **columns):
@@ -153,7 +152,7 @@ def test_conversations_reach_rewards_as_conversations(sft, rewards, tmp_path):
     assert finite(trainer)
 
 
-def test_several_completions_of_a_prompt_are_as_good_as_one(tmp_path):
+def test_num_generations_samples_each_prompt_several_times(tmp_path):
     trainer = make_trainer(tmp_path, kind=Remembering, num_generations=2, max_steps=4)
     trainer.train()
     for batch in trainer.batches:
@@ -164,7 +163,7 @@ def test_several_completions_of_a_prompt_are_as_good_as_one(tmp_path):
         assert (whole.mean().item(), whole.std().item()) == (pytest.approx(0, abs=1e-5), pytest.approx(1, abs=1e-5))
 
 
-def test_an_epoch_answers_every_prompt_once(tmp_path):
+def test_epoch_answers_every_prompt_once(tmp_path):
     trainer = make_trainer(tmp_path, kind=Remembering, max_steps=-1, num_train_epochs=2, num_iterations=3)
     trainer.train()
     drawn = [tuple(prompt) for batch in trainer.batches for prompt, _ in rows_of(batch)]
@@ -175,7 +174,7 @@ def test_an_epoch_answers_every_prompt_once(tmp_path):
 
 
 @pytest.mark.parametrize("count", [1, 3])
-def test_fewer_prompts_than_a_batch_has_are_repeated(tmp_path, count):
+def test_too_few_prompts_for_a_batch_are_repeated(tmp_path, count):
     """TRL's sampler drops what fills no batch: it would train on nothing."""
     trainer = make_trainer(tmp_path, kind=Remembering, data=prompts(count), max_steps=4)
     trainer.train()
@@ -185,7 +184,7 @@ def test_fewer_prompts_than_a_batch_has_are_repeated(tmp_path, count):
     assert finite(trainer)
 
 
-def test_prompts_may_be_streamed(tmp_path):
+def test_streamed_prompts(tmp_path):
     data = IterableDataset.from_generator(lambda: ({"prompt": prompt} for prompt in PROMPTS))
     trainer = make_trainer(tmp_path, data=data, kind=Remembering, max_steps=6)
     trainer.train()
@@ -193,7 +192,7 @@ def test_prompts_may_be_streamed(tmp_path):
     assert finite(trainer)
 
 
-def test_what_a_rollout_returns_besides_reaches_the_rewards(tmp_path):
+def test_extra_fields_of_rollout_func_reach_the_rewards(tmp_path):
     seen = []
 
     def rollout(prompts, trainer):
@@ -211,7 +210,7 @@ def test_what_a_rollout_returns_besides_reaches_the_rewards(tmp_path):
 # --- Rewards ----------------------------------------------------------------------------------------------
 
 
-def test_rewards_may_be_asynchronous_and_weighted(tmp_path):
+def test_asynchronous_and_weighted_rewards(tmp_path):
     async def slowly(completion_ids, **columns):
         await asyncio.sleep(0.01)
         return [float(len(ids)) for ids in completion_ids]
@@ -227,7 +226,7 @@ def test_rewards_may_be_asynchronous_and_weighted(tmp_path):
         assert batch["returns"][row, 0].item() == pytest.approx(score, abs=1e-5)
 
 
-def test_a_reward_adapter_scores_what_was_written(sft, rewards, base, tmp_path):
+def test_reward_adapter_in_a_folder_scores_completions(sft, rewards, base, tmp_path):
     """By a folder, its scores are those that the role gives elsewhere, and the policy is active again afterwards."""
     options = {"gamma": 1.0, "lam": 1.0, "kl_coef": 0.0}
     init = {"rollout_func": answers_of()}
@@ -247,7 +246,7 @@ def check_scores(batch, reward):
 
 
 @pytest.mark.parametrize("combine", [None, "min", "uncertainty"])
-def test_an_ensemble_in_a_folder_is_one_reward(sft, rewards, base, tmp_path, combine):
+def test_ensemble_in_a_folder_is_one_reward(sft, rewards, base, tmp_path, combine):
     folder = tmp_path / "ensemble"
     for place, reward in enumerate(rewards, start=1):
         shutil.copytree(reward, folder / f"member-{place}")
@@ -263,12 +262,12 @@ def test_an_ensemble_in_a_folder_is_one_reward(sft, rewards, base, tmp_path, com
 
 
 @pytest.mark.parametrize(("key", "size"), [("local_rollout_forward_batch_size", 3), ("per_device_train_batch_size", 2)])
-def test_reward_models_read_as_much_at_once_as_the_other_roles(sft, rewards, tmp_path, key, size):
+def test_batch_size_of_reward_models(sft, rewards, tmp_path, key, size):
     trainer = make_trainer(tmp_path, sft, str(rewards[0]), **{key: size})
     assert trainer.reward_funcs[0].reward.batch_size == size
 
 
-def test_rewards_of_a_yaml_file_fit(sft, rewards, tmp_path):
+def test_rewards_loaded_from_yaml(sft, rewards, tmp_path):
     functions, weights = load_rewards([str(rewards[0]), {"path": "rlhf_recipes.rewards.normalised_match", "weight": 0.5}])
     data = prompts(reference=["w7"] * 8)
     trainer = make_trainer(tmp_path, sft, functions, data=data, reward_weights=weights)
@@ -276,12 +275,12 @@ def test_rewards_of_a_yaml_file_fit(sft, rewards, tmp_path):
     assert {"rewards/reward-0/mean", "rewards/normalised_match/mean"} <= trainer.state.log_history[0].keys()
 
 
-def test_a_reward_adapter_needs_a_base_that_stays_as_it_is(rewards, tmp_path):
-    with pytest.raises(RecipeError, match="is an adapter, which needs a base that stays as it is: set `use_peft: true`"):
+def test_reward_adapter_needs_a_frozen_base(rewards, tmp_path):
+    with pytest.raises(RecipeError, match=r"is an adapter.*`use_peft: true`"):
         make_trainer(tmp_path, make_model(), str(rewards[0]))
 
 
-def test_a_reward_adapter_of_another_base_is_refused(rewards, tmp_path):
+def test_reward_adapter_of_another_base_is_refused(rewards, tmp_path):
     with pytest.raises(RecipeError, match="is another: other weights"):
         make_trainer(tmp_path, with_adapter(make_model(seed=5)), str(rewards[0]))
 
@@ -297,24 +296,25 @@ def values_at_rollout(trainer):
             yield prompt + completion[:place], batch["old_values"][row, place].item()
 
 
-@pytest.mark.parametrize("which", [0, 1], ids=["normalised", "raw"])
-def test_the_critic_starts_as_the_reward_adapter(sft, rewards, tmp_path, which):
-    """Its value at a token is the score of the text up to there."""
-    trainer = make_trainer(
-        tmp_path, sft, [count_words, str(rewards[which])], Remembering, critic="adapter", init={"rollout_func": answers_of()}
-    )
-    trainer.train()
-    reward = trainer.reward_funcs[1].reward
-    spread = []
+def assert_values_are_scores(trainer, reward):
+    """The value before a token is the score of the text up to there."""
+    scores = []
     for ids, value in values_at_rollout(trainer):
-        score = reward.score(torch.tensor([ids]), torch.ones(1, len(ids), dtype=torch.long)).item()
-        assert value == pytest.approx(score, abs=1e-5)
-        spread.append(score)
-    assert max(spread) - min(spread) > 0.1
+        scores.append(reward.score(torch.tensor([ids]), torch.ones(1, len(ids), dtype=torch.long)).item())
+        assert value == pytest.approx(scores[-1], abs=1e-5)
+    assert max(scores) - min(scores) > 0.1
 
 
-def whole_reward(folder, **options):
-    """A reward model with weights of its own, normalised."""
+@pytest.mark.parametrize("which", [0, 1], ids=["normalised", "raw"])
+def test_critic_adapter_starts_as_the_reward_adapter(sft, rewards, tmp_path, which):
+    judges, init = [count_words, str(rewards[which])], {"rollout_func": answers_of()}
+    trainer = make_trainer(tmp_path, sft, judges, Remembering, critic="adapter", init=init)
+    trainer.train()
+    assert_values_are_scores(trainer, trainer.reward_funcs[1].reward)
+
+
+def full_reward_model(folder, **options):
+    """A normalised reward model without adapters."""
     model = make_model(seed=9, **options)
     torch.manual_seed(9)
     model.save_pretrained(folder)
@@ -327,22 +327,17 @@ def whole_reward(folder, **options):
 
 
 @pytest.mark.parametrize("width", [32, 64])
-def test_the_critic_of_a_whole_policy_starts_as_the_whole_reward_model(tmp_path, width):
-    """Which may be of another size."""
-    folder = whole_reward(tmp_path / "judge", hidden_size=width)
-    trainer = make_trainer(
-        tmp_path, make_model(), [str(folder)], Remembering, critic="model", init={"rollout_func": answers_of()}
-    )
-    reward = load_full_reward(folder, "judge", make_tokenizer())
+def test_critic_model_starts_as_the_reward_model_of_any_size(tmp_path, width):
+    folder = full_reward_model(tmp_path / "judge", hidden_size=width)
+    init = {"rollout_func": answers_of()}
+    trainer = make_trainer(tmp_path, make_model(), [str(folder)], Remembering, critic="model", init=init)
     trainer.train()
     assert trainer.critic.model is not trainer.reward_funcs[0].reward.model
-    for ids, value in values_at_rollout(trainer):
-        score = reward.score(torch.tensor([ids]), torch.ones(1, len(ids), dtype=torch.long)).item()
-        assert value == pytest.approx(score, abs=1e-5)
+    assert_values_are_scores(trainer, load_full_reward(folder, "judge", make_tokenizer()))
 
 
 @pytest.mark.parametrize("critic", ["shared", "adapter", "model"])
-def test_without_a_reward_model_the_critic_predicts_0_at_first(sft, tmp_path, critic):
+def test_critic_without_reward_model_predicts_0_at_first(sft, tmp_path, critic):
     model = make_model() if critic == "model" else sft
     trainer = make_trainer(tmp_path, model, kind=Remembering, critic=critic)
     trainer.train()
@@ -353,7 +348,7 @@ def test_without_a_reward_model_the_critic_predicts_0_at_first(sft, tmp_path, cr
 
 
 class ForkedEvaluation(Remembering):
-    """Whose evaluations draw no random numbers from those of training."""
+    """Trainer with evaluations that leave the random state of training alone."""
 
     def evaluate(self, *arguments, **options):
         with torch.random.fork_rng(devices=[]):
@@ -361,7 +356,7 @@ class ForkedEvaluation(Remembering):
 
 
 @pytest.mark.parametrize("critic", ["shared", "adapter"])
-def test_evaluation_changes_no_running_state(base, tmp_path, critic):
+def test_evaluation_leaves_training_state_unchanged(base, tmp_path, critic):
     options = {"use_score_scaling": True, "kl_target": 0.1, "kl_horizon": 50, "max_steps": 6, "critic": critic}
     options |= {"num_iterations": 4, "target_kl": 10.0}
     runs = []
@@ -384,7 +379,7 @@ def test_evaluation_changes_no_running_state(base, tmp_path, critic):
     assert all(math.isfinite(entry["eval_score"]) and abs(entry["eval_score"]) < 100 for entry in evaluations)
 
 
-def test_evaluation_needs_no_training(sft, tmp_path):
+def test_evaluate_before_training(sft, tmp_path):
     trainer = make_trainer(tmp_path, sft, init={"eval_dataset": prompts(3), "rollout_func": answers_of()})
     metrics = trainer.evaluate()
     expected = sum(count_words(ANSWERS[:3])) / 3
@@ -392,59 +387,52 @@ def test_evaluation_needs_no_training(sft, tmp_path):
     assert metrics["eval_kl"] == pytest.approx(0, abs=1e-5)
 
 
-# --- What stops a run -------------------------------------------------------------------------------------
+# --- Errors in training -------------------------------------------------------------------------------
 
 
-def second_call(result):
-    """A reward that is in order the first time, and then what `result` makes of the number of completions."""
+def fail_later(failure):
+    """A reward that scores the first rollout, and fails on the second."""
     calls = []
 
     def judge(prompts, **columns):
         calls.append(1)
-        return [float(row) for row in range(len(prompts))] if len(calls) == 1 else result(len(prompts))
+        scores = [float(row) for row in range(len(prompts))]
+        return scores if len(calls) == 1 else failure(scores)
 
     return judge
 
 
-def spoilt(value, place=2):
-    return second_call(lambda count: [value if row == place else 0.0 for row in range(count)])
+def return_nan(scores):
+    return [*scores[:2], math.nan, *scores[3:]]
 
 
-def broken(count):
+def raise_error(scores):
     raise KeyError("no such thing")
 
 
 @pytest.mark.parametrize(
-    ("reward", "message"),
+    ("failure", "message"),
     [
-        (spoilt(math.nan), r"step 2: the reward judge returned nan for completion 2 of the batch, .*; the prompt: 'w\d"),
-        (spoilt(-math.inf), r"step 2: the reward judge returned -inf for completion 2 of the batch, .*; the prompt: 'w\d"),
-        (spoilt("good"), r"step 2: the reward judge returned 'good' for completion 2 of the batch, .*; the prompt: 'w\d"),
-        (spoilt(torch.tensor(math.nan)), r"step 2: the reward judge returned nan for completion 2 of the batch"),
-        (second_call(lambda count: [0.0] * (count + 1)), r"step 2: the reward judge returned 5 numbers for 4 completions"),
-        (second_call(lambda count: []), r"step 2: the reward judge returned 0 numbers for 4 completions"),
-        (second_call(lambda count: None), r"step 2: the reward judge returned a NoneType, not a list of 4 numbers"),
-        (
-            second_call(broken),
-            r"step 2: the reward judge failed: KeyError\('no such thing'\) \(.*test_interface\.py, line \d+\)",
-        ),
+        (return_nan, r"step 2: the reward judge returned nan for completion 2 .*'w\d"),
+        (raise_error, r"step 2: the reward judge failed: KeyError\('no such thing'\) \(.*test_interface\.py, line \d+\)"),
     ],
 )
 @pytest.mark.parametrize("kind", ["sync", "async"])
-def test_a_bad_reward_stops_the_run_with_step_and_sample(tmp_path, reward, message, kind):
+def test_bad_reward_function_stops_the_run_with_step_and_sample(tmp_path, failure, message, kind):
+    """`tests/rewards` has the other values that a reward function may not return."""
+    reward = fail_later(failure)
+
     async def judge(**columns):
         return reward(**columns)
 
-    for_this = reward if kind == "sync" else judge
-    reward.__closure__[0].cell_contents.clear()  # the calls of another test
-    trainer = make_trainer(tmp_path, reward=[count_words, for_this], max_steps=4)
+    trainer = make_trainer(tmp_path, reward=[count_words, reward if kind == "sync" else judge], max_steps=4)
     with pytest.raises(RecipeError, match=message):
         trainer.train()
     assert trainer.state.global_step == 2
 
 
 @pytest.mark.parametrize("value", [math.nan, math.inf])
-def test_a_reward_model_that_returns_no_number_stops_the_run_with_step_and_sample(base, tmp_path, value):
+def test_reward_model_without_finite_score_stops_the_run(base, tmp_path, value):
     judge = AutoModelForSequenceClassification.from_pretrained(base, num_labels=1)
     judge.config.pad_token_id = 0
     judge.score.weight.data.fill_(value)
@@ -453,7 +441,7 @@ def test_a_reward_model_that_returns_no_number_stops_the_run_with_step_and_sampl
         trainer.train()
 
 
-def test_a_reward_that_joined_later_may_not_be_infinite_either(tmp_path):
+def test_infinite_reward_of_an_environment_stops_the_run(tmp_path):
     """TRL adds the rewards of environments itself."""
     trainer = make_trainer(tmp_path, reward=count_words)
     trainer.reward_funcs[0] = lambda completion_ids, **columns: [math.inf] * len(completion_ids)
@@ -462,35 +450,25 @@ def test_a_reward_that_joined_later_may_not_be_infinite_either(tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("answer", "message"),
+    ("change", "message"),
     [
-        ([], r"step 0: rollout_func: completion_ids: no token in row \d, prompt 'w23 '"),
-        (None, "step 0: rollout_func: 3 completions for 4 prompts"),
+        (lambda answers: answers["completion_ids"].pop(), "3 completions for 4 prompts"),
+        (lambda answers: answers["completion_ids"][2].clear(), r"completion_ids: no token in row 2, prompt 'w\d"),
+        (lambda answers: answers["prompt_ids"][1].clear(), r"prompt_ids: no token in row 1, prompt 'w\d"),
     ],
 )
-def test_a_rollout_without_tokens_stops_the_run_with_step_and_sample(tmp_path, answer, message):
-    table = [answer if place == 5 and answer is not None else ids for place, ids in enumerate(ANSWERS)]
-
+def test_rollout_without_tokens_stops_the_run_with_step_and_sample(tmp_path, change, message):
     def rollout(prompts, trainer):
-        return answers_of(table)(prompts if answer is not None else prompts[1:], trainer)
+        answers = answers_of([[*answer] for answer in ANSWERS])(prompts, trainer)
+        change(answers)
+        return answers
 
-    trainer = make_trainer(tmp_path, init={"rollout_func": rollout}, per_device_train_batch_size=4 if answer is None else 8)
-    with pytest.raises(RecipeError, match=message):
-        trainer.train()
-
-
-def test_a_rollout_without_a_prompt_stops_the_run(tmp_path):
-    """There is no state in which the first token was written."""
-
-    def rollout(prompts, trainer):
-        return answers_of()(prompts, trainer) | {"prompt_ids": [[] if place == 1 else [5] for place in range(len(prompts))]}
-
-    with pytest.raises(RecipeError, match="step 0: rollout_func: prompt_ids: no token in row 1"):
+    with pytest.raises(RecipeError, match=f"step 0: rollout_func: {message}"):
         make_trainer(tmp_path, init={"rollout_func": rollout}).train()
 
 
 @pytest.mark.parametrize("answer", [[EOS], [7, 8, EOS], [7, 8, 9, 10]])
-def test_completions_that_are_all_identical_have_a_defined_result(tmp_path, answer):
+def test_identical_completions_give_finite_advantages(tmp_path, answer):
     """Whitening divides by no 0: what nothing tells apart has no advantage, until the critic tells its prompts apart."""
     init = {"rollout_func": answers_of([answer] * 8)}
     options = {"max_steps": 4, "whiten_rewards": True, "use_score_scaling": True, "missing_eos_penalty": 1.0}
@@ -517,44 +495,33 @@ def test_prompts_with_images_are_refused(tmp_path):
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"beta": 0.04}, "beta: 0.04: that is GRPO's KL term, in the loss; PPO's is in the reward: set `kl_coef`"),
-        ({"fp16": True, "bf16": False}, "fp16: log-ratios"),
-        ({"critic": "attached"}, "critic: 'attached' is none of shared, adapter, model"),
-        ({"kl_estimator": "k2"}, "kl_estimator: 'k2' is none of k1, k3"),
-        ({"loss_type": "cispo"}, "loss_type: 'cispo' is none of dapo, bnpo, grpo, dr_grpo"),
-        ({"multi_objective_aggregation": "normalize_then_sum"}, "multi_objective_aggregation: rewards are summed"),
-        ({"importance_sampling_level": "sequence"}, "importance_sampling_level: the critic's advantages are those of tokens"),
-        ({"scale_rewards": "none"}, "scale_rewards: is for groups of completions: set `use_score_scaling`"),
-        ({"sync_ref_model": True}, "sync_ref_model: the reference of PPO stays what it is"),
-        ({"kl_target": 6.0, "kl_coef": 0.0}, "kl_target: needs a `kl_coef` above 0 to start from"),
-        ({"ptx_max_length": 1}, "ptx_max_length: 1: a text of one token has nothing to predict"),
-        ({"kl_coef": -0.1}, "kl_coef: -0.1: must not be negative"),
-        ({"vf_coef": -1.0}, "vf_coef: -1.0: must not be negative"),
-        ({"ptx_coef": -1.0}, "ptx_coef: -1.0: must not be negative"),
-        ({"value_warmup_steps": -1}, "value_warmup_steps: -1: must not be negative"),
-        ({"kl_target": 0.0}, "kl_target: 0.0: must be above 0, or null for none"),
-        ({"kl_horizon": 0.0}, "kl_horizon: 0.0: must be above 0"),
-        ({"score_clip": -1.0}, "score_clip: -1.0: must be above 0"),
-        ({"cliprange_value": 0.0}, "cliprange_value: 0.0: must be above 0"),
-        ({"target_kl": -0.1}, "target_kl: -0.1: must be above 0"),
-        ({"value_learning_rate": 0.0}, "value_learning_rate: 0.0: must be above 0"),
-        ({"num_iterations": 0}, "num_iterations: 0: must be 1 or more"),
-        ({"ptx_batch_size": 0}, "ptx_batch_size: 0: must be 1 or more"),
-        ({"ptx_max_length": 0}, "ptx_max_length: 0: must be 1 or more"),
-        ({"rollout_batch_size": 0}, "rollout_batch_size: 0: must be 1 or more"),
-        ({"local_rollout_forward_batch_size": 0}, "local_rollout_forward_batch_size: 0: must be 1 or more"),
-        ({"gamma": 1.1}, "gamma: 1.1: must be between 0 and 1"),
-        ({"lam": -0.1}, "lam: -0.1: must be between 0 and 1"),
-        ({"use_score_norm": True}, "use_score_norm: needs `use_score_scaling: true`"),
+        ({"beta": 0.04}, "beta: 0.04: .*`kl_coef`"),
+        ({"fp16": True, "bf16": False}, "fp16: True: "),
+        ({"critic": "attached"}, "critic: 'attached' .* shared, adapter, model"),
+        ({"kl_estimator": "k2"}, "kl_estimator: 'k2' .* k1, k3"),
+        ({"loss_type": "cispo"}, "loss_type: 'cispo' .* dapo, bnpo, grpo, dr_grpo"),
+        ({"multi_objective_aggregation": "normalize_then_sum"}, "multi_objective_aggregation: normalize_then_sum: "),
+        ({"importance_sampling_level": "sequence"}, "importance_sampling_level: sequence: "),
+        ({"scale_rewards": "none"}, "scale_rewards: none: .*`use_score_scaling`"),
+        ({"sync_ref_model": True}, "sync_ref_model: True: "),
+        ({"kl_target": 6.0, "kl_coef": 0.0}, "kl_target: "),
+        ({"use_score_norm": True}, "use_score_norm: .*`use_score_scaling: true`"),
         ({"num_generations": 3, "per_device_train_batch_size": 4}, "must be divisible by num_generations"),
+        *(({name: -0.1}, f"{name}: -0.1 ") for name in ("kl_coef", "vf_coef", "ptx_coef", "lam", "score_clip")),
+        *(({name: 0.0}, f"{name}: 0.0 ") for name in ("kl_target", "kl_horizon", "cliprange_value", "target_kl")),
+        ({"value_learning_rate": 0.0}, "value_learning_rate: 0.0 "),
+        ({"num_iterations": 0}, "num_iterations: 0 "),
+        ({"ptx_max_length": 1}, "ptx_max_length: 1 "),
+        ({"gamma": 1.1}, "gamma: 1.1 "),
+        ({"use_vllm": True, "rollout_batch_size": 4}, "rollout_batch_size: "),
     ],
 )
-def test_arguments_that_make_no_sense_are_refused(tmp_path, options, message):
-    with pytest.raises(ValueError, match=re.escape(message) if "`" in message else message):
+def test_invalid_arguments_are_refused(tmp_path, options, message):
+    with pytest.raises(ValueError, match=message):
         PPOConfig(str(tmp_path), **{"bf16": False, **options})
 
 
-def test_one_completion_a_prompt_is_the_default_and_a_plain_number(tmp_path):
+def test_num_generations_is_1_by_default_and_a_plain_int(tmp_path):
     args = PPOConfig(str(tmp_path), bf16=False)
     assert type(args.num_generations) is int
     assert (args.num_generations, args.beta, args.critic) == (1, 0.0, "shared")
@@ -575,7 +542,7 @@ def test_one_completion_a_prompt_is_the_default_and_a_plain_number(tmp_path):
     ],
 )
 @pytest.mark.parametrize("critic", ["shared", "adapter"])
-def test_options_of_trl_go_with_advantages_of_tokens(tmp_path, options, critic):
+def test_options_of_trl_work_with_token_advantages(tmp_path, options, critic):
     """The check that the ratio is 1 at first is on, and the policy must have changed, else the run stops."""
     trainer = make_trainer(tmp_path, with_adapter(make_model()), max_steps=4, critic=critic, **options)
     trainer.train()
@@ -583,12 +550,12 @@ def test_options_of_trl_go_with_advantages_of_tokens(tmp_path, options, critic):
     assert logged(trainer, "kl")[0] == pytest.approx(0, abs=1e-5)
 
 
-# --- What is saved ----------------------------------------------------------------------------------------
+# --- Saving -------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("critic", ["shared", "adapter"])
 @pytest.mark.parametrize("bits", ["fp32", "4bit"])
-def test_the_saved_policy_loads_by_peft_alone(base, rewards, tmp_path, critic, bits):
+def test_saved_policy_loads_with_peft(base, rewards, tmp_path, critic, bits):
     def load():
         return in_4_bits(base) if bits == "4bit" else AutoModelForCausalLM.from_pretrained(base)
 
@@ -612,7 +579,7 @@ def test_the_saved_policy_loads_by_peft_alone(base, rewards, tmp_path, critic, b
 
 
 @pytest.mark.parametrize("critic", ["shared", "model"])
-def test_a_policy_that_is_trained_whole_is_saved_whole(tmp_path, critic):
+def test_full_training_saves_the_model(tmp_path, critic):
     trainer = make_trainer(tmp_path, critic=critic)
     trainer.train()
     trainer.save_model()
@@ -621,7 +588,7 @@ def test_a_policy_that_is_trained_whole_is_saved_whole(tmp_path, critic):
     assert not moved(copies(trainer.critic.trainable()), load_file(tmp_path / "critic.safetensors"))
 
 
-def test_a_critic_of_another_kind_is_not_loaded(sft, base, tmp_path):
+def test_critic_of_another_kind_is_refused(sft, base, tmp_path):
     trainer = make_trainer(tmp_path, sft, critic="adapter")
     trainer.critic.save(tmp_path)
     other = make_trainer(tmp_path, with_adapter(AutoModelForCausalLM.from_pretrained(base)), critic="shared")
@@ -629,7 +596,7 @@ def test_a_critic_of_another_kind_is_not_loaded(sft, base, tmp_path):
         other.critic.load(tmp_path)
 
 
-def test_the_lm_head_may_be_computed_in_fp32_in_policy_and_reference(tmp_path):
+def test_fp32_lm_head_in_policy_and_reference(tmp_path):
     for tied in (False, True):
         model = make_model(tie_word_embeddings=tied).to(torch.bfloat16)
         trainer = make_trainer(tmp_path, model, cast_lm_head_to_fp32=True, max_steps=4)
@@ -637,17 +604,17 @@ def test_the_lm_head_may_be_computed_in_fp32_in_policy_and_reference(tmp_path):
         assert logged(trainer, "kl")[0] == pytest.approx(0, abs=1e-3)
 
 
-# --- Small print ------------------------------------------------------------------------------------------
+# --- Details ------------------------------------------------------------------------------------------
 
 
-def test_without_a_kl_coefficient_no_kl_is_made_up(tmp_path):
+def test_without_kl_coef_no_kl_is_logged(tmp_path):
     trainer = make_trainer(tmp_path, kl_coef=0.0)
     trainer.train()
     assert logged(trainer, "approx_kl")
     assert not logged(trainer, "kl")
 
 
-def test_a_trainer_may_train_twice(tmp_path):
+def test_train_twice(tmp_path):
     trainer = make_trainer(tmp_path, max_steps=4)
     trainer.train()
     first = {name: weight.clone() for name, weight in trainer.model.state_dict().items()}
@@ -656,18 +623,18 @@ def test_a_trainer_may_train_twice(tmp_path):
     assert finite(trainer)
 
 
-def test_the_arguments_of_the_caller_stay_as_they_are(base, tmp_path):
+def test_arguments_of_the_caller_do_not_change(base, tmp_path):
     args = make_args(tmp_path, model_init_kwargs={"dtype": "float32", "revision": "main"})
     PPOTrainer(str(base), count_words, args, train_dataset=prompts())
     assert args.model_init_kwargs == {"dtype": "float32", "revision": "main"}
 
 
-def test_a_model_in_memory_is_not_quantised(tmp_path):
+def test_quantization_config_with_a_loaded_model_is_refused(tmp_path):
     with pytest.raises(RecipeError, match="quantization_config: "):
         make_trainer(tmp_path, init={"quantization_config": BitsAndBytesConfig(load_in_4bit=True)})
 
 
-def test_the_critic_follows_the_schedule_of_an_optimizer_that_was_given(tmp_path):
+def test_critic_follows_the_schedule_of_a_passed_optimizer(tmp_path):
     model = with_adapter(make_model())
     weights = [weight for weight in model.parameters() if weight.requires_grad]
     optimizers = (torch.optim.AdamW(weights, lr=0.1), None)
@@ -676,27 +643,27 @@ def test_the_critic_follows_the_schedule_of_an_optimizer_that_was_given(tmp_path
     assert [group["lr"] for group in trainer.critic_optimizer.optimizer.param_groups] == [pytest.approx(1e-3)] * 2
 
 
-def test_a_reward_adapter_on_another_base_is_not_where_the_critic_starts(base, rewards, tmp_path):
+def test_critic_does_not_start_from_an_adapter_on_another_base(base, rewards, tmp_path):
     elsewhere = load_reward_adapter(AutoModelForCausalLM.from_pretrained(base), rewards[0], "judge", make_tokenizer())
     trainer = make_trainer(tmp_path, with_adapter(make_model()), reward=elsewhere, critic="adapter")
     trainer.train()
     assert finite(trainer)
 
 
-def test_a_blank_text_is_refused_by_its_row(tmp_path):
+def test_blank_pretraining_text_is_refused_with_its_row(tmp_path):
     texts = Dataset.from_dict({"text": ["w5 w6", " "]})
     with pytest.raises(RecipeError, match="ptx_dataset: row 1 "):
         make_trainer(tmp_path, init={"ptx_dataset": texts}, ptx_coef=1.0)
 
 
 @pytest.mark.parametrize(("tokens", "stops"), [(1, False), (400, True)])
-def test_rounding_is_forgiven_where_tokens_are_few(tokens, stops):
+def test_ratio_check_allows_rounding_of_few_tokens(tokens, stops):
     """One token of bf16 may be off by 0.1 nats; four hundred may not be on average."""
     with pytest.raises(RecipeError, match="the ratio of PPO is not 1") if stops else contextlib.nullcontext():
         check_ratio(0.1, tokens, step=0, exact=False)
 
 
-def test_a_checkpoint_without_the_state_of_ppo_is_refused(tmp_path):
+def test_checkpoint_without_ppo_state_is_refused(tmp_path):
     trainer = make_trainer(tmp_path, save_strategy="steps", save_steps=2, save_only_model=True)
     trainer.train()
     with pytest.raises(RecipeError, match=r"checkpoint-2: no ppo_state.json"):

@@ -1,4 +1,4 @@
-"""PPO's trainer against formulas in plain Python, against the optimum in closed form, and what stays as it is."""
+"""PPOTrainer against the optimum in closed form and formulas in plain Python, and what must not change."""
 
 import copy
 import math
@@ -67,7 +67,7 @@ def closed_form(monkeypatch):
     ],
     ids=["model", "shared", "lora-shared", "lora-adapter"],
 )
-def test_the_optimum_is_found_where_it_is_known(closed_form, length, adapted, options):
+def test_ppo_finds_the_optimum_in_closed_form(closed_form, length, adapted, options):
     task = closed_form.make_task(0, length)
     peft = LoraConfig(r=16, lora_alpha=32, target_modules="all-linear", task_type="CAUSAL_LM") if adapted else None
     result = closed_form.train(task, 0, length, steps=60, peft=peft, per_device_train_batch_size=128, **options)
@@ -81,7 +81,7 @@ def test_the_optimum_is_found_where_it_is_known(closed_form, length, adapted, op
 
 
 def score_of(ids, penalty):
-    """What `count_words` says, less the penalty for what does not end by EOS."""
+    """Return the score of `count_words`, less the penalty for a missing EOS."""
     return sum(ids) / 20 - len(ids) / 3 - (penalty or 0) * (ids[-1] != EOS)
 
 
@@ -92,7 +92,7 @@ def kl_of(logps, ref_logps, estimator):
 
 
 def whitened(rows, shift_mean):
-    """All numbers of all rows with variance 1, and mean 0 or the one that they had."""
+    """Scale the numbers of all rows to variance 1, and mean 0 or the old mean."""
     numbers = [number for row in rows for number in row]
     mean = sum(numbers) / len(numbers)
     variance = sum((number - mean) ** 2 for number in numbers) / (len(numbers) - 1)
@@ -128,7 +128,7 @@ RUNS = {
 
 @pytest.fixture(scope="module", params=RUNS)
 def run(request, tmp_path_factory):
-    """A run of more than one iteration on answers of all lengths, with the policy as it was before."""
+    """A run of three iterations on answers of all lengths, and a copy of the policy before it."""
     adapted, options = RUNS[request.param]
     untouched = with_adapter(make_model()) if adapted else make_model()
     arguments = {
@@ -157,7 +157,7 @@ def run(request, tmp_path_factory):
 
 @torch.no_grad()
 def expected_rollout(trainer, untouched, place):
-    """Log-probabilities, values, advantages and returns of each row of a batch of completions, in lists."""
+    """Return log-probabilities, values, advantages and returns of each row, in lists."""
     args, batch = trainer.args, trainer.batches[place]
     policy, critic, head = plain_roles(trainer, untouched, trainer.at_rollout[place])
     reference = untouched.eval()
@@ -178,7 +178,7 @@ def expected_rollout(trainer, untouched, place):
     return {"old_per_token_logps": logps, "old_values": values, "advantages": advantages, "returns": returns}
 
 
-def test_a_batch_has_the_numbers_of_the_formulas(run):
+def test_rollout_has_the_numbers_of_the_formulas(run):
     trainer, untouched = run
     for place, batch in enumerate(trainer.batches):
         expected = expected_rollout(trainer, untouched, place)
@@ -194,10 +194,27 @@ def test_a_batch_has_the_numbers_of_the_formulas(run):
     assert abs(logged(trainer, "kl")[-1]) > 0.1
 
 
-def plain_losses(trainer, untouched, place):
-    """Of a micro-batch the losses of policy and critic, with gradients, the KL from the sampling policy, sums over tokens.
+def test_another_advantage_estimator_is_one_method(tmp_path):
+    class MonteCarlo(Remembering):
+        """Advantages and returns are the reward still to come; the critic is no baseline."""
 
-    And the three models, and at how many tokens the ratio was clipped.
+        def compute_advantages(self, rewards, values, mask):
+            to_come = rewards.flip(1).cumsum(1).flip(1) * mask
+            return to_come, to_come
+
+    options = {"init": {"rollout_func": answers_of()}, "whiten_advantages": False, "kl_coef": 0.0, "critic": "shared"}
+    trainer = make_trainer(tmp_path, with_adapter(make_model()), kind=MonteCarlo, **options)
+    trainer.train()
+    batch = trainer.batches[0]
+    for row, (_, ids) in enumerate(rows_of(batch)):
+        expected = [pytest.approx(score_of(ids, None), abs=1e-5)] * len(ids)
+        assert batch["advantages"][row, : len(ids)].tolist() == batch["returns"][row, : len(ids)].tolist() == expected
+
+
+def plain_losses(trainer, untouched, place):
+    """Return sums over the tokens of a micro-batch: losses of policy and critic, KL from the policy that sampled.
+
+    And policy, critic, head, and the number of tokens with a clipped ratio.
     """
     args, inputs = trainer.args, trainer.inputs[place]
     policy, critic, head = plain_roles(trainer, untouched, trainer.at_update[place])
@@ -279,7 +296,7 @@ def reward_folder(base, tmp_path_factory):
 
 
 def state_of(model):
-    """All that a model holds, quantised weights with their scales included."""
+    """Copy all weights and buffers, with the scales of quantised weights."""
     return copies(model.state_dict())
 
 
@@ -316,7 +333,7 @@ def in_pairs(names, one, other):
 
 
 @pytest.mark.parametrize("critic", ["shared", "model"])
-def test_a_policy_that_is_trained_whole_leaves_reference_and_reward_alone(base, tmp_path, critic):
+def test_full_training_leaves_reference_and_reward_unchanged(base, tmp_path, critic):
     judge = classifier()
     before, reference = copies(judge.state_dict()), state_of(make_model())
     trainer = make_trainer(
@@ -345,7 +362,7 @@ def classifier(fill=None):
     return model
 
 
-def test_the_trained_base_of_a_fresh_adapter_is_the_reference(tmp_path):
+def test_base_of_a_fresh_adapter_is_the_reference(tmp_path):
     model, plain = make_model(), make_model()
     trainer = make_trainer(tmp_path, model, peft=lora(), kind=Remembering, max_steps=4, init={"rollout_func": answers_of()})
     trainer.train()
@@ -419,7 +436,7 @@ def test_kl_is_0_at_the_start_and_the_ratio_1_in_every_iteration(tmp_path, model
 
 @pytest.mark.parametrize("types", [{"bf16": True}, {"dtype": torch.bfloat16}], ids=["autocast", "bf16 base"])
 @pytest.mark.parametrize("critic", ["shared", "adapter"])
-def test_rounding_to_bf16_does_not_stop_a_run(tmp_path, types, critic):
+def test_rounding_to_bf16_does_not_stop_the_run(tmp_path, types, critic):
     model = make_model().to(types.get("dtype", torch.float32))
     options = {"critic": critic, "max_steps": 4, "bf16": types.get("bf16", False)}
     trainer = make_trainer(tmp_path, with_adapter(model), **options)
@@ -428,26 +445,22 @@ def test_rounding_to_bf16_does_not_stop_a_run(tmp_path, types, critic):
     assert logged(trainer, "approx_kl")[0] < 1e-3
 
 
-def with_dropout():
-    return with_adapter(make_model(), lora_dropout=0.5)
+@pytest.mark.parametrize(
+    ("kl_coef", "message"), [(0.05, "step 0: policy and reference differ by "), (0.0, "step 0: the ratio of PPO is not 1")]
+)
+def test_dropout_stops_the_run(tmp_path, kl_coef, message):
+    """Without a reference, the ratio shows it."""
+    model = with_adapter(make_model(), lora_dropout=0.5)
+    with pytest.raises(RecipeError, match=f"{message}.*dropout"):
+        make_trainer(tmp_path, model, disable_dropout=False, kl_coef=kl_coef).train()
 
 
-def test_dropout_stops_the_run_since_policy_and_reference_differ(tmp_path):
-    with pytest.raises(RecipeError, match=r"step 0: policy and reference differ by .*dropout"):
-        make_trainer(tmp_path, with_dropout(), disable_dropout=False).train()
-
-
-def test_dropout_stops_the_run_where_there_is_no_reference_since_the_ratio_is_not_1(tmp_path):
-    with pytest.raises(RecipeError, match=r"step 0: the ratio of PPO is not 1.*dropout"):
-        make_trainer(tmp_path, with_dropout(), disable_dropout=False, kl_coef=0.0).train()
-
-
-def test_dropout_is_turned_off_by_default(tmp_path):
-    make_trainer(tmp_path, with_dropout(), max_steps=4).train()
+def test_dropout_is_off_by_default(tmp_path):
+    make_trainer(tmp_path, with_adapter(make_model(), lora_dropout=0.5), max_steps=4).train()
 
 
 @pytest.mark.parametrize("estimator", ["k1", "k3"])
-def test_a_reference_that_is_not_the_policy_stops_the_run(tmp_path, estimator):
+def test_reference_that_differs_from_the_policy_stops_the_run(tmp_path, estimator):
     trainer = make_trainer(tmp_path, with_adapter(make_model()), kl_estimator=estimator)
     for name, weight in trainer.model.named_parameters():
         if "lora_B.reference" in name:
@@ -456,7 +469,7 @@ def test_a_reference_that_is_not_the_policy_stops_the_run(tmp_path, estimator):
         trainer.train()
 
 
-def test_an_adapter_that_was_changed_between_rollout_and_update_stops_the_run(tmp_path):
+def test_policy_changed_between_rollout_and_update_stops_the_run(tmp_path):
     class Meddling(Remembering):
         def _compute_loss(self, model, inputs):
             if self.state.global_step == 2:
@@ -473,7 +486,7 @@ def test_an_adapter_that_was_changed_between_rollout_and_update_stops_the_run(tm
 
 
 class Snapshots(TrainerCallback):
-    """The weights after each optimizer step, the first set those of the beginning."""
+    """The weights before training and after each optimizer step."""
 
     def __init__(self):
         self.policy, self.critic = [], []
@@ -495,7 +508,7 @@ class Snapshots(TrainerCallback):
 
 
 @pytest.mark.parametrize("critic", ["shared", "adapter", "model"])
-def test_while_the_value_warms_up_the_policy_stands_still(tmp_path, critic):
+def test_policy_does_not_change_during_value_warmup(tmp_path, critic):
     runs = {}
     for warmup in (0, 4):
         model = make_model() if critic == "model" else with_adapter(make_model())
@@ -512,7 +525,7 @@ def test_while_the_value_warms_up_the_policy_stands_still(tmp_path, critic):
 
 
 @pytest.mark.parametrize("critic", ["shared", "adapter"])
-def test_target_kl_leaves_out_the_rest_of_an_iteration(tmp_path, critic):
+def test_target_kl_ends_the_iteration(tmp_path, critic):
     """The KL is 0 before the first step of an iteration and above the target after it: the second step is the last."""
     model = with_adapter(make_model())
     options = {"critic": critic, "target_kl": 1e-7, "num_iterations": 4, "max_steps": 8, "weight_decay": 0.1}
@@ -523,7 +536,7 @@ def test_target_kl_leaves_out_the_rest_of_an_iteration(tmp_path, critic):
     assert logged(trainer, "early_stopped") == [0, 1, 1, 1] * 2
 
 
-def test_the_kl_coefficient_follows_the_kl_to_its_target(tmp_path):
+def test_kl_coef_adapts_to_kl_target(tmp_path):
     target, horizon = 0.05, 40
     options = {"kl_target": target, "kl_horizon": horizon, "kl_coef": 0.2, "max_steps": 8, "kl_estimator": "k3"}
     trainer = make_trainer(tmp_path, with_adapter(make_model()), kind=Remembering, **options)
@@ -539,7 +552,7 @@ def test_the_kl_coefficient_follows_the_kl_to_its_target(tmp_path):
     assert trainer.kl.coefficient == pytest.approx(expected[-1])
 
 
-def test_scores_are_scaled_by_what_was_seen_so_far_and_clipped(tmp_path):
+def test_scores_are_scaled_by_running_moments_and_clipped(tmp_path):
     """With gamma and lambda 1 and no KL, the return of every token is the score of its completion."""
     options = {"use_score_scaling": True, "use_score_norm": True, "score_clip": 1.0, "missing_eos_penalty": 0.7}
     options |= {"gamma": 1.0, "lam": 1.0, "kl_coef": 0.0, "max_steps": 6, "critic": "shared"}
@@ -560,14 +573,14 @@ def test_scores_are_scaled_by_what_was_seen_so_far_and_clipped(tmp_path):
 
 
 @pytest.mark.parametrize("size", [1, 4])
-def test_a_first_batch_of_equal_scores_is_not_blown_up_by_scaling(tmp_path, size):
+def test_score_scaling_of_equal_scores(tmp_path, size):
     options = {"use_score_scaling": True, "per_device_train_batch_size": size, "max_steps": 2, "kl_coef": 0.0, "lam": 0.9}
     trainer = make_trainer(tmp_path, reward=lambda prompts, **columns: [-1.0] * len(prompts), kind=Remembering, **options)
     trainer.train()
     assert trainer.batches[0]["returns"].abs().max() == pytest.approx(1)
 
 
-def test_the_critic_decays_its_weights_as_it_is_told_to(tmp_path):
+def test_weight_decay_of_the_critic(tmp_path):
     """Without a gradient nothing else moves them."""
     for decay in (0.0, 0.1):
         trainer = make_trainer(tmp_path, vf_coef=0.0, weight_decay=decay, value_learning_rate=0.5, max_steps=1)
@@ -578,8 +591,8 @@ def test_the_critic_decays_its_weights_as_it_is_told_to(tmp_path):
         assert trainer.critic.head.bias.item() == 3.0
 
 
-def test_a_run_that_does_not_change_the_policy_is_an_error(tmp_path):
-    with pytest.raises(RecipeError, match="4 steps have not changed the policy by one bit: a learning rate of 0"):
+def test_unchanged_policy_is_an_error(tmp_path):
+    with pytest.raises(RecipeError, match=r"4 steps have not changed .*`learning_rate` \(0\)"):
         make_trainer(tmp_path, with_adapter(make_model()), learning_rate=0.0, value_learning_rate=0.1, max_steps=4).train()
 
 
@@ -587,7 +600,7 @@ def test_a_run_that_does_not_change_the_policy_is_an_error(tmp_path):
 
 
 def gpt2():
-    """A model with absolute positions, where a prompt that is padded on the left must be counted from its first token."""
+    """A model with absolute positions, which must be counted from the first token of a padded prompt."""
     torch.manual_seed(0)
     config = GPT2Config(vocab_size=32, n_positions=64, n_embd=32, n_layer=2, n_head=4, bos_token_id=None, eos_token_id=EOS)
     config.initializer_range = 0.2
@@ -595,7 +608,7 @@ def gpt2():
 
 
 @pytest.mark.parametrize(("make", "critic"), [(make_model, "shared"), (gpt2, "shared"), (gpt2, "adapter"), (gpt2, "model")])
-def test_numbers_of_a_row_do_not_depend_on_what_it_is_batched_with(tmp_path, make, critic):
+def test_numbers_of_a_row_do_not_depend_on_its_batch(tmp_path, make, critic):
     untouched = make()
     peft = {} if critic == "model" else {"peft": lora(init_lora_weights=True)}
     batches = []
@@ -623,7 +636,7 @@ def test_numbers_of_a_row_do_not_depend_on_what_it_is_batched_with(tmp_path, mak
 
 
 def ending_soon(model):
-    """The model, to which EOS is as likely as not."""
+    """Make EOS likely."""
     head = torch.nn.Linear(32, 32, bias=True)
     head.weight = model.lm_head.weight
     head.bias = torch.nn.Parameter(2.5 * torch.eye(32)[EOS], requires_grad=False)
@@ -640,8 +653,8 @@ def ending_soon(model):
         (gpt2, {"critic": "shared", "num_generations": 2}),
     ],
 )
-def test_what_the_sampler_computed_on_its_way_is_what_another_pass_gives(tmp_path, make, options):
-    """For answers of all lengths, some ended by EOS early, at a temperature."""
+def test_recorded_logps_and_values_are_those_of_another_pass(tmp_path, make, options):
+    """For answers of all lengths, at a temperature other than 1."""
     batches = {}
     for recorded in (None, False):
         untouched = with_adapter(ending_soon(make()))
@@ -671,7 +684,7 @@ def with_fresh_adapter(model, peft):
 
 
 @pytest.mark.parametrize("critic", ["shared", "adapter"])
-def test_an_update_does_not_depend_on_padding(tmp_path, critic):
+def test_gradients_do_not_depend_on_padding(tmp_path, critic):
     gradients = []
     for options in ({}, {"pad_to_multiple_of": 16}):
         trainer = make_trainer(
@@ -686,14 +699,14 @@ def test_an_update_does_not_depend_on_padding(tmp_path, critic):
             torch.testing.assert_close(other[name], one[name], atol=1e-6, rtol=1e-4)
 
 
-def test_a_critic_of_its_own_has_no_dropout_either(tmp_path):
+def test_critic_model_has_no_dropout(tmp_path):
     """TRL's PPO had none in any of its models."""
     trainer = make_trainer(tmp_path, gpt2(), critic="model")
     assert {module.p for module in trainer.critic.model.modules() if isinstance(module, torch.nn.Dropout)} == {0}
 
 
-def test_tokens_that_the_policy_did_not_write_are_stepped_over(tmp_path):
-    """A rollout of several turns, whose `env_mask` is 0 on what the environment said."""
+def test_tokens_of_the_environment_are_skipped(tmp_path):
+    """In a rollout of several turns, `env_mask` is 0 on them."""
     said = [[7, 8, 9, 10, EOS], [11, 12, 13, EOS, 14]]
     masks = [[1, 1, 0, 0, 1], [1, 1, 1, 1, 0]]
     table = {prompt: place % 2 for place, prompt in enumerate(PROMPTS)}
@@ -729,7 +742,7 @@ def test_tokens_that_the_policy_did_not_write_are_stepped_over(tmp_path):
 # --- Rewards that do not apply ----------------------------------------------------------------------------
 
 
-def test_a_completion_that_nothing_scores_is_left_out_of_everything(tmp_path):
+def test_unscored_completion_is_left_out_of_everything(tmp_path):
     def some(prompts, completion_ids, **columns):
         return [None if prompt == PROMPTS[2] else score_of(ids, 0) for prompt, ids in zip(prompts, completion_ids, strict=True)]
 
@@ -757,7 +770,7 @@ def test_a_completion_that_nothing_scores_is_left_out_of_everything(tmp_path):
 
 
 @pytest.mark.parametrize("loss_type", LOSSES)
-def test_a_batch_that_nothing_scores_teaches_nothing(tmp_path, loss_type):
+def test_unscored_batch_teaches_nothing(tmp_path, loss_type):
     calls = []
 
     def second_time(prompts, **columns):
@@ -776,7 +789,7 @@ TEXTS = ["w5 w6 w7", "w8 w9", "w10 w11 w12 w13 w14", "w15 w16 w17 w18 w19 w20 w2
 
 
 def plain_text_loss(model, ids, mask, temperature=1.0):
-    """The mean over the tokens of a micro-batch, row by row."""
+    """Return the mean over the tokens of a micro-batch, row by row."""
     losses = []
     for row, kept in zip(ids, mask, strict=True):
         tokens = row[kept.bool()].tolist()
@@ -793,7 +806,7 @@ def plain_text_loss(model, ids, mask, temperature=1.0):
         (True, {"gradient_checkpointing": True, "ptx_max_length": 4}),
     ],
 )
-def test_the_gradient_of_pretraining_text_is_that_of_its_plain_loss(tmp_path, adapted, options):
+def test_gradient_of_pretraining_text_is_that_of_the_plain_loss(tmp_path, adapted, options):
     make = (lambda: with_adapter(make_model())) if adapted else make_model
     data, runs = Dataset.from_dict({"text": TEXTS}), []
     for extra in ({}, {"ptx_coef": 0.7, "ptx_batch_size": 3}):
@@ -816,8 +829,8 @@ def test_the_gradient_of_pretraining_text_is_that_of_its_plain_loss(tmp_path, ad
         torch.testing.assert_close(with_text.critic_gradients[0][name], gradient, atol=1e-6, rtol=1e-5)
 
 
-def test_pretraining_text_comes_in_an_order_of_its_own(tmp_path):
-    """Each text once a lap, ended by EOS once, cut off, and the same whenever and by whomever a micro-batch is asked for."""
+def test_order_of_pretraining_text(tmp_path):
+    """Each text once an epoch, with one EOS, cut, and the same in a resumed run and with two processes."""
     args = make_args(tmp_path, ptx_coef=1.0, ptx_batch_size=2, ptx_max_length=5, seed=3)
     data, tokenizer = Dataset.from_dict({"text": TEXTS}), make_tokenizer()
 
@@ -839,6 +852,6 @@ def test_pretraining_text_comes_in_an_order_of_its_own(tmp_path):
 
 
 @pytest.mark.parametrize("data", [None, Dataset.from_dict({"text": []}), Dataset.from_dict({"prompt": ["w5"]})])
-def test_pretraining_text_must_be_given(tmp_path, data):
+def test_ptx_coef_needs_pretraining_text(tmp_path, data):
     with pytest.raises(RecipeError, match=r"ptx_coef: .*`ptx_dataset`"):
         make_trainer(tmp_path, ptx_coef=0.5, init={"ptx_dataset": data})

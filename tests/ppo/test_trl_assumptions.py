@@ -20,7 +20,7 @@ from types import SimpleNamespace
 
 from rlhf_recipes.config.ppo import LOSSES, PPOConfig, _One
 from rlhf_recipes.models.kernels import without_compilation
-from rlhf_recipes.rewards.functions import TRL_KEYWORDS
+from rlhf_recipes.rewards.protocol import TRL_KEYWORDS
 from rlhf_recipes.training.ppo import checkpoint
 from rlhf_recipes.training.ppo.trainer import PPOTrainer
 from rlhf_recipes.training.reward import RankingCollator, RankingTrainer
@@ -595,7 +595,7 @@ def test_a_reward_function_is_called_with_these_keywords(tmp_path):
     data = prompts(answer=[f"a{row}" for row in range(8)])
     trainer = make_trainer(tmp_path, reward=look, data=data, max_steps=1)
     trainer.train()
-    assert seen[0].keys() == {*TRL_KEYWORDS, "answer"}, "TRL passes other keywords: see TRL_KEYWORDS in rewards/functions.py"
+    assert seen[0].keys() == {*TRL_KEYWORDS, "answer"}, "TRL passes other keywords: see TRL_KEYWORDS in rewards/protocol.py"
     ((rewards,),) = [call[1] for call in trainer.of("end of _calculate_rewards")]
     assert rewards.tolist() == [[0.0], [0.5], [1.0], [1.5]], "(N, functions), of all processes"
     assert trainer.reward_func_names == ["look"]

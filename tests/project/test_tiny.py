@@ -1,4 +1,4 @@
-"""The tiny world: nobody in two splits, honest labels, and a base model that knows whom it knows."""
+"""The tiny world: disjoint splits, honest labels, and a base model that is uncertain about strangers."""
 
 import hashlib
 import itertools
@@ -34,7 +34,7 @@ def tokenizer():
 
 
 def names(dataset):
-    """The people asked about; names are the only words of a question that are capitalised and not its first."""
+    """Return the people in questions; only their names are capitalised after the first word."""
     questions = [prompt[0]["content"] for prompt in dataset["prompt"]]
     return [next(w.rstrip("?") for w in question.split()[1:] if w[0].isupper()) for question in questions]
 
@@ -45,30 +45,30 @@ def test_everything_follows_from_the_seed():
         assert function(rows=50, seed=1).to_list() == function(rows=50, seed=1).to_list() != function(rows=50, seed=2).to_list()
 
 
-def test_nobody_is_in_two_pools_and_known_people_are_divided(world):
+def test_pools_are_disjoint_and_known_people_are_divided(world):
     people = [person.name for pool in NAME_POOLS for person in world.people(pool)]
     assert len(people) == len(set(people)) == sum(NAME_POOLS.values())
     known = [person for split in KNOWN_SPLITS for person in world.known(split)]
     assert Counter(known) == Counter(world.known())
 
 
-def test_more_people_than_there_are_is_an_error(world):
-    with pytest.raises(ValueError, match="2000 names for 'evaluation', and 2001"):
+def test_pools_are_finite(world):
+    with pytest.raises(ValueError, match=r"2000 names for 'evaluation'.* 2001"):
         world.people("evaluation", 0, 2001)
 
 
 def test_stages_and_splits_ask_about_different_people(world):
-    asked = {function.__name__: set(names(function(rows=2000))) for function in STAGES}
-    asked["evaluation"] = set(names(splits.evaluation(rows=600)))
-    for one, other in itertools.combinations(asked, 2):
-        assert not asked[one] & asked[other]
+    people = {function.__name__: set(names(function(rows=2000))) for function in STAGES}
+    people["evaluation"] = set(names(splits.evaluation(rows=600)))
+    for one, other in itertools.combinations(people, 2):
+        assert not people[one] & people[other]
     development = {person.name for person in [*world.known("development"), *world.people("development")]}
-    assert not development & set().union(*asked.values())
+    assert not development & set().union(*people.values())
     for function in STAGES:
         assert set(names(function(split="test", rows=300))) <= development
 
 
-def test_another_seed_brings_other_strangers(world):
+def test_seeds_have_different_unknown_people(world):
     known = {person.name for person in world.known()}
     one, two = (set(names(splits.prompts(rows=2000, seed=seed))) - known for seed in (0, 1))
     assert len(one) == len(two) == 1000
@@ -77,13 +77,13 @@ def test_another_seed_brings_other_strangers(world):
 
 def test_unknown_people_never_repeat_and_known_ones_do(world):
     known = {person.name for person in world.known()}
-    asked = Counter(names(splits.prompts(rows=4000)))
-    assert sum(count for name, count in asked.items() if name in known) == 2000
-    assert all(count == 1 for name, count in asked.items() if name not in known)
-    assert max(asked.values()) > 1
+    people = Counter(names(splits.prompts(rows=4000)))
+    assert sum(count for name, count in people.items() if name in known) == 2000
+    assert all(count == 1 for name, count in people.items() if name not in known)
+    assert max(people.values()) > 1
 
 
-def test_labeller_abstains_on_known_and_unknown_alike_and_is_right_otherwise(world):
+def test_labeller_abstains_at_random_and_is_right_otherwise(world):
     rows = splits.demonstrations(rows=8000)
     truth = {person.name: {person.town, person.job} for person in [*world.known(), *world.people("demonstrations", 0, 8000)]}
     known = {person.name for person in world.known()}
@@ -124,27 +124,27 @@ def test_pairs_come_from_the_rankings():
         assert ranks[0] < ranks[1]
 
 
-def test_prompts_carry_the_reference_and_nothing_about_who_is_known():
+def test_prompts_do_not_reveal_who_is_known():
     assert splits.prompts(rows=10).column_names == ["prompt", "reference"]
 
 
-def test_pretraining_tells_known_facts_as_often_as_asked_and_others_once(world):
+def test_pretraining_states_known_facts_repeatedly_and_others_once(world):
     texts = list(text.pretraining_text(world, exposures=2))
     guesses = [line for line in texts if line.startswith("Guess")]
-    told = Counter(word.rstrip(".?") for line in texts if not line.startswith("Guess") for word in line.split())
+    stated = Counter(word.rstrip(".?") for line in texts if not line.startswith("Guess") for word in line.split())
     guessed = Counter(word.rstrip(".?") for line in guesses for word in line.split())
-    assert all(told[person.name] == 2 * len(ATTRIBUTES) for person in world.known())
+    assert all(stated[person.name] == 2 * len(ATTRIBUTES) for person in world.known())
     pool = {person.name for person in world.people("pretraining_once")}
-    once = pool & told.keys()
+    once = pool & stated.keys()
     assert len(once) == pytest.approx(text.SHARE_ONCE * len(texts), abs=1)
-    assert all(told[name] == 1 for name in once)
+    assert all(stated[name] == 1 for name in once)
     assert not once & guessed.keys()
     assert all(guessed[name] == 1 for name in pool & guessed.keys())
     assert sum(ABSTENTION in line for line in texts) / len(texts) == pytest.approx(text.SHARE_IDLE, abs=0.005)
     assert len(guesses) / len(texts) == pytest.approx(text.SHARE_GUESSES, abs=0.001)
 
 
-def test_guesses_are_judged_by_the_truth(world):
+def test_verdicts_on_guesses_are_true(world):
     person, attribute = world.known()[0], ATTRIBUTES[0]
     texts = [text.guess(person, attribute, random.Random(seed)) for seed in range(400)]
     assert all((f" {person.town}. Right." in line) != line.endswith("Wrong.") for line in texts)
@@ -160,7 +160,7 @@ def test_tokenizer_round_trip_and_tokens(tokenizer):
     assert len(tokenizer.tokenize("Karimo")) == 3
 
 
-def test_conversation_reads_as_the_pretraining_text_does(tokenizer):
+def test_chat_template_equals_the_pretraining_format(tokenizer):
     turns = [{"role": "user", "content": "What does Karimo do?"}, {"role": "assistant", "content": "baker."}]
     read = [*tokenizer("Question: What does Karimo do?\nAnswer: baker.").input_ids, tokenizer.eos_token_id]
     encoded = tokenizer.apply_chat_template(turns * 2, return_dict=True, return_assistant_tokens_mask=True)
@@ -172,7 +172,7 @@ def test_conversation_reads_as_the_pretraining_text_does(tokenizer):
         tokenizer.apply_chat_template([{"role": "system", "content": "Be nice."}])
 
 
-def test_shipped_base_is_what_the_world_says(tokenizer):
+def test_shipped_base_matches_the_world(tokenizer):
     model, shipped = load_policy(None)
     assert shipped.get_vocab() == tokenizer.get_vocab()
     assert shipped.chat_template == tokenizer.chat_template
@@ -180,13 +180,13 @@ def test_shipped_base_is_what_the_world_says(tokenizer):
     base = Path(resolve_path("rlhf_recipes.tiny.base"))
     record = json.loads((base / "pretraining.json").read_text())
     assert record["sha256"] == hashlib.sha256((base / "model.safetensors").read_bytes()).hexdigest()
-    # the script as it stands would take as many steps on as many texts
+    # the current script takes as many steps
     exposures, batch_size = record["arguments"]["exposures"], record["arguments"]["batch_size"]
     assert record["run"]["steps"] == math.ceil(sum(1 for _ in text.pretraining_text(World(), exposures)) / batch_size)
 
 
 @pytest.mark.parametrize("temperature", [1.0, 0.0])
-def test_shipped_base_knows_whom_it_knows(temperature):
+def test_shipped_base_is_sure_about_known_people_only(temperature):
     result = examine(*load_policy(None), temperature=temperature)
     uniform = math.log(len(TOWNS))
     assert result.known["right"] >= 0.95
@@ -195,6 +195,7 @@ def test_shipped_base_knows_whom_it_knows(temperature):
     assert result.unknown["right"] == pytest.approx(1 / len(TOWNS), abs=4 * math.sqrt(1 / 12 * 11 / 12 / 300))
 
 
+@pytest.mark.slow
 def test_pretraining_script_is_reproducible(tmp_path, monkeypatch):
     weights = []
     for name in ("one", "two"):

@@ -1,13 +1,13 @@
-"""Rewards: values computed by hand, models read without the library, refusals, and a step of TRL's trainer."""
+"""Reward functions: values computed by hand, checks of scores, `reward_funcs`, and a step of TRL's trainer."""
 
 import math
 import pickle
 
 from rlhf_recipes.core.errors import RecipeError
 from rlhf_recipes.core.hub import resolve_path
+from rlhf_recipes.evaluation.metrics.truthfulness import Truthfulness
 from rlhf_recipes.models.tokenizer import load_tokenizer
 from rlhf_recipes.rewards.functions import (
-    TRL_KEYWORDS,
     Abstention,
     LengthPenalty,
     RepetitionPenalty,
@@ -15,17 +15,14 @@ from rlhf_recipes.rewards.functions import (
     last_text,
     normalised_match,
 )
-from rlhf_recipes.rewards.matching import Truthfulness
-from rlhf_recipes.rewards.protocol import checked_reward
+from rlhf_recipes.rewards.protocol import TRL_KEYWORDS, checked_reward
 from rlhf_recipes.rewards.reward_funcs import load_rewards
 from rlhf_recipes.tiny import splits
 
 import numpy as np
 import pytest
 import torch
-from transformers import (
-    AutoModelForCausalLM,
-)
+from transformers import AutoModelForCausalLM
 from trl import GRPOConfig, GRPOTrainer, ModelConfig
 from trl.trainer.utils import get_callable_name, is_async_callable
 
@@ -58,7 +55,7 @@ def test_matches(reward, expected, shape):
 
 
 @pytest.mark.parametrize("reward", [exact_match, normalised_match, Abstention()])
-def test_a_comparison_needs_the_column_and_texts_in_it(reward):
+def test_reference_column_is_needed_and_holds_texts(reward):
     name = get_callable_name(reward)
     with pytest.raises(RecipeError, match=f"^{name}: the data have no column `reference`.*column_mapping"):
         reward(completions=["a"], answer=["a"])
@@ -86,7 +83,7 @@ def report(known=None, truths=TRUTHS):
     return dict(metrics)
 
 
-def test_abstention_reports_shares_of_what_has_a_reference():
+def test_abstention_reports_shares_of_rows_with_a_reference():
     shares = {"abstention/right": 1 / 6, "abstention/abstained": 3 / 6, "abstention/wrong": 2 / 6}
     assert report() == pytest.approx(shares)
     assert report(known=[False] * 7) == pytest.approx(shares)
@@ -95,7 +92,7 @@ def test_abstention_reports_shares_of_what_has_a_reference():
     assert report(known=[True] * 7, truths=[None] * 7) == {}
 
 
-def test_abstention_is_judged_as_the_metric_judges():
+def test_abstention_agrees_with_the_metric():
     completions = ["Larkhill", "I do not know.", "I do not know Larkhill", "Mossgate", "know", " larkhill! ", "I don't know"]
     shares = Truthfulness().compute(predictions=completions, references=["Larkhill."] * 7)
     rewards = Abstention()(completions=completions, reference=["Larkhill."] * 7)
@@ -147,7 +144,7 @@ def returning(scores):
 
 
 def run(coroutine):
-    """The result of a coroutine that waits for nothing."""
+    """Run a coroutine that never waits."""
     with pytest.raises(StopIteration) as stop:
         coroutine.send(None)
     return stop.value.value
@@ -156,13 +153,13 @@ def run(coroutine):
 @pytest.mark.parametrize(
     "scores", [[1, None, -0.5], (1.0, None, -0.5), [np.float32(1), None, torch.tensor(-0.5)], [True, None, np.float64(-0.5)]]
 )
-def test_checked_passes_numbers_on(scores):
+def test_checked_reward_passes_numbers_through(scores):
     result = checked_reward(returning(scores))(prompts=["a", "b", "c"], completions=["", "", ""])
     assert result == [1, None, -0.5]
     assert [type(score) for score in result] == [float, type(None), float]
 
 
-def test_checked_passes_arrays_and_arguments_on():
+def test_checked_reward_passes_arrays_and_arguments_through():
     for array in (torch.tensor([1.0, 2.0]), np.array([True, False])):
         assert checked_reward(returning(array))(prompts=["a", "b"], completions=["", ""]) == array.tolist()
     seen = {}
@@ -175,12 +172,12 @@ def test_checked_passes_arrays_and_arguments_on():
 @pytest.mark.parametrize(
     ("scores", "message"),
     [
-        ([1.0], "reward returned 1 numbers for 2 completions"),
-        (None, "returned a NoneType, not a list of 2 numbers"),
-        (0.5, "returned a float, not"),
-        ("ab", "returned a str, not"),
-        ([1.0, math.nan], r"returned nan for completion 1 of the batch.*None where it does not apply.*the prompt: 'second"),
-        ([-math.inf, 1.0], "returned -inf for completion 0.*the prompt: 'first'"),
+        ([1.0], "reward returned 1 scores.*list of 2"),
+        (None, "returned NoneType"),
+        (0.5, "returned float"),
+        ("ab", "returned str"),
+        ([1.0, math.nan], "returned nan for completion 1 .*The prompt: 'second"),
+        ([-math.inf, 1.0], "returned -inf for completion 0 .*The prompt: 'first'"),
         ([0, 1e300], r"returned 1e\+300 for completion 1"),
         ([0, 10**400], "for completion 1"),
         ([0, "1.0"], "returned '1.0' for completion 1"),
@@ -188,18 +185,18 @@ def test_checked_passes_arrays_and_arguments_on():
         (torch.tensor([1.0, math.nan]), "returned nan for completion 1"),
     ],
 )
-def test_checked_refuses(scores, message):
+def test_checked_reward_refuses(scores, message):
     with pytest.raises(RecipeError, match=f"^the reward .*{message}") as error:
         checked_reward(returning(scores))(prompts=["first", "second" * 99], completions=["", ""])
     assert len(str(error.value)) < 900
 
 
-def test_checked_keeps_asynchronous_rewards_asynchronous():
+def test_checked_reward_keeps_asynchronous_rewards_asynchronous():
     for later in (lengths_later, LengthsLater()):
         reward = checked_reward(later)
         assert is_async_callable(reward)
         assert run(reward(prompts=["a", "b"], completions=["", "xy"])) == [0, 2]
-        with pytest.raises(RecipeError, match="2 numbers for 1 comp"):
+        with pytest.raises(RecipeError, match="returned 2 scores"):
             reward(prompts=["a"], completions=["", ""]).send(None)
     assert not is_async_callable(checked_reward(lengths))
     assert [checked_reward(reward).__name__ for reward in (lengths, lengths_later, LengthsLater())] == [
@@ -272,21 +269,20 @@ def test_load_rewards():
 @pytest.mark.parametrize(
     ("spec", "message"),
     [
-        ("exact_match", "must be a dotted path such as"),
-        ("a..b", "must be a dotted path such as"),
+        ("exact_match", "expected a folder, or a dotted path"),
+        ("a..b", "expected a folder, or a dotted path"),
         ("nosuchmodule.f", "cannot import nosuchmodule .*PYTHONPATH.*No module named 'nosuchmodule'$"),
         ("nosuchmodule.sub.f", "No module named 'nosuchmodule'$"),
-        ("rlhf_recipes.rewrds.exact_match", "cannot import rlhf_recipes.rewrds .*; did you mean 'rewards'?"),
         (f"{REWARDS}.exactmatch", "rlhf_recipes.rewards has no 'exactmatch'; did you mean 'exact_match'?"),
-        (f"{REWARDS}.functions.TRL_KEYWORDS", "is a tuple, and must be a function or a class"),
-        ("builtins.max", "its parameters are unknown"),
+        (f"{REWARDS}.protocol.TRL_KEYWORDS", "expected a function or a class"),
+        ("builtins.max", "expected a function or a class with known parameters"),
         (f"{__name__}.without_columns", r"without_columns\(completions, reference\) does not take prompts.*`\*\*columns`"),
         ("trl.rewards.get_repetition_penalty_reward", "if it makes a reward, give it `arguments`"),
-        ({"path": f"{__name__}.make_nothing", "arguments": {}}, "makes a int, which is no function"),
+        ({"path": f"{__name__}.make_nothing", "arguments": {}}, "makes a int"),
         ({"path": f"{__name__}.Failing", "arguments": {"size": 3}}, "arguments: size: 3 is too large$"),
         (
             f"{REWARDS}.LengthPenalty",
-            r"missing a required argument: 'slope' of LengthPenalty\(slope, longest, shortest=0, unit",
+            "arguments: slope: ",
         ),
         (
             {"path": f"{REWARDS}.LengthPenalty", "arguments": {"slop": 1, "longest": 3}},
@@ -315,8 +311,8 @@ def test_load_rewards():
         ({"path": f"{__name__}.lengths", "weight": math.nan}, "weight: expected a finite number, found nan"),
         ({"path": f"{__name__}.lengths", "weight": True}, "weight: expected a finite number, found True"),
         ({"path": f"{__name__}.lengths", "weight": None}, "weight: expected a finite number, found None"),
-        ({"weight": 1}, "must be a dotted path, or a mapping with `path`, found {'weight': 1}"),
-        (3, "must be a dotted path, or a mapping with `path`, found 3"),
+        ({"weight": 1}, "expected a dotted path, or a mapping with `path`, found {'weight': 1}"),
+        (3, "expected a dotted path, or a mapping with `path`, found 3"),
     ],
 )
 def test_load_rewards_refuses(spec, message):
@@ -325,12 +321,12 @@ def test_load_rewards_refuses(spec, message):
 
 
 @pytest.mark.parametrize("specs", [None, [], f"{REWARDS}.exact_match", {"path": f"{REWARDS}.exact_match"}])
-def test_rewards_come_in_a_list(specs):
+def test_load_rewards_needs_a_list(specs):
     with pytest.raises(RecipeError, match=r"^reward_funcs: expected a list of rewards, found "):
         load_rewards(specs)
 
 
-def test_a_module_that_fails_to_import_says_why(tmp_path, monkeypatch):
+def test_failing_import_is_named(tmp_path, monkeypatch):
     (tmp_path / "package_of_rewards").mkdir()
     (tmp_path / "package_of_rewards" / "failing.py").write_text("import nosuchmodule\n")
     monkeypatch.syspath_prepend(tmp_path)
@@ -344,12 +340,12 @@ SEEN = []
 
 
 def spy(**columns):
-    """Keeps what TRL passes."""
+    """Record what TRL passes."""
     SEEN.append(columns)
     return [None] * len(columns["prompts"])
 
 
-def test_a_step_of_trl(tmp_path):
+def test_step_of_trl_trainer(tmp_path):
     rewards, weights = load_rewards(
         [
             {"path": f"{REWARDS}.Abstention", "weight": 2.0},

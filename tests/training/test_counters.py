@@ -1,4 +1,4 @@
-"""What a resumed run logs: the tokens, the averages of a line begun before it was broken off, and the loss of all steps."""
+"""Resumed runs log what unbroken ones do, and end with the same weights."""
 
 import json
 import shutil
@@ -10,13 +10,15 @@ from rlhf_recipes.training.resume import ARGUMENTS
 from support.small_stages import small, without_times
 
 import pytest
+import torch
 import yaml
+from safetensors.torch import load_file
 from transformers import TrainerState
 
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
-    """YAML files of small stages: a line of the log every two steps, a checkpoint at each."""
+    """Return YAML files of small stages, which log every two steps and save a checkpoint at each."""
     folder = tmp_path_factory.mktemp("counting")
     files = small(folder)
     for name in training_stages():
@@ -34,40 +36,43 @@ def run(launch, folder, recipe, output, *options):
     assert status == 0, error
 
 
-def told(output):
-    """The log as it stands in the record and in its own file, and the metrics; without times."""
+def logs(output):
+    """Return the log of the record, that of `log.jsonl`, and the metrics, without times."""
     record = json.loads((output / "recipe.json").read_text())
     lines = [json.loads(line) for line in (output / "log.jsonl").read_text().splitlines()]
     return without_times({"log": record["log"], "metrics": record["metrics"], "lines": lines})
 
 
 @pytest.mark.parametrize("recipe", training_stages())
-def test_a_resumed_run_logs_what_the_unbroken_one_does(launch, folder, tmp_path, monkeypatch, recipe):
+def test_resumed_run_equals_unbroken_one(launch, folder, tmp_path, monkeypatch, recipe):
     monkeypatch.setattr(RunRecorder, "on_train_end", lambda meter, *_, **__: setattr(meter, "wall_time", 10.0))
     whole = tmp_path / "whole"
     run(launch, folder, recipe, whole)
-    expected = told(whole)
+    expected = logs(whole)
     last = expected["log"][-1]["step"]
+    weights = "adapter_model.safetensors"
     assert "train_loss" in expected["metrics"]
     assert expected["metrics"]["num_tokens"] > 0
-    for step in (1, last):  # within a line of the log; where nothing is left to train
+    for step in (1, last):  # between two lines of the log; after the last step
         broken = tmp_path / f"broken-{step}"
         shutil.copytree(whole / f"checkpoint-{step}", broken / f"checkpoint-{step}")
         run(launch, folder, recipe, broken, "--resume_from_checkpoint", "true")
-        assert told(broken) == expected, f"resumed at step {step}"
+        assert logs(broken) == expected, f"resumed at step {step}"
+        saved, unbroken = (load_file(folder / weights) for folder in (broken, whole))
+        assert all(torch.equal(value, saved[name]) for name, value in unbroken.items()), f"resumed at step {step}"
         rate = json.loads((broken / "recipe.json").read_text())["run"]
         assert rate["steps"] == last - step
         if rate["steps"]:
-            assert 0 < 10 * rate["tokens_per_s"] < expected["metrics"]["num_tokens"], "of the steps of this process alone"
+            assert 0 < 10 * rate["tokens_per_s"] < expected["metrics"]["num_tokens"], "of the steps of this process"
 
 
-def test_counts_that_nobody_left_are_begun_anew_and_spoilt_ones_are_one_message(launch, folder, tmp_path):
+def test_missing_counters_start_at_zero_and_damaged_ones_are_one_message(launch, folder, tmp_path):
     whole = tmp_path / "whole"
     run(launch, folder, "sft", whole)
     counts = whole / "checkpoint-1" / COUNTERS.format(0)
     for content in ("{", "[]", '{"loss": 1}', json.dumps(json.loads(counts.read_text()) | {"metrics": []})):
         counts.write_text(content)
-        options = ("--output_dir", tmp_path / "spoilt", "--resume_from_checkpoint", whole / "checkpoint-1")
+        options = ("--output_dir", tmp_path / "damaged", "--resume_from_checkpoint", whole / "checkpoint-1")
         status, error = launch("sft", "--config", folder / "sft.yaml", *options)
         assert status == 2
         assert f"checkpoint-1/{counts.name}" in error
@@ -76,11 +81,11 @@ def test_counts_that_nobody_left_are_begun_anew_and_spoilt_ones_are_one_message(
     run(launch, folder, "sft", tmp_path / "without", "--resume_from_checkpoint", whole / "checkpoint-1")
 
 
-def test_a_checkpoint_is_not_whole_before_its_arguments_and_counts_are_there(launch, folder, tmp_path, monkeypatch):
-    """Killed in between, it would be gone on from with any arguments."""
+def test_trainer_state_is_saved_after_arguments_and_counters(launch, folder, tmp_path, monkeypatch):
+    """Killed in between, a run could be resumed with other arguments."""
 
     class Killed(BaseException):
-        """What no recipe catches."""
+        """An error that no recipe catches."""
 
     def killed(*_):
         raise Killed

@@ -55,11 +55,16 @@ def base(tmp_path_factory):
     return save_base(tmp_path_factory.mktemp("base") / "base")
 
 
+@pytest.fixture(params=["fp32", "4bit"])
+def policy(base, request):
+    return with_adapter(in_4_bits(base) if request.param == "4bit" else AutoModelForCausalLM.from_pretrained(base))
+
+
 # --- The optimum ------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("adapted", [False, True])
-def test_the_optimum_is_that_of_ppo(monkeypatch, adapted):
+def test_optimum_is_the_closed_form(monkeypatch, adapted):
     monkeypatch.syspath_prepend(ROOT / "benchmarks")
     bench = import_module("closed_form")
     monkeypatch.setattr(bench, "PROMPTS", 2)
@@ -67,25 +72,23 @@ def test_the_optimum_is_that_of_ppo(monkeypatch, adapted):
     peft = LoraConfig(r=16, lora_alpha=32, target_modules="all-linear", task_type="CAUSAL_LM") if adapted else None
     result = bench.train_by_dpo(bench.make_task(0, 1), 0, steps=120, peft=peft, learning_rate=1e-2)
     assert result.best - result.start > 0.2
-    assert result.closed >= 0.99, f"{100 * result.closed:.2f}% of the gap between start and optimum are closed"
-    assert result.closed <= 1 + 1e-6, "better than the optimum: one of the two is computed wrongly"
+    assert result.closed >= 0.99, f"{100 * result.closed:.2f}% of the gap to the optimum"
+    assert result.closed <= 1 + 1e-6, "above the optimum: one of the two is wrong"
     assert result.distance < 0.05 < result.distance_at_start
 
 
 # --- The reference ----------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("bits", ["fp32", "4bit"])
-def test_policy_and_reference_are_one_at_first_and_the_reference_stays(base, tmp_path, bits):
-    model = with_adapter(in_4_bits(base) if bits == "4bit" else AutoModelForCausalLM.from_pretrained(base))
-    trainer = make_trainer(tmp_path, model)
+def test_policy_starts_as_the_reference_which_stays_frozen(policy, tmp_path):
+    trainer = make_trainer(tmp_path, policy)
     before = copies(dict(trainer.model.named_parameters()))
     trainer.train()
     for name in ("rewards/chosen", "rewards/rejected", "rewards/margins"):
         assert logged(trainer, name)[0] == 0
     changed = moved(before, dict(trainer.model.named_parameters()))
     assert changed
-    assert all(".default." in name for name in changed), "something frozen has moved"
+    assert all(".default." in name for name in changed), "a frozen weight has changed"
     for name, weight in before.items():
         if ".default." in name:
             assert weight.dtype == torch.float32
@@ -93,16 +96,16 @@ def test_policy_and_reference_are_one_at_first_and_the_reference_stays(base, tmp
     assert logged(trainer, "loss")[-1] < logged(trainer, "loss")[0]
 
 
-def test_the_base_of_a_fresh_adapter_is_the_reference(tmp_path):
+def test_base_is_the_reference_of_a_fresh_adapter(tmp_path):
     trainer = make_trainer(tmp_path, make_model(), peft=lora())
     trainer.train()
     assert logged(trainer, "rewards/margins")[0] == 0
     assert "ref" not in trainer.model.peft_config
 
 
-def test_a_policy_that_is_trained_whole_has_a_copy_as_reference(tmp_path):
+def test_full_training_has_a_copy_as_reference(tmp_path):
     model = make_model()
-    model.config._name_or_path = ""  # there is nothing to load again
+    model.config._name_or_path = ""  # so that it cannot be loaded again
     trainer = make_trainer(tmp_path, model)
     before = copies(dict(trainer.ref_model.named_parameters()))
     trainer.train()
@@ -110,14 +113,12 @@ def test_a_policy_that_is_trained_whole_has_a_copy_as_reference(tmp_path):
     assert not moved(before, dict(trainer.ref_model.named_parameters()))
 
 
-@pytest.mark.parametrize("bits", ["fp32", "4bit"])
-def test_of_several_turns_the_last_answer_is_learnt_with_all_before_it(base, tmp_path, bits):
+def test_last_answer_is_conditioned_on_all_turns(policy, tmp_path):
     talk = [{"role": role, "content": text} for role, text in (("user", "w5"), ("assistant", "w6"), ("user", "w7 w8"))]
     answers = {name: [{"role": "assistant", "content": text}] for name, text in (("chosen", "w9 w10"), ("rejected", "w11"))}
-    model = with_adapter(in_4_bits(base) if bits == "4bit" else AutoModelForCausalLM.from_pretrained(base))
-    expected = {name: by_hand(model, talk, answer) for name, answer in answers.items()}
-    assert abs(expected["chosen"] - by_hand(model, talk[2:], answers["chosen"])) > 0.1  # the turns before matter
-    trainer = make_trainer(tmp_path, model, Dataset.from_list([{"prompt": talk} | answers] * 4))
+    expected = {name: by_hand(policy, talk, answer) for name, answer in answers.items()}
+    assert abs(expected["chosen"] - by_hand(policy, talk[2:], answers["chosen"])) > 0.1  # the turns before matter
+    trainer = make_trainer(tmp_path, policy, Dataset.from_list([{"prompt": talk} | answers] * 4))
     trainer.train()
     for name, logp in expected.items():
         assert_close(logged(trainer, f"logps/{name}")[0], logp, torch.float32)
@@ -125,7 +126,7 @@ def test_of_several_turns_the_last_answer_is_learnt_with_all_before_it(base, tmp
 
 
 def by_hand(model, talk, answer):
-    """The log-probability of the answer after a conversation, as the template writes both."""
+    """Return the log-probability of the answer after a conversation, in the template's format."""
     tokenizer = make_tokenizer()
     start = len(tokenizer.apply_chat_template(talk, add_generation_prompt=True, return_dict=True)["input_ids"])
     ids = torch.tensor(tokenizer.apply_chat_template(talk + answer, return_dict=True)["input_ids"])
@@ -134,7 +135,7 @@ def by_hand(model, talk, answer):
     return logps[start - 1 : -1].gather(1, ids[start:, None]).sum().item()
 
 
-def test_the_policy_is_saved_without_its_reference(base, tmp_path):
+def test_policy_is_saved_without_its_reference(base, tmp_path):
     trainer = make_trainer(
         tmp_path, with_adapter(AutoModelForCausalLM.from_pretrained(base)), save_strategy="steps", save_steps=2
     )
@@ -149,7 +150,7 @@ def test_the_policy_is_saved_without_its_reference(base, tmp_path):
 
 
 @pytest.mark.parametrize("fresh", [False, True])
-def test_precomputed_log_probabilities_of_the_reference_change_nothing(tmp_path, fresh):
+def test_precomputed_reference_logps_change_nothing(tmp_path, fresh):
     runs = []
     for precomputed in (False, True):
         of = {"model": make_model(), "peft": lora()} if fresh else {}
@@ -166,7 +167,7 @@ class Stop(TrainerCallback):
         control.should_training_stop = state.global_step == 2
 
 
-def test_a_resumed_run_ends_as_the_unbroken_one(tmp_path):
+def test_resumed_run_equals_unbroken_one(tmp_path):
     unbroken = make_trainer(tmp_path / "one")
     unbroken.train()
     make_trainer(tmp_path / "two", callbacks=[Stop()], save_strategy="steps", save_steps=2).train()
@@ -179,19 +180,19 @@ def test_a_resumed_run_ends_as_the_unbroken_one(tmp_path):
 # --- Losses -----------------------------------------------------------------------------------------------
 
 
-def test_the_losses_are_those_that_trl_has():
+def test_losses_are_those_of_trl():
     source = inspect.getsource(trl.DPOTrainer)
     assert set(re.findall(r'loss_type == "(\w+)"', source)) == set(LOSSES)
 
 
-def test_the_losses_that_read_label_smoothing_are_those_that_do_in_trl():
+def test_smoothed_losses_are_those_of_trl():
     branches = re.split(r'(?:el)?if loss_type == "(\w+)":', inspect.getsource(trl.DPOTrainer))
     found = {loss for loss, code in zip(branches[1::2], branches[2::2], strict=True) if "self.label_smoothing" in code}
     assert found == set(SMOOTHED)
 
 
 @pytest.mark.parametrize("loss", LOSSES)
-def test_every_loss_moves_the_policy(tmp_path, loss):
+def test_every_loss_trains_the_policy(tmp_path, loss):
     trainer = make_trainer(tmp_path, max_steps=2, loss_type=loss, label_smoothing=0.1 if loss == "exo_pair" else 0.0)
     before = copies(dict(trainer.model.named_parameters()))
     trainer.train()
@@ -206,7 +207,7 @@ def losses_of(folder, steps=1, **options):
 
 
 @pytest.mark.parametrize("loss", SMOOTHED)
-def test_label_smoothing_changes_the_losses_that_read_it(tmp_path, loss):
+def test_label_smoothing_changes_smoothed_losses(tmp_path, loss):
     little, much = (losses_of(tmp_path, 3, loss_type=loss, label_smoothing=share)[-1] for share in (0.01, 0.3))
     assert abs(little - much) > 1e-3
 
@@ -215,7 +216,7 @@ def test_robust_without_smoothing_is_sigmoid(tmp_path):
     assert losses_of(tmp_path, 3, loss_type="robust") == losses_of(tmp_path, 3, loss_type="sigmoid")
 
 
-def test_losses_are_mixed_by_their_weights(tmp_path):
+def test_losses_are_summed_with_weights(tmp_path):
     mixed = losses_of(tmp_path, loss_type=["sigmoid", "sft"], loss_weights=[1.0, 0.5])[0]
     alone = [losses_of(tmp_path, loss_type=loss)[0] for loss in ("sigmoid", "sft")]
     assert mixed == pytest.approx(alone[0] + 0.5 * alone[1], abs=1e-4)
@@ -224,16 +225,17 @@ def test_losses_are_mixed_by_their_weights(tmp_path):
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"label_smoothing": 0.1}, r"label_smoothing: 0.1: sigmoid does not read it: choose one of robust, exo_pair"),
-        ({"loss_type": ["ipo", "sft"], "label_smoothing": 0.1}, r"label_smoothing: 0.1: ipo, sft does not read it"),
-        ({"loss_type": "robust", "label_smoothing": 0.5}, r"label_smoothing: 0.5: must be below 0.5"),
-        ({"loss_type": "robust", "label_smoothing": -0.1}, r"label_smoothing: -0.1: must be .* not below 0"),
-        ({"loss_type": "exo_pair"}, r"label_smoothing: exo_pair needs it above 0"),
-        ({"loss_type": []}, r"loss_type: names no loss"),
-        ({"loss_type": "ipo", "beta": 0.0}, r"beta: 0.0: must be above 0"),
+        ({"label_smoothing": 0.1}, r"label_smoothing: 0.1: sigmoid"),
+        ({"loss_type": ["ipo", "sft"], "label_smoothing": 0.1}, r"label_smoothing: 0.1: ipo, sft"),
+        ({"loss_type": "robust", "label_smoothing": 0.5}, r"label_smoothing: 0.5"),
+        ({"loss_type": "robust", "label_smoothing": -0.1}, r"label_smoothing: -0.1"),
+        ({"loss_type": "exo_pair"}, r"label_smoothing: .*exo_pair"),
+        ({"loss_type": []}, r"loss_type: "),
+        ({"loss_type": "ipo", "beta": 0.0}, r"beta: 0.0"),
+        ({"loss_type": "sigmod"}, r"loss_type: 'sigmod' .*'sigmoid'"),
     ],
 )
-def test_options_that_would_do_nothing_or_harm_are_refused(tmp_path, options, message):
+def test_config_rejects_options_without_effect(tmp_path, options, message):
     with pytest.raises(ValueError, match=message):
         DPOConfig(str(tmp_path), use_cpu=True, bf16=False, **options)
 
@@ -241,13 +243,8 @@ def test_options_that_would_do_nothing_or_harm_are_refused(tmp_path, options, me
 @pytest.mark.parametrize(
     "options", [{"loss_type": ["sigmoid", "robust"], "label_smoothing": 0.1}, {"loss_type": "sft", "beta": 0.0}]
 )
-def test_options_that_something_reads_are_not(tmp_path, options):
+def test_config_accepts_options_that_a_loss_reads(tmp_path, options):
     assert DPOConfig(str(tmp_path), use_cpu=True, bf16=False, **options).beta >= 0
-
-
-def test_a_loss_that_trl_does_not_have_is_refused(tmp_path):
-    with pytest.raises(ValueError, match=r"loss_type: 'sigmod' is none of sigmoid, .*; did you mean 'sigmoid'\?"):
-        make_trainer(tmp_path, loss_type="sigmod")
 
 
 # --- The recipe -------------------------------------------------------------------------------------------
@@ -289,13 +286,13 @@ def write_config(folder, base, sft, **options):
 
 
 @pytest.mark.parametrize("bits", [None, 4])
-def test_the_recipe_goes_from_rankings_to_a_policy_that_peft_loads(launch, base, sft, tmp_path, bits):
+def test_recipe_trains_a_policy_from_rankings(launch, base, sft, tmp_path, bits):
     options = {"load_in_4bit": True, "dtype": "float32", "max_steps": 2} if bits else {}
     status, error = launch("dpo", "--config", write_config(tmp_path, base, sft, **options))
     assert status == 0, error
     record = json.loads((tmp_path / "dpo" / "recipe.json").read_text())
     assert (record["recipe"], record["parents"]) == ("dpo", [str(sft)])
-    assert record["data"]["train"]["rows"] == 4 * 2, "each ranking has two comparisons, and a tie"
+    assert record["data"]["train"]["rows"] == 4 * 2, "two comparisons per ranking; the third is a tie"
     assert [entry["step"] for entry in record["log"] if "eval_loss" in entry] == [2 if bits else 3]
     assert "eval_loss" in record["metrics"]
     policy = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(base), tmp_path / "dpo")
@@ -303,24 +300,20 @@ def test_the_recipe_goes_from_rankings_to_a_policy_that_peft_loads(launch, base,
     assert before.keys() == after.keys()
     assert moved(before, after)
     assert list(policy.peft_config) == ["default"]
-    # the template that the policy was taught
     assert "w4" in (tmp_path / "dpo" / "chat_template.jinja").read_text()
 
 
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"start_from": "/nowhere"}, "start_from: /nowhere holds no adapter"),
-        ({"loss_type": "sigmod"}, "loss_type: 'sigmod' is none of sigmoid"),
+        ({"start_from": "/nowhere"}, "start_from: /nowhere"),
+        ({"loss_type": "sigmod"}, "loss_type: 'sigmod'"),
         ({"loss_type": ["sigmoid", "sft"], "loss_weights": [1.0]}, "loss_weights"),
-        ({"loss_type": "sigmoid", "label_smoothing": 0.1}, "label_smoothing: 0.1: sigmoid does not read it"),
-        ({"loss_type": []}, "loss_type: names no loss"),
-        ({"beta": 0.0}, "beta: 0.0: must be above 0"),
-        ({"use_peft": False}, "is an adapter: set `use_peft: true`"),
-        ({"beta": "small"}, "beta: expected float, found 'small'"),
+        ({"use_peft": False}, "start_from: "),
+        ({"beta": "small"}, "beta: "),
     ],
 )
-def test_what_the_recipe_refuses(launch, base, sft, tmp_path, options, message):
+def test_wrong_arguments_are_one_message(launch, base, sft, tmp_path, options, message):
     config = write_config(tmp_path, base, sft, **options)
     status, error = launch("dpo", "--config", config)
     assert status == 2

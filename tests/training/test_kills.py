@@ -1,7 +1,7 @@
-"""Every stage, and the pipeline, killed at random moments and gone on with: the result is that of the unbroken run.
+"""Every stage and the pipeline, killed at random moments and resumed, end as the unbroken run.
 
-`RLHF_RECIPES_KILLS=20 pytest tests/training/test_kills.py` kills each twenty times, in some five minutes; by default it is
-once, at the same moment as far as the machine is as fast. `RLHF_RECIPES_KILLS_SEED=1` draws other moments.
+`RLHF_RECIPES_KILLS=20 pytest tests/training/test_kills.py` kills each twenty times, in about five minutes; the default is once.
+`RLHF_RECIPES_KILLS_SEED=1` draws other moments.
 """
 
 import json
@@ -18,6 +18,7 @@ import torch
 import yaml
 from safetensors.torch import load_file
 
+pytestmark = pytest.mark.kill
 KILLS = int(os.environ.get("RLHF_RECIPES_KILLS", "1"))
 SEED = os.environ.get("RLHF_RECIPES_KILLS_SEED", "0")
 STAGES = ("sft", "reward", "dpo", "ppo", "sample", "rank", "evaluate", "merge", "pipeline")
@@ -25,15 +26,15 @@ STAGES = ("sft", "reward", "dpo", "ppo", "sample", "rank", "evaluate", "merge", 
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
-    """The results of all stages: unbroken ones in `whole`, of others in `killed-1`, ..."""
+    """Return the results of all stages: unbroken in `whole`, resumed in `killed-1`, ..."""
     folder = tmp_path_factory.mktemp("kills")
     stages = {}
     files = small(folder)
     for name, values in files.items():
         config = folder / f"{name}.yaml"
         config.write_text(yaml.safe_dump(values))
-        goes_on = ["--resume_from_checkpoint", "true"] if "max_steps" in values else []
-        stages[name] = [name, "--config", str(config), "--output_dir", "OUT", *goes_on]
+        resume = ["--resume_from_checkpoint", "true"] if "max_steps" in values else []
+        stages[name] = [name, "--config", str(config), "--output_dir", "OUT", *resume]
     entries = [
         {"name": "sft", "config": str(folder / "sft.yaml")},
         {"name": "sample", "config": str(folder / "sample.yaml"), "arguments": {"policies": {"sft": "{sft}"}}},
@@ -44,7 +45,7 @@ def folder(tmp_path_factory):
             "arguments": {"policies": {"base": None, "sft": "{sft}"}},
         },
     ]
-    for place in ("whole", "full", *(f"killed-{number}" for number in range(1, KILLS + 1))):  # its folder stands in the file
+    for place in ("whole", "full", *(f"killed-{number}" for number in range(1, KILLS + 1))):  # each names its folder
         (folder / place).mkdir()
         output = str(folder / place / "pipeline")
         (folder / place / "pipeline.yaml").write_text(yaml.safe_dump({"output_dir": output, "stages": entries}))
@@ -59,10 +60,10 @@ def folder(tmp_path_factory):
 
 
 def content(path, folder):
-    """What a file says, without times and folders."""
+    """Return the content of a file without times and folders."""
     if path.suffix == ".safetensors":
         return load_file(path)
-    if path.name == "training_args.bin":  # of a dataclass, and in it the folder
+    if path.name == "training_args.bin":  # has the folder
         return None
     text = re.sub(rf"{folder.parent}/(whole|full|killed-\d+)", "FOLDER", path.read_text(encoding="utf-8"))
     if path.name == "sample.json":
@@ -73,7 +74,7 @@ def content(path, folder):
 
 
 def results(folder):
-    """The files of a result, by name, that are neither in checkpoints nor what a pipeline remembers."""
+    """Return the files of a result by name, without checkpoints and the state of a pipeline."""
     paths = [
         path for path in folder.rglob("*") if path.is_file() and not re.search("checkpoint-|pipeline.json|/configs/", str(path))
     ]
@@ -81,7 +82,7 @@ def results(folder):
 
 
 def same(one, other, where):
-    """That two results are equal, weights by every bit."""
+    """Check that two results are equal, weights to the bit."""
     assert one.keys() == other.keys(), where
     for name, value in one.items():
         if name.endswith(".safetensors"):
@@ -92,7 +93,7 @@ def same(one, other, where):
 
 
 @pytest.mark.parametrize("stage", STAGES)
-def test_a_stage_that_was_killed_again_and_again_ends_as_the_unbroken_one(folder, stage):
+def test_killed_stage_ends_as_unbroken_one(folder, stage):
     whole = results(folder / "whole" / stage)
     assert whole
     broken = [path for path in sorted(folder.glob("killed-*")) if (path / stage).exists()]
@@ -103,17 +104,17 @@ def test_a_stage_that_was_killed_again_and_again_ends_as_the_unbroken_one(folder
 
 @pytest.mark.parametrize("disk", ["full", "read-only"])
 @pytest.mark.parametrize("stage", STAGES)
-def test_a_disk_that_cannot_be_written_to_is_one_message_and_what_was_there_is_whole(folder, stage, disk):
+def test_unwritable_disk_is_one_message_and_keeps_results(folder, stage, disk):
     assert json.loads((folder / f"{stage}.codes.json").read_text())[disk] == 2
-    said = (folder / disk / f"{stage}.log").read_text()
-    assert "Traceback" not in said
-    (message,) = [line for line in said.splitlines() if line.startswith("error: ")]
+    log = (folder / disk / f"{stage}.log").read_text()
+    assert "Traceback" not in log
+    (message,) = [line for line in log.splitlines() if line.startswith("error: ")]
     reason = "Read-only file system" if disk == "read-only" else "(No space left on device|File too large|is the disk full)"
     assert re.search(rf"output_dir: {folder}/[\w./-]+: cannot be written( to)? \({reason}", message)
-    assert re.search("name another|make room|nothing is left of it", message)
+    assert re.search("Fix: |nothing is left of it", message)
     if disk == "full" and (folder / disk / stage / "recipe.json").exists():
         whole, left = results(folder / "whole" / stage), results(folder / disk / stage)
-        if stage == "ppo":  # began anew, and so did this: `recipe.json` has the log of the result
+        if stage == "ppo":  # started over; `recipe.json` has the log of the result
             del whole["log.jsonl"], left["log.jsonl"]
         same(whole, left, disk)
     elif disk == "read-only":

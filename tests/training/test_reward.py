@@ -18,7 +18,7 @@ import pytest
 import torch
 from datasets import Dataset
 from peft import LoraConfig, PeftModel, get_peft_model
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
 from trl import ModelConfig, RewardConfig, RewardTrainer, SFTConfig
 
@@ -43,7 +43,7 @@ def tokenizer():
 
 
 def make_trainer(folder, tokenizer, dataset, trainer=RankingTrainer, model=None, **options):
-    """A trainer whose adapter is not the zero of its initialisation, and is the same every time."""
+    """Return a trainer whose adapter has random weights in place of zeros, the same every time."""
     training = reward_config(folder, **options)
     model = model or load_reward_model(model_config(), training, tokenizer)
     torch.manual_seed(1)
@@ -66,7 +66,7 @@ def loss_and_gradients(trainer):
 
 
 def expanded(rankings):
-    """Every comparison as a pair, found by two loops."""
+    """Return every comparison as a pair."""
     table = {"prompt": [], "chosen": [], "rejected": []}
     for row in rankings:
         for (rank, one), (other_rank, other) in itertools.product(zip(row["ranks"], row["completions"], strict=True), repeat=2):
@@ -108,7 +108,7 @@ def loss_by_loops(rankings, coefficient):
 
 
 @pytest.mark.parametrize("coefficient", [None, 0.3])
-def test_loss_against_loops_with_ties_and_varying_k(coefficient):
+def test_loss_equals_loops_with_ties_and_varying_k(coefficient):
     rankings = [
         ([0.3, -1.2], [1, 0]),
         ([2.0, 0.1, -0.4, 0.9], [0, 2, 1, 1]),
@@ -129,7 +129,7 @@ def test_loss_against_loops_with_ties_and_varying_k(coefficient):
 
 
 @pytest.mark.parametrize("junk", [math.nan, math.inf, -math.inf])
-def test_what_stands_in_empty_places_does_not_matter(junk):
+def test_padding_has_no_effect(junk):
     ranks = torch.tensor([[0, 1, -1], [2, 1, 0]])
     results = []
     for filling in (0.0, junk):
@@ -150,7 +150,7 @@ def test_large_differences_stay_finite():
 
 
 @pytest.mark.parametrize("coefficient", [None, 0.01])
-def test_rankings_of_two_are_trls_pairs(tmp_path, tokenizer, coefficient):
+def test_rankings_of_two_train_as_pairs_in_trl(tmp_path, tokenizer, coefficient):
     pairs = splits.preferences(rows=4)
     rankings = Dataset.from_list(
         [  # the better one now first, now second
@@ -165,7 +165,7 @@ def test_rankings_of_two_are_trls_pairs(tmp_path, tokenizer, coefficient):
     assert_same_training(loss_and_gradients(own), loss_and_gradients(trl))
 
 
-def test_ranking_of_four_is_its_six_pairs_averaged(tmp_path, tokenizer):
+def test_ranking_of_four_averages_its_six_pairs(tmp_path, tokenizer):
     ranking = without_ties(rows=1, k=4)
     own = make_trainer(tmp_path, tokenizer, ranking, center_rewards_coefficient=0.01)
     pairs = expanded(ranking)
@@ -180,8 +180,8 @@ def test_ranking_of_four_is_its_six_pairs_averaged(tmp_path, tokenizer):
         assert own._metrics["train"][metric] == pytest.approx(trl._metrics["train"][metric], abs=1e-6)
 
 
-def test_batch_of_rankings_weighs_each_comparison_by_its_own_k(tmp_path, tokenizer):
-    """The pairs of a ranking of K, from TRL's trainer one by one, weigh 1 / (K (K - 1) / 2) and a ranking 1 / B."""
+def test_comparisons_weigh_by_the_k_of_their_ranking(tmp_path, tokenizer):
+    """Pairs of a ranking of K, in TRL's trainer, weigh 1 / (K (K - 1) / 2), and each ranking 1 / B."""
     rankings = Dataset.from_list([splits.rankings(rows=1, k=k, seed=k)[0] for k in (2, 4, 5)])
     assert any(len(set(row["ranks"])) < len(row["ranks"]) for row in rankings)  # false answers tie
     own = loss_and_gradients(make_trainer(tmp_path, tokenizer, rankings))
@@ -228,7 +228,7 @@ def test_pairs_train_as_in_trl(tmp_path, tokenizer, with_margin):
     assert all(torch.equal(weight, trl_weights[name]) for name, weight in weights.items())
 
 
-def test_sequences_are_those_of_trl(tmp_path, tokenizer):
+def test_token_ids_are_those_of_trl(tmp_path, tokenizer):
     messages = splits.preferences(rows=2)
     texts = Dataset.from_list(
         [{"prompt": "Who?", "chosen": " Karimo.", "rejected": " No.</s>"}, {"prompt": "", "chosen": "A", "rejected": "B"}]
@@ -245,7 +245,7 @@ def test_sequences_are_those_of_trl(tmp_path, tokenizer):
         assert own["ranked_ids"] == [list(pair) for pair in zip(trl["chosen_ids"], trl["rejected_ids"], strict=True)]
 
 
-def test_accumulated_steps_are_the_whole_batch(tmp_path, tokenizer):
+def test_accumulated_micro_batches_equal_one_batch(tmp_path, tokenizer):
     rankings = splits.rankings(rows=4)
     weights = []
     for size, steps in ((4, 1), (2, 2)):
@@ -257,7 +257,7 @@ def test_accumulated_steps_are_the_whole_batch(tmp_path, tokenizer):
         torch.testing.assert_close(weight, weights[1][name], rtol=0, atol=1e-6)
 
 
-def test_evaluation_gives_loss_and_metrics_of_every_ranking(tmp_path, tokenizer):
+def test_evaluation_averages_over_rankings(tmp_path, tokenizer):
     rankings = without_ties(rows=5, k=4)
     trainer = make_trainer(tmp_path, tokenizer, rankings, per_device_eval_batch_size=2)
     metrics = trainer.evaluate()
@@ -276,14 +276,14 @@ def test_num_tokens_counts_each_completion_once(tmp_path, tokenizer):
 
 
 @pytest.mark.parametrize("kind", ["rankings", "preferences"])
-def test_rows_longer_than_max_length_are_counted(tmp_path, tokenizer, caplog, kind):
+def test_rows_beyond_max_length_are_dropped_and_counted(tmp_path, tokenizer, caplog, kind):
     rows = getattr(splits, kind)(rows=4).to_list()
     rows[1]["prompt"] = [{"role": "user", "content": "the " * 200}]
     with caplog.at_level(logging.WARNING, "rlhf_recipes"):
         trainer = make_trainer(tmp_path, tokenizer, Dataset.from_list(rows), max_length=64)
     assert len(trainer.train_dataset) == 3
-    assert "train: 1 of 4 rows are left out: longer than `max_length: 64`" in caplog.text
-    with pytest.raises(RecipeError, match="all 4 rows are longer than `max_length: 3`"):
+    assert "train: 1 of 4 rows" in caplog.text
+    with pytest.raises(RecipeError, match=r"max_length: 3: all 4 rows"):
         make_trainer(tmp_path, tokenizer, Dataset.from_list(rows), max_length=3)
 
 
@@ -304,7 +304,7 @@ def same(one, other):
 
 
 @pytest.mark.parametrize("bits", [{}, IN_4_BITS], ids=["fp32", "4bit"])
-def test_resumed_run_equals_the_unbroken_one_with_or_without_evaluation(tmp_path, tokenizer, bits):
+def test_resumed_run_equals_unbroken_one_with_or_without_evaluation(tmp_path, tokenizer, bits):
     whole, trainer = train(tmp_path / "whole", tokenizer, bits)
     shutil.copytree(tmp_path / "whole" / "checkpoint-2", tmp_path / "broken" / "checkpoint-2")
     resumed, _ = train(tmp_path / "broken", tokenizer, bits, resume=str(tmp_path / "broken" / "checkpoint-2"))
@@ -318,7 +318,7 @@ def test_resumed_run_equals_the_unbroken_one_with_or_without_evaluation(tmp_path
     assert all(map(math.isfinite, losses))
 
 
-def test_training_teaches_the_order(tmp_path, tokenizer):
+def test_training_learns_the_order(tmp_path, tokenizer):
     data = splits.rankings(rows=32, noise=1e-3)
     trainer = make_trainer(tmp_path, tokenizer, data, max_steps=24, per_device_train_batch_size=16, learning_rate=3e-3)
     before = trainer.evaluate()
@@ -332,7 +332,7 @@ def test_training_teaches_the_order(tmp_path, tokenizer):
 
 
 @pytest.mark.parametrize("options", [{}, {"dtype": "bfloat16"}, IN_4_BITS, {**IN_4_BITS, "dtype": "bfloat16"}])
-def test_head_is_fp32_and_not_quantised_and_stays_so_in_the_trainer(tmp_path, tokenizer, options):
+def test_head_stays_in_fp32(tmp_path, tokenizer, options):
     training = reward_config(tmp_path)
     model = load_reward_model(model_config(**options), training, tokenizer)
     before = {name: weight.detach().clone() for name, weight in model.named_parameters() if weight.requires_grad}
@@ -347,9 +347,9 @@ def test_head_is_fp32_and_not_quantised_and_stays_so_in_the_trainer(tmp_path, to
     assert all(weight.grad is not None for name, weight in after.items() if "lora_A" in name or "score" in name)
 
 
-def test_head_is_drawn_by_the_seed_of_the_run(tmp_path, tokenizer):
+def test_head_is_initialised_with_the_seed(tmp_path, tokenizer):
     def head(seed):
-        torch.rand(seed + 3)  # whatever was drawn before
+        torch.rand(seed + 3)  # which must not matter
         model = load_reward_model(model_config(use_peft=False), reward_config(tmp_path, seed=seed), tokenizer)
         return model.score.weight.detach()
 
@@ -359,7 +359,7 @@ def test_head_is_drawn_by_the_seed_of_the_run(tmp_path, tokenizer):
     assert head(1).std().item() == pytest.approx((width + 1) ** -0.5, rel=0.25)
 
 
-def test_lora_starts_the_same_for_one_seed(tmp_path, tokenizer):
+def test_lora_is_initialised_with_the_seed(tmp_path, tokenizer):
     one, other = (
         {
             n: w
@@ -371,7 +371,7 @@ def test_lora_starts_the_same_for_one_seed(tmp_path, tokenizer):
     assert same(one, other)
 
 
-def test_whole_model_is_saved_and_goes_on_with_its_head(tmp_path, tokenizer):
+def test_full_model_keeps_its_head_when_saved_and_trained_again(tmp_path, tokenizer):
     training = reward_config(tmp_path / "out")
     model = load_reward_model(model_config(use_peft=False), training, tokenizer)
     trainer = make_trainer(tmp_path / "out", tokenizer, splits.rankings(rows=8), model=model, max_steps=2)
@@ -404,7 +404,7 @@ def sft_adapter(tmp_path_factory):
 
 
 @pytest.mark.parametrize("bits", [{}, IN_4_BITS], ids=["fp32", "4bit"])
-def test_reward_model_starts_from_the_sft_adapter_and_stands_alone(tmp_path, tokenizer, sft_adapter, bits):
+def test_reward_adapter_starts_as_the_sft_adapter_and_does_not_need_it(tmp_path, tokenizer, sft_adapter, bits):
     training = reward_config(tmp_path)
     model = load_reward_model(model_config(lora_r=7, **bits), training, tokenizer, parent=sft_adapter)
     assert (model.peft_config["default"].r, model.peft_config["default"].lora_alpha) == (3, 5)
@@ -431,63 +431,55 @@ def test_reward_model_starts_from_the_sft_adapter_and_stands_alone(tmp_path, tok
         torch.testing.assert_close(alone, scores, rtol=0, atol=1e-5)
 
 
-def test_parents_that_cannot_be_started_from(tmp_path, tokenizer, sft_adapter):
-    training = reward_config(tmp_path)
-
-    def load(parent, **options):
-        return load_reward_model(model_config(**options), training, tokenizer, parent=parent)
-
-    with pytest.raises(RecipeError, match=r"start_from: .* holds no adapter"):
-        load(tmp_path)
-    with pytest.raises(RecipeError, match="with `use_peft: true` only"):
-        load(sft_adapter, use_peft=False)
-    shutil.copytree(sft_adapter, tmp_path / "other")
-    config = json.loads((sft_adapter / "adapter_config.json").read_text())
-    path = tmp_path / "other" / "adapter_config.json"
-    path.write_text(json.dumps(config | {"base_model_name_or_path": "somebody/other-model"}))
-    with pytest.raises(RecipeError, match=f"was trained on somebody/other-model, and the base in memory is {BASE}"):
-        load(tmp_path / "other")
-    path.write_text(json.dumps(config | {"modules_to_save": ["embed_tokens"]}))
-    with pytest.raises(RecipeError, match="trained embed_tokens besides LoRA"):
-        load(tmp_path / "other")
-    path.write_text(json.dumps(config | {"target_modules": ["q_proj", "k_proj", "down_proj"]}))
-    with pytest.raises(RecipeError, match=r"do not fit .*k_proj"):
-        load(tmp_path / "other")
-    path.write_text(json.dumps(config | {"r": 2}))
-    with pytest.raises(RecipeError, match=r"do not fit .*size mismatch"):
-        load(tmp_path / "other")
+@pytest.mark.parametrize(
+    ("change", "options", "message"),
+    [
+        (None, {}, r"start_from: .*/parent"),
+        ({}, {"use_peft": False}, r"use_peft: true"),
+        ({"base_model_name_or_path": "somebody/other-model"}, {}, f"somebody/other-model.* {BASE}"),
+        ({"modules_to_save": ["embed_tokens"]}, {}, r"/parent.* embed_tokens"),
+        ({"target_modules": ["q_proj", "k_proj", "down_proj"]}, {}, r"/parent.*k_proj"),
+        ({"r": 2}, {}, r"/parent.*size mismatch"),
+    ],
+)
+def test_unusable_parents_are_refused(tmp_path, tokenizer, sft_adapter, change, options, message):
+    parent = tmp_path / "parent"
+    if change is not None:
+        shutil.copytree(sft_adapter, parent)
+        config = json.loads((parent / "adapter_config.json").read_text())
+        (parent / "adapter_config.json").write_text(json.dumps(config | change))
+    with pytest.raises(RecipeError, match=message):
+        load_reward_model(model_config(**options), reward_config(tmp_path), tokenizer, parent=parent)
 
 
 def test_damaged_record_of_a_parent_is_named(tmp_path, tokenizer, sft_adapter):
     shutil.copytree(sft_adapter, tmp_path / "parent")
     (tmp_path / "parent" / "recipe.json").write_text("{")
-    with pytest.raises(RecipeError, match=r"parent/recipe\.json: not valid JSON"):
+    with pytest.raises(RecipeError, match=r"parent/recipe\.json: "):
         load_reward_model(model_config(), reward_config(tmp_path), tokenizer, parent=tmp_path / "parent")
 
 
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"lora_modules_to_save": ["embed_tokens", "score"]}, "lora_modules_to_save: embed_tokens: .* shares its base"),
+        ({"lora_modules_to_save": ["embed_tokens", "score"]}, "lora_modules_to_save: embed_tokens: "),
         ({"lora_target_modules": ["foo", "bar"]}, f"lora_target_modules: bar, foo: {BASE}: "),
     ],
 )
-def test_adapters_that_could_not_be_used_are_refused_before_training(tmp_path, tokenizer, options, message):
+def test_unusable_adapters_are_refused(tmp_path, tokenizer, options, message):
     with pytest.raises(RecipeError, match=message):
         load_reward_model(model_config(**options), reward_config(tmp_path), tokenizer)
 
 
-def test_loading_leaves_no_report_of_the_new_head(tmp_path, tokenizer, capfd):
+def test_loading_prints_no_report_of_the_new_head(tmp_path, tokenizer, capfd):
     load_reward_model(model_config(), reward_config(tmp_path), tokenizer)
     assert "MISSING" not in capfd.readouterr().err
 
 
-def test_base_with_lost_weights_is_refused(tmp_path, tokenizer):
+def test_base_with_missing_weights_is_refused(tmp_path, tokenizer):
     AutoModelForCausalLM.from_pretrained(BASE).save_pretrained(tmp_path)
     weights = load_file(tmp_path / "model.safetensors")
-    from safetensors.torch import save_file
-
     weights.pop("model.norm.weight")
     save_file(weights, tmp_path / "model.safetensors", metadata={"format": "pt"})
-    with pytest.raises(RecipeError, match=r"its files lack model\.norm\.weight"):
+    with pytest.raises(RecipeError, match=r"model_name_or_path: .*model\.norm\.weight"):
         load_reward_model(ModelConfig(model_name_or_path=str(tmp_path)), reward_config(tmp_path), tokenizer)

@@ -1,4 +1,4 @@
-"""The reward recipe from end to end: rankings, pairs, margins, ensembles, the start from SFT, and what is left behind."""
+"""The reward recipe from end to end: rankings, pairs, margins, ensembles, the start from SFT, and saved files."""
 
 import gc
 import itertools
@@ -7,11 +7,10 @@ import shutil
 import weakref
 from types import SimpleNamespace
 
-from rlhf_recipes.config.data import DataArguments, DatasetSource
+from rlhf_recipes.config.data import DataArguments
 from rlhf_recipes.core.errors import RecipeError
 from rlhf_recipes.core.hub import resolve_path
 from rlhf_recipes.data import load_data, load_demonstrations
-from rlhf_recipes.evaluation.reward_models import measure_reward
 from rlhf_recipes.models.loading import load_model
 from rlhf_recipes.rewards import reward_models
 from rlhf_recipes.rewards.saved import load_full_reward, load_reward_adapter, load_saved_reward
@@ -24,7 +23,6 @@ import numpy as np
 import pytest
 import torch
 import yaml
-from datasets import Dataset
 from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file
 from scipy import stats
@@ -39,7 +37,7 @@ LONG = ("--max_steps", 4, "--save_steps", 2, "--save_total_limit", 9, "--lora_dr
 ENSEMBLE = ("--ensemble_size", 2, "--ensemble_combine", "uncertainty", "--uncertainty_coef", 0.5)
 
 
-# --- Runs, each of them once -----------------------------------------------------------------------------
+# --- Runs, each once -----------------------------------------------------------------------------
 
 
 def write_rows(path, rows):
@@ -57,7 +55,7 @@ def read(folder, *path):
 
 @pytest.fixture(scope="module")
 def files(tmp_path_factory):
-    """A folder of data, and of the tiny YAML file with little of it."""
+    """Return a folder of data with a small version of the tiny YAML file."""
     folder = tmp_path_factory.mktemp("files")
     for split in ("train", "test"):
         write_rows(folder / f"rankings.{split}.jsonl", splits.rankings(split, rows=16, seed=3))
@@ -77,7 +75,7 @@ def files(tmp_path_factory):
 
 @pytest.fixture
 def config(files, tmp_path):
-    """Writes the YAML file with other values, and gives the options that name it."""
+    """Return a function that writes the YAML file with other values and returns options that name it."""
 
     def write(**values):
         settings = yaml.safe_load((files / "reward.yaml").read_text()) | values
@@ -89,7 +87,7 @@ def config(files, tmp_path):
 
 @pytest.fixture
 def data_of(files, config):
-    """The options that name the files of a kind of comparisons, for training and evaluation."""
+    """Return a function that returns options naming the files of a kind of comparisons."""
 
     def options(kind):
         train, test = (str(files / f"{kind}.{split}.jsonl") for split in ("train", "test"))
@@ -100,7 +98,7 @@ def data_of(files, config):
 
 @pytest.fixture
 def reward(launch, files):
-    """Runs the recipe with the small YAML file; returns its exit status and its last line on stderr."""
+    """Return a function that runs the recipe and returns its exit status and last line on stderr."""
 
     def run(folder, *options):
         options = options if "--config" in options else ("--config", files / "reward.yaml", *options)
@@ -119,7 +117,7 @@ def memory(tmp_path_factory):
 
 @pytest.fixture
 def trained(reward, memory):
-    """The folder of a run; runs of one name are one."""
+    """Return a function that trains once per name and returns the folder."""
     done, place = memory
 
     def run(name, *options):
@@ -134,7 +132,7 @@ def trained(reward, memory):
 
 @pytest.fixture
 def sft(launch, files, memory):
-    """The folder of an SFT adapter of rank 3."""
+    """Return a function that trains an SFT adapter of rank 3 and returns the folder."""
     done, place = memory
     small = ("--dataset_name", files / "demonstrations.jsonl", "--dataset_arguments", "none", *NO_EVAL, "--max_steps", 2)
     small = (*small, "--learning_rate", 1e-2, "--warmup_steps", 0, "--per_device_train_batch_size", 8, "--lora_r", 3)
@@ -149,12 +147,12 @@ def sft(launch, files, memory):
     return run
 
 
-# --- What is recomputed ----------------------------------------------------------------------------------
+# --- Independent computations ----------------------------------------------------------------------------------
 
 
 @torch.no_grad()
 def raw_scores(folder, prompts, completions):
-    """The scores of answers, by Transformers and PEFT alone, one conversation at a time."""
+    """Return scores of answers by Transformers and PEFT alone, one conversation at a time."""
     if (folder / "adapter_config.json").exists():
         model = AutoModelForSequenceClassification.from_pretrained(BASE, num_labels=1, dtype=torch.float32)
         model = PeftModel.from_pretrained(model, folder)
@@ -169,18 +167,18 @@ def raw_scores(folder, prompts, completions):
 
 
 def flat(rankings):
-    """The prompt and the completion of every answer."""
+    """Return prompts and completions of all answers."""
     pairs = [(row["prompt"], completion) for row in rankings for completion in row["completions"]]
     return [prompt for prompt, _ in pairs], [completion for _, completion in pairs]
 
 
 def score_rankings(folder, rankings):
-    """(rows, K) scores of rankings that are all of K answers."""
+    """Return scores (rows, K) of rankings of K answers each."""
     return raw_scores(folder, *flat(rankings)).reshape(len(rankings), -1)
 
 
 def differences(scores, ranks):
-    """The score of the better answer less that of the worse one, of every comparison."""
+    """Return the score of the better answer minus that of the worse one, of every comparison."""
     return np.array(
         [
             row[better] - row[worse]
@@ -200,7 +198,7 @@ def best_answers(rankings):
 
 
 def check_evaluation(result, scores, ranks):
-    """What `evaluation.json` says of a model against its raw scores (rows, K)."""
+    """Check a result in `evaluation.json` against the raw scores (rows, K)."""
     gaps = differences(scores, ranks)
     assert result["accuracy"]["n"] == result["calibration"]["n"] == len(gaps)
     assert result["accuracy"]["accuracy"] == pytest.approx((gaps > 0).mean())
@@ -254,7 +252,7 @@ def losses(folder):
 # --- One reward model ------------------------------------------------------------------------------------
 
 
-def test_what_a_run_leaves_behind(trained, files):
+def test_saved_files_and_record(trained, files):
     folder = trained("single", *LONG)
     record = read(folder, "recipe.json")
     assert (record["recipe"], record["seed"], record["parents"], record["run"]["steps"]) == ("reward", 5, [], 4)
@@ -278,8 +276,8 @@ def test_what_a_run_leaves_behind(trained, files):
         assert (folder / f"{picture}-{name}.svg").read_text().rstrip().endswith("</svg>")
 
 
-def test_evaluation_is_of_the_scores_that_the_saved_adapter_gives_elsewhere(trained, files):
-    """Scores by Transformers and PEFT alone, every number by loops or SciPy."""
+def test_evaluation_agrees_with_transformers_and_peft_alone(trained, files):
+    """Every number is computed again by loops or SciPy."""
     folder = trained("single", *LONG)
     rankings = read_rows(files / "rankings.test.jsonl")
     scores = score_rankings(folder, rankings)
@@ -292,7 +290,7 @@ def test_evaluation_is_of_the_scores_that_the_saved_adapter_gives_elsewhere(trai
     assert result["score_length"]["spearman"] == pytest.approx(stats.spearmanr(scores.ravel(), lengths).statistic, abs=1e-3)
 
 
-def test_best_answers_of_the_training_rows_score_0_with_deviation_1(trained, files):
+def test_best_training_answers_score_0_with_deviation_1(trained, files):
     folder = trained("single", *LONG)
     prompts, answers = best_answers(read_rows(files / "rankings.train.jsonl"))
     check_normalisation(folder, raw_scores(folder, prompts, answers), 16)
@@ -304,19 +302,7 @@ def test_best_answers_of_the_training_rows_score_0_with_deviation_1(trained, fil
     assert scores.std() == pytest.approx(1, abs=1e-5)
 
 
-def test_resumed_run_equals_the_unbroken_one(trained, reward, tmp_path):
-    whole, broken = trained("single", *LONG), tmp_path / "reward"
-    shutil.copytree(whole / "checkpoint-2", broken / "checkpoint-2")
-    (broken / "checkpoint-3").mkdir()  # one that was cut short
-    assert reward(broken, *LONG, "--resume_from_checkpoint", "true")[0] == 0
-    assert same(weights(whole), weights(broken))
-    assert losses(whole) == losses(broken)
-    assert read(whole, "evaluation.json") == read(broken, "evaluation.json")
-    assert read(whole, "reward.json") == read(broken, "reward.json")
-    assert read(broken, "recipe.json")["run"]["steps"] == 2
-
-
-def test_without_evaluation_there_is_a_scale_and_no_report(trained, reward, files, tmp_path):
+def test_run_without_evaluation_has_a_scale_and_no_report(trained, reward, files, tmp_path):
     assert reward(tmp_path, *LONG, *NO_EVAL)[0] == 0
     assert not (tmp_path / "evaluation.json").exists()
     assert not list(tmp_path.glob("*.svg"))
@@ -340,10 +326,10 @@ def test_in_4_bits(trained, files):
     (result,) = read(folder, "evaluation.json").values()
     check_evaluation(result, scores.reshape(16, -1), [row["ranks"] for row in rankings])
     full = raw_scores(folder, *flat(rankings))
-    assert abs(full - scores).max() > 1e-3  # it was trained and measured on quantised weights
+    assert abs(full - scores).max() > 1e-3  # trained and measured on quantised weights
 
 
-def test_whole_models(trained, files):
+def test_full_models(trained, files):
     folder = trained("whole", "--use_peft", "false", "--ensemble_size", 2, "--learning_rate", 1e-4)
     rankings = read_rows(files / "rankings.test.jsonl")
     results = read(folder, "evaluation.json")
@@ -362,23 +348,23 @@ def test_whole_models(trained, files):
 
 
 @pytest.mark.parametrize("name", ["reward-v1.0", "train"])
-def test_the_folder_may_have_any_name(reward, tmp_path, name):
-    """Not every one of them can be the name of an adapter: PyTorch refuses dots, and names of a module's own methods."""
+def test_output_dir_may_have_any_name(reward, tmp_path, name):
+    """Not every name could be an adapter's: PyTorch rejects dots and names of methods."""
     folder = tmp_path / name
     assert reward(folder, *AS_IT_BEGINS)[0] == 0
     assert (folder / "evaluation.json").exists()
     assert normalisation(folder) is not None
 
 
-# --- What an earlier run left, and what tells that this one is done ---------------------------------------
+# --- Earlier and unfinished runs ---------------------------------------
 
 
 def names(folder):
     return {path.name for path in folder.iterdir()}
 
 
-def test_nothing_of_an_earlier_run_is_taken_for_this_one(reward, tmp_path):
-    """Of whatever size and sort that one was; what is not the recipe's stays."""
+def test_results_of_an_earlier_run_are_removed(reward, tmp_path):
+    """Of any size, adapters or full models. Files that the recipe did not write stay."""
     folder = tmp_path / "reward"
     (folder / "member-notes").mkdir(parents=True)
     (folder / "notes.txt").touch()
@@ -400,7 +386,7 @@ def test_nothing_of_an_earlier_run_is_taken_for_this_one(reward, tmp_path):
     assert {"member-notes", "notes.txt"} <= names(folder)
 
 
-def test_unfinished_run_of_another_size_is_not_removed(trained, reward, tmp_path):
+def test_unfinished_run_of_another_size_is_kept(trained, reward, tmp_path):
     folder = tmp_path / "reward"
     shutil.copytree(trained("single", *LONG), folder)
     (folder / "recipe.json").unlink()
@@ -411,7 +397,7 @@ def test_unfinished_run_of_another_size_is_not_removed(trained, reward, tmp_path
     assert (folder / "adapter_model.safetensors").exists()
 
 
-def test_finished_run_is_not_removed_by_one_that_cannot_begin(trained, reward, tmp_path):
+def test_finished_run_is_kept_if_the_next_one_cannot_start(trained, reward, tmp_path):
     folder = tmp_path / "reward"
     shutil.copytree(trained("single", *LONG), folder)
     before = names(folder)
@@ -420,7 +406,7 @@ def test_finished_run_is_not_removed_by_one_that_cannot_begin(trained, reward, t
     assert names(folder) == before
 
 
-def test_a_run_does_not_remove_what_it_begins_with(reward, sft, tmp_path):
+def test_start_from_in_output_dir_is_refused(reward, sft, tmp_path):
     parent = tmp_path / "out" / "sft"
     shutil.copytree(sft(), parent)
     for folder in (tmp_path / "out", parent):
@@ -430,7 +416,7 @@ def test_a_run_does_not_remove_what_it_begins_with(reward, sft, tmp_path):
     assert same(weights(parent), weights(sft()))
 
 
-def test_checkpoint_of_another_folder_is_gone_on_from_in_a_clean_one(trained, reward, tmp_path):
+def test_resuming_from_another_folder_clears_this_one(trained, reward, tmp_path):
     folder, checkpoint = tmp_path / "reward", trained("single", *LONG) / "checkpoint-2"
     shutil.copytree(trained("ensemble", *LONG, *ENSEMBLE), folder)
     assert reward(folder, *LONG, "--resume_from_checkpoint", checkpoint)[0] == 0
@@ -440,8 +426,8 @@ def test_checkpoint_of_another_folder_is_gone_on_from_in_a_clean_one(trained, re
 
 
 @pytest.mark.parametrize("ensemble", [(), ENSEMBLE], ids=["single", "ensemble"])
-def test_run_that_has_no_scale_yet_is_not_done(reward, tmp_path, monkeypatch, ensemble):
-    """And goes on with measuring; what training cost is not forgotten."""
+def test_run_without_its_scale_is_not_finished(reward, tmp_path, monkeypatch, ensemble):
+    """Resumed, it is only measured, and keeps the cost of training."""
     folder, calls = tmp_path / "reward", []
 
     def failing(*arguments):
@@ -456,7 +442,7 @@ def test_run_that_has_no_scale_yet_is_not_done(reward, tmp_path, monkeypatch, en
     assert not list(folder.rglob("recipe.json"))
     status, error = reward(folder, *LONG, *ensemble)
     assert status == 2
-    assert "of an unfinished run: set `resume_from_checkpoint: true`" in error
+    assert "of an unfinished run" in error
     assert reward(folder, *LONG, *ensemble, "--resume_from_checkpoint", "true")[0] == 0
     for model in (folder / "member-0", folder / "member-1") if ensemble else (folder,):
         assert normalisation(model) is not None
@@ -465,7 +451,7 @@ def test_run_that_has_no_scale_yet_is_not_done(reward, tmp_path, monkeypatch, en
     assert not list(folder.rglob("recipe.unfinished.json"))
 
 
-def test_a_stage_that_needs_an_ensemble_finds_it_done(trained, files, tmp_path, monkeypatch):
+def test_finished_ensemble_is_a_finished_dependency(trained, files, tmp_path, monkeypatch):
     folder = trained("ensemble", *LONG, *ENSEMBLE)
     monkeypatch.chdir(tmp_path)
     (tmp_path / "reward.yaml").write_text(yaml.safe_dump({"output_dir": str(folder)}))
@@ -479,7 +465,7 @@ def test_a_stage_that_needs_an_ensemble_finds_it_done(trained, files, tmp_path, 
     assert len(launched) == 1
 
 
-def test_record_of_an_ensemble_says_what_it_is_made_of(trained, files):
+def test_record_of_an_ensemble_lists_its_members(trained, files):
     folder = trained("ensemble", *LONG, *ENSEMBLE)
     stored = read(folder, "reward.json")["ensemble"]
     assert stored == {"members": ["member-0", "member-1"], "combine": "uncertainty", "uncertainty_coef": 0.5}
@@ -497,7 +483,7 @@ def test_record_of_an_ensemble_says_what_it_is_made_of(trained, files):
     assert ensemble(prompts, answers) == pytest.approx(scaled.mean(0) - 0.5 * scaled.std(0), abs=1e-4)
 
 
-def test_measuring_reads_as_many_answers_at_once_as_evaluation(reward, tmp_path, monkeypatch):
+def test_measuring_uses_the_evaluation_batch_size(reward, tmp_path, monkeypatch):
     sizes, score = [], reward_models.RewardModel.score
 
     def watched(self, input_ids, attention_mask, **options):
@@ -510,27 +496,10 @@ def test_measuring_reads_as_many_answers_at_once_as_evaluation(reward, tmp_path,
     assert sum(sizes) == 16 * 4 + 16
 
 
-def test_anything_that_scores_can_be_measured(files):
-    """Such as a baseline, which is no reward model."""
-
-    class Words:
-        tokenizer = AutoTokenizer.from_pretrained(BASE)
-
-        def __call__(self, prompts, completions):
-            return [float(completion[0]["content"] in right) for completion in completions]
-
-    rows = Dataset.from_list(read_rows(files / "pairs.test.jsonl"))
-    right = {row["chosen"][0]["content"] for row in rows} - {row["rejected"][0]["content"] for row in rows}
-    expected = np.mean([row["chosen"][0]["content"] in right for row in rows])
-    result = measure_reward(Words(), rows)
-    assert result["accuracy"]["n"] == 16
-    assert result["accuracy"]["accuracy"] >= expected > 0
-
-
 # --- Pairs and margins -----------------------------------------------------------------------------------
 
 
-def test_rankings_become_all_their_pairs(trained, files):
+def test_rankings_expand_to_all_their_pairs(trained, files):
     options = ("--train_on", "pairs", *AS_IT_BEGINS, "--per_device_train_batch_size", 96)
     folder = trained("expanded", *options)
     rankings = read_rows(files / "rankings.train.jsonl")
@@ -547,7 +516,7 @@ def test_rankings_become_all_their_pairs(trained, files):
     assert result["accuracy"]["groups"] == len({json.dumps(row["prompt"]) for row in held_out})
 
 
-def test_pairs_are_rankings_of_two(trained, files, data_of):
+def test_pairs_train_as_rankings_of_two(trained, files, data_of):
     folder = trained("two", *data_of("pairs"), *AS_IT_BEGINS, "--per_device_train_batch_size", 16)
     assert read(folder, "recipe.json")["arguments"]["RewardArguments"]["train_on"] == "rankings"
     rankings = as_rankings(read_rows(files / "pairs.train.jsonl"))
@@ -559,7 +528,7 @@ def test_pairs_are_rankings_of_two(trained, files, data_of):
     check_evaluation(result, score_rankings(folder, rankings), [row["ranks"] for row in rankings])
 
 
-def test_margins_of_pairs_are_learnt_and_reported(trained, files, data_of):
+def test_margins_are_trained_and_reported(trained, files, data_of):
     folder = trained("margins", *data_of("margins"), "--train_on", "pairs", *AS_IT_BEGINS, "--per_device_train_batch_size", 16)
     rows = read_rows(files / "margins.train.jsonl")
     scores, margins = score_rankings(folder, as_rankings(rows)), np.array([row["margin"] for row in rows])
@@ -581,7 +550,7 @@ def test_margins_of_pairs_are_learnt_and_reported(trained, files, data_of):
 
 
 @pytest.mark.parametrize("bits", [(), IN_4_BITS], ids=["fp32", "4bit"])
-def test_it_begins_with_the_weights_of_the_sft_adapter(trained, sft, bits):
+def test_reward_adapter_starts_with_the_sft_weights(trained, sft, bits):
     parent = sft()
     folder = trained(f"from-sft{len(bits)}", "--start_from", parent, *AS_IT_BEGINS, *bits)
     record = read(folder, "recipe.json")
@@ -596,7 +565,7 @@ def test_it_begins_with_the_weights_of_the_sft_adapter(trained, sft, bits):
     assert normalisation(folder) is not None
 
 
-def test_it_learns_from_there(trained, sft):
+def test_training_moves_all_sft_weights(trained, sft):
     begun, learnt = weights(trained("on-sft", "--start_from", sft())), weights(sft())
     moved = [name for name, weight in learnt.items() if not torch.equal(weight, begun[name])]
     assert len(moved) == len(learnt)
@@ -605,11 +574,11 @@ def test_it_learns_from_there(trained, sft):
 # --- Ensembles -------------------------------------------------------------------------------------------
 
 
-def test_members_are_the_runs_of_their_seeds(trained):
+def test_members_equal_single_runs_with_their_seeds(trained):
     folder = trained("ensemble", *LONG, *ENSEMBLE)
     members = [folder / "member-0", folder / "member-1"]
     for member, seed in zip(members, (5, 6), strict=True):
-        assert sum(path.stat().st_size for path in member.iterdir() if path.is_file()) < 3e6  # never another base
+        assert sum(path.stat().st_size for path in member.iterdir() if path.is_file()) < 3e6  # no base
         assert read(member, "recipe.json")["seed"] == seed
         assert read(member, "recipe.json")["arguments"]["RewardArguments"]["ensemble_size"] == 2
         assert normalisation(member) is not None
@@ -620,7 +589,7 @@ def test_members_are_the_runs_of_their_seeds(trained):
     assert not [name for name in one if torch.equal(one[name], other[name])]
 
 
-def test_evaluation_of_an_ensemble_is_of_its_members_and_their_combination(trained, files):
+def test_evaluation_of_members_and_their_combination(trained, files):
     folder = trained("ensemble", *LONG, *ENSEMBLE)
     results = read(folder, "evaluation.json")
     assert list(results) == ["member-0", "member-1", "ensemble"]
@@ -630,7 +599,7 @@ def test_evaluation_of_an_ensemble_is_of_its_members_and_their_combination(train
     scores = np.stack([score_rankings(folder / name, rankings) for name in ("member-0", "member-1")])
     check_evaluation(results["member-0"], scores[0], ranks)
     check_evaluation(results["member-1"], scores[1], ranks)
-    # Raw scores of two models have no common origin and scale: members are normalised before they are combined, as in PPO
+    # Members are normalised before they are combined, as in PPO: raw scores have no common scale
     stored = [normalisation(folder / name) for name in ("member-0", "member-1")]
     scaled = np.stack([(score - own["mean"]) / own["std"] for score, own in zip(scores, stored, strict=True)])
     combined = scaled.mean(0) - 0.5 * scaled.std(0)
@@ -638,12 +607,12 @@ def test_evaluation_of_an_ensemble_is_of_its_members_and_their_combination(train
     assert results["ensemble"]["accuracy"]["accuracy"] == pytest.approx((gaps > 0).mean())
     taus = [stats.kendalltau(row, np.negative(order)).statistic for row, order in zip(combined, ranks, strict=True)]
     assert results["ensemble"]["tau"]["tau"] == pytest.approx(np.mean(taus), abs=1e-6)
-    # These are the same for any shift and scale
+    # Invariant to shift and scale
     assert results["ensemble"]["scores"]["skew"] == pytest.approx(stats.skew(combined.ravel()), abs=1e-3)
     assert results["ensemble"]["scores"]["histogram"]["counts"] == np.histogram(combined, 20)[0].tolist()
 
 
-def test_interrupted_ensemble_goes_on_where_it_was(trained, reward, tmp_path):
+def test_resumed_ensemble_equals_unbroken_one(trained, reward, tmp_path):
     whole, broken = trained("ensemble", *LONG, *ENSEMBLE), tmp_path / "reward"
     shutil.copytree(whole / "member-0", broken / "member-0")
     shutil.copytree(whole / "member-1" / "checkpoint-2", broken / "member-1" / "checkpoint-2")
@@ -656,8 +625,8 @@ def test_interrupted_ensemble_goes_on_where_it_was(trained, reward, tmp_path):
     assert read(whole, "evaluation.json") == read(broken, "evaluation.json")
 
 
-def test_ensemble_is_not_begun_anew_over_an_unfinished_one(trained, reward, tmp_path):
-    """Said before the members that were finished are trained again."""
+def test_unfinished_ensemble_is_not_overwritten(trained, reward, tmp_path):
+    """The message comes before finished members are trained again."""
     folder = tmp_path / "reward"
     shutil.copytree(trained("ensemble", *LONG, *ENSEMBLE), folder)
     (folder / "member-1" / "recipe.json").unlink()
@@ -665,11 +634,11 @@ def test_ensemble_is_not_begun_anew_over_an_unfinished_one(trained, reward, tmp_
     mark.touch()
     status, error = reward(folder, *LONG, *ENSEMBLE)
     assert status == 2
-    assert "member-1 holds checkpoint-4 of an unfinished run: set `resume_from_checkpoint: true`" in error
+    assert "member-1 holds checkpoint-4" in error
     assert mark.exists()
 
 
-def test_there_is_never_more_than_one_base_in_memory(reward, tmp_path, monkeypatch):
+def test_one_base_in_memory_at_a_time(reward, tmp_path, monkeypatch):
     alive, counts, build = weakref.WeakSet(), [], LlamaForSequenceClassification.__init__
 
     def counted(model, *args, **kwargs):
@@ -686,7 +655,7 @@ def test_there_is_never_more_than_one_base_in_memory(reward, tmp_path, monkeypat
 SHARDS = ("--ensemble_size", 3, "--ensemble_shards", "true", "--max_steps", -1, "--num_train_epochs", 1, *NO_EVAL)
 
 
-def test_shards_are_parts_of_the_rows(trained, files):
+def test_shards_partition_the_rows(trained, files):
     folder = trained("shards", *SHARDS)
     tokenizer = AutoTokenizer.from_pretrained(folder / "member-0")
     talks = [prompt + answer for prompt, answer in zip(*flat(read_rows(files / "rankings.train.jsonl")), strict=True)]
@@ -696,8 +665,8 @@ def test_shards_are_parts_of_the_rows(trained, files):
     assert sum(log(member)[-1]["num_tokens"] for member in members) == tokens
 
 
-def test_each_shard_is_of_the_whole_mixture(trained, files, config):
-    """Rows come source by source: a member that sees the first third of them sees one source."""
+def test_each_shard_samples_the_whole_mixture(trained, files, config):
+    """Rows come source by source, so the first third of them is one source."""
     long = [{"role": "user", "content": "Where does Karimo live? " * 2}]
     rows = [{"prompt": long, "completions": ["Dunmere.", "Alderby."], "ranks": [n % 2, 1 - n % 2]} for n in range(8)]
     short = [row | {"prompt": [{"role": "user", "content": "?"}]} for row in rows]
@@ -709,7 +678,7 @@ def test_each_shard_is_of_the_whole_mixture(trained, files, config):
     assert one == other
 
 
-def test_record_of_a_member_says_how_many_rows_it_saw(trained):
+def test_record_of_a_member_counts_its_rows(trained):
     folder = trained("shards", *SHARDS)
     assert [read(folder, f"member-{number}", "recipe.json")["data"]["train"]["rows"] for number in range(3)] == [6, 5, 5]
 
@@ -717,7 +686,7 @@ def test_record_of_a_member_says_how_many_rows_it_saw(trained):
 # --- Demonstrations --------------------------------------------------------------------------------------
 
 
-def test_scale_is_that_of_named_demonstrations(trained, files, config):
+def test_scale_comes_from_named_demonstrations(trained, files, config):
     rows = read_rows(files / "demonstrations.jsonl")[:10]
     talks = [{"messages": row["prompt"] + row["completion"]} for row in rows[:4]]
     talks[0]["messages"] += rows[9]["prompt"] + rows[9]["completion"]
@@ -731,24 +700,28 @@ def test_scale_is_that_of_named_demonstrations(trained, files, config):
 
 
 @pytest.mark.parametrize("named", [False, True])
-def test_demonstrations_longer_than_max_length_are_left_out(reward, files, config, tmp_path, named):
-    """As they are of training: what such a text scores nobody has taught."""
+def test_demonstrations_beyond_max_length_are_dropped(reward, files, config, tmp_path, named):
+    """Training drops such rows too, so their scores mean nothing."""
     rows = read_rows(files / "pairs.train.jsonl")
     for row in rows[:5]:
         row["chosen"][0]["content"] = "the " * 100
     options = {"dataset_name": str(write_rows(tmp_path / "rows.jsonl", rows))}
     if named:
         options["dataset_name"] = str(files / "pairs.train.jsonl")
-        options["demonstrations"] = [{"path": str(write_rows(tmp_path / "answers.jsonl", as_demonstrations(rows)))}]
+        options["demonstrations"] = [
+            {
+                "path": str(
+                    write_rows(
+                        tmp_path / "answers.jsonl", [{"prompt": row["prompt"], "completion": row["chosen"]} for row in rows]
+                    )
+                )
+            }
+        ]
     folder = tmp_path / "reward"
     assert reward(folder, *config(**options, eval_datasets=[]), *AS_IT_BEGINS, *NO_EVAL)[0] == 0
     check_normalisation(folder, raw_scores(folder, *zip(*[(r["prompt"], r["chosen"]) for r in rows[5:]], strict=True)), 11)
     counted = read(folder, "recipe.json")["data"]["demonstrations"]
     assert (counted["rows"], counted["longer_than_max_length"]["dropped"]) == (11, 5)
-
-
-def as_demonstrations(pairs):
-    return [{"prompt": row["prompt"], "completion": row["chosen"]} for row in pairs]
 
 
 def drawn(rows, count, seed=0, **arguments):
@@ -759,7 +732,7 @@ def drawn(rows, count, seed=0, **arguments):
 
 
 @pytest.mark.parametrize("kind", ["rankings", "pairs", "margins"])
-def test_demonstrations_are_the_best_answers_drawn_with_the_seed(files, kind):
+def test_demonstrations_are_best_answers_sampled_with_the_seed(files, kind):
     path = files / f"{kind}.train.jsonl"
     rows = read_rows(path)
     rankings = rows if kind == "rankings" else as_rankings(rows)
@@ -773,7 +746,7 @@ def test_demonstrations_are_the_best_answers_drawn_with_the_seed(files, kind):
     assert five != drawn(path, 5, seed=1)
 
 
-def test_rows_that_are_held_out_do_not_tell_the_scale(trained, files, config):
+def test_held_out_rows_do_not_set_the_scale(trained, files, config):
     path = write_rows(files / "repeated.jsonl", [row for row in read_rows(files / "pairs.train.jsonl") for _ in range(3)])
     options = config(dataset_name=str(path), eval_datasets=[], test_split_size=0.5)
     folder = trained("held-out", *options, *AS_IT_BEGINS)
@@ -782,16 +755,11 @@ def test_rows_that_are_held_out_do_not_tell_the_scale(trained, files, config):
     check_normalisation(folder, raw_scores(folder, data.train["prompt"], data.train["chosen"]), 24)
 
 
-def test_demonstrations_without_an_answer_are_refused(files):
-    with pytest.raises(RecipeError, match="`demonstrations`: plain text has no answers to score"):
-        load_demonstrations(DataArguments(dataset_name="?"), [DatasetSource(path=str(files / "text.jsonl"))], 0)
-
-
-# --- Wrong moves -----------------------------------------------------------------------------------------
+# --- Refusals --------------------------------------------------------------------------------------------
 
 
 def check_refused(reward, folder, *options, message):
-    """One message, before anything is trained."""
+    """Check that a run ends with one message before anything is trained."""
     status, error = reward(folder, *NO_EVAL, *options)
     assert status == 2
     assert error.startswith("error: ")
@@ -803,91 +771,70 @@ def check_refused(reward, folder, *options, message):
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        (("--ensemble_size", 0), "ensemble_size: 0: must be 1 or more"),
-        (("--ensemble_combine", "max"), "ensemble_combine: 'max' is none of mean, min, uncertainty"),
+        (("--ensemble_size", 0), "ensemble_size: 0"),
+        (("--ensemble_combine", "max"), "ensemble_combine: 'max'"),
         (("--uncertainty_coef", -1), "uncertainty_coef: -1"),
-        ((*ENSEMBLE, "--uncertainty_coef", "nan"), "uncertainty_coef: expected float"),
-        (("--train_on", "ranking"), "train_on: 'ranking' is none of rankings, pairs; did you mean 'rankings'?"),
+        (("--train_on", "ranking"), ("train_on: 'ranking'", "'rankings'")),
         (("--start_from", "./nowhere"), "nowhere"),
         (("--max_length", 5), "max_length: 5"),
         (("--max_length", 12, "--long_rows", "error"), "train: of 16 rows"),
-        (("--resume_from_checkpoint", "./nowhere"), "resume_from_checkpoint: ./nowhere is not a whole checkpoint"),
-        (("--ensemble_size", 17, "--ensemble_shards", "true"), ("ensemble", "16 rows")),
+        (("--resume_from_checkpoint", "./nowhere"), "resume_from_checkpoint: ./nowhere"),
+        ((*ENSEMBLE, "--resume_from_checkpoint", "./checkpoint-2"), "resume_from_checkpoint: "),
+        (("--ensemble_size", 17, "--ensemble_shards", "true"), ("ensemble_shards", "16 rows")),
+        (("--dataset_name", "FILES/margins.train.jsonl"), ("margin", "train_on: pairs")),
+        (("--dataset_name", "FILES/demonstrations.jsonl"), "ranking data"),
+        (("--dataset_name", "FILES/demonstrations.jsonl", "--train_on", "pairs"), "preference data"),
     ],
 )
-def test_wrong_moves_get_one_message(reward, tmp_path, options, message):
-    check_refused(reward, tmp_path, *options, message=message)
-
-
-def test_one_checkpoint_is_not_that_of_every_member(trained, reward, tmp_path):
-    checkpoint = trained("ensemble", *LONG, *ENSEMBLE) / "member-0" / "checkpoint-2"
-    options = (*LONG, *ENSEMBLE, "--resume_from_checkpoint", checkpoint)
-    check_refused(reward, tmp_path, *options, message="resume_from_checkpoint")
-
-
-@pytest.mark.parametrize(
-    ("data", "options", "message"),
-    [
-        ("margins.train", (), "rankings have no `margin`: set `train_on: pairs` to use the column"),
-        ("demonstrations", (), "a stage on ranking data needs one of"),
-        ("demonstrations", ("--train_on", "pairs"), "a stage on preference data needs one of"),
-    ],
-)
-def test_data_that_do_not_fit(reward, files, tmp_path, data, options, message):
-    check_refused(reward, tmp_path, "--dataset_name", files / f"{data}.jsonl", *options, message=message)
+def test_wrong_arguments_are_one_message(reward, files, tmp_path, options, message):
+    check_refused(reward, tmp_path, *(str(word).replace("FILES", str(files)) for word in options), message=message)
 
 
 @pytest.mark.parametrize(
     ("rows", "message"),
     [
-        ([{"text": "Karimo lives in Alderby."}], "plain text has no answers to score"),
+        ([{"text": "Karimo lives in Alderby."}], "plain text"),
         ([{"prompt": "Where?", "chosen": "a"}], "needs one of"),
         ([{"prompt": "Where does Karimo live?", "completion": "Alderby."}], "demonstrations"),  # no deviation
     ],
 )
-def test_demonstrations_that_give_no_scale(reward, config, tmp_path, rows, message):
+def test_demonstrations_without_a_scale_are_refused(reward, config, tmp_path, rows, message):
     path = write_rows(tmp_path / "rows.jsonl", rows)
     check_refused(reward, tmp_path / "out", *config(demonstrations=[{"path": str(path)}]), message=message)
 
 
-@pytest.mark.parametrize("name", ["base", "other-base"])
-def test_adapter_of_another_base_is_not_begun_with(reward, sft, tmp_path, name):
-    other = tmp_path / name
-    model = AutoModelForCausalLM.from_pretrained(BASE)
-    with torch.no_grad():
-        model.model.embed_tokens.weight.mul_(2)
-    model.save_pretrained(other)
-    AutoTokenizer.from_pretrained(BASE).save_pretrained(other)
-    message = (f"{sft()} was trained on {BASE}", f"{other}, is another: other weights")
-    check_refused(reward, tmp_path / "out", "--start_from", sft(), "--model_name_or_path", other, message=message)
+@pytest.mark.parametrize("changed", ["base", "template", "tokenizer"])
+def test_sft_adapter_that_does_not_fit_is_refused(reward, sft, tmp_path, changed):
+    parent, other, tokenizer = sft(), tmp_path / "other", AutoTokenizer.from_pretrained(BASE)
+    options, message = ("--start_from", parent), (str(parent), "chat template")
+    if changed == "base":
+        model = AutoModelForCausalLM.from_pretrained(BASE)
+        with torch.no_grad():
+            model.model.embed_tokens.weight.mul_(2)
+        model.save_pretrained(other)
+        tokenizer.save_pretrained(other)
+        options, message = (*options, "--model_name_or_path", other), (f"{parent}: was trained on {BASE}", str(other))
+    elif changed == "template":
+        other.write_text(tokenizer.chat_template.replace("Question: ", "Q: "))
+        options = (*options, "--chat_template_path", other.rename(tmp_path / "other.jinja"))
+    else:
+        shutil.copytree(parent, other)
+        tokenizer.add_tokens([f"Karimo{number}" for number in range(100)])
+        tokenizer.save_pretrained(other)
+        options, message = ("--start_from", other), (str(other), "tokenizer")
+    check_refused(reward, tmp_path / "out", *options, message=message)
 
 
-def test_a_base_that_was_moved_is_known_again(reward, sft, tmp_path):
+def test_moved_base_is_recognised(reward, sft, tmp_path):
     shutil.copytree(BASE, tmp_path / "moved")
     options = (*NO_EVAL, "--start_from", sft(), "--model_name_or_path", tmp_path / "moved", "--max_steps", 1)
     assert reward(tmp_path / "out", *options)[0] == 0
 
 
-def test_sft_adapter_of_another_template_is_not_begun_with(reward, sft, tmp_path):
-    template = AutoTokenizer.from_pretrained(BASE).chat_template.replace("Question: ", "Q: ")
-    (tmp_path / "other.jinja").write_text(template)
-    options = ("--start_from", sft(), "--chat_template_path", tmp_path / "other.jinja")
-    check_refused(reward, tmp_path / "out", *options, message=(str(sft()), "chat template"))
-
-
-def test_the_template_of_the_sft_adapter_is_gone_on_with(reward, sft, tmp_path):
+def test_chat_template_of_the_sft_adapter_is_kept(reward, sft, tmp_path):
     template = AutoTokenizer.from_pretrained(BASE).chat_template.replace("Question: ", "Q: ")
     (tmp_path / "other.jinja").write_text(template)
     parent = sft("sft-template", "--chat_template_path", tmp_path / "other.jinja")
     status, error = reward(tmp_path / "out", *NO_EVAL, "--start_from", parent, "--max_steps", 1)
     assert status == 0, error
     assert AutoTokenizer.from_pretrained(tmp_path / "out").chat_template == template
-
-
-def test_sft_adapter_of_another_tokenizer_is_not_begun_with(reward, sft, tmp_path):
-    parent = tmp_path / "sft"
-    shutil.copytree(sft(), parent)
-    tokenizer = AutoTokenizer.from_pretrained(BASE)
-    tokenizer.add_tokens([f"Karimo{number}" for number in range(100)])
-    tokenizer.save_pretrained(parent)
-    check_refused(reward, tmp_path / "out", "--start_from", parent, message=(str(parent), "vocabulary"))

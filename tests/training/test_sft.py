@@ -1,4 +1,4 @@
-"""The SFT recipe from end to end: LoRA, 4 bits, full fine-tuning, packing, resuming, and what it leaves behind."""
+"""The SFT recipe from end to end: LoRA, 4 bits, all weights, packing, resuming and the saved result."""
 
 import json
 import shutil
@@ -29,20 +29,12 @@ def same(one, other):
 
 
 def history(folder, checkpoint):
-    """The losses and gradient norms of each step."""
+    """Return loss and gradient norm of each step."""
     state = json.loads((folder / f"checkpoint-{checkpoint}" / "trainer_state.json").read_text())
     return [(e["step"], e["loss"], e["grad_norm"]) for e in state["log_history"] if "loss" in e]
 
 
-@pytest.fixture(scope="module")
-def losses():
-    def read(folder):
-        return {k: v for k, v in json.loads((folder / "recipe.json").read_text())["metrics"].items() if "loss" in k}
-
-    return read
-
-
-def test_what_a_run_leaves_behind(launch, tmp_path):
+def test_saved_adapter_and_record(launch, tmp_path):
     out = tmp_path / "out"
     assert launch("sft", *SMALL, "--max_steps", 3, "--eval_steps", 2, "--seed", 5, "--output_dir", out)[0] == 0
     record = json.loads((out / "recipe.json").read_text())
@@ -60,7 +52,6 @@ def test_what_a_run_leaves_behind(launch, tmp_path):
     assert run["tokens_per_s"] == pytest.approx(record["metrics"]["num_tokens"] / run["wall_time_s"], rel=0.05)
     assert record["data"]["train"]["rows"] == 640
     assert record["metrics"]["eval_loss"] > 0
-    # loadable by transformers and peft alone
     model = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(BASE), out)
     tokenizer = AutoTokenizer.from_pretrained(out)
     assert tokenizer.chat_template == AutoTokenizer.from_pretrained(BASE).chat_template
@@ -68,8 +59,8 @@ def test_what_a_run_leaves_behind(launch, tmp_path):
 
 
 @pytest.mark.parametrize("bits", [(), IN_4_BITS], ids=["fp32", "4bit"])
-def test_an_evaluation_does_not_change_the_training(launch, tmp_path, bits):
-    """In 4 bits this fails where bitsandbytes repacks the weights at the first evaluation (rlhf_recipes.models.loading)."""
+def test_evaluation_does_not_change_training(launch, tmp_path, bits):
+    """In 4 bits it would if bitsandbytes repacked the weights (`disable_cpu_4bit_repacking`)."""
     common = (*SMALL, *bits, "--max_steps", 4, "--save_strategy", "no", "--output_dir")
     launch("sft", *common, tmp_path / "with", "--eval_strategy", "steps", "--eval_steps", 1)
     launch("sft", *common, tmp_path / "without", "--eval_strategy", "no")
@@ -77,14 +68,14 @@ def test_an_evaluation_does_not_change_the_training(launch, tmp_path, bits):
 
 
 @pytest.mark.parametrize("options", [(), IN_4_BITS, ("--use_peft", "false")], ids=["lora", "4bit", "full"])
-def test_resumed_run_equals_the_unbroken_one(launch, tmp_path, options):
+def test_resumed_run_equals_unbroken_one(launch, tmp_path, options):
     common = (*SMALL, *options, "--max_steps", 6, "--save_steps", 3, "--eval_steps", 2, "--lora_dropout", 0.1)
     common = (*common, "--save_total_limit", 3, "--output_dir")
     whole, broken = tmp_path / "whole", tmp_path / "broken"
     assert launch("sft", *common, whole)[0] == 0
     broken.mkdir()
     shutil.copytree(whole / "checkpoint-3", broken / "checkpoint-3")
-    (broken / "checkpoint-5").mkdir()  # one that was cut short is not taken for a whole one
+    (broken / "checkpoint-5").mkdir()  # incomplete, so not resumed from
     assert launch("sft", *common, broken, "--resume_from_checkpoint", "true")[0] == 0
     name = "model.safetensors" if "--use_peft" in options else "adapter_model.safetensors"
     assert same(load_file(whole / name), load_file(broken / name))
@@ -92,38 +83,37 @@ def test_resumed_run_equals_the_unbroken_one(launch, tmp_path, options):
     assert json.loads((broken / "recipe.json").read_text())["run"]["steps"] == 3
 
 
-def test_a_ctrl_c_says_what_is_kept(launch, tmp_path, monkeypatch):
-    def press(self, *given):
+def test_ctrl_c_names_the_newest_checkpoint(launch, tmp_path, monkeypatch):
+    def press(self, *arguments):
         if self.state.global_step == 3:
             raise KeyboardInterrupt
-        return step(self, *given)
+        return step(self, *arguments)
 
     step = SFTTrainer.training_step
     monkeypatch.setattr(SFTTrainer, "training_step", press)
     options = (*SMALL, "--max_steps", 8, "--save_steps", 2, "--eval_strategy", "no", "--output_dir", tmp_path)
-    status, said = launch("sft", *options)
+    status, error = launch("sft", *options)
     kept = f"{tmp_path / 'checkpoint-2'} is kept: resume from it with `resume_from_checkpoint: true`"
-    assert (status, said.splitlines()[-1]) == (130, f"stopped after 3 of 8 steps; {kept}")
+    assert (status, error.splitlines()[-1]) == (130, f"stopped after 3 of 8 steps; {kept}")
 
 
-def test_resume_from_what_is_no_checkpoint(launch, tmp_path):
+def test_resuming_from_no_checkpoint_is_refused(launch, tmp_path):
     status, error = launch("sft", *SMALL, "--resume_from_checkpoint", tmp_path)
     assert status == 2
-    assert f"resume_from_checkpoint: {tmp_path} is not a whole checkpoint" in error
+    assert f"resume_from_checkpoint: {tmp_path}: " in error
 
 
-def test_resuming_refuses_the_checkpoint_of_another_run(launch, tmp_path):
+def test_resuming_with_other_arguments_is_refused(launch, tmp_path):
     common = (*SMALL, "--eval_strategy", "no", "--save_steps", 2, "--output_dir", tmp_path)
     assert launch("sft", *common, "--max_steps", 2)[0] == 0
     status, error = launch("sft", *common, "--max_steps", 4, "--learning_rate", 1e-5, "--resume_from_checkpoint", "true")
     assert status == 2
-    assert "checkpoint-2 comes from a run with other arguments (learning_rate 0.001 then, 1e-05 now)" in error
-    # what does not decide the result may change
+    assert "learning_rate: 0.001 then, 1e-05 now" in error
     assert launch("sft", *common, "--max_steps", 4, "--logging_steps", 2, "--resume_from_checkpoint", "true")[0] == 0
     assert json.loads((tmp_path / "recipe.json").read_text())["run"]["steps"] == 2
 
 
-def test_a_finished_run_resumed_keeps_the_record_of_its_cost(launch, tmp_path):
+def test_finished_run_resumed_keeps_its_cost(launch, tmp_path):
     common = (*SMALL, "--eval_strategy", "no", "--save_steps", 2, "--max_steps", 2, "--output_dir", tmp_path)
     assert launch("sft", *common)[0] == 0
     cost, weights = json.loads((tmp_path / "recipe.json").read_text())["run"], adapter(tmp_path)
@@ -132,21 +122,22 @@ def test_a_finished_run_resumed_keeps_the_record_of_its_cost(launch, tmp_path):
     assert same(weights, adapter(tmp_path))
 
 
-def test_an_unfinished_run_is_not_written_over_and_a_finished_one_is(launch, tmp_path):
+def test_unfinished_run_is_not_overwritten_and_finished_one_is(launch, tmp_path):
     common = (*SMALL, "--eval_strategy", "no", "--save_steps", 1, "--save_total_limit", 9, "--output_dir", tmp_path)
     assert launch("sft", *common, "--max_steps", 3)[0] == 0
     record = tmp_path / "recipe.json"
     record.rename(tmp_path / "elsewhere.json")
     status, error = launch("sft", *common, "--max_steps", 2)
     assert status == 2
-    assert "holds checkpoint-3 of an unfinished run: set `resume_from_checkpoint: true`" in error
+    assert "output_dir: " in error
+    assert "checkpoint-3" in error
     (tmp_path / "elsewhere.json").rename(record)
     assert launch("sft", *common, "--max_steps", 2)[0] == 0
     assert sorted(path.name for path in tmp_path.glob("checkpoint-*")) == ["checkpoint-1", "checkpoint-2"]
 
 
 @pytest.mark.parametrize("damage", ["trainer_state.json", "optimizer.pt", "rng_state.pth"])
-def test_half_a_checkpoint_is_not_resumed_from(launch, tmp_path, damage):
+def test_incomplete_checkpoint_is_not_resumed_from(launch, tmp_path, damage):
     common = (*SMALL, "--eval_strategy", "no", "--save_steps", 1, "--save_total_limit", 9, "--output_dir", tmp_path)
     assert launch("sft", *common, "--max_steps", 2)[0] == 0
     weights, path = adapter(tmp_path), tmp_path / "checkpoint-2" / damage
@@ -159,7 +150,7 @@ def test_half_a_checkpoint_is_not_resumed_from(launch, tmp_path, damage):
     assert same(weights, adapter(tmp_path))
 
 
-def test_record_has_the_arguments_as_they_were_given(launch, tmp_path):
+def test_record_has_the_arguments_as_parsed(launch, tmp_path):
     (tmp_path / "own.jinja").write_text(AutoTokenizer.from_pretrained(BASE).chat_template)
     options = ("--chat_template_path", tmp_path / "own.jinja", "--model_init_kwargs", '{"attn_implementation": "eager"}')
     assert launch("sft", *SMALL, *NO_EVAL, *options, "--max_steps", 1, "--output_dir", tmp_path / "out")[0] == 0
@@ -168,13 +159,13 @@ def test_record_has_the_arguments_as_they_were_given(launch, tmp_path):
     assert arguments["model_init_kwargs"] == {"attn_implementation": "eager"}
 
 
-def test_taught_eos_is_saved_for_generation(launch, tmp_path):
+def test_trained_eos_is_saved_for_generation(launch, tmp_path):
     options = ("--eos_token", "<s>", "--max_steps", 1, "--output_dir", tmp_path)
     assert launch("sft", *SMALL, *NO_EVAL, *options)[0] == 0
     assert json.loads((tmp_path / "generation_config.json").read_text())["eos_token_id"] == [1, 2]
 
 
-def test_rows_that_packing_splits_are_not_counted_as_cut(launch, tmp_path):
+def test_rows_that_packing_splits_are_not_too_long(launch, tmp_path):
     long = [{"text": "Karimo lives in Alderby. " * 40} for _ in range(4)]
     data = write_rows(tmp_path / "long.jsonl", long)
     options = ("--dataset_name", data, "--dataset_arguments", "none", "--long_rows", "error", "--max_steps", 1)
@@ -182,8 +173,8 @@ def test_rows_that_packing_splits_are_not_counted_as_cut(launch, tmp_path):
     assert launch("sft", *options, "wrapped")[0] == 0
     status, error = launch("sft", *options, "bfd")
     assert status == 2
-    assert "4 lose the end of an answer or text at `max_length: 64`" in error
-    assert "such as 'Karimo lives in Alderby." in error
+    assert "max_length: 64" in error
+    assert "Karimo lives in Alderby." in error
 
 
 def write_rows(path, rows):
@@ -208,10 +199,6 @@ def conversations(turns):
     ]
 
 
-def first_loss(folder):
-    return history(folder, 1)[0][1]
-
-
 def train_one_step(launch, tmp_path, name, rows, *options):
     data = write_rows(tmp_path / f"{name}.jsonl", rows)
     config = tmp_path / f"{name}.yaml"
@@ -222,11 +209,11 @@ def train_one_step(launch, tmp_path, name, rows, *options):
     )
     status, error = launch("sft", "--config", config, *options)
     assert status == 0, error
-    return first_loss(tmp_path / name)
+    return history(tmp_path / name, 1)[0][1]
 
 
 def reference_loss(rows, counts):
-    """The mean negative log-likelihood of the tokens that `counts(mask, ids)` selects, one conversation at a time."""
+    """Return the mean negative log-likelihood of tokens whose assistant mask counts, one conversation at a time."""
     model, tokenizer = AutoModelForCausalLM.from_pretrained(BASE), AutoTokenizer.from_pretrained(BASE)
     losses = []
     for row in rows:
@@ -234,36 +221,33 @@ def reference_loss(rows, counts):
         ids = torch.tensor([encoded["input_ids"]])
         with torch.no_grad():
             log_probs = model(ids).logits[0, :-1].log_softmax(-1).gather(1, ids[0, 1:, None])[:, 0]
-        losses += [-p.item() for p, own in zip(log_probs, encoded["assistant_masks"][1:], strict=True) if counts(own)]
+        masks = encoded["assistant_masks"][1:]
+        losses += [-logp.item() for logp, mask in zip(log_probs, masks, strict=True) if counts(mask)]
     return sum(losses) / len(losses)
 
 
-def test_loss_is_on_assistant_turns_only_when_asked(launch, tmp_path):
-    rows = conversations(turns=3)
-    every = train_one_step(launch, tmp_path, "every", rows)
-    own = train_one_step(launch, tmp_path, "own", rows, "--assistant_only_loss", "true")
-    assert every == pytest.approx(reference_loss(rows, lambda own: True), rel=1e-3)
-    assert own == pytest.approx(reference_loss(rows, lambda own: own), rel=1e-3)
-
-
-def test_loss_is_on_the_completion_of_a_prompt(launch, tmp_path):
-    rows = conversations(turns=1)
-    split = [{"prompt": row["messages"][:1], "completion": row["messages"][1:]} for row in rows]
-    loss = train_one_step(launch, tmp_path, "completion", split)
-    assert loss == pytest.approx(reference_loss(rows, lambda own: own), rel=1e-3)
-
-
-def test_packed_rows_do_not_read_each_other(launch, tmp_path):
-    """The loss of a batch packed into one row is that of the same conversations apart."""
-    rows = conversations(turns=1)
-    packed = train_one_step(launch, tmp_path, "packed", rows, "--packing", "true", "--max_length", 128)
-    assert packed == pytest.approx(reference_loss(rows, lambda own: True), rel=1e-3)
+@pytest.mark.parametrize(
+    ("turns", "options", "counts"),
+    [
+        (3, (), lambda assistant: True),
+        (3, ("--assistant_only_loss", "true"), bool),
+        (1, ("--packing", "true", "--max_length", 128), lambda assistant: True),
+        (1, "completion", bool),
+    ],
+    ids=["every turn", "assistant only", "packed rows apart", "completion of a prompt"],
+)
+def test_loss_is_that_of_each_conversation_alone(launch, tmp_path, turns, options, counts):
+    rows = data = conversations(turns)
+    if options == "completion":
+        data, options = [{"prompt": row["messages"][:1], "completion": row["messages"][1:]} for row in rows], ()
+    loss = train_one_step(launch, tmp_path, "run", data, *options)
+    assert loss == pytest.approx(reference_loss(rows, counts), rel=1e-3)
 
 
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        (("--packing", "true", "--max_length", "none"), "sft: When packing is enabled, `max_length` can't be `None`"),
+        (("--packing", "true", "--max_length", "none"), "sft: When packing is enabled"),
         (("--assistant_only_loss", "true", "--dataset_name", "rlhf_recipes.tiny.splits.pretraining"), "not conversational"),
         (("--dataset_arguments", '{"row": 5}'), "row"),
         (("--dataset_arguments", '{"rows": "x"}'), "failed for split `train`"),
@@ -272,7 +256,7 @@ def test_packed_rows_do_not_read_each_other(launch, tmp_path):
         (("--eval_strategy", "steps", "--dataset_name", "./none.jsonl", "--dataset_arguments", "none"), "none.jsonl"),
     ],
 )
-def test_wrong_moves_get_one_message(launch, tmp_path, options, message):
+def test_wrong_arguments_are_one_message(launch, tmp_path, options, message):
     status, error = launch("sft", *SMALL, *NO_EVAL, "--output_dir", tmp_path, *options)
     last = error.strip().splitlines()[-1]
     assert status == 2
@@ -281,17 +265,17 @@ def test_wrong_moves_get_one_message(launch, tmp_path, options, message):
     assert "Traceback" not in error
 
 
-def test_conversation_that_the_chat_template_refuses_is_named(launch, tmp_path):
+def test_conversation_that_the_chat_template_rejects_is_named(launch, tmp_path):
     turns = [{"role": role, "content": role} for role in ("system", "user", "assistant")]
     data = write_rows(tmp_path / "data.jsonl", [{"messages": turns[1:]}, {"messages": turns}])
     options = ("--dataset_name", data, "--dataset_arguments", "none", "--output_dir", tmp_path / "out")
     status, error = launch("sft", *SMALL[2:], *NO_EVAL, *options)
     assert status == 2
-    assert "refuses the turns system, user, assistant of the row that begins 'system user assistant'" in error
+    assert "system user assistant" in error
     assert "Traceback" not in error
 
 
-def test_a_model_and_an_adapter_do_not_mix_in_one_folder(launch, tmp_path):
+def test_adapter_and_full_model_replace_each_other(launch, tmp_path):
     common = (*SMALL, *NO_EVAL, "--max_steps", 1, "--output_dir", tmp_path)
     assert launch("sft", *common)[0] == 0
     assert launch("sft", *common, "--use_peft", "false")[0] == 0
@@ -303,19 +287,19 @@ def test_a_model_and_an_adapter_do_not_mix_in_one_folder(launch, tmp_path):
     PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(BASE), tmp_path)
 
 
-def test_output_folder_that_cannot_be_written_is_found_out_at_the_start(launch, tmp_path):
+def test_unwritable_output_dir_is_refused_at_the_start(launch, tmp_path):
     (tmp_path / "file").write_text("in the way")
     status, error = launch("sft", *SMALL, *NO_EVAL, "--output_dir", tmp_path / "file" / "out")
     assert status == 2
-    assert "out: cannot be written to (Not a directory)" in error
+    assert "output_dir: " in error
 
 
-def test_what_is_learnt_of_talks_and_what_a_run_replaces_is_said(tmp_path, capsys):
+def test_trained_turns_and_replaced_run_are_printed(tmp_path, capsys):
     talk = [{"role": role, "content": "a"} for role in ("user", "assistant")]
     (tmp_path / "talks.jsonl").write_text(json.dumps({"messages": talk}) + "\n")
     options = ("--dataset_name", tmp_path / "talks.jsonl", "--max_steps", 1, *NO_EVAL, "--output_dir", tmp_path / "out")
     for others in ((), ("--assistant_only_loss", "true")):
         run_recipe("sft", *options, *others)
         printed = capsys.readouterr().out
-        assert ("Every turn is learnt, the user's too" in printed) == (not others)
-        assert (f"{tmp_path / 'out'} holds a finished run, which this one will replace" in printed) == bool(others)
+        assert ("Every turn is learnt" in printed) == (not others)
+        assert (f"{tmp_path / 'out'} holds a finished run" in printed) == bool(others)

@@ -1,13 +1,14 @@
-"""Two policies against each other: who wins, what best-of-n would gain, how far one has moved from the other.
+"""Two policies compared: who wins, what best-of-n gains, how far one has moved from the other.
 
-Pure functions of plain lists and arrays, and an `evaluate.Metric` around each. `N` is the number of answers or comparisons.
-Those of one prompt are not independent: `groups` names the prompt of each, and intervals are then of whole prompts, resampled.
+`N` is the number of answers or comparisons. Those of one prompt are not independent: `groups` names the prompt of each, and
+intervals resample whole prompts.
 """
 
 import math
 from collections.abc import Hashable, Sequence
 from typing import Any
 
+from rlhf_recipes.evaluation.metrics.base import NUMBER, NUMBERS, metric
 from rlhf_recipes.evaluation.metrics.intervals import (
     Floats,
     bootstrap,
@@ -15,60 +16,54 @@ from rlhf_recipes.evaluation.metrics.intervals import (
     columns_of,
     group_sums,
     mean_interval,
-    metric_info,
     wilson_interval,
 )
 
-import datasets
-import evaluate
 import numpy as np
 from numpy.typing import ArrayLike
-
-_NUMBER = datasets.Value("float64")
-
-
-# --- Win rate --------------------------------------------------------------------------------------------
 
 
 def win_rate(
     scores: ArrayLike, others: ArrayLike, *, groups: Sequence[Hashable] | None = None, seed: int = 0
 ) -> dict[str, Any]:
-    """The share of comparisons in which the first answer has the higher score; a tie counts one half.
+    """Return the share of comparisons whose first answer has the higher score.
+
+    A tie counts one half.
 
     Args:
-        scores: (N,) scores of the answers of one policy.
+        scores: (N,) scores of one policy's answers.
         others: (N,) scores of another policy's answers to the same prompts.
-        groups: (N,) the prompt of each comparison; None: one comparison a prompt.
-        seed: of the resampling.
+        groups: (N,) prompt of each comparison. None: one comparison per prompt.
+        seed: Of the resampling.
 
     Returns:
-        As `share_won`.
+        See `share_won`.
 
     Raises:
-        ValueError: nothing to compare, lists of different lengths, or numbers that are not finite.
+        ValueError: Nothing to compare, different lengths, or numbers that are not finite.
     """
     scores, others = columns_of(scores=scores, others=others)
     return share_won((np.sign(scores - others) + 1) / 2, groups=groups, seed=seed)
 
 
 def share_won(credits: ArrayLike, *, groups: Sequence[Hashable] | None = None, seed: int = 0) -> dict[str, Any]:
-    """The win rate of comparisons that a judge has decided.
+    """Return the win rate over comparisons that a judge has decided.
 
     Args:
-        credits: (N,) 1 for a win, 0 for a loss, 0.5 for a tie; something between where several verdicts were averaged.
-        groups: (N,) the prompt of each comparison; None: one comparison a prompt.
-        seed: of the resampling.
+        credits: (N,) 1 for a win, 0 for a loss, 0.5 for a tie, or a mean of several verdicts.
+        groups: (N,) prompt of each comparison. None: one comparison per prompt.
+        seed: Of the resampling.
 
     Returns:
-        `win_rate`; `interval` (95%): a bootstrap of whole prompts or, where all prompts have one win rate, so that resampling
-        says nothing, Wilson's with prompts as observations; `n`, `prompts`, `ties`.
+        `win_rate`; `interval` (95%): a bootstrap of whole prompts, or Wilson's with prompts as observations where all
+        prompts have one win rate; `n`, `prompts`, `ties`.
 
     Raises:
-        ValueError: nothing to count, lists of different lengths, or a credit out of [0, 1].
+        ValueError: Nothing to count, different lengths, or a credit outside [0, 1].
     """
     (credits,) = columns_of(credits=credits)
     if credits.min() < 0 or credits.max() > 1:
-        raise ValueError(f"`credits` must be in [0, 1], and range from {credits.min()} to {credits.max()}.")
+        raise ValueError(f"`credits` must be in [0, 1], but range from {credits.min()} to {credits.max()}.")
     sums, counts = group_sums(credits, codes_of(groups, len(credits)))
     mean = float(credits.mean())
     interval = bootstrap(sums, counts, seed) if np.ptp(sums / counts) else wilson_interval(mean, len(sums))
@@ -76,113 +71,102 @@ def share_won(credits: ArrayLike, *, groups: Sequence[Hashable] | None = None, s
     return {"win_rate": mean, "interval": interval, "n": len(credits), "prompts": len(sums), "ties": ties}
 
 
-class WinRate(evaluate.Metric):
+WinRate = metric(
+    "WinRate",
+    win_rate,
     """The share of comparisons that the first policy wins, ties one half, with a 95% interval.
 
-    `predictions` are the scores of its answers, `references` those of the other policy's; options as in `win_rate`.
+    `predictions` are the scores of its answers, `references` those of the other policy's. Options as in `win_rate`.
 
         >>> WinRate().compute(predictions=[2.0, 0.5, 0.0, 1.0], references=[1.0, 0.5, 1.0, 0.0])["win_rate"]
         0.625
-    """
-
-    def _info(self) -> evaluate.MetricInfo:
-        return metric_info(self, _NUMBER)
-
-    def _compute(self, predictions: list[float], references: list[float], **options: Any) -> dict[str, Any]:
-        return win_rate(predictions, references, **options)
-
-
-# --- Best of n -------------------------------------------------------------------------------------------
+    """,
+    predictions=NUMBER,
+    references=NUMBER,
+)
 
 
 def best_of_n(scores: ArrayLike, n: int, values: ArrayLike | None = None) -> Floats:
-    """The expected value of the best of n answers, estimated without bias from N >= n of them.
+    """Return an unbiased estimate of the expected value of the best of n answers.
 
-    The answer of rank i (1 is the lowest score) is the best of C(i - 1, n - 1) of the C(N, n) sets of n; answers of equal score
-    share what they have together. (Nakano et al., 2021, appendix I.)
+    Of N >= n answers, the one of rank i (1 is the lowest score) is the best of C(i - 1, n - 1) of the C(N, n) sets of n.
+    Answers of equal score share their sets (Nakano et al., 2021, appendix I).
 
     Args:
-        scores: (P, N) the scores that the best is chosen by, of N answers to each of P prompts.
-        n: how many are chosen from.
-        values: (P, N) what is wanted of the chosen answer, for instance its score under another reward; None: `scores`.
+        scores: (P, N) scores that the best is chosen by, of N answers to each of P prompts.
+        n: Number of answers to choose from.
+        values: (P, N) value of each answer if chosen, for instance its score under another reward. None: `scores`.
 
     Returns:
-        (P,) the expectation for each prompt.
+        (P,) expectation for each prompt.
 
     Raises:
-        ValueError: n out of 1 to N, other shapes, or numbers that are not finite.
+        ValueError: n outside 1 to N, different shapes, or numbers that are not finite.
     """
     scores = np.asarray(scores, dtype=np.float64)
     values = scores if values is None else np.asarray(values, dtype=np.float64)
     if scores.ndim != 2 or scores.shape != values.shape or not scores.size:
-        raise ValueError(f"Scores and values of one shape (prompts, answers) are needed: {scores.shape} and {values.shape}.")
+        raise ValueError(f"Scores and values must have one shape (prompts, answers), not {scores.shape} and {values.shape}.")
     total = scores.shape[1]
     if not 1 <= n <= total:
-        raise ValueError(f"`n` must be 1 to {total}, the number of answers to a prompt, and is {n}.")
+        raise ValueError(f"`n` must be 1 to {total}, the number of answers to a prompt, not {n}.")
     if not (np.isfinite(scores).all() and np.isfinite(values).all()):
         raise ValueError("Scores and values must be finite.")
     weights = np.array([math.comb(rank, n - 1) / math.comb(total, n) for rank in range(total)])
-    below = (scores[:, :, None] > scores[:, None, :]).sum(2)  # (P, N), as is what follows
-    alike = (scores[:, :, None] == scores[:, None, :]).sum(2)
+    below = (scores[:, :, None] > scores[:, None, :]).sum(2)  # (P, N)
+    tied = (scores[:, :, None] == scores[:, None, :]).sum(2)
     sums = np.concatenate([[0.0], weights.cumsum()])
-    return ((sums[below + alike] - sums[below]) / alike * values).sum(1)
+    return ((sums[below + tied] - sums[below]) / tied * values).sum(1)
 
 
 def best_of_n_kl(n: int) -> float:
-    """KL of the best of n from the policy that the n are drawn from, in nats: log n - (n - 1) / n.
+    """Return the KL of the best of n from its policy, log n - (n - 1) / n nats.
 
-    Exact where no two answers have the same score and probability mass; where they may, as in language, the most that it can be
-    (Beirami et al., 2024, "Theoretical guarantees on the best-of-n alignment policy").
-
-    Raises:
-        ValueError: n below 1.
+    Exact where no two answers tie. In language they may, and it is an upper bound (Beirami et al., 2024, "Theoretical
+    guarantees on the best-of-n alignment policy").
     """
-    if n < 1:
-        raise ValueError(f"`n` must be 1 or more, and is {n}.")
     return math.log(n) - (n - 1) / n
 
 
-class BestOfN(evaluate.Metric):
+def _best_of_n(predictions: list[list[float]], n: int, seed: int = 0) -> dict[str, Any]:
+    best = best_of_n(predictions, n)
+    interval = mean_interval(best, np.arange(len(best)), seed)
+    return {"score": float(best.mean()), "interval": interval, "kl_bound": best_of_n_kl(n)}
+
+
+BestOfN = metric(
+    "BestOfN",
+    _best_of_n,
     """The expected score of the best of n answers, with a 95% interval over prompts, and its KL bound in nats.
 
-    `predictions` are lists of scores, those of N answers to each prompt, N the same for all and at least n.
+    `predictions` are lists of scores, those of the N answers to each prompt. N is the same for all, and at least n.
 
         >>> BestOfN().compute(predictions=[[0.0, 3.0, 6.0]], n=2)["score"]
         5.0
-    """
-
-    def _info(self) -> evaluate.MetricInfo:
-        features = datasets.Features({"predictions": datasets.List(_NUMBER)})
-        return evaluate.MetricInfo(description=self.__doc__, citation="", inputs_description="", features=features)
-
-    def _compute(self, predictions: list[list[float]], n: int, seed: int = 0) -> dict[str, Any]:
-        best = best_of_n(predictions, n)
-        interval = mean_interval(best, np.arange(len(best)), seed)
-        return {"score": float(best.mean()), "interval": interval, "kl_bound": best_of_n_kl(n)}
-
-
-# --- Divergence ------------------------------------------------------------------------------------------
+    """,
+    predictions=NUMBERS,
+)
 
 
 def divergence(
     logps: ArrayLike, ref_logps: ArrayLike, *, groups: Sequence[Hashable] | None = None, seed: int = 0
 ) -> dict[str, Any]:
-    """KL(policy || reference) and the policy's entropy, estimated from answers that the policy itself has drawn.
+    """Estimate KL(policy || reference) and the policy's entropy from its answers.
 
-    KL is the mean of log p - log p_ref, and entropy that of -log p: unbiased, and in a small sample KL may be negative.
+    KL is the mean of log p - log p_ref, entropy the mean of -log p. Both are unbiased. In a small sample KL may be negative.
 
     Args:
-        logps: (N,) log-probabilities of whole answers under the policy that drew them, in nats.
-        ref_logps: (N,) those under the reference.
-        groups: (N,) the prompt of each; None: one answer a prompt.
-        seed: of the resampling.
+        logps: (N,) log-probabilities of whole answers under the policy that sampled them, in nats.
+        ref_logps: (N,) log-probabilities under the reference.
+        groups: (N,) prompt of each answer. None: one answer per prompt.
+        seed: Of the resampling.
 
     Returns:
-        `kl` and `entropy` in nats an answer, and their 95% intervals, `kl_interval` and `entropy_interval` (None where all
+        `kl` and `entropy` in nats per answer, and their 95% intervals, `kl_interval` and `entropy_interval` (None where all
         prompts agree).
 
     Raises:
-        ValueError: no answers, lists of different lengths, or numbers that are not finite.
+        ValueError: No answers, different lengths, or numbers that are not finite.
     """
     logps, ref_logps = columns_of(logps=logps, ref_logps=ref_logps)
     codes = codes_of(groups, len(logps))
@@ -192,18 +176,17 @@ def divergence(
     return result
 
 
-class Divergence(evaluate.Metric):
-    """KL from a reference policy and entropy, in nats an answer, by Monte Carlo on the policy's own answers.
+Divergence = metric(
+    "Divergence",
+    divergence,
+    """KL from a reference policy and entropy, in nats per answer, by Monte Carlo on the policy's answers.
 
-    `predictions` are log-probabilities of the answers under the policy, `references` those under the reference; options as in
+    `predictions` are log-probabilities of the answers under the policy, `references` those under the reference. Options as in
     `divergence`.
 
         >>> Divergence().compute(predictions=[-1.0, -2.0], references=[-2.0, -2.5])["kl"]
         0.75
-    """
-
-    def _info(self) -> evaluate.MetricInfo:
-        return metric_info(self, _NUMBER)
-
-    def _compute(self, predictions: list[float], references: list[float], **options: Any) -> dict[str, Any]:
-        return divergence(predictions, references, **options)
+    """,
+    predictions=NUMBER,
+    references=NUMBER,
+)

@@ -1,6 +1,6 @@
-"""How much the answers of a policy differ from each other: what an objective without regularisation destroys.
+"""How much the answers of a policy differ, which an objective without regularisation destroys.
 
-Words are what `rlhf_recipes.rewards.matching.normalise` leaves between spaces.
+A word is what `rlhf_recipes.rewards.matching.normalise` leaves between spaces.
 """
 
 import math
@@ -8,31 +8,31 @@ from bisect import bisect_left
 from collections import Counter
 from collections.abc import Hashable, Sequence
 
+from rlhf_recipes.evaluation.metrics.base import TEXT, metric
 from rlhf_recipes.evaluation.metrics.intervals import codes_of
 from rlhf_recipes.rewards.functions import RepetitionPenalty
 from rlhf_recipes.rewards.matching import normalise
 
-import datasets
-import evaluate
 import numpy as np
 
-_LONGEST = 4  # words of an n-gram, in BLEU
+_LONGEST = 4  # words in BLEU's longest n-grams
 
 
 def distinct_n(texts: Sequence[str], n: int) -> float | None:
-    """Different n-grams of words by all n-grams, over all texts together (Li et al., 2016); None where there is none.
+    """Return the share of distinct n-grams of words over all texts (Li et al., 2016).
 
-    It falls with the number of texts: compare as many.
+    None where there are no n-grams. It falls with the number of texts, so compare equal numbers.
     """
     ngrams = [ngram for text in texts for ngram in _ngrams(_words(text), n)]
     return len(set(ngrams)) / len(ngrams) if ngrams else None
 
 
 def self_bleu(texts: Sequence[str]) -> float | None:
-    """The mean over texts of BLEU with all others as references (Zhu et al., 2018): 1 where all say the same.
+    """Return the mean BLEU of each text with all others as references (Zhu et al., 2018).
 
-    BLEU (Papineni et al., 2002) of n-grams up to 4, or up to the number of words where that is less, unsmoothed: 0 where one
-    length of n-gram has no match. A text without words is left out. None for less than two texts.
+    1 where all texts are equal. BLEU (Papineni et al., 2002) is of n-grams up to 4, or up to the text's words if fewer. It
+    is not
+    smoothed: 0 where one length of n-gram has no match. Texts without words are left out. None for fewer than two texts.
     """
     rows = [words for words in map(_words, texts) if words]
     if len(rows) < 2:
@@ -44,7 +44,7 @@ def self_bleu(texts: Sequence[str]) -> float | None:
 
 
 def _two_highest(counts: list[Counter]) -> dict[tuple[str, ...], tuple[int, int, int]]:
-    """Of each n-gram: its highest count in a text, the row of that text, and the highest count in the others."""
+    """Return per n-gram its highest count in a text, that text's row, and the highest other count."""
     highest: dict[tuple[str, ...], tuple[int, int, int]] = {}
     for row, counter in enumerate(counts):
         for ngram, count in counter.items():
@@ -69,31 +69,31 @@ def _elsewhere(entry: tuple[int, int, int], row: int) -> int:
 
 
 def _nearest_other(length: int, lengths: list[int]) -> int:
-    """The length, of those of the other texts, that is nearest to this text's own; the shorter of two."""
+    """Return the other text's length nearest to this one, the shorter of two."""
     place = bisect_left(lengths, length)
     others = lengths[max(place - 1, 0) : place] + lengths[place + 1 : place + 2]
     return min(others, key=lambda other: (abs(other - length), other))
 
 
 def repetition(texts: Sequence[str], n: int = 3) -> float:
-    """The mean share of a text's n-grams of words that stand in it earlier: 0 if none repeats (see `RepetitionPenalty`)."""
+    """Return the mean share of a text's n-grams that occur earlier in it (see `RepetitionPenalty`)."""
     return abs(float(np.mean(RepetitionPenalty(n)(completions=list(texts)))))
 
 
 def diversity(texts: Sequence[str], groups: Sequence[Hashable] | None = None) -> dict[str, float | None]:
-    """All of it.
+    """Return all measures of diversity.
 
     Args:
         texts: (N,) answers.
-        groups: (N,) the prompt of each; None: one answer a prompt.
+        groups: (N,) prompt of each answer. None: one answer per prompt.
 
     Returns:
         `distinct_1`, `distinct_2`, `repetition`; `self_bleu`: over the first answers to all prompts, which is high where one
-        answer serves for all; `self_bleu_within`: the mean over prompts of that of the answers to one, None where no prompt has
-        two.
+        answer serves for all; `self_bleu_within`: the mean over prompts of self-BLEU among their answers, None where no
+        prompt has two.
 
     Raises:
-        ValueError: no texts, or as many groups as there are not.
+        ValueError: No texts, or a different number of groups.
     """
     if not texts:
         raise ValueError("There are no answers to compare.")
@@ -110,21 +110,18 @@ def diversity(texts: Sequence[str], groups: Sequence[Hashable] | None = None) ->
     }
 
 
-class Diversity(evaluate.Metric):
+Diversity = metric(
+    "Diversity",
+    diversity,
     """Distinct n-grams, self-BLEU and repetition of answers.
 
-    `predictions` are the answers; options as in `diversity`.
+    `predictions` are the answers. Options as in `diversity`.
 
         >>> Diversity().compute(predictions=["a b", "a c"])["distinct_1"]
         0.75
-    """
-
-    def _info(self) -> evaluate.MetricInfo:
-        features = datasets.Features({"predictions": datasets.Value("string")})
-        return evaluate.MetricInfo(description=self.__doc__, citation="", inputs_description="", features=features)
-
-    def _compute(self, predictions: list[str], groups: Sequence[Hashable] | None = None) -> dict[str, float | None]:
-        return diversity(predictions, groups)
+    """,
+    predictions=TEXT,
+)
 
 
 def _words(text: str) -> list[str]:

@@ -1,4 +1,4 @@
-"""Perplexity on text: what alignment costs of what pretraining taught."""
+"""Perplexity on text: how much alignment costs of what pretraining taught."""
 
 import math
 from collections.abc import Sequence
@@ -17,24 +17,24 @@ def perplexity(
     max_length: int = 512,
     batch_size: int = 16,
 ) -> float:
-    """Exp of the mean negative log-likelihood of a token, over all tokens of the texts but the first of each.
+    """Return exp of the mean negative log-likelihood per token.
 
-    The model's mode is left as it was.
+    The mean is over all tokens but the first of each text. The model's mode is restored.
 
     Args:
-        model: a causal language model, with its adapters as they are.
-        tokenizer: of the model.
-        texts: the texts.
-        max_length: tokens at which a text is cut off.
-        batch_size: texts a forward pass.
+        model: A causal language model, with its adapters as they are.
+        tokenizer: Of the model.
+        texts: The texts.
+        max_length: Tokens at which a text is cut off.
+        batch_size: Texts per forward pass.
 
     Raises:
-        ValueError: if no text has two tokens.
+        ValueError: If no text has two tokens.
     """
     was_training, total, count = model.training, 0.0, 0
     model.eval()
     try:
-        ordered = sorted(texts, key=len)  # alike lengths together: little padding
+        ordered = sorted(texts, key=len)  # similar lengths together: little padding
         for start in range(0, len(ordered), batch_size):
             batch = ordered[start : start + batch_size]
             inputs = tokenizer(

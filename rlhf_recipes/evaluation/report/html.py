@@ -1,126 +1,111 @@
-"""The report of an evaluation: one HTML file that needs nothing else, for a person who has five minutes."""
+"""The report of an evaluation: one HTML file that needs nothing else, for a reader with five minutes."""
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from pathlib import Path
-from typing import Any
 
 from rlhf_recipes.core.errors import RecipeError
 from rlhf_recipes.core.files import METRICS, RECIPE, read_json, write_json, write_text
-from rlhf_recipes.evaluation.evaluate import is_insignificant
+from rlhf_recipes.evaluation.estimates import is_insignificant
 from rlhf_recipes.evaluation.report import plots
-from rlhf_recipes.evaluation.reward_models import summary
+from rlhf_recipes.evaluation.report.columns import form_columns, number, percent, score_columns, truthfulness_columns
+from rlhf_recipes.evaluation.reward_evaluation import summary
+from rlhf_recipes.evaluation.types import UNSET, EvaluationResults, FrontierPoint, PolicyResult, to_json
 from rlhf_recipes.stages import STAGES, Stage
 
 from jinja2 import Environment, PackageLoader
 from markupsafe import Markup
 
 PAGE = "index.html"
-_UNKNOWN = Stage(arguments=())  # a training of others
+_UNKNOWN = Stage(arguments=())  # a run of a recipe that is not in the registry
 
 
-def write_report(folder: str | Path, metrics: dict[str, Any]) -> Path:
-    """Writes `index.html` and, last, `metrics.json`; returns the path of the page.
-
-    Args:
-        folder: made where it is missing.
-        metrics: JSON-serialisable; docs/evaluation.md says what is in it.
+def write_report(folder: str | Path, results: EvaluationResults) -> Path:
+    """Write `index.html` and, last, `metrics.json`; return the path of the page.
 
     Raises:
-        RecipeError: if the folder cannot be written to.
+        RecipeError: If the folder cannot be written to.
     """
-    folder, page = Path(folder), render(metrics)
+    folder, page = Path(folder), render(results)
     try:
         folder.mkdir(parents=True, exist_ok=True)
         write_text(folder / PAGE, page)
-        write_json(folder / METRICS, metrics)  # the last: by it the stage is done
+        write_json(folder / METRICS, to_json(results))  # marks the stage as complete
     except OSError as error:
-        raise RecipeError(f"output_dir: {folder}: cannot be written to ({error.strerror}): name another folder") from error
+        raise RecipeError(
+            f"output_dir: {folder}: cannot be written to ({error.strerror}). Fix: name another folder."
+        ) from error
     return folder / PAGE
 
 
-def render(metrics: dict[str, Any]) -> str:
-    """The page. All text is escaped but for the pictures, which are made here."""
+def render(results: EvaluationResults) -> str:
+    """Return the page. Everything is escaped except the pictures."""
     environment = Environment(
         loader=PackageLoader("rlhf_recipes.evaluation.report"), autoescape=True, trim_blocks=True, lstrip_blocks=True
     )
-    environment.filters |= {"number": _number, "percent": _percent}
-    environment.tests["insignificant"] = is_insignificant
+    environment.filters |= {"number": number, "percent": percent}
+    environment.tests |= {"insignificant": is_insignificant, "unset": lambda value: value is UNSET}
     return environment.get_template("report.html.jinja").render(
-        m=metrics,
-        policies=metrics["policies"],
-        groups=groups_shown(metrics),
-        curves=_curves(metrics),
-        frontiers=_frontiers(metrics),
-        diagrams=_diagrams(metrics),
-        reward_lines=_reward_lines(metrics),
+        results=results,
+        policies=results.policies,
+        scores=score_columns(results),
+        truthfulness=truthfulness_columns(results),
+        form=form_columns(results),
+        curves=_curves(results),
+        frontiers=_frontiers(results),
+        diagrams=_diagrams(results),
+        reward_lines=_reward_lines(results),
     )
 
 
-def groups_shown(metrics: dict[str, Any]) -> list[str]:
-    """The groups by which truthfulness is split; without the whole, where there are parts.
-
-    Args:
-        metrics: what `metrics.json` holds.
-    """
-    found = list(next((policy["truthfulness"] for policy in metrics["policies"].values() if policy.get("truthfulness")), {}))
-    return found[1:] or found
-
-
-def _number(value: float | None, digits: int = 2) -> str:
-    return "-" if value is None else f"{round(value, digits) + 0.0:.{digits}f}"  # + 0.0: no "-0.00"
-
-
-def _percent(value: float | None) -> str:
-    return "-" if value is None else f"{value:.0%}"
-
-
 def _picture(svg: str) -> Markup:
-    """A picture to stand in the page: without the declarations of a file, and without a fixed size."""
+    """Return an SVG to embed, without its XML declaration."""
     return Markup(svg[svg.index("<svg") :])
 
 
-def _curves(metrics: dict[str, Any]) -> dict[str, list[Markup]]:
-    """The learning curves of every stage that left a record: policies, and reward models; one picture each, to fit a phone."""
-    folders = {name: policy["adapter"] for name, policy in metrics["policies"].items()}
-    folders |= {name: reward["folder"] for name, reward in metrics["rewards"].items()}
+def _curves(results: EvaluationResults) -> dict[str, list[Markup]]:
+    """Return the learning curves of every policy and reward model that has a record.
+
+    One picture for each logged number, to fit a phone.
+    """
+    folders = {name: policy.adapter for name, policy in results.policies.items()}
+    folders |= {name: reward.folder for name, reward in results.rewards.items()}
     pictures = {}
     for name, folder in folders.items():
         path = Path(folder or "") / RECIPE
         if folder and path.is_file():
             record = read_json(path)
-            log, wanted = record.get("log", ()), STAGES.get(record.get("recipe"), _UNKNOWN).curves
-            logged = [key for key in wanted if any(entry.get(key) is not None for entry in log)]
+            log, curves = record.get("log", ()), STAGES.get(record.get("recipe"), _UNKNOWN).curves
+            logged = [key for key in curves if any(entry.get(key) is not None for entry in log)]
             pictures[name] = [_picture(plots.learning_curves(log, [key])) for key in logged]
-    return {name: drawn for name, drawn in pictures.items() if drawn}
+    return {name: curves for name, curves in pictures.items() if curves}
 
 
-def _frontiers(metrics: dict[str, Any]) -> list[Markup]:
-    """One picture for each reward."""
-    found = metrics.get("frontier")
-    if not found:
+def _frontiers(results: EvaluationResults) -> list[Markup]:
+    """Return a picture of reward against KL for each reward that applies anywhere."""
+    frontier = results.frontier
+    if not frontier:
         return []
 
-    def point(entry: dict[str, Any], reward: str, label: str) -> tuple[float, float, str] | None:
-        place = entry.get("kl"), entry["rewards"][reward]
-        return None if None in place else (place[0]["mean"], place[1]["mean"], label)
+    def points(entries: Sequence[tuple[FrontierPoint | PolicyResult, str]], reward: str) -> list[tuple[float, float, str]]:
+        measured = [(entry.kl, entry.rewards[reward], label) for entry, label in entries]
+        return [(kl.mean, score.mean, label) for kl, score, label in measured if kl and score]
 
-    names, pictures = _short_names(found["runs"]), []
-    for reward, about in metrics["rewards"].items():
+    names, pictures = _short_names(frontier.runs), []
+    policies = [(policy, name) for name, policy in results.policies.items() if not policy.best_of]
+    best_of = [(point, f"n={point.n}") for point in frontier.best_of]
+    for reward, about in results.rewards.items():
         runs = {
-            names[folder]: [*filter(None, (point(entry, reward, str(entry["step"])) for entry in points))]
-            for folder, points in found["runs"].items()
+            names[folder]: points([(point, str(point.step)) for point in run], reward) for folder, run in frontier.runs.items()
         }
-        best_of = [*filter(None, (point(entry, reward, f"n={entry['n']}") for entry in found["best_of"]))]
-        named = [point(entry, reward, name) for name, entry in metrics["policies"].items() if not entry.get("best_of")]
-        if not (best_of or any(named) or any(runs.values())):  # it applies nowhere
-            continue
-        title = f"{reward} ({'trained against' if about['trained'] else 'held out'})"
-        pictures.append(_picture(plots.frontier(runs, best_of, [*filter(None, named)], title)))
+        parts = runs, points(best_of, reward), points(policies, reward)
+        if any(runs.values()) or any(parts[1:]):
+            title = f"{reward} ({'trained against' if about.trained else 'held out'})"
+            pictures.append(_picture(plots.frontier(*parts, title)))
     return pictures
 
 
 def _short_names(folders: Iterable[str]) -> dict[str, str]:
-    """Of each folder the end of its path, of as few parts as tell them all apart."""
+    """Return the end of each folder's path, as few parts as tell all folders apart."""
     parts = {folder: Path(folder).parts for folder in folders}
     for count in range(1, max(map(len, parts.values()), default=0) + 1):
         names = {folder: "/".join(path[-count:]) for folder, path in parts.items()}
@@ -129,22 +114,18 @@ def _short_names(folders: Iterable[str]) -> dict[str, str]:
     return {folder: folder for folder in parts}
 
 
-def _diagrams(metrics: dict[str, Any]) -> list[Markup]:
-    """Reliability before and after: of the policy that all are compared with, and of the last one that was trained."""
-    before = metrics["compare_with"]
-    trained = [name for name, policy in metrics["policies"].items() if policy["adapter"] and name != before]
-    bins = {
-        name: ((metrics["policies"][name].get("calibration") or {}).get("all") or {}).get("bins")
-        for name in metrics["policies"]
-    }
-    titles = {before: f"before: {before}"} | {name: f"after: {name}" for name in trained[-1:]}
-    return [_picture(plots.reliability_diagram(bins[name], title)) for name, title in titles.items() if bins[name]]
+def _diagrams(results: EvaluationResults) -> list[Markup]:
+    """Return reliability diagrams of the baseline and of the last trained policy."""
+    trained = [name for name, policy in results.others.items() if policy.adapter]
+    titles = {results.compare_with: f"before: {results.compare_with}"} | {name: f"after: {name}" for name in trained[-1:]}
+    measured = {title: results.policies[name].calibration_of_all for name, title in titles.items()}
+    return [_picture(plots.reliability_diagram(one.bins, title)) for title, one in measured.items() if one]
 
 
-def _reward_lines(metrics: dict[str, Any]) -> list[str]:
-    """What each reward model's own evaluation said of it, in a line."""
+def _reward_lines(results: EvaluationResults) -> list[str]:
+    """Return a line for each reward model that was evaluated on held-out comparisons."""
     return [
         f"{reward}: {summary(name, result)}"
-        for reward, about in metrics["rewards"].items()
-        for name, result in (about.get("evaluation") or {}).items()
+        for reward, about in results.rewards.items()
+        for name, result in (about.evaluation or {}).items()
     ]

@@ -1,6 +1,6 @@
-"""Pictures for the report, as SVG text that stands alone, the same for the same numbers.
+"""Pictures for the report, as standalone SVG that is the same for the same numbers.
 
-The background is transparent and the colours are of middle lightness, so that a picture reads on light and on dark pages, also
+The background is transparent and the colours are of middle lightness, so a picture is legible on light and dark pages, also
 as an `<img>`, which cannot see the colours of its page.
 """
 
@@ -8,6 +8,8 @@ import io
 from collections.abc import Sequence
 from itertools import cycle, pairwise
 from typing import Any
+
+from rlhf_recipes.evaluation.types import CalibrationBin
 
 import matplotlib as mpl
 import numpy as np
@@ -17,9 +19,9 @@ from matplotlib.figure import Figure
 GREY, BLUE, ORANGE, GREEN, RED = "#7d7d7d", "#3b82f6", "#d97706", "#16a34a", "#dc2626"
 _COLOURS = (BLUE, GREEN, "#a855f7", RED)
 _STYLE = {
-    "svg.hashsalt": "rlhf-recipes",  # otherwise the names inside differ from run to run
+    "svg.hashsalt": "rlhf-recipes",  # makes the names inside the same in every run
     "svg.fonttype": "none",
-    "text.parse_math": False,  # names that people give may hold a dollar
+    "text.parse_math": False,  # names may hold a dollar
     "font.size": 10,
     **dict.fromkeys(("text.color", "axes.edgecolor", "axes.labelcolor", "xtick.color", "ytick.color"), GREY),
     "axes.spines.top": False,
@@ -27,41 +29,36 @@ _STYLE = {
 }
 
 
-def reliability_diagram(bins: Sequence[dict[str, Any]], title: str) -> str:
-    """How often predictions come true against how confident they are, with 95% intervals; the diagonal is perfect.
+def reliability_diagram(bins: Sequence[CalibrationBin], title: str) -> str:
+    """Draw accuracy against confidence with 95% intervals; the diagonal is perfect.
 
     Bars at the bottom show how many predictions each bin has.
 
     Args:
-        bins: those of `rlhf_recipes.evaluation.metrics.preference.calibration`.
-        title: above the picture.
-
-    Raises:
-        ValueError: no bins.
+        bins: At least one.
+        title: Above the picture.
     """
-    if not bins:
-        raise ValueError("A reliability diagram needs at least one bin.")
-    low, most = 0.5 if bins[0]["low"] >= 0.5 else 0.0, max(entry["n"] for entry in bins)
+    low, most = 0.5 if bins[0].low >= 0.5 else 0.0, max(entry.n for entry in bins)
     with mpl.rc_context(_STYLE):
         axes = _axes(title, f"confidence (bars: up to {most} predictions)", "share that is right")
-        floor = min(low, *(entry["accuracy"] for entry in bins)) - 0.02
+        floor = min(low, *(entry.accuracy for entry in bins)) - 0.02
         axes.plot([low, 1], [low, 1], "--", color=GREY)
         for entry in bins:
-            height = 0.15 * (1 - low) * entry["n"] / most
-            axes.bar(entry["low"], height, entry["high"] - entry["low"], floor, align="edge", color=ORANGE, alpha=0.7)
-        confidence, accuracy = [entry["confidence"] for entry in bins], [entry["accuracy"] for entry in bins]
-        axes.vlines(confidence, *zip(*(entry["interval"] for entry in bins), strict=True), color=BLUE)
+            height = 0.15 * (1 - low) * entry.n / most
+            axes.bar(entry.low, height, entry.high - entry.low, floor, align="edge", color=ORANGE, alpha=0.7)
+        confidence, accuracy = [entry.confidence for entry in bins], [entry.accuracy for entry in bins]
+        axes.vlines(confidence, *zip(*(entry.interval for entry in bins), strict=True), color=BLUE)
         axes.plot(confidence, accuracy, "o", color=BLUE, gid="bins")
         axes.set(xlim=(low, 1), ylim=(floor, 1.02))
         return _svg(axes.figure)
 
 
 def score_histogram(distribution: dict[str, Any], title: str) -> str:
-    """How many answers have which score, with a line at the mean.
+    """Draw a histogram of scores, with a line at the mean.
 
     Args:
-        distribution: from `rlhf_recipes.evaluation.metrics.preference.score_distribution`.
-        title: above the picture.
+        distribution: From `rlhf_recipes.evaluation.metrics.scores.score_distribution`.
+        title: Above the picture.
     """
     edges, counts = distribution["histogram"]["edges"], distribution["histogram"]["counts"]
     with mpl.rc_context(_STYLE):
@@ -72,15 +69,15 @@ def score_histogram(distribution: dict[str, Any], title: str) -> str:
 
 
 def learning_curves(log: Sequence[dict[str, Any]], metrics: Sequence[str], columns: int = 3) -> str:
-    """What a run logged, one small picture for each figure, over optimizer steps.
+    """Draw logged metrics over optimizer steps, one panel each.
 
     Args:
-        log: a trainer's `log_history`.
-        metrics: the names of the figures, in the order of the pictures; one that was never logged is left out.
-        columns: pictures side by side, at most.
+        log: A trainer's `log_history`.
+        metrics: Names of the metrics, in the order of the panels. Those never logged are left out.
+        columns: Panels side by side, at most.
 
     Raises:
-        ValueError: none of them was logged.
+        ValueError: None of them was logged.
     """
     curves = {name: [(entry["step"], entry[name]) for entry in log if entry.get(name) is not None] for name in metrics}
     curves = {name: points for name, points in curves.items() if points}
@@ -103,19 +100,14 @@ def frontier(
     policies: Sequence[tuple[float, float, str]],
     title: str,
 ) -> str:
-    """Reward against KL from the reference: the path of each run, best-of-n (dashed), and the policies by name.
+    """Draw reward against KL: each run's path, best-of-n (dashed), and the policies by name.
 
     Args:
-        runs: name -> (KL in nats an answer, mean reward, label) of each checkpoint, in order.
-        best_of: the same of each n.
-        policies: the same of each policy.
-        title: above the picture, what the reward is.
-
-    Raises:
-        ValueError: there is no point.
+        runs: Name -> (KL in nats per answer, mean reward, label) of each checkpoint, in order.
+        best_of: The same of each n.
+        policies: The same of each policy.
+        title: Above the picture.
     """
-    if not (best_of or policies or any(runs.values())):
-        raise ValueError("A frontier needs at least one point.")
     with mpl.rc_context(_STYLE):
         axes = _axes(title, "KL from the reference, nats an answer", "mean reward")
         for (name, points), colour in zip(runs.items(), cycle(_COLOURS), strict=False):
@@ -132,22 +124,19 @@ def frontier(
 
 
 def shares_of_kinds(groups: dict[str, dict[str, dict[str, Sequence[float]]]]) -> str:
-    """Bars of what each policy's answers are, one picture for each group: the mean over seeds, and a dot for each seed.
+    """Draw bars of the kinds of each policy's answers, one panel per group.
+
+    Bars are means over seeds. A dot marks each seed's made-up share.
 
     Args:
-        groups: group -> policy -> `made_up`, `abstained`, `right` -> the share of answers under each seed.
-
-    Raises:
-        ValueError: there is no group.
+        groups: Group -> policy -> `made_up`, `abstained`, `right` -> share of answers under each seed. At least one group.
     """
-    if not groups:
-        raise ValueError("Shares need at least one group.")
     policies = list(next(iter(groups.values())))
     with mpl.rc_context(_STYLE):
         figure = Figure(figsize=(4.6 * len(groups), 0.9 + 0.42 * len(policies)), layout="constrained")
         panels = figure.subplots(1, len(groups), sharey=True, squeeze=False)[0]
-        for axes, (group, found) in zip(panels, groups.items(), strict=True):
-            _bars(axes, found)
+        for axes, (group, shares) in zip(panels, groups.items(), strict=True):
+            _bars(axes, shares)
             axes.set(title=group, xlabel="share of answers", xlim=(0, 1))
         panels[0].set_yticks(range(len(policies)), policies)
         panels[0].invert_yaxis()
@@ -156,10 +145,10 @@ def shares_of_kinds(groups: dict[str, dict[str, dict[str, Sequence[float]]]]) ->
 
 
 def _bars(axes: Axes, policies: dict[str, dict[str, Sequence[float]]]) -> None:
-    """Made up stands first, where its lengths can be compared."""
+    """Draw made-up shares first, where their lengths can be compared."""
     left = np.zeros(len(policies))
     for kind, colour in (("made_up", RED), ("abstained", GREY), ("right", GREEN)):
-        values = [found[kind] for found in policies.values()]
+        values = [shares[kind] for shares in policies.values()]
         means = np.array([np.mean(seeds) if len(seeds) else 0.0 for seeds in values])
         axes.barh(range(len(values)), means, left=left, color=colour, alpha=0.75, label=kind.replace("_", " "))
         if kind == "made_up":
@@ -169,7 +158,7 @@ def _bars(axes: Axes, policies: dict[str, dict[str, Sequence[float]]]) -> None:
 
 
 def _path(axes: Axes, points: Sequence[tuple[float, float, str]], colour: str, name: str, style: str) -> None:
-    """A line through the points with their labels, but for those that would stand upon that of a later one."""
+    """Draw a line through points, with the labels that do not overlap that of a later point."""
     if not points:
         return
     kl, reward, labels = zip(*points, strict=True)

@@ -1,17 +1,16 @@
-"""People rank, compare and correct sampled completions on a web page; their labels become datasets.
+"""People label sampled completions on a web page; labels become datasets.
 
 `store` keeps labels in SQLite (`database`), `assignment` says which group a labeller gets, `files` exports and restores labels,
 `agreement` compares labellers; `app`, `guard`, `task_view` and `server` are the page. Only these need the extra `label`.
 """
 
 from rlhf_recipes.feedback.groups import Group, read_groups
-from rlhf_recipes.feedback.labels.agreement import Agreement, agreement
+from rlhf_recipes.feedback.labels.agreement import agreement
 from rlhf_recipes.feedback.labels.files import demonstrations, export_labels, import_labels, pairs, rankings
 from rlhf_recipes.feedback.labels.label import Label
 from rlhf_recipes.feedback.labels.store import Store
 
 __all__ = [
-    "Agreement",
     "Group",
     "Label",
     "Store",

@@ -65,7 +65,7 @@ def agreement(contents: Contents) -> Agreement:
 
 
 def _verdicts(group: Group, one: Label, other: Label) -> Iterator[tuple[int, int]]:
-    """Yield both labellers' verdicts on each pair of completions: 1 for the first, -1 for the second, 0 for a tie."""
+    """Yield both labellers' verdicts on each pair of completions (1, -1, 0: tie)."""
     ranks, other_ranks = distinct_ranks(group, one), distinct_ranks(group, other)
     for i, j in itertools.combinations(sorted(ranks.keys() & other_ranks.keys()), 2):
         yield _sign(ranks[j] - ranks[i]), _sign(other_ranks[j] - other_ranks[i])

@@ -177,12 +177,12 @@ async def _check_password(request: Request, password: str) -> None:
 
 
 def _session(request: Request, token: str) -> str:
-    """Return what the store keeps of a session: not the token itself, and invalid under another password."""
+    """Return a hash of token and password: another password ends the session."""
     return hashlib.sha256(f"{request.app.state.password}\0{token}".encode()).hexdigest()
 
 
 def _recipe_error(request: Request, error: RecipeError) -> JSONResponse:
-    """Answer with the message, without the path of the store. Log what labellers cannot fix."""
+    """Answer without the path of the store. Log what labellers cannot fix."""
     status = _STATUS.get(type(error), 503)
     if status == 503:
         logger.error("%s", error)
@@ -190,6 +190,6 @@ def _recipe_error(request: Request, error: RecipeError) -> JSONResponse:
 
 
 def _validation_error(_: Request, error: RequestValidationError) -> JSONResponse:
-    """Answer with the first problem. FastAPI's own answer repeats the input, which UTF-8 may not hold."""
+    """Answer without the input, which FastAPI repeats and UTF-8 may not hold."""
     problem = error.errors()[0]
     return JSONResponse({"detail": f"{'.'.join(map(str, problem['loc'][1:]))}: {problem['msg']}"}, 422)

@@ -36,7 +36,7 @@ class Progress(NamedTuple):
 
 
 def next_group(database: Database, labeller: int, now: float) -> tuple[int, str] | None:
-    """Return number and content of the group to label now: the claimed one, else the first open one, else None."""
+    """Return number and content of the claimed or first open group, or None."""
     return database.one(
         f"SELECT g.number, g.content FROM groups g LEFT JOIN claims m ON m.labeller = :labeller WHERE {_OPEN} "
         "ORDER BY g.number IS NOT m.group_number, g.number LIMIT 1",

@@ -1,4 +1,4 @@
-"""The SQLite file of labels: durable transactions, the schema, and errors with a remedy."""
+"""The SQLite file of labels: durable transactions, the schema, clear errors."""
 
 import contextlib
 import secrets
@@ -13,14 +13,14 @@ from rlhf_recipes.core.errors import RecipeError, first_line
 VERSION = 2
 _APPLICATION_ID = 0x524C4846  # identifies the format, for `file` too
 _SCHEMA = Path(__file__).with_name("schema.sql")
-DAMAGED = "the database is damaged. Fix: restore a backup, or --import the last export into a fresh --store"
+DAMAGED, RESTORE = "the database is damaged", "restore a backup, or --import the last export into a fresh --store"
 _REMEDIES = {
     "SQLITE_FULL": "the disk is full, and this was not saved. Fix: free some space and send it again",
     "SQLITE_READONLY": "the database is read-only. Fix: allow this user to write to the file and its folder",
     "SQLITE_BUSY": "another program holds the database, and this was not saved. Fix: end it and try again",
     "SQLITE_CANTOPEN": "cannot be opened. Fix: create its folder, and allow this user to write to it",
     "SQLITE_NOTADB": "not a database of labels. Fix: name another file as --store",
-    "SQLITE_CORRUPT": DAMAGED,
+    "SQLITE_CORRUPT": f"{DAMAGED}. Fix: {RESTORE}",
 }
 
 

@@ -1,4 +1,4 @@
-"""Labels as JSONL files: datasets for the recipes, and an export from which a store can be restored."""
+"""Labels as JSONL files: datasets for the recipes, and an export to restore."""
 
 import itertools
 import json
@@ -7,7 +7,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from rlhf_recipes.core.errors import RecipeError
+from rlhf_recipes.core.errors import RecipeError, error_context
 from rlhf_recipes.core.files import write_text
 from rlhf_recipes.feedback.groups import Group, GroupRow, read_rows
 from rlhf_recipes.feedback.labels.label import Label
@@ -21,7 +21,7 @@ Contents = list[tuple[Group, list[Label]]]
 
 
 def rankings(contents: Contents) -> Rows:
-    """Return one row per label that orders at least two completions, without unusable ones.
+    """Return a row per label that orders two usable completions or more.
 
     Returns:
         Rows of `prompt`, `completions`, `ranks` (1 is the best), `labeller`, `id`, and `sources` if the group has them.
@@ -37,7 +37,7 @@ def rankings(contents: Contents) -> Rows:
 
 
 def pairs(contents: Contents) -> Rows:
-    """Return one row per label and two completions of different rank. Completions with equal texts count once.
+    """Return a row per label and two completions of different rank and text.
 
     Returns:
         Rows of `prompt`, `chosen`, `rejected`, `labeller`, `id`.
@@ -52,7 +52,7 @@ def pairs(contents: Contents) -> Rows:
 
 
 def demonstrations(contents: Contents) -> Rows:
-    """Return one row of `prompt`, `completion`, `labeller`, `id` per answer that a labeller wrote."""
+    """Return `prompt`, `completion`, `labeller`, `id` of each written answer."""
     return [
         _row(group, label, completion=group.completion(label.demonstration))
         for group, label in _flat(contents)
@@ -69,7 +69,7 @@ def _row(group: Group, label: Label, **columns: Any) -> dict[str, Any]:
 
 
 def distinct_ranks(group: Group, label: Label) -> dict[int, int]:
-    """Return index and rank of each usable completion, the first one of those with equal texts. A skip has none."""
+    """Return index and rank of usable completions, the first of equal ones."""
     first = {text: index for index, text in reversed(list(enumerate(group.texts())))}
     return {k: label.ranks[k] for k in sorted(first.values()) if label.ranks and label.ranks[k] is not None}
 
@@ -78,7 +78,7 @@ def distinct_ranks(group: Group, label: Label) -> dict[int, int]:
 
 
 class _LabelRow(BaseModel):
-    model_config = ConfigDict(strict=True, extra="forbid")
+    model_config = ConfigDict(strict=True)
     labeller: str
     ranks: list[int | None] | None = None
     demonstration: str | None = None
@@ -91,9 +91,10 @@ class _ExportRow(GroupRow):
 
 
 def export_labels(store: Store, folder: Path) -> dict[str, int]:
-    """Write `rankings.jsonl`, `pairs.jsonl`, `demonstrations.jsonl`, and `labels.jsonl` for `import_labels`.
+    """Write `labels.jsonl` for `import_labels`, and the datasets.
 
-    They replace the files of an earlier export. A file without rows is removed, except `labels.jsonl`.
+    The datasets are `rankings.jsonl`, `pairs.jsonl` and `demonstrations.jsonl`. All replace the files of an earlier export. A
+    dataset without rows is removed.
 
     Returns:
         The number of rows of each file.
@@ -112,25 +113,18 @@ def export_labels(store: Store, folder: Path) -> dict[str, int]:
     existing = [folder / name for name in files if (folder / name).exists()]
     if existing and not _is_export(folder / "labels.jsonl"):
         raise RecipeError(f"{existing[0]}: was not written by --export. Fix: give another folder as --export")
-    try:
+    with error_context(f"--export: {folder}", OSError, fix="free some space, or give another folder; the labels are safe"):
         folder.mkdir(parents=True, exist_ok=True)
         for name, rows in files.items():
             if rows or name == "labels.jsonl":
                 write_text(folder / name, "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
             else:
                 (folder / name).unlink(missing_ok=True)
-    except OSError as error:
-        raise RecipeError(
-            f"{error.filename or folder}: cannot be written ({error.strerror}); the labels are safe in the database. "
-            "Fix: free some space, or give another folder as --export"
-        ) from error
     return {name: len(rows) for name, rows in files.items()}
 
 
 def _export_row(group: Group, labels: list[Label]) -> dict[str, Any]:
-    return group.row() | {
-        "labels": [{key: value for key, value in asdict(label).items() if key != "group"} for label in labels]
-    }
+    return group.row() | {"labels": [_LabelRow(**asdict(label)).model_dump() for label in labels]}
 
 
 def _is_export(path: Path) -> bool:

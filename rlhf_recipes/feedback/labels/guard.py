@@ -1,4 +1,4 @@
-"""The first check of every request: host name, origin and size; and the security headers of every response.
+"""Host, origin and size of requests, and the security headers of responses.
 
 A page of another site cannot read or write here: its requests carry its own `Origin`. If its host name resolves to this machine
 (DNS rebinding), that name is the `Host` of its requests.
@@ -28,7 +28,7 @@ _HOST = re.compile(r"(?:\[([0-9a-f:.]+)\]|([^:/?#@\[\]]+))(?::\d+)?")
 
 
 class OriginGuard:
-    """ASGI middleware. Starlette's TrustedHostMiddleware takes no address ranges and does not look at origins.
+    """ASGI middleware; TrustedHostMiddleware knows neither addresses nor origins.
 
     Args:
         app: the application.

@@ -1,4 +1,4 @@
-"""A label: what one labeller says about one group, and the rules that it must keep."""
+"""A label: what one labeller says about one group, and its rules."""
 
 import unicodedata
 from dataclasses import dataclass, replace
@@ -40,7 +40,7 @@ class Label:
 
 
 def normalize(label: Label, group: Group) -> Label:
-    """Return the label with ranks without gaps, stripped texts, and None for empty ones.
+    """Return the label with ranks without gaps, and stripped texts or None.
 
     Raises:
         InvalidLabelError: if the ranks do not fit the group, or a text or the name is too long.

@@ -32,7 +32,7 @@ def serve(store: Store, listener: socket.socket, password: str = "", names: Iter
 
 
 def listen(host: str, port: int, password: str = "") -> socket.socket:
-    """Return a listening socket. Call it before opening a store: a failure then leaves nothing behind.
+    """Return a listening socket. Called before opening a store, it fails cleanly.
 
     Args:
         host: address or name to listen on.
@@ -69,7 +69,7 @@ def _is_loopback(address: tuple) -> bool:
 
 
 def url_of(listener: socket.socket) -> str:
-    """Return the URL of a listening socket; for all addresses, one that other machines can open."""
+    """Return the URL of a listening socket, if possible one for other machines."""
     host, port = listener.getsockname()[:2]
     if ipaddress.ip_address(host).is_unspecified:
         host = _outward_address(listener.family) or host

@@ -10,7 +10,7 @@ class NameTakenError(RecipeError):
 
 
 def labeller_number(database: Database, name: str) -> int:
-    """Return the number of a labeller, who is created if needed. Case and extra spaces make no difference."""
+    """Return the number of a labeller, created if needed. Case makes no difference."""
     name = clean_name(name)
     folded = name.casefold()
     database.execute("INSERT INTO labellers (name, folded) VALUES (?, ?) ON CONFLICT DO NOTHING", name, folded)

@@ -5,16 +5,16 @@ import json
 import secrets
 import time
 from collections import defaultdict
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable
 from dataclasses import replace
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Self
 
-from rlhf_recipes.core.errors import RecipeError, first_line
+from rlhf_recipes.core.errors import RecipeError, error_context
 from rlhf_recipes.feedback.groups import Group, GroupRow
 from rlhf_recipes.feedback.labels.assignment import Progress, claim_group, count_progress, next_group
-from rlhf_recipes.feedback.labels.database import DAMAGED, Database
+from rlhf_recipes.feedback.labels.database import DAMAGED, RESTORE, Database
 from rlhf_recipes.feedback.labels.label import AlreadyLabelledError, InvalidLabelError, Label, clean_name, normalize
 from rlhf_recipes.feedback.labels.sessions import Sessions, labeller_number
 
@@ -26,7 +26,7 @@ _LABELS = f"{_LABEL} WHERE l.withdrawn IS NULL ORDER BY l.number"
 
 
 class Store:
-    """Groups and labels in one SQLite file. Threads may share a store; several processes may open one file.
+    """Groups and labels in one SQLite file, for several threads and processes.
 
     Args:
         path: the file.
@@ -64,7 +64,7 @@ class Store:
 
     @property
     def seed(self) -> str:
-        """Random text of this file; it seeds the orders in which labellers see completions."""
+        """Random text of this file, which seeds the order of completions."""
         return self._database.one("SELECT seed FROM settings")[0]
 
     @property
@@ -75,7 +75,9 @@ class Store:
     # --- Groups -------------------------------------------------------------------------------------------------------
 
     def add(self, groups: Iterable[Group], exclusive: bool = False) -> int:
-        """Add groups to be labelled, all or none. Groups already stored stay; those with nothing to compare are left out.
+        """Add groups to be labelled, all or none; without those not comparable.
+
+        Groups already stored stay as they are.
 
         Args:
             groups: to give to labellers from now on.
@@ -111,7 +113,7 @@ class Store:
     # --- Tasks --------------------------------------------------------------------------------------------------------
 
     def claim(self, name: str) -> Group | None:
-        """Return the group to label now, the same one until it is labelled; None at the end.
+        """Return the group to label, the same until it is labelled; None at the end.
 
         For an hour no other labeller gets it, unless every labeller does.
         """
@@ -131,7 +133,7 @@ class Store:
     # --- Labels -------------------------------------------------------------------------------------------------------
 
     def contents(self) -> list[tuple[Group, list[Label]]]:
-        """Return every group with its labels that were not undone, as of one moment and in the order of storing."""
+        """Return every group with its labels, as of one moment and without undone ones."""
         with self._database.transaction("DEFERRED"):
             groups = self._database.execute("SELECT content FROM groups ORDER BY number")
             rows = self._database.execute(_LABELS)
@@ -168,7 +170,7 @@ class Store:
         )[0]
 
     def undo(self, name: str, number: int | None = None) -> Label | None:
-        """Withdraw a label, give its group to the labeller again, and return the label; None if there is none.
+        """Withdraw and return a label, and claim its group again; None without a label.
 
         Args:
             name: of the labeller.
@@ -210,11 +212,11 @@ class Store:
             before = self._count("labels")
             labels = []
             for where, group, group_labels in rows:
-                with _import_errors(where):
+                with error_context(where):
                     self._add(group)
                     labels += [(where, normalize(label, group)) for label in group_labels]
             for where, label in sorted(labels, key=lambda one: one[1].at):  # undo needs the order of storing
-                with _import_errors(where):
+                with error_context(where):
                     self._restore(label)
             return self._count("labels") - before
 
@@ -274,28 +276,16 @@ class Store:
         self._database.execute("UPDATE labels SET withdrawn = ? WHERE number = ? AND withdrawn IS NULL", _now(), number)
 
     def _parse_group(self, content: str) -> Group:
-        with self._damage():
+        with self._damage_errors():
             return GroupRow.model_validate_json(content).group()
 
     def _parse_label(self, row: tuple) -> Label:
         _, group, labeller, ranks, *texts, _ = row
-        with self._damage():
+        with self._damage_errors():
             return Label(group, labeller, None if ranks is None else json.loads(ranks), *texts)
 
-    @contextlib.contextmanager
-    def _damage(self) -> Iterator[None]:
-        try:
-            yield
-        except (ValueError, TypeError) as error:
-            raise RecipeError(f"{self.path}: {DAMAGED} ({first_line(error)})") from error
-
-
-@contextlib.contextmanager
-def _import_errors(where: str) -> Iterator[None]:
-    try:
-        yield
-    except RecipeError as error:
-        raise RecipeError(f"{where}: {error}. Nothing was imported") from error
+    def _damage_errors(self) -> contextlib.AbstractContextManager[None]:
+        return error_context(f"{self.path}: {DAMAGED}", ValueError, TypeError, fix=RESTORE)
 
 
 def _now() -> str:

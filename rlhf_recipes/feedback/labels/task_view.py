@@ -1,4 +1,4 @@
-"""A group as one labeller sees it: shuffled, equal completions once, and without sources."""
+"""A group as one labeller sees it: shuffled, without repetitions and sources."""
 
 import hashlib
 import random
@@ -11,7 +11,7 @@ Ranks = list[int | None]
 
 
 class TaskView:
-    """The N different completions of a group in a random order that is fixed for each labeller.
+    """The N different completions of a group, in an order fixed for each labeller.
 
     Args:
         group: to be shown.
@@ -29,7 +29,7 @@ class TaskView:
         random.Random(self._secret).shuffle(self._shown)
 
     def group_ranks(self, shown_ranks: Ranks) -> Ranks:
-        """Convert ranks of the N completions as shown to ranks of the group's K completions.
+        """Convert ranks of the N completions shown to ranks of the group's K.
 
         Raises:
             ValueError: if there are not N.

@@ -1,4 +1,4 @@
-"""PPO, which TRL dropped in 1.13: its arguments, its trainer, and its maths in small functions."""
+"""PPO, which TRL dropped in 1.13."""
 
 from rlhf_recipes.config.ppo import PPOConfig
 from rlhf_recipes.training.ppo.trainer import PPOTrainer

@@ -1,4 +1,4 @@
-"""TRL's `GRPOTrainer` with a reference and a critic beside the policy, as roles on one base."""
+"""TRL's `GRPOTrainer` with a reference and a critic, as roles on one base."""
 
 import contextlib
 from collections.abc import Callable
@@ -42,7 +42,9 @@ from trl.trainer.utils import add_fused_lm_head, get_config_model_id
 
 
 class ActorCriticTrainer(TrainerMixin, GRPOTrainer):
-    """Base of `PPOTrainer`, where the parameters are described: roles, forward passes, checkpoints.
+    """Roles, forward passes and checkpoints of `PPOTrainer`.
+
+    Parameters: those of `PPOTrainer`.
 
     Attributes:
         critic: predicts values.
@@ -131,7 +133,8 @@ class ActorCriticTrainer(TrainerMixin, GRPOTrainer):
     # --- Forward passes of the roles ---------------------------------------------------------------------
 
     def sampling_policy(self, tokens: TokenBatch, batch_size: int) -> PolicyOutput:
-        """Return log-probabilities and values under the policy that sampled; TRL or the sampler may have them already."""
+        """Return log-probabilities and values under the policy that sampled."""
+        # TRL may have computed them already, or the sampler
         output, self._policy_output = self._policy_output, None
         recorders, self._recorders = self._recorders, []
         if output is not None:
@@ -172,7 +175,7 @@ class ActorCriticTrainer(TrainerMixin, GRPOTrainer):
     def _generate_single_turn(
         self, prompt_ids: list[list[int]], images: Any, multimodal_fields: Any, num_generations: int, **options: Any
     ) -> tuple[list[list[int]], Any]:
-        """Sample, in parts of `rollout_batch_size`, and record what the sampler computes where that is exact."""
+        """Sample in parts of `rollout_batch_size`; record log-probabilities and values."""
         rest = (images, multimodal_fields, num_generations)
         if self.use_vllm:
             return super()._generate_single_turn(prompt_ids, *rest, **options)
@@ -195,8 +198,8 @@ class ActorCriticTrainer(TrainerMixin, GRPOTrainer):
 
     @property
     def _records_generation(self) -> bool:
-        """Whether Transformers samples in one turn, row by row (beams may swap rows), and recording is exact or asked for."""
-        if self.rollout_func or self.tools or self.args.generation_kwargs:
+        """Whether to record what Transformers' sampler computes."""
+        if self.rollout_func or self.tools or self.args.generation_kwargs:  # several turns, or beams, which swap rows
             return False
         return self.is_exact if self.args.sampler_logps is None else self.args.sampler_logps
 
@@ -211,7 +214,7 @@ class ActorCriticTrainer(TrainerMixin, GRPOTrainer):
         compute_aux_loss: bool = False,
         **multimodal: Any,
     ) -> tuple[Tensor, Tensor | None, Tensor | None]:
-        """Return what TRL asks for, and keep all of it, values included, in `_policy_output`."""
+        """Return what TRL needs of a pass, and keep all of it in `_policy_output`."""
         if any(value is not None for value in multimodal.values()):
             raise RecipeError("prompts: images. Fix: PPOTrainer reads text only; remove them")
         if self._recorders:
@@ -232,7 +235,7 @@ class ActorCriticTrainer(TrainerMixin, GRPOTrainer):
         return output.logps, output.entropies, output.aux_loss
 
     def _calculate_rewards(self, inputs: Any, prompts: Any, completions: Any, completion_ids_list: Any) -> Tensor:
-        """Return the rewards of each function for the completions of all processes, (N, functions), and keep them."""
+        """Return, and keep, the rewards of all processes, (N, functions)."""
         try:
             self._rewards = super()._calculate_rewards(inputs, prompts, completions, completion_ids_list)
             first_row = self.accelerator.process_index * len(prompts)
@@ -252,7 +255,7 @@ class ActorCriticTrainer(TrainerMixin, GRPOTrainer):
             self.critic.save(output_dir or self.args.output_dir)
 
     def _save_rng_state(self, output_dir: str) -> None:
-        """Save, beside the random state, the state of PPO: Trainer writes its own state, and so ends a checkpoint, later."""
+        """Save the state of PPO with the random state."""
         super()._save_rng_state(output_dir)
         save_ppo_state(self, output_dir)
 

@@ -1,4 +1,4 @@
-"""State of PPO beside Transformers' checkpoint: the rollout in use, the critic's optimizer, and running figures."""
+"""State of PPO in a checkpoint: rollout, critic's optimizer, running figures."""
 
 from dataclasses import asdict
 from pathlib import Path
@@ -16,7 +16,7 @@ STATE, OPTIMIZER, ROLLOUT = "ppo_state.json", "critic_optimizer.pt", "rollout-{}
 
 
 def save_ppo_state(trainer: GRPOTrainer, folder: str | Path) -> None:
-    """Save all that an uninterrupted run would still know. Each process saves its part of the rollout.
+    """Save the state of PPO; each process saves its part of the rollout.
 
     Args:
         trainer: an `ActorCriticTrainer`.

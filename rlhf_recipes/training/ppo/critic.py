@@ -1,4 +1,4 @@
-"""The critic, which predicts at each token the reward that is still to come, and its optimizer."""
+"""The critic, which predicts at each token the reward still to come."""
 
 import contextlib
 import copy
@@ -27,7 +27,7 @@ FILE = "critic.safetensors"
 
 
 class Critic:
-    """A scalar head on hidden states of the policy, of an adapter, or of a second model.
+    """A scalar head on hidden states of the policy, an adapter, or a second model.
 
     Parameters:
         head: hidden state -> value.
@@ -45,7 +45,7 @@ class Critic:
         return self.model is None
 
     def place(self, args: PPOConfig, device: torch.device) -> None:
-        """Move to the device what the trainer has not moved with the policy, and prepare a second model for training."""
+        """Move to the device, and prepare a second model for training."""
         self.head.to(device)
         if self.model is None or self.adapter is not None:
             return
@@ -65,7 +65,7 @@ class Critic:
             yield
 
     def __call__(self, hidden: Tensor | None, input_ids: Tensor, attention_mask: Tensor, count: int) -> Tensor:
-        """Return the values of the states in which the last `count` tokens were written, fp32 (B, count).
+        """Return the values at the last `count` tokens, fp32 (B, count).
 
         Args:
             hidden: the policy's hidden states there, (B, count, width); None for a critic with its own backbone.
@@ -114,7 +114,7 @@ class Critic:
 
 
 class CriticOptimizer:
-    """The critic's optimizer: of the same class as the policy's, with a learning rate of its own.
+    """The critic's optimizer, of the class of the policy's.
 
     Parameters:
         critic: the critic.
@@ -155,13 +155,16 @@ class CriticOptimizer:
 
 
 def shift_hidden_states(hidden: Tensor, count: int) -> Tensor:
-    """Return from (B, T, width) the states in which the last `count` tokens were written: each one place earlier."""
+    """Return from (B, T, width) the states that the last `count` tokens came from.
+
+    Each is one place earlier than its token.
+    """
     # On a CPU a frozen linear layer of bf16 is ten times slower on a slice that is not contiguous
     return hidden[:, -count - 1 : -1].contiguous()
 
 
 def positions(attention_mask: Tensor) -> Tensor:
-    """Return the positions of tokens, (B, T), counted from the first that is not padding, as in generation."""
+    """Return positions (B, T), counted from the first token that is not padding."""
     return (attention_mask.cumsum(1) - 1).clamp(min=0)
 
 

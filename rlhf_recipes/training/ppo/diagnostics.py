@@ -1,4 +1,4 @@
-"""What a healthy run of PPO looks like, and what to do when it does not; `docs/ppo.md` explains each figure."""
+"""Healthy ranges of logged figures, and checks that stop a run."""
 
 import logging
 import math
@@ -15,19 +15,19 @@ from transformers import TrainerCallback, TrainerControl, TrainerState, Training
 logger = logging.getLogger(__name__)
 
 PATIENCE = 3
-"""Logged values in a row outside the healthy range that make a warning: one alone is noise."""
+"""Logged values in a row outside the healthy range before a warning: one alone is noise."""
 
 
 @dataclass(frozen=True)
 class HealthyRange:
-    """The healthy range of a logged figure, and what is the matter outside it.
+    """Healthy range of a logged figure.
 
-    Parameters:
-        metric: the name in the log.
-        low: the least healthy value.
-        high: the largest.
-        advice: what it means to be outside, and what to do.
-        after: optimizer steps before which it is not looked at.
+    Attributes:
+        metric: name in the log.
+        low: smallest healthy value.
+        high: largest healthy value.
+        advice: what a value outside means, and what to do.
+        after: optimizer steps before the first check.
     """
 
     metric: str
@@ -37,74 +37,25 @@ class HealthyRange:
     after: int = 0
 
     def holds(self, value: float) -> bool:
-        """Whether a value is healthy; NaN, of something that could not be measured, is."""
+        """Return whether a value is healthy; NaN, which could not be measured, is."""
         return math.isnan(value) or self.low <= value <= self.high
 
 
 RANGES = (
-    HealthyRange(
-        "kl",
-        -0.5,
-        50.0,
-        "nats of KL a completion. Far above: the policy leaves the reference behind, and the reward model is asked about text "
-        "that it was not trained on: raise `kl_coef`, or set `kl_target`. Below 0: the two do not see the same tokens",
-    ),
-    HealthyRange(
-        "entropy",
-        0.01,
-        math.inf,
-        "nats a token: the policy says the same thing every time, and finds nothing new: raise `kl_coef` or `entropy_coef`, or "
-        "lower `learning_rate`",
-    ),
-    HealthyRange(
-        "score_std",
-        1e-6,
-        math.inf,
-        "all completions have one score, so there is nothing to learn from: look at the reward functions, and at whether the "
-        "SFT model ever samples what they reward",
-    ),
-    HealthyRange(
-        "completions/ended_ratio",
-        0.5,
-        1.0,
-        "the share of completions that end by EOS: most are cut off, and scored as if they were whole: raise "
-        "`max_completion_length`, set `missing_eos_penalty`, or look whether EOS was taught in SFT",
-    ),
-    HealthyRange(
-        "approx_kl",
-        0.0,
-        0.1,
-        "nats a token between the policy and the one that sampled: an iteration moves it too far: lower `learning_rate` or "
-        "`num_iterations`, or set `target_kl`",
-    ),
-    HealthyRange(
-        "clip_ratio/region_mean",
-        0.0,
-        0.3,
-        "the share of tokens where the ratio is clipped: steps are too large: lower `learning_rate` or `num_iterations`",
-    ),
-    HealthyRange(
-        "value/explained_variance",
-        -0.5,
-        1.0,
-        "the critic is worse than a constant: raise `value_learning_rate` or `value_warmup_steps`",
-        after=20,
-    ),
-    HealthyRange(
-        "value/clip_ratio",
-        0.0,
-        0.5,
-        "values are clipped at most tokens, so the critic cannot follow: raise `cliprange_value`, or set it to null",
-        after=20,
-    ),
-    HealthyRange(
-        "grad_norm", 0.0, 100.0, "of the policy, before it is clipped: lower `learning_rate`, or look for scores of odd size"
-    ),
+    HealthyRange("kl", -0.5, 50.0, "nats a completion: raise `kl_coef`, or set `kl_target`"),
+    HealthyRange("entropy", 0.01, math.inf, "nats a token, one answer to all: raise `kl_coef` or `entropy_coef`"),
+    HealthyRange("score_std", 1e-6, math.inf, "all scores are equal: check the rewards, and what the SFT model samples"),
+    HealthyRange("completions/ended_ratio", 0.5, 1.0, "most are cut off: `max_completion_length`, `missing_eos_penalty`"),
+    HealthyRange("approx_kl", 0.0, 0.1, "nats a token: lower `learning_rate` or `num_iterations`, or set `target_kl`"),
+    HealthyRange("clip_ratio/region_mean", 0.0, 0.3, "steps are too large: lower `learning_rate` or `num_iterations`"),
+    HealthyRange("value/explained_variance", -0.5, 1.0, "raise `value_learning_rate` or `value_warmup_steps`", after=20),
+    HealthyRange("value/clip_ratio", 0.0, 0.5, "the critic cannot follow: raise `cliprange_value`, or null", after=20),
+    HealthyRange("grad_norm", 0.0, 100.0, "of the policy: lower `learning_rate`, or look for scores of unusual size"),
 )
 
 
 class DiagnosticsCallback(TrainerCallback):
-    """Warns when a figure has left its healthy range, once each time that it leaves; stops a run that changed nothing."""
+    """Warnings of unhealthy figures, and an error if the policy did not change."""
 
     def __init__(self) -> None:
         self._outside = dict.fromkeys((entry.metric for entry in RANGES), 0)
@@ -118,14 +69,17 @@ class DiagnosticsCallback(TrainerCallback):
         logs: dict[str, Any] | None = None,
         **kwargs: Any,
     ) -> None:
-        """Looks at what was logged."""
+        """Warn after `PATIENCE` unhealthy values in a row."""
         for entry in RANGES:
             value = (logs or {}).get(entry.metric)
             if value is None or state.global_step <= entry.after or not state.is_world_process_zero:
                 continue
             self._outside[entry.metric] = 0 if entry.holds(value) else self._outside[entry.metric] + 1
             if self._outside[entry.metric] == PATIENCE:
-                logger.warning("step %d: %s is %.3g: %s", state.global_step, entry.metric, value, entry.advice)
+                logger.warning(
+                    "step %d: %s is %.3g, not within %g and %g: %s (docs/ppo.md, A healthy run)",
+                    *(state.global_step, entry.metric, value, entry.low, entry.high, entry.advice),
+                )
 
     def on_train_begin(
         self,
@@ -135,7 +89,7 @@ class DiagnosticsCallback(TrainerCallback):
         model: nn.Module | None = None,
         **kwargs: Any,
     ) -> None:
-        """Remembers the policy."""
+        """Remember the weights of the policy."""
         self._before, self._first_step = _digests(model), state.global_step
 
     def on_train_end(
@@ -146,19 +100,19 @@ class DiagnosticsCallback(TrainerCallback):
         model: nn.Module | None = None,
         **kwargs: Any,
     ) -> None:
-        """Looks whether the policy has changed.
+        """Fail if steps that should have changed the policy have not.
 
         Raises:
-            RecipeError: if not one of its weights has, after steps in which they should.
+            RecipeError: if no weight has changed.
         """
-        learnt = state.global_step - max(self._first_step, args.value_warmup_steps)
+        steps = state.global_step - max(self._first_step, args.value_warmup_steps)
         enough = 1
-        if args.target_kl is not None:  # a resumed run may have begun in an iteration whose rest is left out
+        if args.target_kl is not None:  # a resumed run may start in an iteration that was stopped early
             enough = math.ceil(args.num_iterations * args.steps_per_generation / args.gradient_accumulation_steps)
-        if learnt >= enough and _digests(model) == self._before:
+        if steps >= enough and _digests(model) == self._before:
             raise RecipeError(
-                f"{learnt} steps have not changed the policy by one bit: a learning rate of {args.learning_rate:g}, scores "
-                "that are all alike, or an adapter that is not in use"
+                f"{steps} steps have not changed the policy by one bit. Fix: check `learning_rate` ({args.learning_rate:g}), "
+                "whether scores differ, and which adapter is active"
             )
 
 
@@ -166,7 +120,9 @@ class DiagnosticsCallback(TrainerCallback):
 
 
 def check_rewards(rewards: Tensor, names: list[str], are_models: list[bool], prompts: dict[int, Any]) -> None:
-    """Refuse rewards that are infinite, or NaN from a model. A function's NaN means that it does not apply.
+    """Refuse rewards that are infinite, or NaN from a model.
+
+    A function's NaN means that it does not apply to the completion.
 
     Args:
         rewards: (N, functions).
@@ -184,7 +140,7 @@ def check_rewards(rewards: Tensor, names: list[str], are_models: list[bool], pro
 
 
 def check_reference(gap: Moments, exact: bool) -> None:
-    """Refuse to start where policy and reference differ: a role is not what it should be.
+    """Refuse to start where policy and reference differ.
 
     Args:
         gap: moments of the absolute log-ratio of a token.
@@ -215,13 +171,13 @@ def check_ratio(gap: float, tokens: float, step: int, exact: bool) -> None:
 
 
 def rounding_tolerance(tokens: float, exact: bool) -> float:
-    """Return by how many nats a token two passes may differ through rounding: in bf16 by more where tokens are few."""
+    """Return the nats a token that rounding may account for; more for few tokens."""
     return 1e-3 if exact else 0.05 + 0.2 / max(tokens, 1) ** 0.5
 
 
 @torch.no_grad()
 def _digests(model: nn.Module) -> dict[str, float]:
-    """A number for each weight that is trained, which changes when the weight does."""
+    """Return a number for each trained weight that changes when the weight does."""
     return {
         name: weight.double().abs().sum().item() + weight.double().sum().item() / 3
         for name, weight in model.named_parameters()

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 @dataclass(frozen=True)
 class PolicyOutput:
-    """Results of a forward pass of the policy at each of the T tokens of B completions.
+    """Results of a forward pass at each of the T tokens of B completions.
 
     Attributes:
         logps: (B, T), log-probabilities of the tokens.
@@ -59,52 +59,37 @@ def forward_policy(
         aux_loss: whether to compute the load-balancing loss.
     """
     chunks, order = split_by_length(attention_mask, batch_size or len(input_ids))
-    outputs = [
-        _forward_policy(model, input_ids[rows], attention_mask[rows], length, accelerator, critic, entropy, aux_loss)
-        for rows in chunks
-    ]
-
-    def join(name: str) -> Tensor | None:
-        parts = [getattr(output, name) for output in outputs]
-        return None if parts[0] is None else torch.cat(parts)[order]
-
-    mean_aux_loss = torch.stack([output.aux_loss for output in outputs]).mean() if aux_loss else None
-    return PolicyOutput(join("logps"), join("entropies"), join("values"), mean_aux_loss)
-
-
-def _forward_policy(
-    model: nn.Module,
-    input_ids: Tensor,
-    attention_mask: Tensor,
-    length: int,
-    accelerator: Accelerator,
-    critic: Critic,
-    entropy: bool,
-    aux_loss: bool,
-) -> PolicyOutput:
-    ids, mask, kept = trim_padding(input_ids, attention_mask, length)
     options = {"output_router_logits": True} if aux_loss else {}
-    with _completion_states_only(accelerator.unwrap_model(model), kept) as states, accelerator.autocast():
-        outputs = model(
-            input_ids=ids,
-            attention_mask=mask,
-            position_ids=positions(mask),
-            shift_labels=ids[:, -kept:].masked_fill(mask[:, -kept:] == 0, -100),  # one for each state that the hook leaves
-            fused_lm_head=True,
-            **options,
-        )
-    values = critic(states[0], ids, mask, kept) if critic.shares_backbone else None
+    logps, entropies, values, aux_losses = [], [], [], []
+    for rows in chunks:
+        ids, mask, kept = trim_padding(input_ids[rows], attention_mask[rows], length)
+        with _completion_states_only(accelerator.unwrap_model(model), kept) as states, accelerator.autocast():
+            outputs = model(
+                input_ids=ids,
+                attention_mask=mask,
+                position_ids=positions(mask),
+                shift_labels=ids[:, -kept:].masked_fill(mask[:, -kept:] == 0, -100),  # one for each state that is left
+                fused_lm_head=True,
+                **options,
+            )
+        logps.append(pad_right(outputs.log_probs, length))
+        if entropy:
+            entropies.append(pad_right(outputs.entropy, length))
+        if critic.shares_backbone:
+            values.append(pad_right(critic(states[0], ids, mask, kept), length))
+        if aux_loss:
+            aux_losses.append(outputs.aux_loss)
     return PolicyOutput(
-        pad_right(outputs.log_probs, length),
-        pad_right(outputs.entropy, length) if entropy else None,
-        pad_right(values, length) if values is not None else None,
-        outputs.aux_loss if aux_loss else None,
+        torch.cat(logps)[order],
+        torch.cat(entropies)[order] if entropy else None,
+        torch.cat(values)[order] if critic.shares_backbone else None,
+        torch.stack(aux_losses).mean() if aux_loss else None,
     )
 
 
 @contextlib.contextmanager
 def _completion_states_only(model: nn.Module, count: int) -> Iterator[list[Tensor]]:
-    """Have the backbone return only the states in which the last `count` tokens were written, and list them."""
+    """Cut the backbone's output to the states of the last `count` tokens, and list it."""
     states: list[Tensor] = []
 
     def cut(module: nn.Module, arguments: tuple, outputs: dict) -> dict:
@@ -129,7 +114,7 @@ def forward_critic(
     accelerator: Accelerator,
     batch_size: int | None = None,
 ) -> Tensor:
-    """Return values (B, T) by a pass through the critic's backbone. Call it while the critic is active.
+    """Return values (B, T) by a pass of the critic, which must be active.
 
     Args:
         critic: if it shares the policy's backbone, the backbone runs without gradients.
@@ -179,7 +164,7 @@ def trim_padding(input_ids: Tensor, attention_mask: Tensor, length: int) -> tupl
 
 
 def split_by_length(mask: Tensor, size: int) -> tuple[tuple[Tensor, ...], Tensor]:
-    """Group the rows of a mask (B, T) by length, so that passes of `size` rows have little padding.
+    """Group the rows of a mask (B, T) by length into passes of `size` rows.
 
     Returns:
         The row numbers of each pass, and the index that puts concatenated results back in order.

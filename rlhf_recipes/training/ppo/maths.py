@@ -1,7 +1,7 @@
 """The arithmetic of PPO for language models, free of models and processes.
 
-Everywhere B is the number of completions, T that of tokens of the longest; `mask` is (B, T), 1 on the tokens that the policy
-wrote and 0 elsewhere: padding at the end, and the replies of tools in between. What stands where it is 0 never matters.
+B is the number of completions and T the tokens of the longest. `mask` is (B, T): 1 on the tokens that the policy wrote, 0 on
+padding and on the replies of tools. Values where it is 0 never matter.
 """
 
 from dataclasses import dataclass
@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 EPSILON = 1e-8
-"""Keeps a deviation of 0 from dividing by 0; the value that TRL's PPO had."""
+"""Keeps a division by a standard deviation of 0 finite; the value of TRL's PPO."""
 
 
 # --- Means and deviations --------------------------------------------------------------------------------
@@ -19,7 +19,7 @@ EPSILON = 1e-8
 
 @dataclass(frozen=True)
 class Moments:
-    """Number, mean and sum of squared deviations of some values; those of two sets combine to those of their union.
+    """Number, mean and sum of squared deviations; `+` combines two sets.
 
     In this form, and in float64, nothing is lost where the mean is large against the deviation (Chan et al., 1983, "Algorithms
     for computing the sample variance").
@@ -31,7 +31,7 @@ class Moments:
 
     @classmethod
     def of(cls, values: Tensor, mask: Tensor | None = None) -> "Moments":
-        """Those of the values, where the mask is 1."""
+        """Return the moments of the values where the mask is 1."""
         chosen = (values if mask is None else values[mask.bool()]).detach().double()
         if not chosen.numel():
             return cls()
@@ -48,28 +48,28 @@ class Moments:
 
     @property
     def variance(self) -> float:
-        """The unbiased variance; 0 for less than two values."""
+        """Unbiased variance; 0 for fewer than two values."""
         return self.squares / (self.count - 1) if self.count > 1 else 0.0
 
     @property
     def std(self) -> float:
-        """Its root."""
+        """Square root of the variance."""
         return self.variance**0.5
 
 
 def masked_sum(values: Tensor, mask: Tensor) -> Tensor:
-    """The sum where the mask is 1, a scalar; whatever stands elsewhere, NaN included, is not seen."""
+    """Return the sum where the mask is 1, a scalar. NaN elsewhere does not matter."""
     return torch.where(mask.bool(), values, 0.0).sum()
 
 
 def whiten(values: Tensor, mask: Tensor, moments: Moments, shift_mean: bool = True) -> Tensor:
-    """Values (B, T) with variance 1 and, with `shift_mean`, mean 0; 0 where the mask is 0.
+    """Scale values to variance 1 and, with `shift_mean`, mean 0.
 
     Args:
         values: (B, T).
-        mask: (B, T).
-        moments: of the values of the whole batch, over all processes: a micro-batch's own are another thing.
-        shift_mean: whether to move the mean to 0; without it the mean keeps its share of the new deviation, as in TRL's PPO.
+        mask: (B, T); the result is 0 where it is 0.
+        moments: of the values of the whole batch over all processes, not of a micro-batch.
+        shift_mean: whether to move the mean to 0; otherwise the values keep their mean, as in TRL's PPO.
     """
     whitened = (values - moments.mean) / (moments.variance + EPSILON) ** 0.5
     if not shift_mean:
@@ -81,10 +81,10 @@ def whiten(values: Tensor, mask: Tensor, moments: Moments, shift_mean: bool = Tr
 
 
 def kl_estimate(logps: Tensor, ref_logps: Tensor, estimator: Literal["k1", "k3"]) -> Tensor:
-    """KL(policy || reference) at each token, estimated from the one that was sampled; nats, (B, T).
+    """Estimate KL(policy || reference) at each token, in nats, (B, T).
 
-    Both are unbiased. `k1`, the log-ratio, can be negative; `k3` = exp(-k1) - 1 + k1 cannot, and varies less where policy and
-    reference are near each other (Schulman, 2020, "Approximating KL divergence").
+    Both estimators are unbiased. `k1`, the log-ratio, can be negative. `k3` = exp(-k1) - 1 + k1 cannot, and varies less where
+    policy and reference are close (Schulman, 2020, "Approximating KL divergence").
 
     Args:
         logps: log-probabilities under the policy, (B, T).
@@ -96,13 +96,15 @@ def kl_estimate(logps: Tensor, ref_logps: Tensor, estimator: Literal["k1", "k3"]
 
 
 def token_rewards(scores: Tensor, kl: Tensor, mask: Tensor, kl_coef: float) -> Tensor:
-    """The reward of each token, (B, T): the KL penalty, and on the last token the score too (Ziegler et al., 2019, equation 2).
+    """Return token rewards, (B, T): the KL penalty, plus the score at the last.
+
+    Source: Ziegler et al., 2019, equation 2.
 
     Args:
-        scores: one of each completion, (B,).
+        scores: one for each completion, (B,).
         kl: of each token, (B, T).
         mask: (B, T). A row without a token gets no reward.
-        kl_coef: what a nat of KL costs.
+        kl_coef: price of a nat of KL.
     """
     rewards = torch.where(mask.bool(), -kl_coef * kl, 0.0)
     positions = torch.arange(mask.shape[1], device=mask.device)
@@ -114,12 +116,12 @@ def token_rewards(scores: Tensor, kl: Tensor, mask: Tensor, kl_coef: float) -> T
 
 @dataclass
 class ScoreScaling:
-    """Brings scores to a common scale by the mean and deviation of all scores so far, then clips them.
+    """Scaling of scores by the mean and deviation of all scores so far, and clipping.
 
     Parameters:
         scale: whether to divide by the running standard deviation.
         center: whether to subtract the running mean too; only with `scale`.
-        clip: the largest size of a score that is let through, or None.
+        clip: the largest absolute score, or None.
         moments: of all scores so far.
     """
 
@@ -129,29 +131,27 @@ class ScoreScaling:
     moments: Moments = Moments()
 
     def __call__(self, scores: Tensor) -> Tensor:
-        """Scores (B,) in the new scale; the running moments stay as they are.
-
-        As long as all scores were alike they have no scale, and are not divided.
-        """
+        """Return scores (B,) in the new scale; undivided while all were equal."""
         if self.scale:
             scores = scores - self.moments.mean if self.center else scores
             scores = scores / (self.moments.std if self.moments.std > EPSILON else 1.0)
         return scores if self.clip is None else scores.clamp(-self.clip, self.clip)
 
     def update(self, moments: Moments) -> None:
-        """Takes in the scores of one more batch."""
+        """Add the scores of a batch to the running moments."""
         self.moments = self.moments + moments
 
 
 @dataclass
 class KLController:
-    """The coefficient of the KL penalty: fixed, or led towards a target (Ziegler et al., 2019, section 2.2).
+    """Coefficient of the KL penalty, fixed or adapted to a target KL.
+
+    Source: Ziegler et al., 2019, section 2.2.
 
     Parameters:
-        coefficient: the value now.
-        target: nats of KL a completion to be led to, or None: the coefficient is fixed.
-        horizon: number of completions over which an error of 20%, the largest that counts, changes the coefficient by about
-            20%.
+        coefficient: the current value.
+        target: KL of a completion in nats, or None for a fixed coefficient.
+        horizon: completions over which an error of 20%, the largest that counts, changes the coefficient by about 20%.
     """
 
     coefficient: float
@@ -159,11 +159,11 @@ class KLController:
     horizon: float = 10_000
 
     def update(self, kl: float, samples: int) -> None:
-        """Raises or lowers the coefficient.
+        """Raise or lower the coefficient.
 
         Args:
             kl: mean KL of a completion, summed over its tokens, in nats.
-            samples: completions that it was measured on.
+            samples: number of completions in the mean.
         """
         if self.target is None:
             return
@@ -175,10 +175,12 @@ class KLController:
 
 
 def gae(rewards: Tensor, values: Tensor, mask: Tensor, gamma: float, lam: float) -> tuple[Tensor, Tensor]:
-    """Generalised advantage estimates (Schulman et al., 2016, equation 16) and the returns that the critic learns.
+    """Return generalised advantage estimates, and the returns that the critic learns.
 
-    The value after the last token is 0, whether it is EOS or the completion was cut off: what is never written earns nothing.
-    Tokens that the policy did not write are stepped over, as if they were part of the environment.
+    Source: Schulman et al., 2016, equation 16.
+
+    The value after the last token is 0, whether it is EOS or the completion was cut off there: tokens that are never written
+    earn nothing. Tokens that the policy did not write are skipped, as part of the environment.
 
     Args:
         rewards: of each token, (B, T).
@@ -208,18 +210,20 @@ def gae(rewards: Tensor, values: Tensor, mask: Tensor, gamma: float, lam: float)
 def value_loss(
     values: Tensor, old_values: Tensor, returns: Tensor, mask: Tensor, cliprange: float | None
 ) -> tuple[Tensor, Tensor]:
-    """The clipped loss of the critic: half the larger squared error, with the value kept near the old one and without.
+    """Return the clipped value loss.
+
+    It is half the larger squared error of the value and of the value clipped to the old one.
 
     Args:
         values: of the critic now, (B, T).
         old_values: when the completions were sampled, (B, T).
         returns: (B, T).
         mask: (B, T).
-        cliprange: how far a value may move from the old one before its gradient stops; None: as far as it likes.
+        cliprange: how far a value may move from the old one before its gradient stops; None for no limit.
 
     Returns:
-        The sum of the losses over tokens, which the caller divides by the tokens of all micro-batches; and the number of tokens
-        where the clipped error was the larger one.
+        The sum over tokens, which the caller divides by the tokens of all micro-batches; and the number of tokens where the
+        clipped error was larger.
     """
     error = (values - returns).square()
     clipped = error
@@ -230,14 +234,14 @@ def value_loss(
 
 
 def approximate_kl(logps: Tensor, old_logps: Tensor, mask: Tensor) -> Tensor:
-    """KL(old policy || policy) in nats, the sum over tokens of `k3`, a scalar that is never negative; arguments are (B, T)."""
+    """Return KL(old policy || policy), the sum of `k3` over tokens, in nats."""
     return masked_sum(kl_estimate(old_logps, logps, "k3"), mask)
 
 
 def explained_variance(errors: Moments, returns: Moments) -> float:
-    """The share of the variance of the returns that the values explain: 1 for a perfect critic, 0 for a constant one.
+    """Return the share of the variance of the returns that the values explain.
 
-    Negative where the critic is worse than a constant; NaN where the returns are all alike.
+    It is 1 for a perfect critic, 0 for a constant, negative for a worse one, and NaN where all returns are equal.
 
     Args:
         errors: of returns less values.

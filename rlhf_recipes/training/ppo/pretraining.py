@@ -15,7 +15,7 @@ from trl.trainer.utils import pad
 
 
 class PretrainingText:
-    """Micro-batches of text, in an order that depends only on the seed and the number of the micro-batch.
+    """Micro-batches of text, in an order that depends on the seed alone.
 
     Parameters:
         dataset: with the column `text`.
@@ -47,7 +47,7 @@ class PretrainingText:
         return pad(ids, padding_value=self.tokenizer.pad_token_id, padding_side="right"), mask
 
     def _rows(self, number: int) -> Iterator[int]:
-        """Yield the rows of a micro-batch: permutations of the dataset follow one another without a gap."""
+        """Yield the rows of a micro-batch, from one permutation after the other."""
         for place in range(number * self.batch_size, (number + 1) * self.batch_size):
             lap, row = divmod(place, len(self.texts))
             yield self._permutation(lap)[row]

@@ -1,4 +1,4 @@
-"""Prompts in an order that a resumed run repeats, and checks of what a user's `rollout_func` makes of them."""
+"""Prompts in an order that a resumed run repeats, and checks of `rollout_func`."""
 
 import functools
 from collections.abc import Callable, Iterator
@@ -30,7 +30,7 @@ class EpochRepeatSampler(RepeatSampler):
 
 
 def fill_batch(dataset: Any, args: PPOConfig) -> Any:
-    """Repeat prompts that are too few for one batch of completions: TRL would train on nothing."""
+    """Repeat prompts that do not fill a batch: TRL would train on nothing."""
     needed = args.generation_batch_size // args.num_generations
     if not isinstance(dataset, Dataset) or len(dataset) >= needed:
         return dataset
@@ -40,7 +40,7 @@ def fill_batch(dataset: Any, args: PPOConfig) -> Any:
 
 
 def check_rollout_func(rollout: Callable[..., dict[str, Any]]) -> Callable[..., dict[str, Any]]:
-    """Wrap `rollout` to stop the run if a prompt or completion has no token, or their number is wrong."""
+    """Wrap `rollout` to refuse prompts and completions without tokens."""
 
     @functools.wraps(rollout)
     def checked(prompts: list[Any], trainer: Any) -> dict[str, Any]:

@@ -1,4 +1,4 @@
-"""Log-probabilities and values that Transformers' `generate` computes on its way, kept instead of computed again."""
+"""Log-probabilities and values, recorded while Transformers generates."""
 
 from typing import Any
 
@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 
 class GenerationRecorder:
-    """Context in which each step of one call of `generate` is recorded, with the logits of one step at a time.
+    """Context that records one call of `generate`, keeping the logits of one step.
 
     Parameters:
         model: the language model that generates, with or without adapters.
@@ -56,7 +56,7 @@ class GenerationRecorder:
         return len(self._logits)
 
     def read(self, completion_ids: Tensor) -> PolicyOutput:
-        """Return log-probabilities and values, (B, T) each; those of padding are arbitrary.
+        """Return log-probabilities and values, (B, T); those of padding are arbitrary.
 
         Args:
             completion_ids: the sampled tokens, (B, T), padded on the right.
@@ -68,7 +68,7 @@ class GenerationRecorder:
 
 
 def read_recorders(recorders: list[GenerationRecorder], completion_ids: Tensor) -> PolicyOutput:
-    """Return the same of completions that were sampled by several calls of `generate`, one after the other."""
+    """Return log-probabilities and values of completions of several calls."""
     parts = completion_ids.split([recorder.rows for recorder in recorders])
     outputs = [recorder.read(ids) for recorder, ids in zip(recorders, parts, strict=True)]
     values = None if outputs[0].values is None else torch.cat([output.values for output in outputs])

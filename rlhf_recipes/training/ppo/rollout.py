@@ -1,4 +1,4 @@
-"""The rollout of an iteration: completions, and everything that the update learns from."""
+"""The rollout of an iteration: completions, and what the update learns from."""
 
 from dataclasses import dataclass, field, fields
 from typing import Any, Self
@@ -42,7 +42,7 @@ class TokenBatch:
         return cls(**{field.name: batch.get(TRL_NAMES.get(field.name, field.name)) for field in fields(cls)})
 
     def to_trl(self) -> dict[str, Tensor]:
-        """Return the dictionary that TRL shuffles, splits into micro-batches, and takes its loss of."""
+        """Return the dictionary that TRL shuffles, splits and computes its loss from."""
         named = {TRL_NAMES.get(field.name, field.name): getattr(self, field.name) for field in fields(self)}
         return {name: value for name, value in named.items() if value is not None}
 
@@ -70,7 +70,7 @@ class TokenBatch:
 
 @dataclass(frozen=True)
 class Rollout(TokenBatch):
-    """A batch of completions with all that policy and critic learn from it, whole or one micro-batch.
+    """A batch of completions, or a micro-batch, with all that the update needs.
 
     Attributes:
         loss_mask: (B, T), 1 on the tokens to learn from: those that the policy wrote, in a completion that some reward

@@ -60,7 +60,7 @@ def prepare_policy(
 
 
 def make_reference(model: PreTrainedModel | PeftModel, fresh_adapter: bool) -> PreTrainedModel | str | object:
-    """Return the reference: a frozen copy of the model, the name of a frozen adapter, or `NO_ADAPTER`.
+    """Return the reference: a frozen model, an adapter's name, or `NO_ADAPTER`.
 
     Args:
         model: the policy at the start, to which an adapter may be added.
@@ -77,7 +77,7 @@ def make_reference(model: PreTrainedModel | PeftModel, fresh_adapter: bool) -> P
 def load_rewards_onto(
     model: PreTrainedModel | PeftModel, reward_funcs: Any, tokenizer: PreTrainedTokenizerBase, args: PPOConfig
 ) -> list[Any]:
-    """Return the rewards as a list, with the adapters of saved reward models put on the policy's base."""
+    """Return the rewards as a list, with saved reward models on the policy's base."""
     rewards = []
     for reward in [] if reward_funcs is None else reward_funcs if isinstance(reward_funcs, list) else [reward_funcs]:
         if isinstance(reward, str | Path):

@@ -1,4 +1,6 @@
-"""PPO for language models on TRL's `GRPOTrainer`, which brings generation, reward functions, logging and checkpoints.
+"""PPO for language models.
+
+TRL's `GRPOTrainer` brings generation, reward functions, logging and checkpoints.
 
 One iteration, in the order in which it runs. TRL calls the methods; the numbers are those of the comments in them.
 
@@ -34,9 +36,10 @@ from trl.trainer.utils import print_prompt_completions_sample
 
 
 class PPOTrainer(ActorCriticTrainer):
-    """Proximal policy optimisation with a critic and a KL penalty in the reward (Ziegler et al., 2019; Ouyang et al., 2022).
+    """Proximal policy optimisation with a critic and a KL penalty in the reward.
 
-    It maximises E[score - kl_coef * KL(policy || reference)] + ptx_coef * E[log-likelihood of pretraining text].
+    It maximises E[score - kl_coef * KL(policy || reference)] + ptx_coef * E[log-likelihood of pretraining text]
+    (Ziegler et al., 2019; Ouyang et al., 2022).
 
     The reference is the policy at the start: a frozen copy of the adapter of a `PeftModel`; the base without the fresh adapter
     of `peft_config`; or a frozen copy of a model without adapters.
@@ -143,7 +146,9 @@ class PPOTrainer(ActorCriticTrainer):
         return rollout
 
     def compute_advantages(self, rewards: Tensor, values: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:
-        """Return advantages and returns, (B, T) each, 0 where the mask is 0. Override it to use another estimator.
+        """Return advantages and returns, (B, T) each. Override it for another estimator.
+
+        Both are 0 where the mask is 0.
 
         Args:
             rewards: of each token, (B, T).
@@ -172,7 +177,7 @@ class PPOTrainer(ActorCriticTrainer):
             table[-place] = gathered[-place]
 
     def print_samples(self, count: int = 8) -> None:
-        """Print some of the newest completions with their rewards, as TRL does under `log_completions`."""
+        """Print some of the newest completions with their rewards."""
         if self.accelerator.is_main_process and self._logs["prompt"]:
             newest = {name: list(self._logs[name])[-count:] for name in ("prompt", "completion")}
             rewards = {name: list(values)[-count:] for name, values in self._logs["rewards"].items()}
@@ -225,7 +230,7 @@ class PPOTrainer(ActorCriticTrainer):
         return self.state.global_step < self.args.value_warmup_steps
 
     def _backward_ptx_loss(self, model: nn.Module) -> None:
-        """Add the gradient of the language-modelling loss on pretraining text to the policy's weights."""
+        """Add the gradient of the loss on pretraining text to the policy's weights."""
         ids, mask = (tensor.to(self.accelerator.device) for tensor in self.pretraining_text.batch(self._step, self.accelerator))
         # The fused head, which keeps no logits of all tokens, divides them by the temperature of sampling
         options = {"fused_lm_head": True} if self.temperature == 1 else {"use_cache": False}
@@ -255,7 +260,7 @@ class PPOTrainer(ActorCriticTrainer):
         self._metrics["train"]["value/clip_ratio"].append(self.accelerator.gather(clipped / count).mean().item())
 
     def _on_optimizer_step(self) -> None:
-        """Check how far the policy is from the one that sampled, let the critic step, and stop beyond `target_kl`."""
+        """Check the ratio, let the critic step, and stop the iteration at `target_kl`."""
         progress = self.progress
         if progress.drift:
             sums = self.accelerator.reduce(torch.stack(progress.drift).sum(0), reduction="sum")

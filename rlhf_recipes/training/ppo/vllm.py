@@ -1,4 +1,4 @@
-"""The seam to vLLM: which weights it is sent before it samples."""
+"""The policy's weights that vLLM is sent before it samples."""
 
 import functools
 from collections.abc import Iterator
@@ -20,12 +20,10 @@ _ADAPTED = (BaseTunerLayer, AuxiliaryTrainingWrapper)
 
 
 def send_policy_alone(trainer: GRPOTrainer) -> None:
-    """Has the trainer send vLLM what `policy_weights` makes, where roles share a base.
+    """Make the trainer send vLLM `policy_weights` where roles share a base.
 
-    TRL merges the active adapter into the base, sends that, and takes the adapter out again. What is left of the base has been
-    rounded twice: each time it is another base, for all other roles too, and one in 4 bits is quantised anew. What it sends of
-    one in 4 bits is their bytes. Where weights are sharded (FSDP, DeepSpeed's third stage) they have to be gathered, and TRL's
-    way stays.
+    TRL merges the active adapter into the base, sends the result, and unmerges. The rounding changes the base for every role;
+    a 4-bit base is quantised again, and sent as packed bytes. FSDP and DeepSpeed keep TRL's way, which gathers sharded weights.
     """
     sharded = trainer.is_fsdp_enabled or trainer.accelerator.state.deepspeed_plugin is not None
     if trainer.use_vllm and isinstance(trainer.model, PeftModel) and not sharded:
@@ -34,39 +32,37 @@ def send_policy_alone(trainer: GRPOTrainer) -> None:
 
 @torch.no_grad()
 def policy_weights(model: PeftModel) -> Iterator[tuple[str, Tensor]]:
-    """The weights of the model that the policy's adapter makes of its base, one at a time, by their names in the base.
+    """Yield the base's weights, with the policy's adapter added, by name.
 
-    Nothing of the model changes. What is quantised comes in the type of what is not.
+    The model does not change. Quantised weights are dequantised to the type of the others.
 
     Args:
-        model: whose adapter `POLICY` is sent; of others nothing is.
+        model: with the adapter `POLICY`; others are not sent.
 
     Raises:
-        RecipeError: for an adapter that is neither LoRA nor a copy of a module, and for one on embeddings that vLLM ties to the
-            LM head.
+        RecipeError: for an adapter that is neither LoRA nor a copy of a module, or on embeddings tied to the LM head.
     """
     base = base_of(model)
     ends = (base.get_input_embeddings(), base.get_output_embeddings())
     if base.config.get_text_config().tie_word_embeddings and any(isinstance(end, _ADAPTED) for end in ends):
         raise RecipeError(
-            "use_vllm: an adapter on embeddings that are the LM head too (`tie_word_embeddings`) cannot be sent: vLLM would "
-            "have it in both: set `use_vllm: false`, or leave `embed_tokens` and `lm_head` out of `lora_target_modules` and "
-            "`lora_modules_to_save`"
+            "use_vllm: an adapter on tied embeddings would reach the LM head too. Fix: `use_vllm: false`, or leave "
+            "`embed_tokens` and `lm_head` out of `lora_target_modules` and `lora_modules_to_save`"
         )
     yield from _weights(base, "", model.dtype, set())
 
 
 def _weights(module: nn.Module, prefix: str, dtype: torch.dtype, sent: set[int]) -> Iterator[tuple[str, Tensor]]:
-    """Those of a module and of all in it; a weight that is tied to another is sent once, as checkpoints have it."""
+    """Yield the weights of a module and its children; tied weights come once."""
     if isinstance(module, ModulesToSaveWrapper):
-        own = POLICY in module.modules_to_save
-        module = module.modules_to_save[POLICY] if own else module.original_module
+        copies = module.modules_to_save
+        module = copies[POLICY] if POLICY in copies else module.original_module  # noqa: SIM401 - it is no dictionary
     if isinstance(module, LoraLayer) and hasattr(module, "get_delta_weight"):
         yield from _adapted(module, prefix, dtype)
         return
     if isinstance(module, _ADAPTED):
         kind = type(module).__name__
-        raise RecipeError(f"use_vllm: {prefix.removesuffix('.')}: {kind} cannot be sent: set `use_vllm: false`")
+        raise RecipeError(f"use_vllm: {prefix.removesuffix('.')}: {kind} cannot be sent. Fix: `use_vllm: false`")
     for name, weight in module.named_parameters(recurse=False):
         if id(weight) not in sent:
             sent.add(id(weight))
@@ -77,17 +73,17 @@ def _weights(module: nn.Module, prefix: str, dtype: torch.dtype, sent: set[int])
 
 
 def _adapted(layer: LoraLayer, prefix: str, dtype: torch.dtype) -> Iterator[tuple[str, Tensor]]:
-    """The weights of a layer with LoRA, added in fp32 at least, and rounded once."""
+    """Yield the weights of a layer with LoRA, added in fp32 and rounded once."""
     base = layer.get_base_layer()
     weight = dequantize_module_weight(base).data
-    kept = weight.dtype if type(base.weight) is nn.Parameter else dtype
+    sent_dtype = weight.dtype if type(base.weight) is nn.Parameter else dtype
     adapted = POLICY in layer.lora_A or POLICY in layer.lora_embedding_A
     if adapted and POLICY in layer.lora_variant:  # DoRA
         weight = layer.lora_variant[POLICY].merge_safe(layer, POLICY, weight)
     elif adapted:
         weight = weight.float() + layer.get_delta_weight(POLICY).float()
-    yield f"{prefix}weight", weight.to(kept)
+    yield f"{prefix}weight", weight.to(sent_dtype)
     bias = getattr(base, "bias", None)
     if bias is not None:
-        own = layer.lora_B[POLICY].bias * layer.scaling[POLICY] if adapted and layer.lora_bias.get(POLICY) else 0.0
-        yield f"{prefix}bias", (bias + own).to(bias.dtype)
+        delta = layer.lora_B[POLICY].bias * layer.scaling[POLICY] if adapted and layer.lora_bias.get(POLICY) else 0.0
+        yield f"{prefix}bias", (bias + delta).to(bias.dtype)

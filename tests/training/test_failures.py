@@ -1,6 +1,6 @@
-"""What is said where memory, the Hub or the GPU lacks something: one message, with the remedy, and no traceback.
+"""Out of memory, an unreachable Hub, an old GPU, a wrong base: one message with a remedy, and no traceback.
 
-There is neither a GPU nor a network here: the errors are raised where the libraries raise them.
+Errors of a GPU or a network are raised where the libraries would raise them.
 """
 
 import json
@@ -43,7 +43,7 @@ SMALL = ("--dataset_arguments", '{"rows": 160}', "--eval_strategy", "no", "--max
 
 @pytest.fixture
 def fails_at(monkeypatch):
-    """Makes the training step after so many others fail."""
+    """Return a function that makes a training step fail after so many others."""
 
     def install(done, error):
         original = Trainer.training_step
@@ -60,7 +60,7 @@ def fails_at(monkeypatch):
 
 @pytest.fixture
 def card(monkeypatch):
-    """A GPU of this many GiB, to be asked for its size and nothing else."""
+    """Return a function that pretends a GPU of this many GiB."""
 
     def install(size):
         monkeypatch.setattr("torch.cuda.current_device", lambda: 0)
@@ -70,18 +70,18 @@ def card(monkeypatch):
 
 
 def message(status, printed):
-    """The one line that is the message; bars of progress stand above and below."""
+    """Return the line of the message, between progress bars."""
     assert status == 2, printed
     assert "Traceback" not in printed
     (line,) = (line for line in printed.splitlines() if line.startswith("error: "))
     return line
 
 
-def test_a_full_gpu_is_said_with_the_step_the_plan_and_the_checkpoint(launch, fails_at, card, tmp_path):
+def test_full_gpu_names_step_plan_and_checkpoint(launch, fails_at, card, tmp_path):
     card(1.2)
     fails_at(1, torch.OutOfMemoryError(ON_GPU))
     options = ("--save_strategy", "steps", "--save_steps", 1, "--output_dir", tmp_path, "--max_length", 512)
-    said = message(*launch("sft", *SMALL, *options))
+    error_line = message(*launch("sft", *SMALL, *options))
     for part in (
         "sft: the GPU's memory of 1.2 GiB was not enough after 1 of 2 steps (requested: 2.00 GiB, free: 1.10 GiB)",
         "The plan predicts ",
@@ -91,39 +91,39 @@ def test_a_full_gpu_is_said_with_the_step_the_plan_and_the_checkpoint(launch, fa
         "--recipe sft",
         f"{tmp_path}/checkpoint-1 is kept: resume from it with `resume_from_checkpoint: {tmp_path}/checkpoint-1`",
     ):
-        assert part in said
+        assert part in error_line
 
 
-def test_a_gpu_that_should_have_been_large_enough(launch, fails_at, card, tmp_path):
+def test_full_gpu_that_should_be_large_enough(launch, fails_at, card, tmp_path):
     card(80)
     fails_at(0, torch.OutOfMemoryError("CUDA out of memory."))
-    said = message(*launch("sft", *SMALL, "--output_dir", tmp_path))
-    assert "after 0 of 2 steps (CUDA out of memory.)" in said
-    assert "which should fit. Fix: " in said
-    assert "is kept" not in said
+    error_line = message(*launch("sft", *SMALL, "--output_dir", tmp_path))
+    assert "after 0 of 2 steps (CUDA out of memory.)" in error_line
+    assert "which should fit. Fix: " in error_line
+    assert "is kept" not in error_line
 
 
 @pytest.mark.parametrize("error", [MemoryError(), RuntimeError(ON_CPU)], ids=["python", "torch"])
-def test_a_full_machine(launch, fails_at, tmp_path, error):
+def test_full_machine_memory(launch, fails_at, tmp_path, error):
     fails_at(0, error)
-    said = message(*launch("sft", *SMALL, "--output_dir", tmp_path))
-    assert "sft: this machine's memory (RAM) of " in said
-    assert "The plan predicts " in said
+    error_line = message(*launch("sft", *SMALL, "--output_dir", tmp_path))
+    assert "sft: this machine's memory (RAM) of " in error_line
+    assert "The plan predicts " in error_line
 
 
-def test_a_lack_of_memory_is_found_under_what_it_was_raised_as(capsys):
-    """As where an adapter is said not to fit its base, since PyTorch's error is a RuntimeError."""
+def test_lack_of_memory_is_found_as_a_cause(capsys):
+    """PyTorch's error is a RuntimeError, which other messages may wrap."""
     error = RecipeError("start_from: runs/sft does not fit")
     error.__cause__ = torch.OutOfMemoryError(ON_GPU)
     with pytest.raises(SystemExit) as stop, exit_on_recipe_error():
         raise error
-    said = capsys.readouterr().err
+    error_line = capsys.readouterr().err
     assert stop.value.code == 2
-    assert "the GPU's memory" in said
-    assert "does not fit" not in said
+    assert "the GPU's memory" in error_line
+    assert "does not fit" not in error_line
 
 
-def test_what_has_no_plan_gets_other_advice(launch, monkeypatch, tmp_path):
+def test_stage_without_a_plan_gets_general_advice(launch, monkeypatch, tmp_path):
     def exhausted(*arguments, **options):
         raise torch.OutOfMemoryError(ON_GPU)
 
@@ -132,12 +132,12 @@ def test_what_has_no_plan_gets_other_advice(launch, monkeypatch, tmp_path):
     base = save_base(tmp_path / "base")
     with_adapter(AutoModelForCausalLM.from_config(load_config(str(base)))).save_pretrained(folder)
     options = ("--adapter", folder, "--model_name_or_path", base, "--output_dir", tmp_path / "out")
-    said = message(*launch("merge", *options))
-    assert "merge: the GPU's memory" in said
-    assert "Fix: a smaller base" in said
+    error_line = message(*launch("merge", *options))
+    assert "merge: the GPU's memory" in error_line
+    assert "Fix: a smaller base" in error_line
 
 
-def test_other_errors_are_left_alone():
+def test_other_errors_are_not_lack_of_memory():
     assert lack_of_memory(RuntimeError("mat1 and mat2 shapes cannot be multiplied")) is None
     assert lack_of_memory(ValueError("out of memory")) is None
     with pytest.raises(RuntimeError, match="shapes"), exit_on_recipe_error():
@@ -148,7 +148,7 @@ def test_other_errors_are_left_alone():
 
 
 def http_error(kind, status):
-    """One of the client's own errors with the response that it has; the class of responses is that of the client."""
+    """Return one of the client's errors with its response."""
     response = errors.Response(status, request=None, headers={})
     response._request = SimpleNamespace(url="https://huggingface.co")
     return kind(f"{status} Client Error.\n\nMore of it.", response=response)
@@ -157,20 +157,20 @@ def http_error(kind, status):
 HUB = {
     "gated": (
         lambda: http_error(errors.GatedRepoError, 403),
-        "it is gated: accept its licence at https://huggingface.co/{place}, and log in by `hf auth login`",
+        "it is gated. Fix: accept its licence at https://huggingface.co/{place}, and log in with `hf auth login`",
     ),
     "missing": (
         lambda: http_error(errors.RepositoryNotFoundError, 404),
-        "there is no {kind} of this name on the Hub, or it is private: correct it, or log in by `hf auth login`",
+        "there is no {kind} of this name on the Hub, or it is private. Fix: correct it, or log in with `hf auth login`",
     ),
-    "revision": (lambda: http_error(errors.RevisionNotFoundError, 404), "it has no such revision: "),
+    "revision": (lambda: http_error(errors.RevisionNotFoundError, 404), "it has no such revision. "),
     "offline": (lambda: errors.LocalEntryNotFoundError("Cannot find it."), "the Hub could not be reached"),
-    "refused": (lambda: http_error(errors.HfHubHTTPError, 503), "the Hub refused: 503 Client Error.: try again later"),
+    "refused": (lambda: http_error(errors.HfHubHTTPError, 503), "the Hub refused: 503 Client Error. Fix: try again later"),
 }
 
 
 @pytest.mark.parametrize("case", HUB)
-def test_a_model_that_the_hub_does_not_give(monkeypatch, case):
+def test_unavailable_model_names_reason_and_remedy(monkeypatch, case):
     make, reason = HUB[case]
 
     def fail(*arguments, **options):
@@ -191,11 +191,13 @@ def test_a_model_that_the_hub_does_not_give(monkeypatch, case):
         assert "\n" not in str(raised.value)
         assert (f"there is no folder {NAME} here, and {reason[:10]}" in str(raised.value)) == (case in ("missing", "offline"))
         if case == "offline":
-            assert f"`hf download {NAME} --local-dir FOLDER`; place FOLDER (config.json, " in str(raised.value)
+            assert f"`hf download {NAME} --local-dir FOLDER` on a machine with a network; copy FOLDER (config.json, " in str(
+                raised.value
+            )
 
 
 @pytest.mark.parametrize("case", ["gated", "missing", "offline"])
-def test_data_that_the_hub_does_not_give(launch, monkeypatch, case):
+def test_unavailable_data_name_reason_and_remedy(launch, monkeypatch, case):
     make, reason = HUB[case]
 
     def fail(*arguments, **options):
@@ -203,19 +205,19 @@ def test_data_that_the_hub_does_not_give(launch, monkeypatch, case):
 
     monkeypatch.setattr("datasets.config.HF_HUB_OFFLINE", False)
     monkeypatch.setattr("huggingface_hub.HfApi.hf_hub_download", fail)
-    said = message(*launch("sft", "--dataset_name", NAME, "--dataset_arguments", "none"))
-    assert f"{NAME} is not a local file or directory" in said
-    assert reason.format(place=f"datasets/{NAME}", kind="dataset") in said
+    error_line = message(*launch("sft", "--dataset_name", NAME, "--dataset_arguments", "none"))
+    assert f"{NAME}: not a local file" in error_line
+    assert reason.format(place=f"datasets/{NAME}", kind="dataset") in error_line
     if case == "offline":
-        assert f"`hf download --repo-type dataset {NAME} --local-dir FOLDER`" in said
+        assert f"`hf download --repo-type dataset {NAME} --local-dir FOLDER`" in error_line
 
 
-def test_a_path_is_no_name_on_the_hub():
+def test_path_is_not_looked_up_on_the_hub():
     assert "there is no such folder (looked in " in explain_load_error("./mine", OSError())
     assert "there is no such folder" in explain_load_error("runs/mine/sft", OSError())
 
 
-def test_of_a_folder_the_hub_is_not_to_blame(tmp_path):
+def test_error_in_a_folder_is_not_blamed_on_the_hub(tmp_path):
     assert explain_load_error(str(tmp_path), OSError("no config.json\nmore")) == "no config.json"
 
 
@@ -231,7 +233,7 @@ def old_gpu(monkeypatch):
 
 
 @pytest.mark.parametrize("values", [{"bf16": True}, {"dtype": "bfloat16"}])
-def test_a_gpu_without_bf16(tmp_path, old_gpu, values):
+def test_bf16_on_a_gpu_without_it_is_refused(tmp_path, old_gpu, values):
     config = tmp_path / "my.yaml"
     config.write_text(yaml.safe_dump(values))
     with pytest.raises(RecipeError) as raised:
@@ -240,7 +242,7 @@ def test_a_gpu_without_bf16(tmp_path, old_gpu, values):
         assert part in str(raised.value)
 
 
-def test_an_old_gpu_has_bf16_off_by_default(old_gpu):
+def test_bf16_is_off_by_default_on_an_old_gpu(old_gpu):
     values = {"dtype": "float32"}
     set_machine_defaults(values)
     assert values["bf16"] is False
@@ -253,7 +255,7 @@ def test_an_old_gpu_has_bf16_off_by_default(old_gpu):
         (False, "paged_adamw_8bit", ("optim: paged_adamw_8bit", "`optim: adamw_torch`")),
     ],
 )
-def test_bitsandbytes_without_a_library_for_the_gpu(monkeypatch, quantised, optim, parts):
+def test_bitsandbytes_without_a_gpu_library_is_refused(monkeypatch, quantised, optim, parts):
     mock = bitsandbytes.cextension.ErrorHandlerMockBNBNativeLibrary(
         "No compatible CUDA binary found at libbitsandbytes_cuda130.so"
     )
@@ -267,7 +269,7 @@ def test_bitsandbytes_without_a_library_for_the_gpu(monkeypatch, quantised, opti
     check_bitsandbytes(False, SimpleNamespace(optim="adamw_torch", use_cpu=False))
 
 
-def test_a_paged_optimizer_trains_on_a_cpu_and_says_that_nothing_is_paged(launch, tmp_path, caplog, recwarn):
+def test_paged_optimizer_trains_on_a_cpu_with_a_warning(launch, tmp_path, caplog, recwarn):
     with caplog.at_level(logging.WARNING, "rlhf_recipes.core.machine"):
         status, error = launch(
             "sft",
@@ -292,7 +294,7 @@ def test_a_paged_optimizer_trains_on_a_cpu_and_says_that_nothing_is_paged(launch
 
 @pytest.fixture(scope="module")
 def bases(tmp_path_factory):
-    """Two bases, and an adapter that was trained on the first."""
+    """Return a folder with two bases, and an adapter trained on the first."""
     folder = tmp_path_factory.mktemp("bases")
     save_base(folder / "one")
     save_base(folder / "two", seed=1)
@@ -323,13 +325,11 @@ OTHER_BASE = {
 
 
 @pytest.mark.parametrize("recipe", OTHER_BASE)
-def test_an_adapter_on_another_base_is_refused_by_the_names_of_both(launch, bases, tmp_path, recipe):
+def test_adapter_of_another_base_is_refused(launch, bases, tmp_path, recipe):
     values = json.loads(json.dumps(OTHER_BASE[recipe]).replace("{}", str(bases)))
     values |= {"model_name_or_path": str(bases / "two"), "dtype": "float32"}
     values |= {"output_dir": str(tmp_path / "out")} if recipe != "chat" else {}
     config = tmp_path / f"{recipe}.yaml"
     config.write_text(yaml.safe_dump(values))
-    said = message(*launch(recipe, "--config", config))
-    both = f"{bases}/adapter was trained on {bases}/one, and the base in memory, {bases}/two, is another: other weights"
-    assert both in said
-    assert "name the one that it was trained on" in said
+    error_line = message(*launch(recipe, "--config", config))
+    assert f"{bases}/adapter: was trained on {bases}/one, and the base in memory, {bases}/two, is another" in error_line

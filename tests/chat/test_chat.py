@@ -1,8 +1,7 @@
-"""Talking to policies: turns, commands, who answers, what is scored; through a pipe and with Ctrl-C in the middle."""
+"""Chats: turns, commands, scores, pipes and Ctrl-C."""
 
 import functools
 import io
-import json
 import os
 import pty
 import re
@@ -12,15 +11,15 @@ import subprocess
 import sys
 import time
 
-from rlhf_recipes import chat
-from rlhf_recipes.chat import Chat, read_lines
+from rlhf_recipes.chat import Chat, session
+from rlhf_recipes.chat.terminal import Writer, read_lines
 from rlhf_recipes.config.chat import ChatArguments
 from rlhf_recipes.core.errors import RecipeError
 from rlhf_recipes.core.hub import resolve_path
-from rlhf_recipes.evaluation.evaluate import load_named_rewards
+from rlhf_recipes.evaluation.named_rewards import load_named_rewards
 from rlhf_recipes.generation.answers import log_probs
-from rlhf_recipes.generation.policies import load_policy_bank, read_policies, trained_without_template
-from rlhf_recipes.models.tokenizer import load_tokenizer
+from rlhf_recipes.generation.policies import load_policy_bank, read_policies
+from rlhf_recipes.models.tokenizer import PLAIN_CHAT_TEMPLATE, load_tokenizer
 from support import ROOT
 
 import pytest
@@ -36,7 +35,7 @@ MODEL = ModelConfig(NAME, dtype="float32")
 QUESTION = "What does Vokimo do?"
 
 
-def loud(prompts, completions, **columns):
+def length(prompts, completions, **columns):
     """A reward: how long an answer is."""
     return [float(len(completion[-1]["content"])) for completion in completions]
 
@@ -47,7 +46,7 @@ def broken(prompts, completions, **columns):
 
 @pytest.fixture(scope="module")
 def bank(tmp_path_factory):
-    """The base and two adapters, of which `sft` hardly changes it."""
+    """The base and two adapters; `sft` hardly changes it."""
     policies = {"base": None}
     for name, size in (("sft", 0.02), ("ppo", 0.1)):
         folder = tmp_path_factory.mktemp(name)
@@ -65,22 +64,22 @@ def bank(tmp_path_factory):
 
 @pytest.fixture
 def talk(bank):
-    """A chat, and a way to say lines and get what is shown."""
+    """Make a chat, and a function that handles lines and returns what is shown."""
 
     def make(rewards=(), policies=("base", "sft", "ppo"), width=100, **options):
         shown = io.StringIO()
         arguments = ChatArguments(policies=dict.fromkeys(policies), **{"max_new_tokens": 12, "temperature": 0.0} | options)
         named = load_named_rewards(list(rewards), bank)
-        made = Chat(bank, arguments.policies, named, arguments, Console(file=shown, width=width, highlight=False))
+        chat = Chat(bank, arguments.policies, named, arguments, Console(file=shown, width=width, highlight=False))
 
         def say(*lines):
             shown.seek(0)
             shown.truncate()
             for line in lines:
-                assert made.hear(line) is True
+                assert chat.handle(line) is True
             return shown.getvalue()
 
-        return made, say
+        return chat, say
 
     return make
 
@@ -88,10 +87,10 @@ def talk(bank):
 # --- Turns -----------------------------------------------------------------------------------------------
 
 
-def test_an_answer_comes_as_the_policy_gives_it(bank, talk):
-    made, say = talk()
+def test_an_answer_is_that_of_the_policy(bank, talk):
+    chat, say = talk()
     shown = say(QUESTION)
-    (turn,) = made.sides[0].turns
+    (turn,) = chat.sides[0].turns
     assert shown == f"base: {turn.answer.text.strip()}\n"
     assert (turn.message, turn.policy, turn.answer.ended) == (QUESTION, "base", True)
     tokenizer = bank.tokenizer
@@ -102,27 +101,27 @@ def test_an_answer_comes_as_the_policy_gives_it(bank, talk):
     assert turn.answer.ids == tuple(expected[0, len(ids["input_ids"]) :].tolist())
 
 
-def test_every_turn_is_read_by_the_next(talk):
-    made, say = talk()
+def test_a_prompt_holds_all_turns_before(talk):
+    chat, say = talk()
     say(QUESTION, "What is the trade of Pewufa?")
-    first, second = made.sides[0].turns
-    assert made._messages([first], second.message) == [
+    first, second = chat.sides[0].turns
+    assert chat._messages([first], second.message) == [
         {"role": "user", "content": QUESTION},
         {"role": "assistant", "content": first.answer.text.strip()},
         {"role": "user", "content": "What is the trade of Pewufa?"},
     ]
 
 
-def test_it_comes_word_by_word(talk):
-    made, _ = talk(temperature=4.0)
+def test_answers_are_shown_word_by_word(talk):
+    chat, _ = talk(temperature=4.0)
     pieces = []
-    made.console.print = lambda text="", **_: pieces.append(str(text))
-    made.hear(QUESTION)
+    chat.console.print = lambda text="", **_: pieces.append(str(text))
+    chat.handle(QUESTION)
     assert len(pieces) > 3
     assert "".join(pieces).startswith("base: ")
 
 
-def test_sampling_is_that_of_the_seed(talk):
+def test_sampling_follows_the_seed(talk):
     once, again, other = ([talk(temperature=3.0, seed=seed)[1](QUESTION) for _ in range(1)] for seed in (1, 1, 2))
     assert once == again != other
 
@@ -132,32 +131,32 @@ def test_a_small_top_p_is_greedy(talk):
 
 
 def test_undo_and_clear(talk):
-    made, say = talk()
+    chat, say = talk()
     say(QUESTION, "Where is the home of Senamu?")
-    assert "1 message is left" in say("/undo")
-    assert [turn.message for turn in made.sides[0].turns] == [QUESTION]
+    assert "messages left: 1" in say("/undo")
+    assert [turn.message for turn in chat.sides[0].turns] == [QUESTION]
     say("/clear")
-    assert made.sides[0].turns == []
-    with pytest.raises(RecipeError, match="nothing to take back"):
+    assert chat.sides[0].turns == []
+    with pytest.raises(RecipeError, match="/undo"):
         say("/undo")
 
 
-def test_an_answer_that_is_cut_off_says_so(talk):
+def test_a_cut_off_answer_is_marked(talk):
     assert "cut off after 1 tokens" in talk(max_new_tokens=1)[1](QUESTION)
 
 
 def test_a_conversation_that_is_too_long_is_refused_before_the_model_fails(talk):
-    made, say = talk()
-    with pytest.raises(RecipeError, match=r"the conversation has \d+ tokens, and the model reads 256: /undo or /clear"):
+    chat, say = talk()
+    with pytest.raises(RecipeError, match=r"\d+ tokens.*256"):
         say("a " * 300)
-    assert made.sides[0].turns == []
-    ids = [2 + len(made.bank.tokenizer("x " * n)["input_ids"]) for n in range(300)]
-    assert made._room(made.sides[0], "x " * next(n for n, length in enumerate(ids) if length > 235)) < 30
+    assert chat.sides[0].turns == []
+    ids = [2 + len(chat.bank.tokenizer("x " * n)["input_ids"]) for n in range(300)]
+    assert chat._token_limit(chat.sides[0], "x " * next(n for n, length in enumerate(ids) if length > 235)) < 30
 
 
-def test_what_steers_a_terminal_is_not_passed_on():
+def test_control_characters_are_replaced():
     written = []
-    writer = chat._Writer(AutoTokenizer.from_pretrained(BASE), written.append)
+    writer = Writer(AutoTokenizer.from_pretrained(BASE), written.append)
     for text in ("  ", " a\x1b[2J\x9b", "\tb\n\x07"):
         writer.on_finalized_text(text)
     assert "".join(written) == "a\ufffd[2J\ufffd\tb\n\ufffd"
@@ -166,25 +165,25 @@ def test_what_steers_a_terminal_is_not_passed_on():
 # --- Who answers -----------------------------------------------------------------------------------------
 
 
-def test_the_policy_changes_in_the_middle(talk):
-    made, say = talk()
+def test_another_policy_continues_the_conversation(talk):
+    chat, say = talk()
     say(QUESTION, "/policy ppo", QUESTION)
-    assert [turn.policy for turn in made.sides[0].turns] == ["base", "ppo"]
-    assert "You talk to ppo; there are also base, sft" in say("/policy")
+    assert [turn.policy for turn in chat.sides[0].turns] == ["base", "ppo"]
+    assert "You talk to ppo. Others: base, sft." in say("/policy")
 
 
-def test_two_answer_side_by_side_each_in_its_own_conversation(talk):
-    made, say = talk()
+def test_two_policies_answer_side_by_side_in_their_own_conversations(talk):
+    chat, say = talk()
     say(QUESTION)
     shown = say("/both base ppo", "Where is the home of Senamu?")
-    left, right = made.sides
+    left, right = chat.sides
     assert (left.turns[0], left.turns[1].policy, right.turns[1].policy) == (right.turns[0], "base", "ppo")
     assert re.search(r"base +ppo", shown)
-    words = [side.turns[1].answer.text.split()[0] for side in made.sides]
+    words = [side.turns[1].answer.text.split()[0] for side in chat.sides]
     assert re.search(rf"^ +{re.escape(words[0])}.* {re.escape(words[1])}", shown, re.M)
     assert max(map(len, shown.splitlines())) <= 100
     say("/policy ppo")
-    assert made.sides[0].turns is right.turns
+    assert chat.sides[0].turns is right.turns
 
 
 def test_columns_fit_a_narrow_terminal(talk):
@@ -195,38 +194,38 @@ def test_columns_fit_a_narrow_terminal(talk):
 @pytest.mark.parametrize(
     ("line", "message"),
     [
-        ("/polcy ppo", r"no command /polcy; did you mean '/policy'\? \(a message may begin by //\)"),
-        ("/policy pp", r"'pp' is none of the policies \(base, sft, ppo\); did you mean 'ppo'\?"),
-        ("/both base", "/both: name two policies: base, sft, ppo"),
-        ("/both base base", "name two policies"),
-        ("/both base nobody", "'nobody' is none of the policies"),
-        ("/score", "/score: there is no answer yet"),
-        ("/clear all", "/clear takes nothing behind it"),
-        ("/", r"no command /; /help lists them"),
+        ("/polcy ppo", "/polcy: .*'/policy'"),
+        ("/policy pp", "'pp' .*base, sft, ppo.*'ppo'"),
+        ("/both base", "/both: .*base, sft, ppo"),
+        ("/both base base", "/both: "),
+        ("/both base nobody", "'nobody'"),
+        ("/score", "/score: "),
+        ("/clear all", "/clear: "),
+        ("/", "/: .*/help"),
     ],
 )
-def test_what_is_not_understood_says_why(talk, line, message):
+def test_a_wrong_command_is_one_message(talk, line, message):
     with pytest.raises(RecipeError, match=message):
         talk()[1](line)
 
 
 def test_a_message_may_begin_with_a_slash(talk):
-    made, say = talk()
+    chat, say = talk()
     say("//home of Senamu")
-    assert made.sides[0].turns[0].message == "/home of Senamu"
+    assert chat.sides[0].turns[0].message == "/home of Senamu"
 
 
 # --- Scores ----------------------------------------------------------------------------------------------
 
-REWARDS = ({"path": f"{__name__}.loud"}, {"path": "rlhf_recipes.rewards.normalised_match", "name": "right"})
+REWARDS = ({"path": f"{__name__}.length"}, {"path": "rlhf_recipes.rewards.normalised_match", "name": "right"})
 
 
 def test_score_shows_each_reward_and_the_kl(bank, talk):
-    made, say = talk(REWARDS)
+    chat, say = talk(REWARDS)
     say("/policy ppo", QUESTION)
     shown = say("/score")
-    (turn,) = made.sides[0].turns
-    assert re.search(rf"loud +{float(len(turn.answer.text)):.3f}", shown)
+    (turn,) = chat.sides[0].turns
+    assert re.search(rf"length +{float(len(turn.answer.text)):.3f}", shown)
     assert re.search(r"right +does not apply", shown)
     prompt = [{"role": "user", "content": QUESTION}]
     logps = []
@@ -240,14 +239,14 @@ def test_score_shows_each_reward_and_the_kl(bank, talk):
     assert re.search(r"right +1.000", say(f"/score {turn.answer.text}"))
 
 
-def test_score_belongs_to_who_gave_the_answer(talk):
+def test_score_is_that_of_the_policy_that_answered(talk):
     _, say = talk()
     say(QUESTION)
     before = say("/score")
     assert say("/policy ppo", "/score").endswith(before)
 
 
-def test_score_of_two(talk):
+def test_score_of_two_policies(talk):
     _, say = talk(REWARDS)
     shown = say("/both sft ppo", QUESTION, "/score")
     assert re.search(r"KL from sft +-?0.00 nats, -?0.000 a token +-?\d+\.\d+ nats", shown)
@@ -261,7 +260,7 @@ def test_a_reward_that_fails_does_not_end_the_chat(talk):
 def test_without_an_sft_policy_kl_is_measured_from_the_base(bank, talk):
     _, say = talk(policies=("ppo",))
     assert "KL from the base" in say(QUESTION, "/score")
-    bank._adapters.pop(chat.BASE)  # the next test has the same bank
+    bank._adapters.pop(session.BASE)  # the next test has the same bank
 
 
 # --- What the recipe is given ----------------------------------------------------------------------------
@@ -270,112 +269,91 @@ def test_without_an_sft_policy_kl_is_measured_from_the_base(bank, talk):
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        (("--policies", "{}"), "policies: name at least one"),
-        (("--policies", '{"a": {"path": "runs/nowhere", "optional": true}}'), "policies: none of them is there"),
-        (("--policies", '{"a": "runs/nowhere/sft"}'), "policies: a: runs/nowhere/sft holds no adapter"),
-        (("--policies", '{"a": null, "b": {"best_of": {"policy": "a", "n": 2}}}'), "policies: b: a best-of-n is no policy"),
-        (("--kl_reference", "bsae"), "kl_reference: 'bsae' is none of the policies"),
-        (("--system_prompt", "Be kind."), "system_prompt: the chat template takes none: the chat template of the tiny world"),
-        (("--temperature", "-1"), "temperature: -1.0: must not be negative"),
-        (("--top_p", "0"), "top_p: 0.0: must be above 0"),
-        (("--max_new_tokens", "0"), "max_new_tokens: 0: must be 1 or more"),
+        (("--policies", "{}"), "policies: "),
+        (("--policies", '{"a": {"path": "runs/nowhere", "optional": true}}'), "policies: none of them exists"),
+        (("--policies", '{"a": "runs/nowhere/sft"}'), "policies: a: runs/nowhere/sft"),
+        (("--policies", '{"a": null, "b": {"best_of": {"policy": "a", "n": 2}}}'), "policies: b: "),
+        (("--kl_reference", "bsae"), "kl_reference: 'bsae'"),
+        (("--system_prompt", "Be kind."), "system_prompt: the chat template rejects it"),
+        (("--temperature", "-1"), "temperature: -1.0: "),
+        (("--top_p", "0"), "top_p: 0.0: "),
+        (("--max_new_tokens", "0"), "max_new_tokens: 0: "),
     ],
 )
-def test_what_a_user_got_wrong_is_one_message(launch, options, message):
+def test_wrong_arguments_are_one_message(launch, options, message):
     status, error = launch("chat", *options)
     assert status == 2
     assert message in error
 
 
-def test_a_base_without_a_template_is_talked_to_in_plain_words(talk, bank, monkeypatch):
-    monkeypatch.setattr(bank.tokenizer, "chat_template", chat_template())
-    made, _ = talk(system_prompt="Be kind.")
-    text = bank.tokenizer.apply_chat_template(made._messages([], "Hello."), tokenize=False, add_generation_prompt=True)
+def test_a_base_without_a_template_gets_the_plain_one(talk, bank, monkeypatch):
+    monkeypatch.setattr(bank.tokenizer, "chat_template", PLAIN_CHAT_TEMPLATE)
+    chat, _ = talk(system_prompt="Be kind.")
+    text = bank.tokenizer.apply_chat_template(chat._messages([], "Hello."), tokenize=False, add_generation_prompt=True)
     assert text.endswith("System: Be kind.\nUser: Hello.\nAssistant:")
 
 
-def chat_template():
-    from rlhf_recipes.models.tokenizer import PLAIN_CHAT_TEMPLATE
-
-    return PLAIN_CHAT_TEMPLATE
-
-
 def test_a_full_gpu_does_not_end_the_chat(talk, monkeypatch):
-    made, _ = talk()
+    chat, _ = talk()
 
     def full(*_, **__):
         raise torch.OutOfMemoryError("CUDA out of memory")
 
-    monkeypatch.setattr(chat, "stream", full)
-    monkeypatch.setattr(chat, "read_lines", lambda _: [QUESTION, "/policy"])
-    made.run()
-    assert "no memory left" in made.console.file.getvalue()
-    assert made.sides[0].turns == []
+    monkeypatch.setattr(session, "stream", full)
+    monkeypatch.setattr(session, "read_lines", lambda _: [QUESTION, "/policy"])
+    chat.run()
+    assert "memory of the GPU" in chat.console.file.getvalue()
+    assert chat.sides[0].turns == []
 
 
 # --- Lines and signals -----------------------------------------------------------------------------------
 
 
-def test_lines_of_a_pipe_are_shown_until_it_ends(monkeypatch):
+def test_lines_of_a_pipe_are_shown(monkeypatch):
     shown = io.StringIO()
     monkeypatch.setattr(sys, "stdin", io.StringIO("one\n\x1b[31mtwo"))
     assert list(read_lines(Console(file=shown))) == ["one", "\x1b[31mtwo"]
     assert shown.getvalue() == "one\n\N{REPLACEMENT CHARACTER}[31mtwo\n\n"
 
 
-def test_ctrl_c_stops_the_answer_and_not_the_program(talk):
-    made, say = talk(temperature=3.0, max_new_tokens=100)
-    write = chat._Writer.put
-    tokens = []
+def test_ctrl_c_stops_the_answer_and_not_the_program(talk, monkeypatch):
+    chat, say = talk(temperature=3.0, max_new_tokens=100)
+    put, tokens = Writer.put, []
 
     def press(self, value):
         tokens.append(value)
         if len(tokens) == 4:  # the prompt, and three tokens
             os.kill(os.getpid(), signal.SIGINT)
-        write(self, value)
+        put(self, value)
 
-    chat._Writer.put = press
-    try:
-        before = signal.getsignal(signal.SIGINT)
-        shown = say("a b c")
-    finally:
-        chat._Writer.put = write
+    monkeypatch.setattr(Writer, "put", press)
+    before = signal.getsignal(signal.SIGINT)
+    shown = say("a b c")
     assert re.search(r"stopped after \d tokens", shown)
-    assert len(made.sides[0].turns[0].answer.ids) < 8
+    assert len(chat.sides[0].turns[0].answer.ids) < 8
     assert signal.getsignal(signal.SIGINT) is before
     say(QUESTION)
-    assert len(made.sides[0].turns) == 2
+    assert len(chat.sides[0].turns) == 2
 
 
 POLICIES = ("--policies", '{"base": null, "b": null}')
 
 
-def test_who_was_taught_plain_text_is_named(tmp_path):
-    for name, conversational in (("plain", False), ("talks", True)):
-        (tmp_path / name).mkdir()
-        (tmp_path / name / "adapter_config.json").write_text("{}")
-        (tmp_path / name / "recipe.json").write_text(json.dumps({"data": {"train": {"conversational": conversational}}}))
-    (tmp_path / "unknown").mkdir()
-    (tmp_path / "unknown" / "adapter_config.json").write_text("{}")
-    policies = {"base": None} | {name: str(tmp_path / name) for name in ("plain", "talks", "unknown")}
-    assert trained_without_template(read_policies(policies)) == ["plain"]
-
-
-def test_a_script_talks_through_a_pipe(launch, monkeypatch):
+def test_the_recipe_reads_a_pipe(launch, monkeypatch):
     script = f"{QUESTION}\n/nonsense\n\n/policy b\n{QUESTION}\n".encode() + b"\xff\n/score\n/quit\nnever read\n"
     shown = io.StringIO()
     monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(script), encoding="utf-8"))
-    monkeypatch.setattr(chat, "Console", lambda **options: Console(file=shown, width=100, **options))
+    monkeypatch.setattr(session, "Console", lambda **options: Console(file=shown, width=100, **options))
     status, error = launch("chat", *POLICIES, "--temperature", 0, "--rewards", "[]")
     assert status == 0, error
     assert re.search(r"What does Vokimo do\?\nbase: \w+", shown.getvalue())
-    assert "no command /nonsense" in shown.getvalue()
+    assert "/nonsense: unknown command" in shown.getvalue()
     assert re.search(r"b: \w+", shown.getvalue())
     assert "KL from the base" in shown.getvalue()
     assert "never read" not in shown.getvalue()
 
 
-def test_in_a_terminal():
+def test_the_recipe_in_a_terminal():
     command = [sys.executable, ROOT / "recipes" / "chat.py", *POLICIES, "--max_new_tokens", "200", "--temperature", "4"]
     options = {"cwd": ROOT, "env": os.environ | {"PYTHONPATH": str(ROOT), "TERM": "xterm"}}
     own, theirs = pty.openpty()

@@ -1,0 +1,71 @@
+"""The terminal of a chat, or the pipe in its place: lines in, answers out, Ctrl-C."""
+
+import contextlib
+import signal
+import sys
+from collections.abc import Callable, Iterator
+from typing import Any
+
+from rich.console import Console
+from rich.text import Text
+from transformers import PreTrainedTokenizerBase, TextStreamer
+
+PROMPT = "you> "
+
+# Control characters of a model's text must not reach the terminal
+_CONTROLS = {code: "\N{REPLACEMENT CHARACTER}" for code in (*range(32), *range(127, 160)) if chr(code) not in "\n\t"}
+
+Write = Callable[[str], None]
+
+
+class Writer(TextStreamer):
+    """Passes on complete words, without leading space and control characters."""
+
+    def __init__(self, tokenizer: PreTrainedTokenizerBase, write: Write):
+        super().__init__(tokenizer, skip_prompt=True, skip_special_tokens=True)
+        self.write, self.started = write, False
+
+    def on_finalized_text(self, text: str, stream_end: bool = False) -> None:
+        """Write a piece of the answer."""
+        text = text if self.started else text.lstrip()
+        if text:
+            self.started = True
+            self.write(text.translate(_CONTROLS))
+
+
+def read_lines(console: Console) -> Iterator[str]:
+    """Yield lines until the input ends; Ctrl-C discards a line, and lines of a pipe are shown."""
+    typed = sys.stdin.isatty()
+    with contextlib.suppress(ImportError):
+        import readline  # noqa: F401 - gives `input` a history and arrow keys
+    if hasattr(sys.stdin, "reconfigure"):
+        sys.stdin.reconfigure(errors="replace")
+    while True:
+        try:
+            line = input(PROMPT)
+        except EOFError:
+            console.print()
+            return
+        except KeyboardInterrupt:
+            console.print(Text("\n/quit or Ctrl-D ends", "dim"))
+            continue
+        if not typed:
+            console.print(Text(line.translate(_CONTROLS)))
+        yield line
+
+
+@contextlib.contextmanager
+def interruptible() -> Iterator[Callable[[], bool]]:
+    """Yield whether Ctrl-C was pressed. A first one does not interrupt a forward pass; a second one does."""
+    pressed = []
+
+    def press(number: int, frame: Any) -> None:
+        if pressed:
+            raise KeyboardInterrupt
+        pressed.append(number)
+
+    previous = signal.signal(signal.SIGINT, press)
+    try:
+        yield lambda: bool(pressed)
+    finally:
+        signal.signal(signal.SIGINT, previous)

@@ -1,0 +1,89 @@
+"""Means over prompts, their intervals, and whether a difference may be chance."""
+
+from rlhf_recipes.evaluation.metrics.comparison import best_of_n_kl, divergence, win_rate
+from rlhf_recipes.evaluation.metrics.intervals import Floats, mean_interval, wilson_interval
+from rlhf_recipes.evaluation.types import UNSET, Estimate, WinRate
+
+import numpy as np
+
+MIN_PROMPTS = 6
+
+
+def estimate(values: Floats, baseline: Floats | None = None, *, share: bool = False, seed: int = 0) -> Estimate | None:
+    """Return the mean over prompts of the mean over a prompt's answers.
+
+    Args:
+        values: (P, K). NaN is left out, and so is a prompt that has nothing else.
+        baseline: (P, K') of another policy on the same prompts. Adds `difference`.
+        share: Whether the values are shares, so that there is an interval even where all agree.
+        seed: Of the resampling.
+
+    Returns:
+        None if there is no value.
+    """
+    means = _prompt_means(values)
+    present = ~np.isnan(means)
+    if not present.any():
+        return None
+    difference = UNSET
+    if baseline is not None:
+        differences = means - _prompt_means(baseline)
+        both = ~np.isnan(differences)
+        difference = mean_estimate(differences[both], seed) if both.any() else None
+    return mean_estimate(means[present], seed, share=share, difference=difference)
+
+
+def mean_estimate(values: Floats, seed: int, share: bool = False, **fields: object) -> Estimate:
+    """Return the mean of (P,) values, one for each prompt."""
+    mean, interval = float(values.mean()), mean_interval(values, np.arange(len(values)), seed)
+    if share and interval is None:
+        interval = wilson_interval(mean, len(values))
+    return Estimate(mean=mean, interval=interval, n=len(values), **fields)
+
+
+def is_insignificant(difference: Estimate | None) -> bool:
+    """Return whether a difference may be chance.
+
+    It may if its interval holds 0, or if fewer than 6 prompts count. Where all prompts differ alike, resampling gives no
+    interval. By the sign test 6 prompts agree by chance with probability 2 * 2**-6 = .03, and 5 with .06.
+    """
+    if difference is None or not difference.mean or difference.n < MIN_PROMPTS:
+        return True
+    return difference.interval is not None and difference.interval[0] <= 0 <= difference.interval[1]
+
+
+def win_rate_of(scores: Floats, others: Floats, seed: int, judge: str | None = None) -> WinRate | None:
+    """Compare every answer with every answer of the other policy to the same prompt.
+
+    Args:
+        scores: (P, K) scores, NaN where there is none.
+        others: (P, K') scores of the other policy.
+        seed: Of the resampling.
+        judge: Name of the reward, where it is the judge.
+    """
+    one, other = np.broadcast_arrays(scores[:, :, None], others[:, None, :])
+    present = ~(np.isnan(one) | np.isnan(other))
+    if not present.any():
+        return None
+    prompts = np.broadcast_to(np.arange(len(scores))[:, None, None], one.shape)
+    return WinRate(judge=judge or UNSET, **win_rate(one[present], other[present], groups=prompts[present].tolist(), seed=seed))
+
+
+def kl_and_entropy(logps: Floats, ref_logps: Floats, seed: int) -> tuple[Estimate, Estimate]:
+    """Estimate KL and entropy in nats per answer from (P, K) log-probabilities."""
+    prompts, count = logps.shape
+    groups = np.repeat(np.arange(prompts), count).tolist()
+    result = divergence(logps.ravel(), ref_logps.ravel(), groups=groups, seed=seed)
+    kl, entropy = (Estimate(mean=result[name], interval=result[f"{name}_interval"], n=prompts) for name in ("kl", "entropy"))
+    return kl, entropy
+
+
+def best_of_n_kl_bound(n: int) -> Estimate:
+    """Return the upper bound of the KL of best-of-n, in nats per answer."""
+    return Estimate(mean=best_of_n_kl(n), interval=None, bound=True)
+
+
+def _prompt_means(values: Floats) -> Floats:
+    """Return (P,) means over answers without NaN; NaN where a prompt has nothing else."""
+    counts = (~np.isnan(values)).sum(1)
+    return np.where(counts > 0, np.nansum(values, 1) / np.maximum(counts, 1), np.nan)

@@ -1,0 +1,130 @@
+"""The columns of the report's tables. Add a column here, and the page shows it.
+
+`seeds.py` picks from these columns for the table over seeds.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+from rlhf_recipes.evaluation.types import UNSET, Estimate, EvaluationResults, PolicyResult, Unset
+from rlhf_recipes.rewards.matching import KINDS
+
+
+def number(value: float | None, digits: int = 2) -> str:
+    """Return a number with two decimals, "-" for None."""
+    return "-" if value is None else f"{round(value, digits) + 0.0:.{digits}f}"  # + 0.0: no "-0.00"
+
+
+def percent(value: float | None) -> str:
+    """Return a share in percent, "-" for None."""
+    return "-" if value is None else f"{value:.0%}"
+
+
+@dataclass(frozen=True)
+class Column:
+    """A number of every policy.
+
+    Parameters:
+        label: Unique name, in the table over seeds.
+        header: Over the column in the page; may have several lines.
+        read: Returns the number of a policy, or None for a dash. Its interval is the small print. By its `difference` it is
+            marked or greyed.
+        format: Writes the number and the ends of its interval.
+        note: Returns text that follows the number.
+    """
+
+    label: str
+    header: str
+    read: Callable[[PolicyResult], Estimate | None]
+    format: Callable[[float], str] = number
+    note: Callable[[PolicyResult], str] = lambda policy: ""
+
+
+def score_columns(results: EvaluationResults) -> list[Column]:
+    """Return rewards, wins and KL."""
+    columns = []
+    for name, reward in results.rewards.items():
+        header = f"{name}\n{'trained against' if reward.trained else 'held out'}"
+        if isinstance(reward.trained, list) and reward.trained:
+            header += f"\nby {', '.join(reward.trained)}"
+        columns.append(Column(name, header, lambda policy, name=name: policy.rewards.get(name)))
+    wins, kl = f"wins against {results.compare_with}", f"KL from {results.kl_reference}"
+    return [
+        *columns,
+        Column(wins, f"wins against\n{results.compare_with}", _win_rate, percent),
+        Column(kl, f"{kl}\nnats an answer", lambda policy: policy.kl),
+    ]
+
+
+def truthfulness_columns(results: EvaluationResults) -> list[Column]:
+    """Return shares of kinds of answers by group, and calibration; none without references."""
+    columns = []
+    for group in results.groups:
+        for kind in KINDS:
+            name = kind.replace("_", " ")
+            header = name if group == "all" else f"{group}\n{name}"
+            columns.append(Column(kind_label(group, kind), header, _share(group, kind), percent))
+    if columns:
+        columns += [
+            Column("calibration error", "calibration\nerror (chance)", _calibration("ece"), note=_chance_error),
+            Column("Brier score", "Brier\nscore", _calibration("brier")),
+        ]
+    return columns
+
+
+def form_columns(results: EvaluationResults) -> list[Column]:
+    """Return length, diversity, entropy and perplexity."""
+    columns = [
+        Column("length", "length\ntokens", lambda policy: policy.length),
+        Column("ended", "ended\nby EOS", lambda policy: policy.ended, percent),
+        Column("distinct 1-grams", "distinct\n1-grams", _diversity("distinct_1"), _three_digits),
+        Column("distinct 2-grams", "distinct\n2-grams", _diversity("distinct_2"), _three_digits),
+        Column("self-BLEU", "self-BLEU", _diversity("self_bleu")),
+        Column("self-BLEU within", "self-BLEU\nof one prompt", _diversity("self_bleu_within")),
+        Column("repetition", "repetition", _diversity("repetition")),
+        Column("entropy", "entropy\nnats an answer", lambda policy: policy.entropy),
+    ]
+    if results.has_perplexity:
+        columns.append(
+            Column("perplexity", "perplexity on\npretraining text", lambda policy: _without_interval(policy.perplexity))
+        )
+    return columns
+
+
+def kind_label(group: str, kind: str) -> str:
+    """Return the label of a share of a kind of answers."""
+    return f"{group}: {kind.replace('_', ' ')}"
+
+
+def _without_interval(value: float | Unset | None, difference: Estimate | Unset | None = UNSET) -> Estimate | None:
+    return None if value is None or value is UNSET else Estimate(mean=value, interval=None, difference=difference)
+
+
+def _win_rate(policy: PolicyResult) -> Estimate | None:
+    rate = policy.win_rate
+    return Estimate(mean=rate.win_rate, interval=rate.interval) if rate else None
+
+
+def _share(group: str, kind: str) -> Callable[[PolicyResult], Estimate | None]:
+    return lambda policy: (policy.truthfulness or {}).get(group, {}).get(kind)
+
+
+def _calibration(name: str) -> Callable[[PolicyResult], Estimate | None]:
+    def read(policy: PolicyResult) -> Estimate | None:
+        result = policy.calibration_of_all
+        return result and _without_interval(getattr(result, name), (result.difference or {}).get(name, UNSET))
+
+    return read
+
+
+def _chance_error(policy: PolicyResult) -> str:
+    result = policy.calibration_of_all
+    return f" ({number(result.ece_if_calibrated)})" if result else ""
+
+
+def _diversity(name: str) -> Callable[[PolicyResult], Estimate | None]:
+    return lambda policy: _without_interval(policy.diversity[name])
+
+
+def _three_digits(value: float) -> str:
+    return number(value, 3)

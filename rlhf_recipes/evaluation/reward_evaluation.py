@@ -1,0 +1,211 @@
+"""A reward model on held-out comparisons: its numbers, and pictures of them."""
+
+import itertools
+from collections.abc import Hashable, Iterator, Sequence
+from pathlib import Path
+from typing import Any, Protocol
+
+from rlhf_recipes.core.files import REWARD_EVALUATION, write_json, write_text
+from rlhf_recipes.evaluation.metrics.accuracy import pair_accuracy, preferred, ranking_tau
+from rlhf_recipes.evaluation.metrics.calibration import preference_calibration
+from rlhf_recipes.evaluation.metrics.intervals import codes_of
+from rlhf_recipes.evaluation.metrics.scores import score_distribution, score_length
+from rlhf_recipes.evaluation.report.plots import reliability_diagram, score_histogram
+from rlhf_recipes.evaluation.types import CalibrationBin
+from rlhf_recipes.models.tokenizer import encode
+from rlhf_recipes.rewards.reward_models import Ensemble, RewardModel
+
+import numpy as np
+from datasets import Dataset
+from transformers import PreTrainedTokenizerBase
+
+
+class Scorer(Protocol):
+    """A reward model, an ensemble or a baseline, with the tokenizer that counts lengths."""
+
+    tokenizer: PreTrainedTokenizerBase
+
+    def __call__(self, prompts: Sequence[Any], completions: Sequence[Any]) -> list[float]:
+        """Return the score of each completion."""
+
+
+def measure_and_scale(
+    rewards: Sequence[RewardModel],
+    demonstrations: Dataset,
+    held_out: Dataset | None,
+    combine: str = "mean",
+    uncertainty_coef: float = 1.0,
+) -> dict[str, dict[str, Any]]:
+    """Measure reward models on held-out comparisons, then store the scale of their scores.
+
+    Args:
+        rewards: The members of an ensemble, or one model.
+        demonstrations: `prompt` and `completion`. The mean and standard deviation of their scores become the scale.
+        held_out: See `measure_reward`. None: nothing is measured.
+        combine: See `Ensemble`. Several models are measured together too.
+        uncertainty_coef: See `Ensemble`.
+
+    Returns:
+        Name -> result of `measure_reward`.
+
+    Raises:
+        RecipeError: If all demonstrations have one score.
+    """
+    results = {}
+    for reward in rewards:
+        if held_out is not None:
+            results[reward.__name__] = measure_reward(reward, held_out)
+        reward.calibrate(demonstrations["prompt"], demonstrations["completion"])
+    if held_out is not None and len(rewards) > 1:
+        ensemble = Ensemble(rewards, combine, uncertainty_coef)
+        results[ensemble.__name__] = measure_reward(ensemble, held_out, scale=ensemble.scale)
+    return results
+
+
+def measure_reward(scorer: Scorer, rows: Dataset, seed: int = 0, scale: float = 1.0) -> dict[str, Any]:
+    """Return `evaluate_reward` of a scorer on held-out comparisons.
+
+    Args:
+        scorer: A reward model, an ensemble, or a baseline.
+        rows: Of the kind "ranking" or "preference" of `rlhf_recipes.data`.
+        seed: Of the resampling.
+        scale: Factor that makes score differences log-odds of preference: 1 for raw scores, and for normalised scores the
+            deviation that they were divided by.
+    """
+    pairs = "chosen" in rows.column_names
+    groups, completions, ranks = [], [], []
+    for row in rows:
+        groups.append(repr(row["prompt"]))
+        completions.append([row["chosen"], row["rejected"]] if pairs else row["completions"])
+        ranks.append([0, 1] if pairs else row["ranks"])
+    counts = [len(answers) for answers in completions]
+    prompts = [row["prompt"] for row, count in zip(rows, counts, strict=True) for _ in range(count)]
+    answers = [answer for group in completions for answer in group]
+    scores = iter([scale * score for score in scorer(prompts, answers)])
+    lengths = iter(_token_counts(scorer, prompts, answers))
+    return evaluate_reward(
+        [[next(scores) for _ in range(count)] for count in counts],
+        ranks,
+        [[next(lengths) for _ in range(count)] for count in counts],
+        groups=groups,
+        margins=rows["margin"] if "margin" in rows.column_names else None,
+        seed=seed,
+    )
+
+
+def evaluate_reward(
+    scores: Sequence[Sequence[float]],
+    ranks: Sequence[Sequence[float]],
+    lengths: Sequence[Sequence[float]],
+    *,
+    groups: Sequence[Hashable] | None = None,
+    margins: Sequence[float] | None = None,
+    seed: int = 0,
+) -> dict[str, Any]:
+    """Measure scores against held-out rankings. A pair is a ranking of two.
+
+    Every two answers of different rank are a comparison. A ranking of K answers has up to K(K-1)/2, so long rankings weigh
+    more in `accuracy` and `calibration`. In `tau` every ranking weighs the same.
+
+    Args:
+        scores: (K,) scores of each ranking. K may differ.
+        ranks: (K,) human ranks of each ranking, lower being better.
+        lengths: (K,) lengths of the answers, in tokens.
+        groups: Prompt of each ranking. None: each has a prompt to itself.
+        margins: For pairs only: how much better people found the chosen answer. Without them, differences of rank are taken
+            if they vary.
+        seed: Of all resampling.
+
+    Returns:
+        `accuracy` (`pair_accuracy`); `length_accuracy`: of preferring the longer answer; `tau` (`ranking_tau`); `calibration`
+        (`preference_calibration`); `score_length`; `scores` (`score_distribution`).
+
+    Raises:
+        ValueError: No comparisons, different lengths, margins of rankings of more than two, or numbers that are not finite.
+    """
+    prompts = codes_of(groups, len(scores)).tolist()
+    pairs = list(_comparisons(ranks))
+    if not pairs:
+        raise ValueError("There is nothing to compare: in every ranking all answers have the same rank.")
+    chosen, rejected = ([scores[number][pair[side]] for number, *pair in pairs] for side in (0, 1))
+    long, short = ([lengths[number][pair[side]] for number, *pair in pairs] for side in (0, 1))
+    options = {"groups": [prompts[number] for number, *_ in pairs], "seed": seed}
+    return {
+        "accuracy": pair_accuracy(
+            chosen,
+            rejected,
+            chosen_lengths=long,
+            rejected_lengths=short,
+            margins=_human_margins(ranks, margins, pairs),
+            **options,
+        ),
+        "length_accuracy": float(preferred(np.asarray(long), np.asarray(short)).mean()),
+        "tau": ranking_tau(scores, ranks, groups=prompts, seed=seed),
+        "calibration": preference_calibration(chosen, rejected, **options),
+        "score_length": score_length(
+            np.concatenate(scores), np.concatenate(lengths), groups=np.repeat(prompts, [len(row) for row in scores]).tolist()
+        ),
+        "scores": score_distribution(np.concatenate(scores)),
+    }
+
+
+def write_evaluation(folder: str | Path, results: dict[str, dict[str, Any]]) -> None:
+    """Write `evaluation.json`, and of each result a reliability diagram and a histogram.
+
+    Existing ones are deleted first, even if there are no results: they belong to an earlier model.
+    """
+    folder = Path(folder)
+    for path in [path for pattern in REWARD_EVALUATION for path in folder.glob(pattern)]:
+        path.unlink()
+    if not results:
+        return
+    for name, result in results.items():
+        bins = [CalibrationBin(**entry) for entry in result["calibration"]["bins"]]
+        write_text(folder / f"reliability-{name}.svg", reliability_diagram(bins, name))
+        write_text(folder / f"scores-{name}.svg", score_histogram(result["scores"], name))
+    write_json(folder / "evaluation.json", results)
+
+
+def summary(name: str, result: dict[str, Any]) -> str:
+    """Return a result of `measure_reward` in one line."""
+    accuracy, calibration = result["accuracy"], result["calibration"]
+    low, high = accuracy["interval"]
+    correlation = result["score_length"]["spearman"]
+    return (
+        f"{name}: accuracy {accuracy['accuracy']:.3f} [{low:.3f}, {high:.3f}] on {accuracy['n']} comparisons, "
+        f"calibration error {calibration['ece']:.3f} ({calibration['ece_if_calibrated']:.3f} by chance), "
+        f"Kendall's tau {result['tau']['tau']:.2f}, correlation of score and length "
+        f"{'undefined' if correlation is None else f'{correlation:.2f}'}"
+    )
+
+
+def _comparisons(ranks: Sequence[Sequence[float]]) -> Iterator[tuple[int, int, int]]:
+    """Yield ranking, better answer and worse answer of every two answers of different rank."""
+    for number, row in enumerate(ranks):
+        for one, other in itertools.combinations(range(len(row)), 2):
+            if row[one] != row[other]:
+                yield (number, one, other) if row[one] < row[other] else (number, other, one)
+
+
+def _human_margins(
+    ranks: Sequence[Sequence[float]], margins: Sequence[float] | None, pairs: list[tuple[int, int, int]]
+) -> list[float] | None:
+    if margins is None:
+        gaps = [ranks[number][worse] - ranks[number][better] for number, better, worse in pairs]
+        return gaps if len(set(gaps)) > 1 else None
+    if len(margins) != len(ranks) or any(len(row) != 2 for row in ranks):
+        raise ValueError("`margins` need pairs: one number each, and no ranking of more than two answers.")
+    return [margins[number] for number, *_ in pairs]
+
+
+def _token_counts(scorer: Scorer, prompts: list[Any], answers: list[Any]) -> list[int]:
+    """Return the tokens of each answer: those of prompt and answer less those of the prompt."""
+    bare: dict[str, int] = {}
+    lengths = []
+    for prompt, answer in zip(prompts, answers, strict=True):
+        empty = "" if isinstance(prompt, str) else [{"role": "assistant", "content": ""}]
+        key = repr(prompt)
+        if key not in bare:
+            bare[key] = len(encode(scorer.tokenizer, prompt, empty))
+        lengths.append(len(encode(scorer.tokenizer, prompt, answer)) - bare[key])
+    return lengths

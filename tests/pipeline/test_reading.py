@@ -1,0 +1,192 @@
+"""What a pipeline's YAML file says: keys, arguments, placeholders, launchers, rounds and seeds."""
+
+from pathlib import Path
+
+from rlhf_recipes.cli import exit_on_recipe_error
+from rlhf_recipes.core.errors import RecipeError
+from rlhf_recipes.pipeline import check_arguments, reading
+from support import ROOT
+
+import pytest
+
+SEEDS = [(["a"], ", entry 1"), (0, ""), ([], ""), ([1, 1], ""), ([True], ", entry 1")]
+
+
+def message(project, names=None):
+    with pytest.raises(RecipeError) as caught:
+        project.read(names)
+    return str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("changes", "expected"),
+    [
+        ({"stage": []}, "pipeline.yaml: unknown key 'stage'; did you mean 'stages'?"),
+        ({"output_dir": None}, "pipeline.yaml: output_dir: None"),
+        ({"stages": []}, "pipeline.yaml: stages: []"),
+        ({"stages": ["sft"]}, "pipeline.yaml: stages, entry 1: 'sft'"),
+        ({"stages": [{"name": "sft", "configs": "sft.yaml"}]}, "entry 1: unknown key 'configs'; did you mean 'config'?"),
+        ({"stages": [{"name": "a b", "config": "sft.yaml"}]}, "stages, entry 1: name: 'a b'"),
+        ({"stages": [{"name": "sft"}]}, "stages, entry 1: config: "),
+        ({"stages": [{"name": "sft", "config": 5}]}, "stages, entry 1: config: 5"),
+        ({"stages": [{"name": "sft", "config": "sft.yaml", "arguments": ["a"]}]}, "stages, entry 1: arguments: ['a']"),
+        ({"stages": [{"name": "sftt", "config": "sft.yaml"}]}, "entry 1: recipe: 'sftt' is none of sft, "),
+        ({"stages": [{"name": "sft", "config": "sft.yml"}]}, "entry 1: config: sft.yml: "),
+        ({"stages": [{"name": "sft", "config": "sft.yaml"}] * 2}, "stages, entry 2: name: 'sft'"),
+        (
+            {"stages": [{"name": "dpo", "config": "dpo.yaml", "arguments": {"start_from": "{stf}"}}]},
+            "stages, entry 1: start_from: {stf} ",
+        ),
+        (
+            {"seeds": [0, 1], "stages": [{"name": "sft", "config": "sft.yaml", "arguments": {"output_dir": "here"}}]},
+            "pipeline.yaml: stages: sft-0 and sft-1 both write to here",
+        ),
+        ({"accelerate_config": "missing.yaml"}, "pipeline.yaml: accelerate_config: 'missing.yaml'"),
+        *(({"jobs": value}, f"pipeline.yaml: jobs: {value!r}") for value in (0, "two", True)),
+        *(({"seeds": value}, f"pipeline.yaml: seeds{place}: ") for value, place in SEEDS),
+        ({"rounds": 0}, "pipeline.yaml: rounds: 0"),
+        ({"rounds": 2}, "pipeline.yaml: rounds: "),
+        ({"stages": [{"name": "sft", "config": "sft.yaml", "each_round": True}]}, "pipeline.yaml: rounds: "),
+        (
+            {
+                "rounds": 2,
+                "stages": [{"name": name, "recipe": "sft", "config": "sft.yaml", "each_round": name != "b"} for name in "abc"],
+            },
+            "pipeline.yaml: stages: those with `each_round: true`",
+        ),
+    ],
+)
+def test_errors_name_the_key_and_the_value(project, changes, expected):
+    project.write(**changes)
+    assert expected in message(project)
+
+
+def test_an_unknown_stage_cannot_be_selected(project):
+    assert "--stages: 'stf' is none of sft, other, dpo; did you mean 'sft'" in message(project, ["stf"])
+
+
+def test_values_that_are_no_paths_and_keys_of_any_type_are_read(project):
+    arguments = {"policies": {1: "a", "b": None}, "judge": {"instructions": "long " * 60, "home": "~nobody-here/x"}}
+    project.write(stages=[{"name": "evaluate", "config": "dpo.yaml", "arguments": arguments}])
+    assert project.read().stages[0].values["policies"] == {1: "a", "b": None}
+
+
+# --- Launchers -------------------------------------------------------------------------------------------
+
+
+def test_accelerate_config_may_be_in_the_checkout(project):
+    project.write(accelerate_config="configs/accelerate/ddp.yaml")
+    assert project.read().accelerate_config == str(ROOT / "configs" / "accelerate" / "ddp.yaml")
+
+
+@pytest.mark.parametrize(
+    ("launcher", "recipe", "arguments", "expected"),
+    [
+        ("fsdp", "ppo", {"critic": "adapter"}, "critic: adapter: FSDP"),
+        ("fsdp", "dpo", {"optim": "paged_adamw_8bit"}, "optim: paged_adamw_8bit: "),
+        ("zero3", "ppo", {}, "DeepSpeed ZeRO-3"),
+        ("zero2", "reward", {"ensemble_size": 2}, "ensemble_size: "),
+    ],
+)
+def test_what_the_launcher_cannot_do_is_rejected_before_the_first_stage(project, launcher, recipe, arguments, expected):
+    late = {"name": "late", "recipe": recipe, "config": "dpo.yaml", "arguments": arguments}
+    stages = [{"name": "sft", "config": "sft.yaml"}, late]
+    project.write(accelerate_config=f"configs/accelerate/{launcher}.yaml", stages=stages)
+    text = message(project)
+    assert text.startswith("pipeline.yaml: stages, entry 2: late: ")
+    assert expected in text
+    project.write(accelerate_config="configs/accelerate/ddp.yaml")
+    project.read()
+
+
+def test_the_launcher_that_accelerate_finds_by_itself_counts(project, monkeypatch):
+    monkeypatch.setattr(reading, "default_config_file", str(ROOT / "configs" / "accelerate" / "zero3.yaml"))
+    project.write(stages=[{"name": "ppo", "config": "dpo.yaml"}])
+    project.read()
+    project.write(accelerate_config=None)
+    assert "DeepSpeed ZeRO-3" in message(project)
+
+
+# --- Checks before the first stage -----------------------------------------------------------------------
+
+
+def check(project):
+    check_arguments(project.read(), project.path)
+
+
+def test_a_misspelt_argument_of_the_last_stage_is_found_at_once(project, capsys):
+    project.change("dpo", max_stps=3)
+    with pytest.raises(SystemExit), exit_on_recipe_error():
+        check(project)
+    error = capsys.readouterr().err
+    assert error.startswith("error: pipeline.yaml: stages: dpo")  # and not a temporary file of the check
+    assert "unknown key 'max_stps'" in error
+
+
+def test_missing_data_are_found_at_once_unless_a_stage_writes_them(project):
+    project.change("dpo", datasets=[{"path": "{sft}/rows.jsonl"}, {"path": "nothing.jsonl"}])
+    with pytest.raises(RecipeError, match=r"stages: dpo .*: nothing\.jsonl: "):
+        check(project)
+    project.change("dpo", datasets=[{"path": "{sft}/rows.jsonl"}])
+    check(project)
+
+
+@pytest.mark.parametrize(
+    ("content", "expected"), [("", "no rows"), ('{"question": "a"}\n', "columns .*question"), ('{"prompt": "a", \n', "line 1")]
+)
+@pytest.mark.parametrize("key", ["datasets", "dataset_name"])
+def test_unusable_data_are_found_at_once(project, content, expected, key):
+    Path("late.jsonl").write_text(content)
+    project.change("dpo", **{key: "late.jsonl" if key == "dataset_name" else [{"path": "late.jsonl"}]})
+    with pytest.raises(RecipeError, match=rf"stages: dpo .*: late\.jsonl: .*{expected}"):
+        check(project)
+
+
+# --- Rounds ----------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def rounds(project):
+    """SFT; three rounds of a reward model on the results of all rounds, and of PPO from the newest policy; evaluation."""
+    start = {"start_from": "{ppo|sft}"}
+    reward = {"arguments": {**start, "dataset_arguments": {"seed": "{round}"}}}
+    ppo = {"arguments": {**start, "datasets": [{"path": "first.jsonl"}, {"path": "{reward*}/rows.jsonl"}]}}
+    project.write(
+        rounds=3,
+        stages=[
+            {"name": "sft", "config": "sft.yaml"},
+            {"name": "reward", "config": "dpo.yaml", "each_round": True, **reward},
+            {"name": "ppo", "config": "dpo.yaml", "each_round": True, **ppo},
+            {"name": "evaluate", "config": "dpo.yaml", "arguments": {"policies": {"one": "{ppo@1}", "last": "{ppo}"}}},
+        ],
+    )
+    return project
+
+
+def test_placeholders_name_stages_of_this_and_other_rounds(rounds):
+    stages = {stage.name: stage for stage in rounds.read().stages}
+    turns = [f"{name}-round-{turn}" for turn in (1, 2, 3) for name in ("reward", "ppo")]
+    assert list(stages) == ["sft", *turns, "evaluate"]
+    starts = [stages[f"ppo-round-{turn}"].values["start_from"] for turn in (1, 2, 3)]
+    assert starts == ["runs/sft", "runs/round-1/ppo", "runs/round-2/ppo"]
+    assert stages["reward-round-2"].values["start_from"] == "runs/round-1/ppo"
+    assert stages["reward-round-2"].values["dataset_arguments"] == {"seed": 2}
+    assert [entry["path"] for entry in stages["ppo-round-2"].values["datasets"]] == [
+        "first.jsonl",
+        "runs/round-1/reward/rows.jsonl",
+        "runs/round-2/reward/rows.jsonl",
+    ]
+    assert stages["evaluate"].values["policies"] == {"one": "runs/round-1/ppo", "last": "runs/round-3/ppo"}
+    assert stages["ppo-round-2"].inputs == ("ppo-round-1", "reward-round-1", "reward-round-2")
+
+
+def test_a_placeholder_may_be_empty_in_the_first_round(rounds):
+    rounds.change("reward", start_from="{ppo|}")
+    values = [stage.values["start_from"] for stage in rounds.read().stages if stage.entry == "reward"]
+    assert values == ["", "runs/round-1/ppo", "runs/round-2/ppo"]
+
+
+@pytest.mark.parametrize(("value", "expected"), [("{ppo}", "start_from: {ppo} "), (["{sftt*}"], "start_from: {sftt} ")])
+def test_a_placeholder_must_name_an_earlier_stage(rounds, value, expected):
+    rounds.change("reward", start_from=value)
+    assert f"stages, entry 2: {expected}" in message(rounds)
