@@ -34,7 +34,7 @@ import yaml
 from peft import LoraConfig, PeftModel, get_peft_model
 from peft.tuners.lora import LoraLayer
 from peft.utils.integrations import dequantize_module_weight
-from plan_vs_measured import CPU_SIZES, GPU_SIZES, NEEDED, ROOT, STAGES, arguments, variants, write_inputs
+from plan_vs_measured import CPU_SIZES, GPU_SIZES, INPUTS, ROOT, STAGES, arguments, variants, write_inputs
 from ppo_vs_trl import peak_memory
 from torch import Tensor
 from transformers import AutoModelForCausalLM, BitsAndBytesConfig, LlamaConfig, TrainerCallback
@@ -129,7 +129,7 @@ def table(size: str, stages: list[str], options: list[str], gpu: bool, limit: in
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         write_inputs(folder, (GPU_SIZES if gpu else CPU_SIZES)[size], gpu)
-        for recipe in filter({*stages}.union(*(NEEDED.get(stage, ()) for stage in stages)).__contains__, STAGES):
+        for recipe in filter({*stages}.union(*(INPUTS.get(stage, ()) for stage in stages)).__contains__, STAGES):
             plain = {**arguments(recipe, folder, variant, gpu), "max_steps": STEPS}
             for option, (keys, where) in OPTIONS.items():
                 # What later stages read is the result without an option

@@ -272,7 +272,13 @@ def test_independent_stages_run_side_by_side(project, launched, monkeypatch):
     assert launched.calls[2] == ("dpo", False)
     assert Path("runs/logs/sft.log").read_text() == "output of sft\n"
     assert launched.environments["sft"]["OMP_NUM_THREADS"] == str(max(1, os.cpu_count() // 2))
-    assert launched.environments["dpo"] is None, "alone, it writes to the terminal"
+
+
+def test_a_stage_that_runs_alone_writes_to_the_terminal(project, launched):
+    project.write(jobs=2)
+    project.run(["sft", "other"])
+    project.run()
+    assert launched.environments["dpo"] is None
     assert not Path("runs/logs/dpo.log").exists()
 
 

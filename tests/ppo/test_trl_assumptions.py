@@ -97,6 +97,7 @@ MIXIN_HOOKS = {
     "_save_rng_state": "self, output_dir",
     "create_model_card": "self, model_name, dataset_name, tags",
     "log": "self, logs, start_time",
+    "train": "self, resume_from_checkpoint, trial, ignore_keys_for_eval",
 }
 """What `TrainerMixin` overrides in every trainer."""
 
