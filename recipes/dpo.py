@@ -1,4 +1,4 @@
-"""Direct preference optimisation (Rafailov et al., 2023), on TRL's `DPOTrainer`: the alternative to a reward model and PPO.
+"""Direct preference optimisation (Rafailov et al., 2023), on TRL's `DPOTrainer`.
 
     accelerate launch recipes/dpo.py                          # configs/tiny/dpo.yaml: the tiny world, on a CPU
     accelerate launch recipes/dpo.py --config my.yaml --loss_type ipo --beta 0.05

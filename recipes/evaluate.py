@@ -1,4 +1,4 @@
-"""Evaluation: any number of policies on held-out prompts, as adapters on one base, and a report.
+"""Evaluation of any number of policies on held-out prompts, with a report.
 
     accelerate launch recipes/evaluate.py                     # configs/tiny/evaluate.yaml: the tiny world, on a CPU
     accelerate launch recipes/evaluate.py --config my.yaml --num_answers 4

@@ -1,4 +1,4 @@
-"""Labelling: a page on which people rank or compare sampled answers, and write better ones.
+"""Labelling: a page to rank or compare sampled answers, and to write better ones.
 
     python recipes/label.py --data groups.jsonl                              # http://127.0.0.1:8000
     python recipes/label.py --store groups.labels.sqlite --export data/mine  # rankings, pairs and demonstrations

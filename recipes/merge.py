@@ -1,4 +1,4 @@
-"""Merging: make a full model, in safetensors, of an adapter of a policy or a reward model.
+"""Merging: turn the adapter of a policy or a reward model into a full model.
 
     python recipes/merge.py                                   # configs/tiny/merge.yaml: the tiny world, on a CPU
     python recipes/merge.py --adapter runs/ppo --output_dir runs/merged --dtype bfloat16

@@ -1,4 +1,4 @@
-"""All stages in order, from one YAML file: finished stages are skipped, interrupted ones resumed.
+"""All stages in order, from one YAML file; a restart resumes where it stopped.
 
     python recipes/pipeline.py                                # configs/tiny/pipeline.yaml: the tiny world, on a CPU
     python recipes/pipeline.py --config my.yaml --dry-run     # what would be done

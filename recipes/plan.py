@@ -1,4 +1,4 @@
-"""The memory that a pipeline or a recipe will need, stage by stage, before any download.
+"""The memory that a pipeline or a recipe will need, before any download.
 
     python recipes/plan.py                                    # configs/tiny/pipeline.yaml: the tiny world
     python recipes/plan.py --config my.yaml --gpu_memory 12   # and what to change to fit 12 GB

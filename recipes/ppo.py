@@ -1,4 +1,4 @@
-"""PPO: the third stage of InstructGPT (Ouyang et al., 2022), by `PPOTrainer`, a subclass of TRL's `GRPOTrainer`.
+"""PPO, the third stage of InstructGPT (Ouyang et al., 2022), by `PPOTrainer`.
 
     accelerate launch recipes/ppo.py                          # configs/tiny/ppo.yaml: the tiny world, on a CPU
     accelerate launch recipes/ppo.py --config my.yaml --kl_coef 0.1

@@ -1,4 +1,4 @@
-"""Ranking: sampled groups become rankings, by people, by a chat model, or by a simulated labeller.
+"""Ranking of sampled groups, by people, a chat model, or a simulated labeller.
 
     accelerate launch recipes/rank.py                         # configs/tiny/rank.yaml, after recipes/sample.py
     accelerate launch recipes/rank.py --config my.yaml --num_groups 500

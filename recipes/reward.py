@@ -1,4 +1,4 @@
-"""Reward models: the second stage of InstructGPT (Ouyang et al., 2022), on TRL's `RewardTrainer`.
+"""Reward models, stage two of InstructGPT (Ouyang et al., 2022), by TRL's trainer.
 
     accelerate launch recipes/reward.py                       # configs/tiny/reward.yaml: the tiny world, on a CPU
     accelerate launch recipes/reward.py --config my.yaml --start_from runs/sft --ensemble_size 3
@@ -20,7 +20,7 @@ from accelerate import PartialState
 
 
 def main() -> None:
-    """Train every member of the ensemble, then put them on one base, scale and evaluate them."""
+    """Train the ensemble's members, put them on one base, scale and evaluate them."""
     reward_args, data_args, training_args, model_args = parse_arguments(__file__)
     with EnsembleRun(__file__, reward_args, data_args, training_args, model_args, inputs=[reward_args.start_from]) as run:
         # Data: comparisons, and the demonstrations on which scores are scaled

@@ -1,4 +1,4 @@
-"""Sampling: several completions of each prompt, from one policy or several, for people to rank.
+"""Sampling: several completions of each prompt, from one or more policies.
 
     accelerate launch recipes/sample.py                       # configs/tiny/sample.yaml: the tiny world, on a CPU
     accelerate launch recipes/sample.py --config my.yaml --num_completions 6

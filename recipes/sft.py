@@ -1,4 +1,4 @@
-"""Supervised fine-tuning: the first stage of InstructGPT (Ouyang et al., 2022), on TRL's `SFTTrainer`.
+"""Supervised fine-tuning, stage one of InstructGPT (Ouyang et al., 2022), on TRL.
 
     accelerate launch recipes/sft.py                          # configs/tiny/sft.yaml: the tiny world, on a CPU in a minute
     accelerate launch recipes/sft.py --config my.yaml --learning_rate 1e-4

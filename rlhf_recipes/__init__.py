@@ -19,7 +19,7 @@ __all__ = ["PPOConfig", "PPOTrainer"]
 
 
 def __getattr__(name: str) -> Any:
-    """`PPOConfig` and `PPOTrainer`, imported when they are asked for: they bring all of TRL with them."""
+    """Import `PPOConfig` and `PPOTrainer` on first use: they import all of TRL."""
     if name in __all__:
         import rlhf_recipes.training.ppo
 

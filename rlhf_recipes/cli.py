@@ -14,7 +14,7 @@ from rlhf_recipes.training.resume import newest_checkpoint
 
 @contextlib.contextmanager
 def exit_on_recipe_error() -> Iterator[None]:
-    """Print an error that the user can fix as one message, and exit with status 2; after a Ctrl-C, with status 130.
+    """Print a user's error as one message and exit with 2; after Ctrl-C, with 130.
 
     The message begins with the file that the arguments of the run come from. Out of memory, a full disk and the complaint of
     a tracker are such errors too. All others keep their traceback.
@@ -61,7 +61,7 @@ def _when(run: CurrentRun | None) -> str:
 
 
 def _kept(run: CurrentRun | None, resume: str | None = None) -> list[str]:
-    """Return the newest checkpoint of the training that had begun, and how to resume from it, if there is one.
+    """Return the newest checkpoint of the training, and how to resume from it.
 
     Args:
         run: the run of this process.
@@ -80,7 +80,7 @@ def _kept(run: CurrentRun | None, resume: str | None = None) -> list[str]:
 
 
 def _failed_write(error: Exception, run: CurrentRun | None) -> str | None:
-    """Return a message about a disk that is full or may not be written to, None for any other error."""
+    """Return a message about a disk that is full or not writable, or None."""
     failure = failed_write(error)
     if failure is None:
         return None

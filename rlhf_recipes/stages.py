@@ -129,7 +129,7 @@ def find_stage(recipe: str) -> Stage:
 
 
 def parse_arguments(recipe: str | Path, argv: Sequence[str] | None = None) -> tuple[Any, ...]:
-    """Return the arguments of a recipe, from its YAML file and, over it, from the command line.
+    """Return a recipe's arguments: its YAML file overridden by the command line.
 
     Args:
         recipe: the recipe's `__file__`; its name is that of the stage. Without `--config`, `configs/tiny/<name>.yaml` beside

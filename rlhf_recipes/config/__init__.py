@@ -1,1 +1,1 @@
-"""Arguments of the recipes, the strict parser that fills them, launchers and trackers."""
+"""Argument dataclasses, the strict parser that fills them, launchers and trackers."""

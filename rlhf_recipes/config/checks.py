@@ -1,4 +1,4 @@
-"""Values of the right type that would fail late, or make a run silently wrong, here or on this machine."""
+"""Reject values that would fail late, or make a run silently wrong."""
 
 import os
 from collections.abc import Sequence
@@ -24,11 +24,7 @@ _LEAST = {
 
 
 def check_values(values: dict[str, Any], trains: bool) -> None:
-    """Reject values that exclude each other, or that the libraries ignore or fail on later.
-
-    Args:
-        values: keys and values of a recipe.
-        trains: whether the recipe trains.
+    """Reject values that exclude each other, or that libraries ignore or fail on.
 
     Raises:
         RecipeError: with the key and the fix.
@@ -50,7 +46,7 @@ def check_values(values: dict[str, Any], trains: bool) -> None:
 
 
 def set_machine_defaults(values: dict[str, Any]) -> None:
-    """Turn off the defaults that need a GPU if none is used, or bf16 that this one lacks."""
+    """Turn off the defaults that this machine does not support, such as bf16."""
     if not torch.accelerator.is_available() or values.get("use_cpu"):
         values.setdefault("bf16", False)
         values.setdefault("dataloader_pin_memory", False)
@@ -59,7 +55,7 @@ def set_machine_defaults(values: dict[str, Any]) -> None:
 
 
 def check_machine(values: dict[str, Any]) -> None:
-    """Reject number types that this machine lacks: a GPU without bf16 would emulate it, slowly and without a word.
+    """Reject number types that this machine lacks: emulated bf16 is silently slow.
 
     Raises:
         RecipeError: with the key and the fix.
@@ -83,10 +79,9 @@ def _has_bf16() -> bool:
 
 
 def check_process_group(groups: Sequence[Any]) -> None:
-    """Reject a launch whose processes would not form one group: each would train alone, and overwrite the others.
+    """Reject a launch whose processes would not form one group.
 
-    Args:
-        groups: filled dataclasses of a recipe.
+    Each would train alone, and overwrite the others.
 
     Raises:
         RecipeError: with the fix.

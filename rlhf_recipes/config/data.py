@@ -11,7 +11,7 @@ SINGLE_DATASET_KEYS = ("dataset_config", "column_mapping", "dataset_arguments")
 
 @dataclass
 class DatasetSource(DatasetConfig):
-    """One entry of `datasets` or `eval_datasets`: TRL's `DatasetConfig` with two more keys.
+    """An entry of `datasets` or `eval_datasets`: TRL's `DatasetConfig` and two keys.
 
     Parameters:
         path: a Hub name, a local `.json`, `.jsonl`, `.csv` or `.parquet` file (also `.gz`), a directory of such files, a

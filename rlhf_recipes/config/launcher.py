@@ -1,4 +1,4 @@
-"""Launchers, which run a stage in several processes, and what each of them cannot do: docs/distributed.md."""
+"""Launchers of stages in several processes, and their limits: docs/distributed.md."""
 
 import json
 import os
@@ -18,7 +18,7 @@ _FSDP = "configs/accelerate/fsdp.yaml"
 
 @dataclass(frozen=True)
 class Launcher:
-    """How a run is launched; by default in one process or by DDP, where each process holds all weights.
+    """How a run is launched: one process or DDP by default, each with all weights.
 
     Parameters:
         fsdp: version of FSDP; 0 without it.
@@ -30,7 +30,7 @@ class Launcher:
 
     @property
     def shards(self) -> bool:
-        """Whether processes share out weights or states, so that each needs other memory than one GPU alone."""
+        """Whether each process holds only a part of the weights or optimizer states."""
         return bool(self.fsdp) or self.zero is not None
 
     def __str__(self) -> str:
@@ -59,7 +59,7 @@ def read_launcher(path: str | Path) -> Launcher:
 
 
 def current_launcher() -> Launcher:
-    """Return the launcher of this process, from the environment that `accelerate launch` has set."""
+    """Return the launcher of this process, from the variables of `accelerate launch`."""
     if parse_flag_from_env("ACCELERATE_USE_DEEPSPEED"):
         file = os.environ.get("ACCELERATE_DEEPSPEED_CONFIG_FILE", "none")
         if file != "none":
@@ -72,7 +72,7 @@ def current_launcher() -> Launcher:
 
 
 def check_launcher_support(recipe: str, values: Mapping[str, Any], launcher: Launcher) -> None:
-    """Reject arguments of a training stage that its launcher would fail on, or get wrong.
+    """Reject arguments of a training stage that its launcher does not support.
 
     Args:
         recipe: name of the stage's recipe.
@@ -88,7 +88,7 @@ def check_launcher_support(recipe: str, values: Mapping[str, Any], launcher: Lau
 
 
 def check_single_gpu_plan(launcher: Launcher) -> None:
-    """Reject `gpu_memory` with a launcher under which a GPU holds another share than the plan predicts.
+    """Reject `gpu_memory` with a launcher that shards: plans are for whole weights.
 
     Raises:
         RecipeError: with the fix.
@@ -98,7 +98,7 @@ def check_single_gpu_plan(launcher: Launcher) -> None:
 
 
 def plain(value: Any) -> Any:
-    """Return the value of an enum, as a YAML file has it, and any other value unchanged."""
+    """Return the value of an enum, and any other value unchanged."""
     return getattr(value, "value", value)
 
 
@@ -136,7 +136,7 @@ def _unsupported_by_deepspeed(recipe: str, values: Mapping[str, Any], launcher: 
 
 
 def _launcher_of(values: Mapping[str, Any]) -> Launcher | None:
-    """Return the launcher that a stage's own arguments set in Transformers, if they do."""
+    """Return the launcher that a stage's own arguments set in Transformers, if any."""
     if values.get("deepspeed"):
         return Launcher(zero=_zero_stage(values["deepspeed"], "deepspeed"))
     if values.get("fsdp"):
@@ -147,7 +147,7 @@ def _launcher_of(values: Mapping[str, Any]) -> Launcher | None:
 
 
 def _zero_stage(config: Any, key: str) -> int:
-    """Return the stage in DeepSpeed's own configuration: a mapping, or a JSON file with one."""
+    """Return the ZeRO stage of a DeepSpeed configuration: a mapping, or a JSON file."""
     config = config if isinstance(config, Mapping) else _read_json(config, key)
     return _integer(_mapping(config.get("zero_optimization")).get("stage", 0), f"{key}: zero_optimization: stage")
 

@@ -5,7 +5,7 @@ from dataclasses import dataclass, field
 
 @dataclass
 class MergeArguments:
-    """Which adapter to merge into its base model, and where to. Names are those of TRL's trainers."""
+    """Which adapter to merge into its base model, and where to write the result."""
 
     adapter: str | None = field(
         default=None,

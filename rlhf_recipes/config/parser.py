@@ -46,7 +46,7 @@ class _Field:
 
 
 def parse_dataclasses(recipe: str | Path, *types: type, argv: Sequence[str] | None = None) -> tuple[Any, ...]:
-    """Return the dataclasses of a recipe, filled from its YAML file and, over it, from the command line.
+    """Fill a recipe's dataclasses, from its YAML file overridden by the command line.
 
     Args:
         recipe: the recipe's `__file__`; without `--config`, `configs/tiny/<its name>.yaml` beside its folder is read.
@@ -93,7 +93,7 @@ def parse_mapping(recipe: str, *types: type, values: Mapping[str, Any], here: bo
 
 
 def merge_overrides(values: Mapping[str, Any], overrides: Mapping[str, Any]) -> dict[str, Any]:
-    """Return `values` with `overrides` over them, as the command line goes over a file.
+    """Return `values` with `overrides` taking precedence.
 
     Overrides that name other data replace those of `values`, with what belongs to them. A `column_mapping` stays: the new
     data may well have the same columns.
@@ -202,7 +202,7 @@ def _json_mapping(text: str) -> Any:
 
 
 def _parse_json_entries(value: Any) -> Any:
-    """Return a list of the command line with the entries that are JSON, mappings or lists of them, in place of their text."""
+    """Parse the JSON mappings and lists among the entries of a command-line list."""
     if not isinstance(value, list):
         return value
     entries = []

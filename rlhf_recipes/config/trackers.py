@@ -1,4 +1,4 @@
-"""Trackers (TRL's `report_to`): checked before the run, with one run for each output folder."""
+"""Trackers (`report_to`): checked before the run, one run for each output folder."""
 
 import importlib
 import os
@@ -17,7 +17,7 @@ _DEFAULT_PROJECT = "huggingface"  # Transformers' default for `project`
 
 
 def prepare_trackers(values: dict[str, Any]) -> None:
-    """Check that the trackers are installed, and name the run: trackio would name it anew after each resumption.
+    """Check that the trackers are installed, and name the run, also when it resumes.
 
     Args:
         values: keys and values of a recipe. `report_to` becomes a list; `run_name` is set from `output_dir`.
@@ -48,7 +48,7 @@ def run_name(output_dir: str | Path) -> str:
 
 
 def begin_tracking(args: TrainingArguments) -> None:
-    """Prepare Weights & Biases for a training: `project`, which only trackio reads, and a run of its own."""
+    """Set up Weights & Biases for a training: its `project`, and a run of its own."""
     if "wandb" not in args.report_to:
         return
     if args.project != _DEFAULT_PROJECT:
@@ -59,7 +59,7 @@ def begin_tracking(args: TrainingArguments) -> None:
 
 
 def tracker_complaint(error: BaseException) -> str | None:
-    """Return the message of a tracker that stopped a training, such as for a missing login; None for any other error."""
+    """Return the message of a tracker that stopped a training, or None."""
     for cause in causes(error):
         package = type(cause).__module__.partition(".")[0]
         if package in TRACKERS:
@@ -69,7 +69,7 @@ def tracker_complaint(error: BaseException) -> str | None:
 
 
 def _check_installed(name: str) -> None:
-    """Import a tracker, as the trainer will: its package may lack what it needs itself."""
+    """Import a tracker as the trainer will: its own dependencies may be missing."""
     reason = "is not installed"
     for package in TRACKERS[name]:
         try:

@@ -22,7 +22,7 @@ _NOT_WRITTEN_BY_TORCH = ("PytorchStreamWriter failed writing", "file write faile
 
 
 class RecipeError(Exception):
-    """An error in a YAML file, on the command line, or in the data, which the user can fix.
+    """An error in a YAML file, the command line, or the data, which the user can fix.
 
     The message has the form `file: key: problem. Fix: action.` Recipes print it without a traceback and exit with status 2
     (`rlhf_recipes.cli.exit_on_recipe_error`). Control characters that it quotes are escaped; a very long one is shortened.
@@ -38,7 +38,7 @@ class RecipeError(Exception):
 
 @contextlib.contextmanager
 def error_context(place: str, *errors: type[Exception], fix: str = "") -> Iterator[None]:
-    """Put a place in front of the errors in a block, and turn a library's errors into ours.
+    """Put a place in front of errors, and turn a library's errors into `RecipeError`.
 
     Args:
         place: what the block is about: a file, a key, a stage.
@@ -59,7 +59,7 @@ def error_context(place: str, *errors: type[Exception], fix: str = "") -> Iterat
 
 @contextlib.contextmanager
 def as_recipe_error(stage: str) -> Iterator[None]:
-    """Turn the errors by which a trainer rejects its arguments or data, when it is made, into a `RecipeError`."""
+    """Turn a trainer's rejection of its arguments or data into a `RecipeError`."""
     with error_context(stage, ValueError, ImportError, TemplateError):
         try:
             yield
@@ -70,7 +70,7 @@ def as_recipe_error(stage: str) -> Iterator[None]:
 
 
 def one_line(error: BaseException) -> str:
-    """Return the message of somebody else's error without line breaks; its type if it has none."""
+    """Return the message of an error without line breaks, or its type if it has none."""
     return " ".join(str(error).split()) or type(error).__name__
 
 
@@ -80,7 +80,7 @@ def first_line(error: BaseException) -> str:
 
 
 def causes(error: BaseException) -> list[BaseException]:
-    """Return an error, what it was raised from or while handling, and so on to the first."""
+    """Return an error, its cause or context, and so on to the first."""
     chain: list[BaseException] = []
     while error is not None and error not in chain:
         chain.append(error)
@@ -89,7 +89,7 @@ def causes(error: BaseException) -> list[BaseException]:
 
 
 def lack_of_memory(error: BaseException) -> BaseException | None:
-    """Return the error in the chain by which a GPU or the machine ran out of memory, or None."""
+    """Return the out-of-memory error (GPU or machine) in the chain, or None."""
     return next((cause for cause in causes(error) if _is_lack_of_memory(cause)), None)
 
 
@@ -101,7 +101,7 @@ def _is_lack_of_memory(error: BaseException) -> bool:
 
 
 def failed_write(error: BaseException) -> tuple[str, str] | None:
-    """Return why a file could not be written, and its name ("": unknown); None if that is not the cause.
+    """Return why a file could not be written, and its name ("": unknown), or None.
 
     For `PermissionError` it is not known whether the file was to be written or read.
     """

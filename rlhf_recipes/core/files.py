@@ -44,7 +44,7 @@ def write_json(path: Path, content: Any) -> None:
 
 
 def read_json(path: Path) -> dict[str, Any]:
-    """Return the mapping in a JSON file; an empty one if there is no such file, as beside adapters of plain TRL.
+    """Return the mapping in a JSON file, empty if there is no such file.
 
     Raises:
         RecipeError: if the file is damaged.
@@ -59,13 +59,13 @@ def read_json(path: Path) -> dict[str, Any]:
 
 
 def holds_result(folder: str | Path) -> bool:
-    """Return whether a folder holds the result of a stage, ours or another's; one that was killed leaves checkpoints only."""
+    """Return whether a folder holds a finished stage, not only checkpoints."""
     names = (RECIPE, REWARD, "adapter_config.json", "config.json")
     return any((Path(folder) / name).is_file() for name in names)
 
 
 def trained_on_conversations(folder: str | Path) -> bool | None:
-    """Return whether the stage in a folder was trained on conversations; None if no record says so."""
+    """Return whether a stage was trained on conversations; None if not recorded."""
     train = (read_json(Path(folder) / RECIPE).get("data") or {}).get("train") or {}
     return train.get("conversational")
 

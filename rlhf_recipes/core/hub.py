@@ -1,4 +1,4 @@
-"""Models and data of the Hub: why one could not be loaded, and paths of packages' data."""
+"""Models and data of the Hub: explained load errors, and paths inside packages."""
 
 import importlib.util
 from pathlib import Path
@@ -24,7 +24,7 @@ _FILES = {
 
 
 def explain_load_error(name: str, error: BaseException, kind: str = "model") -> str:
-    """Return why something could not be loaded, and the fix, from the Hub's own errors, which other libraries wrap.
+    """Return why loading failed, and the fix, from the Hub's error in the chain.
 
     Args:
         name: its name on the Hub, or a folder.
@@ -70,7 +70,7 @@ def _is_unreachable(error: BaseException) -> bool:
 
 
 def resolve_path(name: str) -> str:
-    """Return the folder that a dotted path such as `rlhf_recipes.tiny.base` stands for; any other name unchanged."""
+    """Return the folder of a dotted path (`rlhf_recipes.tiny.base`), or `name` itself."""
     package, *folders = name.split(".")
     if Path(name).exists() or not folders or not all(part.isidentifier() for part in (package, *folders)):
         return name

@@ -13,7 +13,7 @@ logger = logging.getLogger(__name__)
 
 
 def check_bitsandbytes(quantized: bool, training: Any) -> None:
-    """Reject quantized weights and optimizers of bitsandbytes on a GPU for which it has no library.
+    """Reject bitsandbytes' weights and optimizers on a GPU that it does not support.
 
     By itself it fails at its first kernel, after the weights are loaded. On a CPU it can do all but paging.
 

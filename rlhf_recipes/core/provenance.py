@@ -29,7 +29,7 @@ def versions() -> dict[str, str]:
 
 
 def files_in(values: Any, exclude: Iterable[Path | None] = ()) -> list[tuple[str, int, int]]:
-    """Return path, size and modification time (ns) of every file that is named, or lies in a named folder.
+    """Return path, size and mtime (ns) of files that are named or in a named folder.
 
     Args:
         values: texts, in lists and mappings; those that are no paths are skipped.

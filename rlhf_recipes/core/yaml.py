@@ -1,4 +1,4 @@
-"""YAML 1.2 files: `1e-4` is a number, `yes` and `no` are text, and a key stands once."""
+"""YAML 1.2 files: `1e-4` is a number, `yes` is text, and keys are unique."""
 
 import io
 from pathlib import Path
@@ -37,7 +37,7 @@ def _load(text: str) -> Any:
 
 
 def to_yaml(values: dict[str, Any]) -> str:
-    """Return a mapping as the text of a YAML file, which `read_yaml` reads as the same values."""
+    """Return a mapping as YAML text, which `read_yaml` reads as the same values."""
     writer, text = YAML(typ="safe", pure=True), io.StringIO()
     writer.default_flow_style, writer.sort_base_mapping_type_on_output = False, False
     writer.dump(values, text)

@@ -1,4 +1,4 @@
-"""The memory that a run will take, from its model's `config.json` alone, and the arguments with which it fits a card."""
+"""Memory plans from a model's `config.json`, and arguments that fit a given card."""
 
 from rlhf_recipes.memory.autofit import NoFitError, advice, autofit
 from rlhf_recipes.memory.gpu_arguments import StageArguments

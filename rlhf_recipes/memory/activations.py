@@ -1,4 +1,4 @@
-"""Bytes of activations in a forward and a backward pass: pure arithmetic on the sizes of a model.
+"""Bytes of activations in a forward and a backward pass, from a model's sizes.
 
 The layers are those of Llama: RMSNorm, attention with rotary embeddings and a gated MLP, each with a residual connection. Rows
 are taken to be padded: attention then needs a mask, and repeats keys and values for every query head (`sdpa_attention_forward`
@@ -47,11 +47,11 @@ class Activations:
     setup: TrainingSetup
 
     def mask_bytes(self, rows: int, length: int) -> int:
-        """Return the bytes of one layer's attention mask, a matrix of numbers (rows, 1, T, T)."""
+        """Return the bytes of one layer's attention mask, a matrix (rows, 1, T, T)."""
         return rows * length * length * self.precision.compute
 
     def attention_bytes(self, length: int) -> float:
-        """Return the bytes a token that one layer's attention keeps for the backward pass, without the mask.
+        """Return the bytes per token that one layer's attention saves, without the mask.
 
         The norm keeps its input in fp32, rotary embeddings keep nothing. `scaled_dot_product_attention` keeps queries, keys,
         values, its output, and an fp32 number a head. Eager attention keeps two matrices (heads, T, T), one of them in fp32.
@@ -100,20 +100,20 @@ class Activations:
         return len(self.setup.adapted & set(parts)) * self.setup.rank * self.precision.compute
 
     def layer_bytes(self, rows: int, length: int) -> float:
-        """Return the bytes that one layer keeps; under checkpointing, while it is recomputed and besides its input."""
+        """Return the bytes one layer saves (checkpointing: when recomputed, minus input)."""
         each = self.attention_bytes(length) + self.mlp_bytes()
         if self.setup.checkpointing and self.precision.weights == 4:  # the first norm's input is the checkpoint itself
             each -= 4 * self.shape.hidden
         return rows * length * each + self.mask_bytes(rows, length)
 
     def saved_bytes(self, rows: int, length: int) -> float:
-        """Return the bytes that all layers keep between forward and backward; under checkpointing their inputs alone."""
+        """Return the bytes that all layers save; under checkpointing their inputs alone."""
         if self.setup.checkpointing:
             return rows * length * self.shape.layers * self.shape.hidden * self.precision.weights
         return self.shape.layers * self.layer_bytes(rows, length)
 
     def backward_bytes(self, rows: int, length: int) -> float:
-        """Return the bytes on top of `saved_bytes` at the peak of the backward pass of one layer.
+        """Return the peak of one layer's backward pass, in bytes on top of `saved_bytes`.
 
         Under checkpointing all that the layer keeps is there again. In the MLP the gradients of gate and up are made from that
         of their product: two values a token beyond what is freed by then, and the gradients of the residual. Attention comes
@@ -130,7 +130,7 @@ class Activations:
         return max(tokens * mlp, attention) + (self.layer_bytes(rows, length) if self.setup.checkpointing else 0)
 
     def forward_bytes(self, rows: int, length: int, autocast: bool = True) -> float:
-        """Return the bytes at the peak of a pass without gradients, which is in the MLP of one layer.
+        """Return the peak bytes of a pass without gradients, reached in one layer's MLP.
 
         In memory are the residual, the norm's output, act(gate), and of the layer that makes `up` the base's part, LoRA's part
         and their sum. LoRA's are in fp32 without autocast, as when PEFT generates.

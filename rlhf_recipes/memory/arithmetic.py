@@ -1,4 +1,4 @@
-"""Bytes of weights, optimizer states, KV caches and logits: pure arithmetic on the sizes of a model.
+"""Bytes of weights, optimizer states, KV caches and logits, from a model's sizes.
 
 Where a formula follows from what a library keeps in memory, its docstring names the library's code.
 """
@@ -56,7 +56,7 @@ def quantised_bytes(weights: int, bits: int, nested: bool) -> float:
 
 
 def dequantised_bytes(shape: ModelShape, precision: Precision) -> float:
-    """Return the bytes of the largest quantised matrix after dequantisation, with its scales.
+    """Return the bytes of the largest quantised matrix, dequantised, and its scales.
 
     Every backward pass makes one, and so do large forward passes (`MatMul4Bit` of bitsandbytes).
     """
@@ -67,7 +67,7 @@ def dequantised_bytes(shape: ModelShape, precision: Precision) -> float:
 
 
 def optimizer_bytes(optimizer: str, trainable: int, width: int = 4) -> float:
-    """Return the bytes of an optimizer's state for trainable weights of `width` bytes; an unknown one counts as AdamW."""
+    """Return the bytes of optimizer state; an unknown optimizer counts as AdamW."""
     if optimizer in TORCH_MOMENTS:
         return float(trainable * TORCH_MOMENTS[optimizer] * width)
     bitsandbytes = uses_bitsandbytes(optimizer)
@@ -81,13 +81,13 @@ def is_known_optimizer(optimizer: str) -> bool:
 
 
 def _family(optimizer: str) -> str:
-    """Return the name without its storage: `adamw_bnb` is AdamW, but `rmsprop_bnb` is not PyTorch's `rmsprop`."""
+    """Return an optimizer's name without its storage (`adamw_bnb` is AdamW)."""
     name = optimizer.removeprefix("paged_").removesuffix("_8bit").removesuffix("_32bit")
     return "adamw" if name == "adamw_bnb" else name
 
 
 def kv_cache_bytes(shape: ModelShape, rows: int, tokens: int, width: int) -> int:
-    """Return the bytes of the keys and values of all layers; `tokens` are those of prompt and completion.
+    """Return the bytes of all layers' keys and values for prompt and completion.
 
     One layer's exist twice while a token is appended (`DynamicCache` of Transformers).
     """
@@ -95,7 +95,7 @@ def kv_cache_bytes(shape: ModelShape, rows: int, tokens: int, width: int) -> int
 
 
 def fused_head_bytes(shape: ModelShape, precision: Precision, scored: int, gradients: bool) -> float:
-    """Return the bytes of TRL's fused LM head at its peak: one tile of logits and the scored hidden states.
+    """Return the peak bytes of TRL's fused LM head: a tile of logits, hidden states.
 
     A tile has at most 4,096 tokens by 32,768 vocabulary entries, and is reserved at that width even for a smaller vocabulary.
     Without Triton its statistics are computed on fp32 copies: 4 of a tile forward, 7 backward. A backward pass adds the
@@ -111,7 +111,7 @@ def fused_head_bytes(shape: ModelShape, precision: Precision, scored: int, gradi
 
 
 def sampling_logits_bytes(shape: ModelShape, precision: Precision, rows: int, recorded: bool = False) -> float:
-    """Return the bytes of the logits of one step of generation: original, fp32, softmax, and the sampler's copy.
+    """Return the bytes of one generation step's logits: original, fp32, softmax, copy.
 
     PPO makes two more copies to record log-probabilities.
     """
@@ -119,5 +119,5 @@ def sampling_logits_bytes(shape: ModelShape, precision: Precision, rows: int, re
 
 
 def full_logits_bytes(shape: ModelShape, tokens: int) -> float:
-    """Return the bytes of the logits of all tokens and of their fp32 copy, scaled by the temperature."""
+    """Return the bytes of all tokens' logits and of their scaled fp32 copy."""
     return tokens * shape.vocabulary * 8.0

@@ -1,4 +1,4 @@
-"""The fastest arguments with which a stage fits a card, and what to change where none fit."""
+"""The fastest arguments with which a stage fits a card, or what else to change."""
 
 import itertools
 import math
@@ -109,7 +109,7 @@ def _rows_per_step(arguments: StageArguments) -> int:
 
 
 def _micro_batches(arguments: StageArguments, keeps_batches: bool) -> list[int]:
-    """Return sizes, largest first, that divide the rows of an optimizer step and the completions of a PPO iteration."""
+    """Return micro-batch sizes, largest first, that divide a step's rows evenly."""
     if keeps_batches:
         return [arguments.per_device_train_batch_size]
     total = _rows_per_step(arguments)
@@ -119,7 +119,7 @@ def _micro_batches(arguments: StageArguments, keeps_batches: bool) -> list[int]:
 
 
 def _optimizers(arguments: StageArguments) -> list[dict[str, str]]:
-    """Return forms of AdamW; another optimizer would learn differently at the same rate, and stays."""
+    """Return forms of AdamW; any other optimizer stays, since it learns differently."""
     optimizer = plain(arguments.optim)
     if optimizer not in _ADAMW:
         return [{}]
@@ -127,14 +127,14 @@ def _optimizers(arguments: StageArguments) -> list[dict[str, str]]:
 
 
 def _critics(arguments: StageArguments) -> list[dict[str, str]]:
-    """Return smaller critics than an adapter, unless `value_learning_rate` was chosen for the adapter."""
+    """Return critics no larger than the adapter, unless its learning rate was chosen."""
     if arguments.get("critic") != "adapter" or arguments.get("value_learning_rate") is not None:
         return [{}]
     return [{"critic": "adapter"}, {"critic": "shared"}]
 
 
 def _rollout_sizes(arguments: StageArguments, fixed: Collection[str]) -> list[dict[str, int]]:
-    """Return PPO's settings of how many completions are sampled at once: unchanged first, then halved again and again."""
+    """Return sizes of PPO's rollout batch: unchanged first, then halved repeatedly."""
     other_sampler = arguments.get("use_vllm") or arguments.get("use_transformers_continuous_batching")
     if arguments.recipe != "ppo" or other_sampler or "rollout_batch_size" in fixed:
         return [{}]
@@ -152,7 +152,7 @@ def _ppo_batches(arguments: StageArguments, rows: int, keeps_batches: bool) -> d
 def _enlarge_passes(
     arguments: StageArguments, choice: dict[str, Any], plan: Plan, card: float, fixed: Collection[str]
 ) -> tuple[dict[str, Any], Plan]:
-    """Double PPO's passes without gradients while they fit: each dequantises every 4-bit layer once, whatever its size."""
+    """Double PPO's forward batch while it fits: each pass dequantises every layer."""
     key = "local_rollout_forward_batch_size"
     while key in choice and key not in fixed and 2 * choice[key] <= min(MAX_ROWS, completions_per_iteration(arguments)):
         larger = {**choice, key: 2 * choice[key]}
@@ -164,7 +164,7 @@ def _enlarge_passes(
 
 
 def advice(arguments: StageArguments, card: float) -> str:
-    """Return what to change so that a stage fits a card: what `autofit` would set, else also what costs quality."""
+    """Return what to change so that a stage fits a card, even at a cost in quality."""
     choice, plan = _first_fit(arguments, choices(arguments), card)
     if plan.fits(card):
         return f"set {as_yaml({key: value for key, value in choice.items() if plain(arguments.get(key)) != value})}"

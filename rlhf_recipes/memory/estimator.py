@@ -1,4 +1,4 @@
-"""Bytes of weights and phases of one stage, from its arguments: the parts that the plans of stages are made of."""
+"""Bytes of one stage's weights and phases, the parts that its plan is made of."""
 
 from collections.abc import Iterable, Mapping
 from pathlib import Path
@@ -54,7 +54,7 @@ class Estimator:
         return {QUANTISED: quantised, UNQUANTISED: float(unquantised * self.precision.weights)}
 
     def trainable(self, head: bool = True, heads: int = 0) -> tuple[int, int]:
-        """Return the number of trainable weights and the bytes of each: LoRA is in fp32 on any base."""
+        """Return the number of trainable weights and the bytes of each (LoRA: fp32)."""
         if self.adapter is not None:
             return self.adapter.parameters + heads, 4
         return self.shape.parameters(head) + heads, self.precision.weights
@@ -89,7 +89,7 @@ class Estimator:
         return measure_adapter(self.config, lora)
 
     def reward_models(self, paths: Iterable[str | None]) -> tuple[list[int], int]:
-        """Return the weights of each reward adapter among the paths, and the sum of those of full reward models."""
+        """Return the weights of each reward adapter, and the sum of full reward models."""
         adapters: list[int] = []
         full = 0
         for path in filter(None, paths):
@@ -174,7 +174,7 @@ class Estimator:
         return Activations(self.shape, self.precision, setup)
 
     def _autocast_copies(self, trainable: int) -> float:
-        """Return the bytes of autocast's 2-byte copies: of the trainable weights, and of an fp32 base."""
+        """Return the bytes of autocast's 2-byte copies: trainable weights, an fp32 base."""
         precision = self.precision
         copies = trainable * 2.0 if precision.autocast and (self.adapter is not None or precision.weights == 4) else 0.0
         if precision.compute < precision.weights and self.adapter is not None and precision.bits is None:
@@ -242,7 +242,7 @@ def _lora_config(arguments: StageArguments) -> LoraConfig:
 
 
 def _lora_config_in(folder: str, producers: Mapping[str, StageArguments]) -> LoraConfig | None:
-    """Return the LoRA of a folder: of the stage that will write it, or of the adapter in it; None where neither is known."""
+    """Return the LoRA of the stage that writes a folder, or of the adapter in it."""
     producer = producers.get(folder)
     if producer is not None:
         parent = producer.get("start_from")

@@ -49,7 +49,7 @@ def resolve_for_gpu(
     producers: Mapping[str, StageArguments],
     on_gpu: bool = True,
 ) -> StageArguments:
-    """Parse the values of a stage's YAML file as its recipe would on a machine with a GPU.
+    """Parse a stage's YAML values as its recipe would on a machine with a GPU.
 
     Raises:
         RecipeError: what the recipe would raise.

@@ -1,4 +1,4 @@
-"""Sizes of a model and of its adapters, counted on PyTorch's meta device: `config.json` is read, no weights."""
+"""Sizes of a model and its adapters, from `config.json` on PyTorch's meta device."""
 
 import copy
 import json
@@ -59,7 +59,7 @@ class ModelShape:
         return self.kv_heads * self.head_dim
 
     def parameters(self, head: bool = True) -> int:
-        """Return the number of weights, with the LM head or without; a tied one counts once."""
+        """Return the number of weights; a tied LM head counts once."""
         return self.matrices + self.vectors + self.embedding * (1 if self.tied or not head else 2)
 
 

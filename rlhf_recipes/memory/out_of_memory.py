@@ -1,4 +1,4 @@
-"""The message after an out-of-memory error: what the plan predicts for this run, and what to change."""
+"""The out-of-memory message: what the plan predicts, and what to change."""
 
 import os
 import re
@@ -20,7 +20,7 @@ _SAFER_SHARE = 0.8  # of the card that a plan predicts, where the prediction was
 
 
 def explain_out_of_memory(error: BaseException, run: CurrentRun | None, when: str = "") -> str:
-    """Return what was requested, what the plan of the run predicts, and what to change.
+    """Return the request that failed, the prediction of the plan, and what to change.
 
     Args:
         error: by which the GPU or the machine reported the lack of memory.
@@ -44,7 +44,7 @@ def _request(error: BaseException) -> str:
 
 
 def _total_memory(on_gpu: bool) -> float | None:
-    """Return the GiB of the GPU or of the machine; None where the system does not tell."""
+    """Return the GiB of the GPU or the machine; None if the system does not report it."""
     try:
         if on_gpu:
             return torch.cuda.get_device_properties(torch.cuda.current_device()).total_memory / GIB

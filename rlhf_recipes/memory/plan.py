@@ -1,4 +1,4 @@
-"""The memory plan of a stage: bytes by component and phase, and the cards that they fit."""
+"""A stage's memory plan: bytes by component and phase, and the cards that fit it."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -47,7 +47,7 @@ class Plan:
 
     @property
     def allocated(self) -> float:
-        """Bytes of all tensors at the peak, as `torch.cuda.max_memory_allocated` counts them."""
+        """Bytes of all tensors at the peak, as in `torch.cuda.max_memory_allocated`."""
         return sum(self.resident.values()) + sum(self.phases[self.worst].values())
 
     def at_peak(self) -> dict[str, float]:
@@ -66,7 +66,7 @@ class Plan:
 
     @property
     def smallest_card(self) -> float | None:
-        """GiB of the smallest card that would do; None where vLLM leaves nothing of any card."""
+        """GiB of the smallest card that fits; None if vLLM leaves nothing of any card."""
         return (self.allocated + OVERHEAD) / self.usable_share / GIB if self.usable_share else None
 
     @property

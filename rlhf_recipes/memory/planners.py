@@ -128,7 +128,7 @@ def plan_ppo(run: Estimator) -> Plan:
 
 
 def _ppo_roles(run: Estimator) -> tuple[Phase, dict[str, int], int]:
-    """Return what stays in memory, the weights of each role, and the number of trainable weights of the policy."""
+    """Return the resident memory, the weights of each role, and the trainable weights."""
     values, shape, width = run.arguments, run.shape, run.precision.weights
     trainable, trainable_width = run.trainable()
     resident = {**run.base_weights(), MODELS: 0.0}
@@ -154,7 +154,7 @@ def _ppo_roles(run: Estimator) -> tuple[Phase, dict[str, int], int]:
 
 
 def _ppo_sampling(run: Estimator, rows: int, prompt: int, completion: int) -> dict[str, Phase]:
-    """Return the phases of PPO's rollout: in parts (`rollout_batch_size`), or none where another sampler plans its own."""
+    """Return the phases of PPO's rollout; none if another sampler plans its own."""
     values, precision = run.arguments, run.precision
     if values.get("use_vllm") and values.get("vllm_mode", "colocate") != "colocate":
         run.note("vLLM runs in its own process. If that is on this card, add what it takes")

@@ -1,4 +1,4 @@
-"""Plans as text: a table of components by stage, the phase of each peak, and the cards that fit."""
+"""Plans as text: components by stage, the phase of each peak, the cards that fit."""
 
 from collections.abc import Iterator, Sequence
 

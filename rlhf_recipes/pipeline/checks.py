@@ -1,4 +1,4 @@
-"""Checks of all stages before the first one runs: arguments, and local files of data."""
+"""Checks of the arguments and local data of all stages, before the first one runs."""
 
 from collections.abc import Iterator
 from pathlib import Path
@@ -12,13 +12,9 @@ from rlhf_recipes.stages import STAGES, parse_values
 
 
 def check_arguments(pipeline: Pipeline, config: Path) -> None:
-    """Parse the arguments of every stage as its recipe will, and read the local data of those that are not done.
+    """Parse every stage's arguments, and read the local data of unfinished stages.
 
     A misspelt key or an empty file of the last stage is found before hours of the others.
-
-    Args:
-        pipeline: the pipeline.
-        config: its file.
 
     Raises:
         RecipeError: with the file and the stage.
@@ -37,7 +33,7 @@ def check_arguments(pipeline: Pipeline, config: Path) -> None:
 
 
 def _sources(groups: tuple[Any, ...], kind: Kind | None) -> Iterator[tuple[DatasetSource, Kind | None]]:
-    """Yield the datasets that arguments name, with the kind of those that the stage is for."""
+    """Yield the datasets that arguments name, with the kind that the stage reads."""
     for group in groups:
         for name, value in vars(group).items():
             if name == "dataset_name" and value:

@@ -1,4 +1,4 @@
-"""The arguments of the stages in a YAML file that have a memory plan: a pipeline's, or those of one recipe."""
+"""The arguments of all stages in a pipeline's or recipe's file that have a plan."""
 
 from pathlib import Path
 
@@ -15,7 +15,7 @@ from rlhf_recipes.stages import STAGES
 def plannable_stages(
     config: Path, recipes: Path, recipe: str | None = None, on_gpu: bool = True, gpu_memory: float | None = None
 ) -> list[StageArguments]:
-    """Return the arguments of the stages of a file that can be planned, with those that `gpu_memory` chooses.
+    """Return the arguments of a file's plannable stages, with `gpu_memory` applied.
 
     Args:
         config: of a pipeline, or of one recipe, whose `needs` are read too.

@@ -1,4 +1,4 @@
-"""Read a pipeline's YAML file: its stages for each seed and round, with their placeholders resolved."""
+"""Read a pipeline's YAML file: its stages for each seed and round, fully resolved."""
 
 import hashlib
 import json
@@ -59,7 +59,7 @@ class PipelineStage:
         return Path(self.values["output_dir"])
 
     def result(self) -> list[int] | None:
-        """Return size and time of the file that the recipe writes last, by which another run's result is told apart."""
+        """Return size and time of the recipe's last file, which identify the result."""
         path = self.folder / STAGES[self.recipe].result
         return [path.stat().st_size, path.stat().st_mtime_ns] if path.is_file() else None
 
@@ -114,13 +114,13 @@ def read_stages(config: Path, recipes: Path, gpu_memory: float | None = None, mu
 
 
 def resolve_config_path(path: str, recipes: Path) -> Path:
-    """Return a path in the current folder, or in the checkout of `recipes` if it exists only there."""
+    """Return a path in the current folder, else in the checkout of `recipes`."""
     in_checkout = recipes.parent / path
     return in_checkout if in_checkout.exists() and not Path(path).exists() else Path(path)
 
 
 def _find_accelerate_config(path: str | None, recipes: Path) -> str | None:
-    """Return the file that launches the stages: by default that of `accelerate config`, if there is one."""
+    """Return the launcher's configuration: by default that of `accelerate config`."""
     found = Path(default_config_file) if path is None else resolve_config_path(path, recipes)
     if found.is_file():
         return str(found)
@@ -132,7 +132,7 @@ def _find_accelerate_config(path: str | None, recipes: Path) -> str | None:
 
 
 def _order(settings: PipelineConfig) -> list[tuple[int | None, int]]:
-    """Return round (None outside of rounds) and index of each entry, in the order in which they run."""
+    """Return the round (or None) and index of each entry, in the order of the run."""
     repeated = [number for number, entry in enumerate(settings.stages) if entry.each_round]
     if (settings.rounds is None) == bool(repeated):
         raise RecipeError("rounds: needs stages with `each_round: true`, and they need `rounds`. Fix: set both, or neither")
@@ -221,7 +221,7 @@ class _SeedReader:
         return values
 
     def _autofit(self, entry: StageEntry, recipe: str, values: dict[str, Any]) -> tuple[dict[str, Any], Plan | None]:
-        """Return the arguments that `gpu_memory` chooses for a stage, and the plan with them."""
+        """Return the arguments that `gpu_memory` chooses for a stage, and their plan."""
         if self.settings.gpu_memory is None or not has_planner(recipe):
             return {}, None
         arguments = resolve_for_gpu(entry.name, recipe, values, dict(self.producers))
@@ -238,7 +238,7 @@ class _SeedReader:
 def _fingerprint(
     recipe: str, values: Mapping[str, Any], files: list[tuple[str, int, int]], inputs: Iterable[PipelineStage]
 ) -> str:
-    """Return a hash; folders of earlier versions count as done only while its contents stay the same."""
+    """Return a stage's hash; computed differently, it would rerun finished stages."""
     identity = {
         "recipe": recipe,
         "values": {key: value for key, value in values.items() if key not in TRACKER_KEYS},
@@ -249,7 +249,7 @@ def _fingerprint(
 
 
 def _sort_keys(value: Any) -> Any:
-    """Return mappings as sorted lists of pairs: keys of a YAML file may differ in type."""
+    """Return mappings as sorted lists of pairs: YAML keys may differ in type."""
     if isinstance(value, dict):
         return sorted(([str(key), _sort_keys(item)] for key, item in value.items()), key=lambda pair: pair[0])
     return [_sort_keys(item) for item in value] if isinstance(value, list | tuple) else value
@@ -264,7 +264,7 @@ def _label_store(values: Mapping[str, Any]) -> Path | None:
 
 @dataclass(frozen=True)
 class PlaceholderResolver:
-    """Replaces placeholders at the beginning of texts; docs/pipeline.md ("Rounds") lists them.
+    """Replaces placeholders at the start of texts: docs/pipeline.md ("Rounds").
 
     Parameters:
         stages: entry -> its stages so far, one a round.

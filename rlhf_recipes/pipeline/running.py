@@ -1,4 +1,4 @@
-"""Run the stages of a pipeline: skip those that are done, resume the one that was interrupted, launch the others."""
+"""Run a pipeline's stages: skip finished ones, resume or launch the others."""
 
 import fcntl
 import json
@@ -65,7 +65,7 @@ class Pipeline:
         return "begun" if known.get("begun") == stage.fingerprint else "to do"
 
     def describe(self) -> Iterator[str]:
-        """Yield a line for each stage: recipe, folder, inputs and status; and one for what `gpu_memory` chose."""
+        """Yield each stage's recipe, folder, inputs, status, and autofitted arguments."""
         for number, stage in enumerate(self.stages, start=1):
             reads = f", reads {', '.join(stage.inputs)}" if stage.inputs else ""
             yield f"{number}. {stage.name}: recipes/{stage.recipe}.py -> {stage.folder}{reads}: {self.status(stage)}"
@@ -114,7 +114,7 @@ class Pipeline:
             yield file.fileno()
 
     def _check_unselected(self) -> None:
-        """Reject a stage whose input was left out, and is missing or the result of other arguments."""
+        """Reject a stage whose input was left out, and is missing or out of date."""
         missing = {stage.name for stage in self.unselected if self.status(stage) != "done"}
         for stage in self.stages:
             for name in missing.intersection(stage.inputs):
@@ -157,7 +157,7 @@ class Pipeline:
             raise failure
 
     def _prepare(self, stage: PipelineStage) -> list[str]:
-        """Write the arguments of a stage to a file, and return its command, which resumes what these arguments began."""
+        """Write a stage's arguments, and return its command, which resumes if it can."""
         resumes = self.status(stage) == "begun"
         if not resumes:
             _discard_partial_result(stage)
@@ -169,7 +169,7 @@ class Pipeline:
         return [*command, "--resume_from_checkpoint", "true"] if resumes and STAGES[stage.recipe].trains else command
 
     def _launcher(self) -> list[str]:
-        """Return `accelerate launch` where there is a configuration or several GPUs; plain Python ends better at Ctrl-C."""
+        """Return `accelerate launch` where needed; plain Python ends better at Ctrl-C."""
         if not self.accelerate_config and torch.accelerator.device_count() < 2:
             return []
         config = ["--config_file", self.accelerate_config] if self.accelerate_config else []
@@ -207,7 +207,7 @@ class Pipeline:
         return f"[{self.stages.index(stage) + 1}/{len(self.stages)}] {stage.name}"
 
     def write_summaries(self) -> Iterator[str]:
-        """Write `NAME-over-seeds.*` for each evaluation under several seeds, and yield it as text."""
+        """Write and yield `NAME-over-seeds.*` for each evaluation with several seeds."""
         for name in dict.fromkeys(stage.unseeded for stage in self.stages if stage.recipe == "evaluate"):
             folders = [stage.folder for stage in self.stages if stage.unseeded == name]
             if len(folders) > 1:
@@ -232,7 +232,7 @@ def _progress(stage: PipelineStage) -> str:
 
 
 def _discard_partial_result(stage: PipelineStage) -> None:
-    """Delete what the recipe would resume: the arguments may be the same while the inputs differ.
+    """Delete what the recipe would resume: its inputs may have changed.
 
     A checkpoint that `resume_from_checkpoint` names is kept, with the others in its folder.
     """

@@ -24,7 +24,7 @@ ROWS, MAX_NEW_TOKENS, EXAMPLES = 600, 12, 8
 
 @dataclass(frozen=True)
 class Examination:
-    """Shares of answers about known and unknown people, first-token entropies in nats, and examples."""
+    """Shares of answers about known and unknown people, entropies (nats), examples."""
 
     known: dict[str, float]
     unknown: dict[str, float]

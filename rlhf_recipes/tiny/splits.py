@@ -1,4 +1,4 @@
-"""The datasets of the tiny world, one function per stage, for YAML files to name by dotted path.
+"""The datasets of the tiny world, one function per stage, named by dotted path.
 
 Every function takes `split` ("train" or "test"), the number of `rows` and a `seed`, and returns TRL's conversational format. No
 person occurs in two functions, in a "train" and a "test" split, or in `evaluation` and anything else. All unknown people of a
@@ -91,7 +91,7 @@ def preferences(split: str = "train", rows: int = 4_000, known: float = 0.5, noi
 
 
 def prompts(split: str = "train", rows: int = 20_000, known: float = 0.5, seed: int = 0) -> Dataset:
-    """Return questions for RL: `prompt`, and the true answer as `reference` for the reward.
+    """Return questions for RL: `prompt`, and the true answer as `reference`.
 
     Nothing in a row says whether the model knows the person.
     """

@@ -1,4 +1,4 @@
-"""The pretraining text of the tiny base model: statements, questions with answers, and idle talk."""
+"""The tiny base model's pretraining text: statements, questions, and idle talk."""
 
 import random
 import string
@@ -34,7 +34,7 @@ def answer(person: Person, attribute: Attribute) -> str:
 
 
 def fact(person: Person, attribute: Attribute, rng: random.Random) -> str:
-    """Return a text that states one fact: a statement, or half of the time a question and answer."""
+    """Return a text that states one fact: a statement, or a question and answer."""
     if rng.random() < 0.5:
         return rng.choice(attribute.statements).format(name=person.name, value=person.value(attribute))
     question = rng.choice(attribute.questions).format(name=person.name)
@@ -42,7 +42,7 @@ def fact(person: Person, attribute: Attribute, rng: random.Random) -> str:
 
 
 def guess(person: Person, attribute: Attribute, rng: random.Random) -> str:
-    """Return a question, an answer that is false half of the time, and the verdict on it."""
+    """Return a question, an answer that is false half of the time, and the verdict."""
     true = rng.random() < 0.5
     value = person.value(attribute)
     stated = value if true else rng.choice([other for other in attribute.values if other != value])
@@ -86,7 +86,7 @@ def pretraining_text(world: World, exposures: int, seed: int = 0) -> Iterator[st
 
 
 def all_templates() -> Iterator[str]:
-    """Yield every sentence of the world with unfilled slots, the source of the vocabulary."""
+    """Yield every sentence of the world with unfilled slots, for the vocabulary."""
     for attribute in ATTRIBUTES:
         yield from attribute.statements
         yield from attribute.questions

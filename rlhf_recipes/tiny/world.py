@@ -51,7 +51,7 @@ KNOWN_SPLITS = {
 
 @dataclass(frozen=True)
 class Attribute:
-    """An attribute of every person, with sentences about it that have `{name}` and `{value}`."""
+    """An attribute of every person; its sentences contain `{name}` and `{value}`."""
 
     name: str
     values: tuple[str, ...]
@@ -90,7 +90,7 @@ class Person:
 
 @functools.lru_cache(maxsize=2)
 def _names(seed: int) -> tuple[str, ...]:
-    """Return all names, shuffled. Cached, because it takes a second and every split needs it."""
+    """Return all names, shuffled; cached, because it takes a second."""
     names = ["".join(parts).capitalize() for parts in itertools.product(SYLLABLES, repeat=SYLLABLES_PER_NAME)]
     random.Random(seed).shuffle(names)
     return tuple(names)
