@@ -1,4 +1,4 @@
-"""What is there for speed: weights for vLLM, rollouts in parts, continuous batching, compilation, kernels."""
+"""Options for speed: vLLM, rollouts in parts, continuous batching, compilation, kernels."""
 
 import sys
 import types
@@ -59,7 +59,7 @@ def base(tmp_path_factory):
         ({}, {"use_dora": True, "use_rslora": True}),
     ],
 )
-def test_what_vllm_is_sent_is_the_base_with_the_policys_adapter_merged(sizes, options):
+def test_weights_for_vllm_are_the_base_with_the_policy_adapter(sizes, options):
     model = with_adapter(make_model(**sizes), **options)
     for name, weight in model.named_parameters():
         if "modules_to_save.default" in name or name.endswith("lora_B.default.bias"):
@@ -76,7 +76,7 @@ def test_what_vllm_is_sent_is_the_base_with_the_policys_adapter_merged(sizes, op
     assert not moved(before, copies(model.state_dict()))
 
 
-def test_a_quantised_base_is_sent_in_the_type_of_the_rest_and_not_requantised(base):
+def test_weights_for_vllm_of_a_quantised_base_are_dequantised(base):
     model = with_adapter(in_4_bits(base))
     before, ids = copies(model.state_dict()), torch.arange(5, 13)[None]
     other = make_model(seed=7)
@@ -85,7 +85,7 @@ def test_a_quantised_base_is_sent_in_the_type_of_the_rest_and_not_requantised(ba
     assert not moved(before, copies(model.state_dict()))
 
 
-def test_what_vllm_would_not_have_as_it_is_is_not_sent():
+def test_adapters_that_vllm_cannot_get_are_refused():
     model = get_peft_model(make_model(), lora(trainable_token_indices={"embed_tokens": [5]}))
     with pytest.raises(RecipeError, match=r"use_vllm: model\.embed_tokens: TrainableTokensWrapper"):
         dict(vllm.policy_weights(model))
@@ -95,7 +95,7 @@ def test_what_vllm_would_not_have_as_it_is_is_not_sent():
 
 
 class FakeVLLM(VLLMGeneration):
-    """TRL's, over a model in plain Transformers in place of vLLM: it knows of the policy what it is sent, and no more."""
+    """TRL's client over a Transformers model, which has only the weights that it is sent."""
 
     def _init_vllm(self):
         self.sampler = make_model(seed=7)
@@ -147,8 +147,8 @@ def fake_vllm(monkeypatch):
         ("colocate", 32, {"vllm_importance_sampling_correction": False}),
     ],
 )
-def test_rollouts_by_vllm_are_those_of_the_policy_and_go_through_ppo(fake_vllm, base, tmp_path, mode, bits, options):
-    """Its own log-probabilities are those that we compute, in each iteration; roles and base stay as they are."""
+def test_rollouts_by_vllm_are_sampled_from_the_policy(fake_vllm, base, tmp_path, mode, bits, options):
+    """vLLM's log-probabilities equal ours in each iteration; frozen roles and base do not change."""
     model = with_adapter(in_4_bits(base) if bits == 4 else AutoModelForCausalLM.from_pretrained(base))
     reward = save_reward(tmp_path / "reward", base)
     trainer = make_trainer(
@@ -177,7 +177,7 @@ def test_rollouts_by_vllm_are_those_of_the_policy_and_go_through_ppo(fake_vllm, 
     assert logged(trainer, "kl")[0] == pytest.approx(0, abs=1e-5)
 
 
-def test_vllm_that_cannot_be_had_is_refused_before_anything_is_loaded(base, tmp_path, monkeypatch):
+def test_missing_or_unsuitable_vllm_is_refused_before_loading(base, tmp_path, monkeypatch):
     def load(mode, **options):
         args = PPOConfig(str(tmp_path), bf16=False, use_cpu=True, use_vllm=True, vllm_mode=mode)
         return load_model(ModelConfig(model_name_or_path=str(base), **options), args)
@@ -192,7 +192,7 @@ def test_vllm_that_cannot_be_had_is_refused_before_anything_is_loaded(base, tmp_
     assert load("colocate").dtype == torch.float32
 
 
-def test_a_server_that_is_not_there_is_said_in_one_line():
+def test_missing_vllm_server_is_one_message():
     client = object.__new__(VLLMClient)
     client.base_url, client.session = "http://127.0.0.1:9", requests.Session()
     with (
@@ -206,7 +206,7 @@ def test_a_server_that_is_not_there_is_said_in_one_line():
 
 
 @pytest.mark.parametrize(("critic", "sampler_logps"), [("shared", None), ("adapter", None), ("shared", False)])
-def test_rollouts_in_parts_are_those_at_once(tmp_path, critic, sampler_logps):
+def test_rollout_in_parts_equals_the_rollout_at_once(tmp_path, critic, sampler_logps):
     """Greedily, in which parts of different lengths the sampler's own log-probabilities and values are put together."""
     batches = []
     for size in (None, 3):
@@ -231,7 +231,7 @@ def test_rollouts_in_parts_are_those_at_once(tmp_path, critic, sampler_logps):
         torch.testing.assert_close(batches[1][key][here], batches[0][key][here], rtol=1e-4, atol=1e-4)
 
 
-def test_continuous_batching_leaves_types_and_evaluation_as_they_were(tmp_path, monkeypatch):
+def test_continuous_batching_keeps_types_and_evaluation_mode(tmp_path, monkeypatch):
     """TRL casts all weights to bf16 for it, and sets training mode, in which an evaluation would teach the policy."""
     seen = []
 
@@ -254,7 +254,7 @@ def test_continuous_batching_leaves_types_and_evaluation_as_they_were(tmp_path, 
 # --- Compilation and kernels ------------------------------------------------------------------------------
 
 
-def test_a_compiled_policy_learns_the_same_and_is_evaluated_the_same(tmp_path):
+def test_compiled_policy_has_the_same_losses_and_scores(tmp_path):
     figures = []
     for options in ({}, {"torch_compile": True, "torch_compile_backend": "eager"}):
         model = with_adapter(make_model(num_hidden_layers=1))
@@ -268,7 +268,7 @@ def test_a_compiled_policy_learns_the_same_and_is_evaluated_the_same(tmp_path):
     assert figures[1] == pytest.approx(figures[0], abs=1e-6)
 
 
-def test_a_recipe_compiles_layers_before_its_trainer_and_not_under_checkpointing(base, tmp_path):
+def test_layers_compile_when_loaded_and_not_with_checkpointing(base, tmp_path):
     def load(checkpointing):
         options = {"bf16": False, "use_cpu": True, "torch_compile": True, "torch_compile_backend": "eager"}
         args = SFTConfig(str(tmp_path), gradient_checkpointing=checkpointing, **options)
@@ -286,7 +286,7 @@ def test_a_recipe_compiles_layers_before_its_trainer_and_not_under_checkpointing
 
 @pytest.fixture
 def fake_liger(monkeypatch):
-    """In place of Liger: notes what is asked of it, and puts an RMSNorm of its own into the model."""
+    """A stand-in for Liger that records its calls and replaces RMSNorm."""
     asked = []
 
     def patch(model, **options):
@@ -306,7 +306,7 @@ def fake_liger(monkeypatch):
 
 
 @pytest.mark.filterwarnings("ignore:`use_liger_kernel=True` is deprecated")
-def test_ligers_layers_go_with_ppo_and_with_reward_models_and_its_forward_pass_with_none(fake_liger, base, tmp_path):
+def test_liger_replaces_layers_and_not_the_forward_pass(fake_liger, base, tmp_path):
     plain = make_trainer(tmp_path, with_adapter(make_model()), kind=Remembering, critic="adapter")
     plain.train()
     trainer = make_trainer(tmp_path, with_adapter(make_model()), kind=Remembering, critic="adapter", use_liger_kernel=True)
@@ -339,7 +339,7 @@ def test_ligers_layers_go_with_ppo_and_with_reward_models_and_its_forward_pass_w
         ({}, {"use_liger_kernel": True}, r"^use_liger_kernel: .*'\.\[liger\]'`"),
     ],
 )
-def test_what_is_not_installed_is_said_with_its_key(base, tmp_path, model, training, message):
+def test_missing_package_is_refused_with_its_key(base, tmp_path, model, training, message):
     arguments = ModelConfig(model_name_or_path=str(base), **model)
     with pytest.raises(RecipeError, match=message):
         load_model(arguments, SFTConfig(str(tmp_path), bf16=False, use_cpu=True, **training))

@@ -14,6 +14,8 @@ def bench(monkeypatch):
     return import_module("real_ppo")
 
 
+@pytest.mark.real
+@pytest.mark.slow
 def test_the_reward_rises_at_a_bounded_kl_and_perplexity_is_measured(shared, bench):
     options = {"per_device_train_batch_size": 32, "max_completion_length": 32, "value_warmup_steps": 2, "warmup_steps": 2}
     result = bench.run(shared, seed=0, ptx_coef=0.5, steps=16, measured=40, learning_rate=1e-3, ptx_batch_size=4, **options)

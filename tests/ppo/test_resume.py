@@ -1,4 +1,4 @@
-"""A run of PPO that was broken off goes on to the same end: losses, policy, critic, and everything in between."""
+"""A resumed run of PPO equals the uninterrupted one: logs, policy, critic, optimizers."""
 
 import shutil
 
@@ -67,7 +67,7 @@ def length(completion_ids, **columns):
 
 @pytest.fixture
 def start(base, reward):
-    """A fresh trainer of a case, as a new process would make it."""
+    """A function that makes the trainer of a case, as a new process would."""
 
     def make(folder, case, **others):
         options = {**EVERYTHING, **CASES[case], **others}
@@ -103,11 +103,11 @@ def entries(trainer, after):
 
 
 @pytest.mark.parametrize("case", CASES)
-def test_a_run_resumed_at_any_step_is_the_unbroken_one(start, tmp_path, case):
+def test_resumed_run_equals_the_uninterrupted_one(start, tmp_path, case):
     whole = start(tmp_path / "whole", case)
     whole.train()
     last = whole.state.global_step
-    assert whole.state.epoch > 2, "the data should come round more than twice"
+    assert whole.state.epoch > 2, "there should be more than two epochs"
     if whole.args.target_kl is not None:
         assert set(logged(whole, "early_stopped")) == {0, 1}
     final = tmp_path / "whole" / f"checkpoint-{last}"
@@ -134,7 +134,7 @@ def test_a_run_resumed_at_any_step_is_the_unbroken_one(start, tmp_path, case):
 
 
 def same(one, other):
-    """Whether two nested states are equal by every bit."""
+    """Whether two nested states are equal to the bit."""
     if isinstance(one, torch.Tensor):
         return torch.equal(one, other)
     if isinstance(one, dict):
@@ -144,8 +144,8 @@ def same(one, other):
     return one == other
 
 
-def test_the_adapter_that_is_resumed_is_trained_and_the_others_are_not(start, tmp_path):
-    """PEFT's loading makes trainable what it loads; the reference stays the policy of the beginning."""
+def test_resuming_trains_the_policy_adapter_only(start, tmp_path):
+    """PEFT makes an adapter that it loads trainable; the reference must not change."""
     case = "lora, adapter from a reward"
     first = start(tmp_path / "run", case, max_steps=2)
     reference = {n: w.clone() for n, w in first.model.named_parameters() if ".reference." in n}
@@ -158,7 +158,7 @@ def test_the_adapter_that_is_resumed_is_trained_and_the_others_are_not(start, tm
     assert not moved(reference, {n: w for n, w in trainer.model.named_parameters() if ".reference." in n})
 
 
-def test_a_checkpoint_of_a_critic_of_another_kind_is_refused(start, tmp_path):
+def test_checkpoint_with_another_kind_of_critic_is_refused(start, tmp_path):
     start(tmp_path / "run", "lora, shared", max_steps=1).train()
     trainer = start(tmp_path / "run", "4 bits, adapter")
     with pytest.raises(RecipeError, match="from a critic of another kind"):

@@ -114,7 +114,7 @@ def parameters_of(function):
 # --- Versions, names, signatures --------------------------------------------------------------------------
 
 
-def test_trl_is_the_version_that_this_was_written_for():
+def test_version_of_trl():
     (pin,) = [
         line
         for line in tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["dependencies"]
@@ -126,14 +126,14 @@ def test_trl_is_the_version_that_this_was_written_for():
 
 
 def imports():
-    """Every name that the project takes from these libraries, and where."""
+    """Yield every name that the project imports from these libraries, and where."""
     for path in sorted([*ROOT.glob("rlhf_recipes/**/*.py"), *ROOT.glob("recipes/*.py")]):
         for node in ast.walk(ast.parse(path.read_text())):
             if isinstance(node, ast.ImportFrom) and node.module.split(".")[0] in ("trl", "transformers", "peft", "accelerate"):
                 yield from ((str(path.relative_to(ROOT)), node.module, alias.name) for alias in node.names)
 
 
-def test_everything_that_is_imported_is_there():
+def test_every_imported_name_exists():
     gone = []
     for path, module, name in set(imports()):
         try:
@@ -150,7 +150,7 @@ def test_everything_that_is_imported_is_there():
     [(PPOTrainer, GRPOTrainer, HOOKS | MIXIN_HOOKS), (RankingTrainer, RewardTrainer, REWARD_HOOKS | MIXIN_HOOKS)],
     ids=["ppo", "reward"],
 )
-def test_every_override_stands_in_the_place_of_something(ours, theirs, hooks):
+def test_every_override_replaces_a_method_of_trl(ours, theirs, hooks):
     """An override of a method that TRL has renamed would never be called."""
     members = {name: value for cls in our_classes(ours) for name, value in vars(cls).items()}
     own = {name for name, value in members.items() if inspect.isroutine(value) and not name.startswith("__")}
@@ -160,7 +160,7 @@ def test_every_override_stands_in_the_place_of_something(ours, theirs, hooks):
         assert parameters_of(getattr(theirs, name)) == parameters, f"{theirs.__name__}.{name} has other parameters now"
 
 
-def test_every_override_that_calls_the_one_above_finds_it():
+def test_every_super_call_finds_its_method():
     for ours, theirs in ((PPOTrainer, GRPOTrainer), (RankingTrainer, RewardTrainer)):
         called = {
             node.func.attr
@@ -175,33 +175,33 @@ def test_every_override_that_calls_the_one_above_finds_it():
         assert not gone, f"{ours.__name__} calls super().{gone}, which {theirs.__name__} has no longer"
 
 
-def test_the_constructor_takes_what_is_passed():
+def test_parameters_of_the_constructor():
     assert parameters_of(GRPOTrainer.__init__) == (
         "self, model, reward_funcs, args, train_dataset, eval_dataset, processing_class, reward_processing_classes, callbacks, "
         "optimizers, quantization_config, peft_config, tools, rollout_func, environment_factory"
     ), "GRPOTrainer takes other arguments: `PPOTrainer.__init__` passes them by name, and documents them"
 
 
-def test_arguments_have_the_private_base_that_models_are_loaded_by():
+def test_private_base_of_trl_configs():
     for config in (GRPOConfig, RewardConfig):
         assert issubclass(config, _BaseConfig), "rlhf_recipes.models.loading takes `_BaseConfig` for the base of TRL's configs"
     assert issubclass(_BaseConfig, TrainingArguments)
 
 
-def test_group_size_1_is_refused_by_a_comparison_that_an_integer_may_answer(tmp_path):
+def test_num_generations_of_1_is_refused_by_a_comparison_that_one_passes(tmp_path):
     options = {"bf16": False, "per_device_train_batch_size": 4, "use_cpu": True}
     try:
         GRPOConfig(str(tmp_path), num_generations=1, **options)
     except ValueError as refusal:
         assert "at least 2 generations" in str(refusal)  # noqa: PT017 - `raises` has no words for that it is allowed
     else:
-        pytest.fail("TRL allows num_generations=1 now: `_One` in rlhf_recipes/training/ppo/config.py can go")
+        pytest.fail("TRL allows num_generations=1 now: `_One` in rlhf_recipes/config/ppo.py can go")
     args = GRPOConfig(str(tmp_path), num_generations=_One(1), **options)
     assert args.num_generations == 1, "TRL checks num_generations in another way than by `< 2`"
     assert args.generation_batch_size == 4
 
 
-def test_defaults_that_ppo_inherits_are_what_its_documentation_says(tmp_path):
+def test_inherited_defaults(tmp_path):
     args = GRPOConfig(str(tmp_path), bf16=False, use_cpu=True)
     found = {name: getattr(args, name) for name in ("beta", "loss_type", "epsilon", "temperature", "max_grad_norm")}
     found["multi_objective_aggregation"] = args.multi_objective_aggregation
@@ -209,7 +209,7 @@ def test_defaults_that_ppo_inherits_are_what_its_documentation_says(tmp_path):
     assert found == expected | {"multi_objective_aggregation": "sum_then_normalize"}
 
 
-def test_losses_have_the_names_of_trl():
+def test_names_of_losses():
     source = inspect.getsource(GRPOTrainer._compute_loss)
     assert all(f'"{name}"' in source for name in LOSSES), "GRPOTrainer._compute_loss knows other loss types"
 
@@ -244,14 +244,14 @@ def lengths(completion_ids, **columns):
 CHECKPOINT_HOOKS = ("_load_from_checkpoint", "_load_optimizer_and_scheduler", "_save", "_save_rng_state")
 
 
-class Listening(GRPOTrainer):
-    """TRL's trainer, which notes what it is told to do, in order, with the arguments."""
+class CallRecorder(GRPOTrainer):
+    """TRL's trainer that records the calls of its methods in order, with arguments."""
 
     def __init__(self, *arguments, **options):
         self.calls = []
         super().__init__(*arguments, **options)
 
-    def note(self, name, *arguments, **options):
+    def record(self, name, *arguments, **options):
         self.calls.append((name, arguments, options))
 
     def of(self, name):
@@ -263,19 +263,19 @@ class Listening(GRPOTrainer):
 
 def listen(name):
     def method(self, *arguments, **options):
-        self.note(name, *arguments, **options)
-        result = getattr(super(Listening, self), name)(*arguments, **options)
-        self.note(f"end of {name}", result)
+        self.record(name, *arguments, **options)
+        result = getattr(super(CallRecorder, self), name)(*arguments, **options)
+        self.record(f"end of {name}", result)
         return result
 
     return method
 
 
 for _name in [*HOOKS, *CHECKPOINT_HOOKS, "_prepare_inputs", "_clip_grad_norm", "_maybe_log_save_evaluate"]:
-    setattr(Listening, _name, listen(_name))
+    setattr(CallRecorder, _name, listen(_name))
 
 
-def make_trainer(folder, model=None, reward=lengths, kind=Listening, data=None, rollout=None, **options):
+def make_trainer(folder, model=None, reward=lengths, kind=CallRecorder, data=None, rollout=None, **options):
     return kind(
         make_model() if model is None else model,
         reward,
@@ -288,7 +288,7 @@ def make_trainer(folder, model=None, reward=lengths, kind=Listening, data=None, 
 
 @pytest.fixture(scope="module")
 def aligned(tmp_path_factory):
-    """A run whose generations are in step with its updates, with checkpoints."""
+    """A run with one generation for each optimizer step, with checkpoints."""
     trainer = make_trainer(tmp_path_factory.mktemp("aligned"), save_strategy="steps", save_steps=1)
     trainer.train()
     return trainer
@@ -296,14 +296,14 @@ def aligned(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def misaligned(tmp_path_factory):
-    """One that learns twice from each batch, in two micro-batches."""
+    """A run with two passes over each generation, in two micro-batches."""
     trainer = make_trainer(tmp_path_factory.mktemp("misaligned"), num_iterations=2, steps_per_generation=2, max_steps=5)
     trainer.train()
     return trainer
 
 
 def attributes(tree, of):
-    """The names that are read of `self`, or of an attribute of it, in a class."""
+    """Return the names that a class reads from `self`, or from an attribute of it."""
     found = set()
     for node in ast.walk(tree):
         if isinstance(node, ast.Attribute):
@@ -336,7 +336,7 @@ def class_tree(cls):
 ALREADY_THERE = {"ref_model", "_step", "_buffered_inputs", "model"}  # which PPO sets, and TRL has
 
 
-def test_the_trainer_has_every_attribute_that_is_read(aligned):
+def test_grpo_trainer_has_every_attribute_that_ppo_reads(aligned):
     tree = ast.Module([*map(class_tree, our_classes(PPOTrainer)), ast.parse(inspect.getsource(checkpoint))], [])
     own = (assigned(tree) - ALREADY_THERE) | {name for cls in our_classes(PPOTrainer) for name in vars(cls)}
     gone = {name for name in attributes(tree, "self") - own if not hasattr(aligned, name)}
@@ -352,7 +352,7 @@ def test_the_trainer_has_every_attribute_that_is_read(aligned):
     assert not gone, f"the arguments have no {sorted(gone)} any more"
 
 
-def test_the_reward_trainer_has_every_attribute_that_is_read(tmp_path):
+def test_reward_trainer_has_every_attribute_that_ranking_reads(tmp_path):
     args = RewardConfig(str(tmp_path), bf16=False, use_cpu=True, report_to="none", gradient_checkpointing=False)
     save_base(tmp_path)
     model = AutoModelForSequenceClassification.from_pretrained(tmp_path, num_labels=1)
@@ -373,7 +373,7 @@ def test_the_reward_trainer_has_every_attribute_that_is_read(tmp_path):
 # --- What is called, and when -----------------------------------------------------------------------------
 
 
-def test_an_optimizer_step_goes_in_this_order(aligned):
+def test_order_of_an_optimizer_step(aligned):
     expected = [
         "training_step",
         "_prepare_inputs",
@@ -404,7 +404,7 @@ def test_an_optimizer_step_goes_in_this_order(aligned):
     assert names[:begin] == ["_get_train_sampler", "end of _get_train_sampler"], "something else comes before the first step"
 
 
-def test_log_probabilities_are_asked_for_once_by_the_loss_with_entropies(aligned):
+def test_loss_computes_log_probabilities_once_with_entropies(aligned):
     model, *_ = aligned.of("_compute_loss")[0][1]
     _, arguments, options = aligned.of("_get_per_token_logps_and_entropies")[0]
     assert arguments[0] is model
@@ -415,7 +415,7 @@ def test_log_probabilities_are_asked_for_once_by_the_loss_with_entropies(aligned
     assert all(value is None for value in options.values()), "the rest is for images"
 
 
-def test_old_log_probabilities_are_computed_before_the_rewards_and_only_where_they_may_differ(aligned, misaligned):
+def test_old_log_probabilities_come_before_rewards_and_only_where_they_may_differ(aligned, misaligned):
     assert "old_per_token_logps" not in aligned.of("end of _generate_and_score_completions")[0][1][0]
     names = misaligned.names()
     begin = names.index("_generate_and_score_completions")
@@ -432,7 +432,7 @@ def test_old_log_probabilities_are_computed_before_the_rewards_and_only_where_th
     assert batch["old_per_token_logps"] is returned[0]
 
 
-def test_a_batch_has_these_keys_and_shapes(aligned, misaligned):
+def test_keys_and_shapes_of_a_batch(aligned, misaligned):
     for trainer, extra in ((aligned, set()), (misaligned, {"old_per_token_logps"})):
         batch = trainer.of("end of _generate_and_score_completions")[0][1][0]
         keys = {"prompt_ids", "prompt_mask", "completion_ids", "completion_mask", "advantages", "num_items_in_batch"}
@@ -447,7 +447,7 @@ def test_a_batch_has_these_keys_and_shapes(aligned, misaligned):
         assert (batch["completion_mask"].diff(dim=1) <= 0).all(), "completions are no longer padded on the right"
 
 
-def test_a_batch_is_shuffled_split_buffered_and_used_by_the_number_of_the_micro_batch(misaligned):
+def test_batch_is_shuffled_split_and_buffered(misaligned):
     used = [call[1][0] for call in misaligned.of("end of _prepare_inputs")]
     assert len(used) == misaligned._step == 5
     assert used[0] is used[2], "_buffered_inputs[_step % steps_per_generation] is no longer what a micro-batch is"
@@ -460,7 +460,7 @@ def test_a_batch_is_shuffled_split_buffered_and_used_by_the_number_of_the_micro_
     assert rows == {str(row) for row in torch.cat([whole["prompt_ids"], whole["completion_ids"]], 1).tolist()}
 
 
-def test_a_buffered_batch_that_is_put_back_is_used(tmp_path):
+def test_restored_buffer_is_used(tmp_path):
     """As a resumed run does."""
     trainer = make_trainer(tmp_path, num_iterations=2, steps_per_generation=2, max_steps=1)
     trainer.train()
@@ -471,7 +471,7 @@ def test_a_buffered_batch_that_is_put_back_is_used(tmp_path):
     assert not trainer.of("_generate_and_score_completions")
 
 
-def test_every_tensor_of_a_batch_is_shuffled_and_split_alike():
+def test_tensors_of_a_batch_are_shuffled_and_split_alike():
     batch = {"a": torch.arange(8), "b": torch.arange(16.0).view(8, 2), "count": torch.tensor(5)}
     parts = split_tensor_dict(shuffle_sequence_dict(batch), 4)
     assert all(part["count"] == 5 for part in parts), "scalars go to every part"
@@ -479,7 +479,7 @@ def test_every_tensor_of_a_batch_is_shuffled_and_split_alike():
     assert sorted(torch.cat([part["a"] for part in parts]).tolist()) == list(range(8))
 
 
-def test_gradients_are_synchronised_in_the_last_micro_batch_of_a_step_and_not_divided(tmp_path):
+def test_gradients_are_synchronised_in_the_last_micro_batch_and_not_divided(tmp_path):
     """PPO lets its critic step there, and divides its losses itself."""
     seen = []
 
@@ -503,8 +503,8 @@ def test_gradients_are_synchronised_in_the_last_micro_batch_of_a_step_and_not_di
     )
 
 
-def test_the_number_of_the_epoch_is_known_when_its_order_is_drawn(tmp_path):
-    """From the trainer's state, whole or resumed."""
+def test_sampler_can_read_the_epoch(tmp_path):
+    """From the state of the trainer, in new and resumed runs."""
     seen = []
 
     class Watching(RepeatSampler):
@@ -528,7 +528,7 @@ def test_the_number_of_the_epoch_is_known_when_its_order_is_drawn(tmp_path):
     assert seen == [(1, 8), (2, 12)], "a resumed run does not know the number of its epoch when it draws the order"
 
 
-def test_a_checkpoint_is_written_and_read_by_these_hooks(aligned, tmp_path):
+def test_hooks_of_a_checkpoint(aligned, tmp_path):
     folder = f"{aligned.args.output_dir}/checkpoint-1"
     assert aligned.of("_save")[0][1][0] == folder, "Trainer._save_checkpoint does not save the model by `_save(folder)`"
     assert aligned.of("_save_rng_state")[0][1] == (folder,)
@@ -543,8 +543,8 @@ def test_a_checkpoint_is_written_and_read_by_these_hooks(aligned, tmp_path):
     assert names.index("_load_from_checkpoint") < names.index("_load_optimizer_and_scheduler") < names.index("training_step")
 
 
-def test_the_state_of_a_checkpoint_is_written_last(tmp_path):
-    """By it a checkpoint is known to be whole, so what PPO adds must be there before."""
+def test_trainer_state_is_written_last(tmp_path):
+    """It marks a checkpoint as complete, so the state of PPO must be there before."""
     seen = []
 
     class Looking(GRPOTrainer):
@@ -558,7 +558,7 @@ def test_the_state_of_a_checkpoint_is_written_last(tmp_path):
     assert {"model.safetensors", "optimizer.pt", "rng_state.pth"} <= seen[0]
 
 
-def test_an_adapter_is_saved_by_save_pretrained_with_selected_adapters(tmp_path):
+def test_adapter_is_saved_by_save_pretrained(tmp_path):
     assert "selected_adapters" in inspect.signature(PeftModel.save_pretrained).parameters
     assert "self.model.save_pretrained(" in inspect.getsource(Trainer._save), (
         "Trainer._save does not call self.model.save_pretrained: PPOTrainer._save replaces that to save the policy alone"
@@ -569,7 +569,7 @@ def test_an_adapter_is_saved_by_save_pretrained_with_selected_adapters(tmp_path)
     assert not [name for name in os.listdir(tmp_path) if (tmp_path / name).is_dir()]
 
 
-def test_resuming_puts_an_adapter_back_by_its_name_and_leaves_the_others(tmp_path):
+def test_resuming_loads_the_default_adapter_only(tmp_path):
     trainer = make_trainer(tmp_path, with_adapter(make_model()), save_strategy="steps", save_steps=1, max_steps=1)
     trainer.train()
     model = with_adapter(make_model(), seed=2)
@@ -586,35 +586,25 @@ def test_resuming_puts_an_adapter_back_by_its_name_and_leaves_the_others(tmp_pat
 # --- Rollouts ---------------------------------------------------------------------------------------------
 
 
-def test_a_reward_function_is_called_with_these_keywords(tmp_path):
+def test_keywords_and_results_of_reward_functions(tmp_path):
     seen = []
 
     def look(**columns):
         seen.append(columns)
-        return [0.5 * row for row in range(len(columns["prompts"]))]
+        return [None, 0.5, 1.0, None]
 
     data = prompts(answer=[f"a{row}" for row in range(8)])
     trainer = make_trainer(tmp_path, reward=look, data=data, max_steps=1)
     trainer.train()
     assert seen[0].keys() == {*TRL_KEYWORDS, "answer"}, "TRL passes other keywords: see TRL_KEYWORDS in rewards/protocol.py"
     ((rewards,),) = [call[1] for call in trainer.of("end of _calculate_rewards")]
-    assert rewards.tolist() == [[0.0], [0.5], [1.0], [1.5]], "(N, functions), of all processes"
+    assert rewards.nan_to_num(-1.0).tolist() == [[-1.0], [0.5], [1.0], [-1.0]], "(N, functions), NaN where it is None"
     assert trainer.reward_func_names == ["look"]
     assert trainer.reward_weights.tolist() == [1.0]
 
 
-def test_what_a_reward_function_returns_none_for_is_nan_in_the_rewards(tmp_path):
-    def some(prompts, **columns):
-        return [None, 1.0, None, 2.0]
-
-    trainer = make_trainer(tmp_path, reward=some, max_steps=1)
-    trainer.train()
-    ((rewards,),) = [call[1] for call in trainer.of("end of _calculate_rewards")]
-    assert rewards.isnan().flatten().tolist() == [True, False, True, False]
-
-
-def test_the_sampler_is_asked_step_by_step_and_tells_its_logits(tmp_path):
-    """`GenerationRecorder` watches the base and its trunk while TRL samples."""
+def test_sampler_runs_a_step_for_each_token(tmp_path):
+    """`GenerationRecorder` hooks the base and its backbone while TRL samples."""
     model, steps = with_adapter(make_model()), []
     base = model.get_base_model()
 
@@ -636,7 +626,7 @@ def test_the_sampler_is_asked_step_by_step_and_tells_its_logits(tmp_path):
     assert len(steps) > 1
 
 
-def test_a_rollout_function_is_called_with_prompts_and_trainer_and_may_mask_tokens(tmp_path):
+def test_rollout_func_gets_prompts_and_trainer_and_may_mask_tokens(tmp_path):
     def rollout(prompts, trainer):
         seen.append((prompts, trainer))
         answers = answers_of()(prompts, trainer)
@@ -659,11 +649,8 @@ def test_a_rollout_function_is_called_with_prompts_and_trainer_and_may_mask_toke
     assert "sampling_per_token_logps" not in batch, "logprobs may be None"
 
 
-def test_ends_of_a_completion_are_a_list_of_ids(aligned):
+def test_metrics_and_table_of_completions(aligned):
     assert aligned.eos_token_ids == [EOS]
-
-
-def test_metrics_and_the_table_of_completions_are_where_ppo_adds_to_them(aligned):
     assert isinstance(aligned._metrics["train"], defaultdict)
     assert aligned._metrics.keys() == {"train", "eval"}
     assert {"prompt", "completion", "rewards", "advantages"} <= aligned._logs.keys()
@@ -671,10 +658,10 @@ def test_metrics_and_the_table_of_completions_are_where_ppo_adds_to_them(aligned
     assert len(aligned._logs["advantages"]) == len(aligned._logs["prompt"]) == 4
     logged = aligned.state.log_history[0].keys()
     names = {"completions/clipped_ratio", "frac_reward_zero_std", "entropy", "clip_ratio/region_mean", "reward", "num_tokens"}
-    assert names <= logged, "TRL logs under other names: rlhf_recipes/training/ppo/trainer.py and health.py read these"
+    assert names <= logged, "TRL logs under other names: rlhf_recipes/training/ppo reads these"
 
 
-def test_samples_are_printed_without_advantages(capsys):
+def test_samples_print_without_advantages(capsys):
     print_prompt_completions_sample(["p"], ["c"], {"r": [0.5]}, None, 3)
     assert "0.5" in capsys.readouterr().out
 
@@ -684,7 +671,7 @@ def test_samples_are_printed_without_advantages(capsys):
 
 @pytest.fixture
 def loss_of(tmp_path):
-    """The loss of a hand-made batch, and the gradients that it gives."""
+    """A function from changes of a small batch to TRL's loss and its gradient."""
     trainer = GRPOTrainer(make_model(), lengths, make_args(tmp_path), prompts(), processing_class=make_tokenizer())
     trainer.current_gradient_accumulation_steps = 1
     trainer.model.train()
@@ -707,7 +694,7 @@ def loss_of(tmp_path):
     return compute
 
 
-def test_advantages_may_be_of_tokens(loss_of):
+def test_loss_takes_token_advantages(loss_of):
     loss, gradient = loss_of()
     same, same_gradient = loss_of(advantages=torch.tensor([[1.0, 1.0, 1.0], [-0.5, -0.5, -0.5]]))
     assert same == pytest.approx(loss, abs=1e-7)
@@ -717,14 +704,14 @@ def test_advantages_may_be_of_tokens(loss_of):
     assert torch.allclose(one + other, gradient, atol=1e-6)
 
 
-def test_the_loss_is_the_mean_over_the_tokens_of_the_batch(loss_of):
+def test_loss_is_the_mean_over_the_tokens_of_the_batch(loss_of):
     """`dapo`, the default: with a ratio of 1 the sum of advantages over `num_items_in_batch`, which spans all processes."""
     assert loss_of()[0] == pytest.approx(-(3 * 1.0 - 2 * 0.5) / 5)
     assert loss_of(num_items_in_batch=torch.tensor(10))[0] == pytest.approx(-(3 * 1.0 - 2 * 0.5) / 10)
 
 
-def test_a_tool_mask_masks_the_loss_and_not_the_attention(loss_of):
-    """So PPO may leave out completions by it."""
+def test_tool_mask_masks_the_loss_and_not_the_attention(loss_of):
+    """`Rollout.to_trl` puts `loss_mask` there."""
     mask = torch.tensor([[1, 0, 1], [1, 1, 1]])
     _, gradient = loss_of(tool_mask=mask)
     _, expected = loss_of(advantages=torch.tensor([[1.0, 0.0, 1.0], [-0.5, -0.5, -0.5]]))
@@ -733,19 +720,15 @@ def test_a_tool_mask_masks_the_loss_and_not_the_attention(loss_of):
     assert (loss, gradient.abs().max().item()) == (0, 0), "a batch without a token has a loss of 0"
 
 
-def test_the_ratio_is_clipped_against_old_log_probabilities(loss_of):
+def test_ratio_is_clipped(loss_of):
     loss, _ = loss_of(old_per_token_logps=torch.full((2, 3), -50.0), advantages=torch.ones(2, 3))
     assert loss == pytest.approx(-1.2), "a ratio far above 1 counts as 1 + epsilon"
 
 
-def test_without_beta_there_is_neither_reference_nor_kl(aligned):
-    assert aligned.ref_model is None, "PPO makes its own reference, and beta is 0"
-    assert "kl" not in aligned.state.log_history[0], "`kl` is PPO's to log"
-    peft = with_adapter(make_model())
-    assert set(peft.peft_config) == {"default"}
-
-
-def test_with_an_adapter_and_without_beta_no_other_adapter_appears(tmp_path):
+def test_without_beta_trl_makes_no_reference_and_logs_no_kl(aligned, tmp_path):
+    """PPO makes the reference itself, and logs `kl`."""
+    assert aligned.ref_model is None
+    assert "kl" not in aligned.state.log_history[0]
     model = with_adapter(make_model())
     make_trainer(tmp_path, model)
     assert set(model.peft_config) == {"default"}, "TRL makes a reference adapter though beta is 0"
@@ -754,8 +737,8 @@ def test_with_an_adapter_and_without_beta_no_other_adapter_appears(tmp_path):
 # --- The fused LM head ------------------------------------------------------------------------------------
 
 
-def test_the_fused_head_takes_shifted_labels_and_hidden_states_that_a_hook_has_cut():
-    """`PPOTrainer._pass`: the trunk's states are cut to those of the completion before the head sees them."""
+def test_fused_head_takes_shifted_labels_and_cut_hidden_states():
+    """`forward_policy` cuts the backbone's output to the completion before the head runs."""
     model, ids = make_model(), torch.tensor([[5, 6, 7, 8, 9], [10, 11, 12, 13, EOS]])
     logits = make_model()(ids).logits / 0.7
     add_fused_lm_head(model, temperature=0.7, outputs=("log_probs", "entropy"))
@@ -780,8 +763,8 @@ def test_the_fused_head_takes_shifted_labels_and_hidden_states_that_a_hook_has_c
     assert torch.allclose(outputs.entropy, entropy, atol=1e-5)
 
 
-def test_the_fused_head_has_the_loss_of_the_model_itself():
-    """Which `ptx_coef` takes, at temperature 1."""
+def test_fused_head_has_the_loss_of_the_model():
+    """`ptx_coef` uses it at temperature 1."""
     model, ids = make_model(), torch.tensor([[5, 6, 7, 8], [9, 10, PAD, PAD]])
     mask = (ids != PAD).long()
     labels = ids.masked_fill(mask == 0, -100)
@@ -793,7 +776,7 @@ def test_the_fused_head_has_the_loss_of_the_model_itself():
     assert without.item() == pytest.approx(expected.item(), abs=1e-6), "without fused_lm_head the forward pass is the old one"
 
 
-def test_the_trainer_gives_the_policy_a_fused_head_at_its_temperature(tmp_path):
+def test_policy_has_a_fused_head_with_temperature(tmp_path):
     for model in (make_model(), with_adapter(make_model())):
         trainer = make_trainer(tmp_path, model, temperature=0.5)
         ids = torch.tensor([[5, 6, 7]])
@@ -807,7 +790,7 @@ def test_the_trainer_gives_the_policy_a_fused_head_at_its_temperature(tmp_path):
 # --- Small helpers ----------------------------------------------------------------------------------------
 
 
-def test_the_order_of_prompts_is_that_of_a_generator():
+def test_order_of_prompts_comes_from_a_generator():
     sampler = RepeatSampler(range(7), mini_repeat_count=2, batch_size=3, repeat_count=2, shuffle=True, seed=5)
     order = torch.randperm(7, generator=torch.Generator().manual_seed(11)).tolist()
     sampler.generator.manual_seed(11)
@@ -834,7 +817,7 @@ def test_names_and_kinds_of_reward_functions():
     assert asyncio.run(later()) == []
 
 
-def test_models_by_name_come_in_fp32_and_know_their_name(tmp_path):
+def test_model_by_name_is_fp32_and_knows_its_name(tmp_path):
     save_base(tmp_path)
     model = create_model_from_path(str(tmp_path), trust_remote_code=False)
     assert model.dtype == torch.float32
@@ -856,7 +839,7 @@ def test_padding_dropout_and_checkpointing_helpers():
     assert model.is_gradient_checkpointing
 
 
-def test_the_optimizer_of_the_arguments_is_a_class_and_its_options(tmp_path):
+def test_optimizer_class_and_options(tmp_path):
     args = make_args(tmp_path)
     optimizer, options = Trainer.get_optimizer_cls_and_kwargs(args, make_model())
     assert issubclass(optimizer, torch.optim.AdamW)
@@ -864,7 +847,7 @@ def test_the_optimizer_of_the_arguments_is_a_class_and_its_options(tmp_path):
     assert "weight_decay" not in options, "Trainer passes it by groups of weights, and so does the critic"
 
 
-def test_one_process_gathers_what_it_has(aligned):
+def test_collectives_of_one_process(aligned):
     accelerator = aligned.accelerator
     assert gather_object([1, "a"]) == [1, "a"]
     assert accelerator.gather(torch.tensor(2.0)).mean() == 2
@@ -874,7 +857,7 @@ def test_one_process_gathers_what_it_has(aligned):
     assert not is_peft_model(aligned.model)
 
 
-def test_the_parser_has_what_ours_reads():
+def test_attributes_of_the_parser():
     parser = TrlParser((GRPOConfig,))
     assert {"_actions", "parse_known_args", "dataclass_types"} <= set(dir(parser))
     assert "parse_dict" in dir(TrlParser)
@@ -884,7 +867,7 @@ def test_the_parser_has_what_ours_reads():
 # --- PEFT and bitsandbytes --------------------------------------------------------------------------------
 
 
-def test_adapters_are_switched_layer_by_layer():
+def test_adapters_are_activated_layer_by_layer():
     model = with_adapter(make_model())
     model.add_adapter("other", lora())
     layers = [module for module in model.modules() if isinstance(module, BaseTunerLayer)]
@@ -904,7 +887,7 @@ def test_adapters_are_switched_layer_by_layer():
     assert layers[0].disable_adapters
 
 
-def test_peft_has_the_functions_that_put_adapters_on_a_bare_model():
+def test_adapters_on_a_model_without_peft_model():
     model = make_model()
     inject_adapter_in_model(lora(), model, adapter_name="one")
     cast_adapter_dtype(model, "one")
@@ -913,7 +896,7 @@ def test_peft_has_the_functions_that_put_adapters_on_a_bare_model():
     assert result.unexpected_keys == []
 
 
-def test_names_of_saved_weights_begin_as_they_did(tmp_path):
+def test_names_of_saved_adapter_weights(tmp_path):
     get_peft_model(make_model(), lora()).save_pretrained(tmp_path)
     from safetensors.torch import load_file
 
@@ -923,8 +906,8 @@ def test_names_of_saved_weights_begin_as_they_did(tmp_path):
     assert {"peft_type", "task_type", "modules_to_save", "base_model_name_or_path"} <= config.keys()
 
 
-def test_weights_for_vllm_come_from_one_method_that_an_instance_may_replace():
-    """By which `training.ppo.vllm` sends the policy without merging it into the base; merging is what TRL does there."""
+def test_weights_for_vllm_come_from_one_replaceable_method():
+    """`training.ppo.vllm` replaces it to send the policy; TRL merges the adapter into the base."""
     generation = object.__new__(VLLMGeneration)
     received = []
     runner = SimpleNamespace(model=SimpleNamespace(load_weights=received.extend))
@@ -937,14 +920,14 @@ def test_weights_for_vllm_come_from_one_method_that_an_instance_may_replace():
     assert "merge_adapter" in inspect.getsource(VLLMGeneration._iter_named_params)
 
 
-def test_continuous_batching_still_casts_the_model_and_leaves_it_training():
+def test_continuous_batching_casts_the_model_and_leaves_training_mode():
     source = inspect.getsource(GRPOTrainer._generate_single_turn)
     assert "unwrapped_model.to(torch.bfloat16)" in source
     assert "unwrapped_model.train()" in source
 
 
-def test_a_run_is_compiled_by_three_arguments_that_leave_no_trace_elsewhere(tmp_path):
-    """By which `rlhf_recipes.models.kernels` compiles layers in the trainer's place."""
+def test_compilation_depends_on_three_arguments(tmp_path):
+    """`rlhf_recipes.models.kernels` unsets them once it has compiled the layers."""
     asked = TrainingArguments(str(tmp_path), use_cpu=True, torch_compile=True, torch_compile_backend="eager")
     rest = without_compilation(asked)
     assert (rest.torch_compile, rest.torch_compile_backend, rest.torch_compile_mode) == (False, None, None)
@@ -952,16 +935,16 @@ def test_a_run_is_compiled_by_three_arguments_that_leave_no_trace_elsewhere(tmp_
     assert asked.torch_compile
 
 
-def test_generating_with_an_adapter_goes_through_the_base_as_a_module():
-    """Else the hooks of `GenerationRecorder` would not be called."""
+def test_generation_with_an_adapter_calls_the_base_module():
+    """`GenerationRecorder` needs its hooks called."""
     model, calls = with_adapter(make_model()), []
     model.get_base_model().register_forward_hook(lambda *_: calls.append(1))
     model.generate(input_ids=torch.tensor([[5, 6]]), max_new_tokens=3, min_new_tokens=3, do_sample=False)
     assert len(calls) == 3
 
 
-def test_trl_still_casts_what_is_trained_on_a_quantised_base(tmp_path):
-    """`preserve_param_dtypes` and `keep_adapter_in_fp32` in models/loading.py undo it; they can go when this fails."""
+def test_trl_casts_trained_weights_on_a_quantised_base(tmp_path):
+    """`preserve_param_dtypes` and `keep_adapter_in_fp32` in models/precision.py undo it; they can go when this fails."""
     save_base(tmp_path)
     model = with_adapter(in_4_bits(tmp_path))
     assert {weight.dtype for weight in model.parameters() if weight.requires_grad} == {torch.float32}
@@ -969,18 +952,18 @@ def test_trl_still_casts_what_is_trained_on_a_quantised_base(tmp_path):
     assert {weight.dtype for weight in model.parameters() if weight.requires_grad} == {torch.bfloat16}
 
 
-def test_4_bit_layers_have_the_switch_against_repacking(tmp_path):
+def test_4_bit_layers_can_turn_off_repacking(tmp_path):
     save_base(tmp_path)
     model = in_4_bits(tmp_path)
     switches = [m for m in model.modules() if type(m).__name__ == "Linear4bit" and hasattr(m, "support_avx512bf16_for_cpu")]
     assert len(switches) == 14, (
-        "bitsandbytes has renamed `support_avx512bf16_for_cpu`: see disable_cpu_4bit_repacking in models.py"
+        "bitsandbytes has renamed `support_avx512bf16_for_cpu`: see disable_cpu_4bit_repacking in models/precision.py"
     )
     assert model.is_quantized
     assert model.is_loaded_in_4bit
 
 
-def test_what_a_trainer_counts_stands_where_it_is_taken_up_from():
+def test_counters_of_trainers():
     """`rlhf_recipes.training.mixin` saves it with checkpoints, and restores it with the random state."""
     loop = inspect.getsource(Trainer._inner_training_loop) + inspect.getsource(Trainer._maybe_log_save_evaluate)
     for name in ("_tr_loss", "_total_loss_scalar", "_globalstep_last_logged"):

@@ -1,4 +1,4 @@
-"""Runs of PPO that two processes make as one does: on the same prompts and completions; and one to be broken off."""
+"""Runs of PPO that two processes must make as one does, and one to interrupt."""
 
 import json
 
@@ -28,7 +28,7 @@ WHITENED = {"whiten_rewards": True, "whiten_advantages": True, "use_score_scalin
 
 
 def some(prompts, completion_ids, **columns):
-    """No score for one of the prompts, so that the two processes have not equally much to learn from."""
+    """Score all prompts but one, so that two processes have unequal numbers of tokens."""
     scores = count_words(completion_ids)
     return [None if prompt == PROMPTS[3] else score for prompt, score in zip(prompts, scores, strict=True)]
 
@@ -46,7 +46,7 @@ CASES = {
 
 
 def make(folder, case, processes, **others):
-    """The trainer of a case in one of so many processes."""
+    """Make the trainer of a case for one of `processes`."""
     options = {**WHITENED, **CASES[case], **others}
     base, reward = folder.parent / "base", folder.parent / "reward"
     fresh, whole, terse = (options.pop(name, False) for name in ("fresh", "whole", "terse"))
@@ -81,7 +81,7 @@ def make(folder, case, processes, **others):
 
 
 def run(folder, case, processes, checkpoint=None, **others):
-    """Trains, and leaves the policy, the critic and the log in the folder."""
+    """Train, and save policy, critic and log in the folder."""
     folder.mkdir(exist_ok=True)
     trainer = make(folder, case, processes, **others)
     trainer.train(resume_from_checkpoint=checkpoint)
@@ -111,7 +111,7 @@ def read(folder):
 
 
 def assert_the_update_of_one(folder, alone, case):
-    """Compares what two processes have left in `folder` with what one has left in `alone`: policy, critic and log."""
+    """Compare policy, critic and log of two processes in `folder` with those of one in `alone`."""
     start = make(alone / case, case, 1)
     name = "model.safetensors" if CASES[case].get("whole") else "adapter_model.safetensors"
     for file, before in ((name, start.model), ("critic.safetensors", start.critic)):

@@ -1,4 +1,4 @@
-"""What the tests of PPO share: a language model with random weights, prompts, rewards, and trainers that remember."""
+"""A small language model, prompts, rewards, and trainers that record, for tests of PPO."""
 
 import copy
 
@@ -74,7 +74,7 @@ def lora(**options):
 
 
 def with_adapter(model, seed=1, **options):
-    """An SFT policy: an adapter that is not zero."""
+    """Add a nonzero adapter, as SFT would."""
     torch.manual_seed(seed)
     adapted = get_peft_model(model, lora(init_lora_weights=False, **options))
     for name, weight in adapted.named_parameters():
@@ -84,7 +84,7 @@ def with_adapter(model, seed=1, **options):
 
 
 def in_4_bits(folder):
-    """The model in `folder` in NF4."""
+    """Load the model in `folder` in NF4."""
     config = BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_compute_dtype=torch.float32)
     model = AutoModelForCausalLM.from_pretrained(folder, quantization_config=config, dtype=torch.float32)
     disable_cpu_4bit_repacking(model)
@@ -92,14 +92,14 @@ def in_4_bits(folder):
 
 
 def save_base(folder, **options):
-    """A model with its tokenizer in a folder."""
+    """Save a model with its tokenizer."""
     make_model(**options).save_pretrained(folder)
     make_tokenizer().save_pretrained(folder)
     return folder
 
 
 def save_reward(folder, base, seed=0, normalised=True):
-    """A reward adapter as `recipes/reward.py` leaves it, with random weights."""
+    """Save a random reward adapter as `recipes/reward.py` does."""
     torch.manual_seed(seed + 10)
     model = AutoModelForSequenceClassification.from_pretrained(base, num_labels=1)
     adapted = get_peft_model(model, lora(task_type="SEQ_CLS", init_lora_weights=False, modules_to_save=["score"]))
@@ -119,12 +119,12 @@ def prompts(count=8, **columns):
 
 
 def count_words(completion_ids, **columns):
-    """A score that tells completions apart."""
+    """Score completions so that no two are equal."""
     return [sum(ids) / 20 - len(ids) / 3 for ids in completion_ids]
 
 
 def answers_of(table=ANSWERS):
-    """A `rollout_func` that answers each prompt in the same way always."""
+    """Make a `rollout_func` that always answers a prompt in the same way."""
 
     def rollout(prompts, trainer):
         ids = [trainer.processing_class(prompt)["input_ids"] for prompt in prompts]
@@ -155,15 +155,15 @@ def make_args(folder, **options):
 
 
 class Remembering(PPOTrainer):
-    """Keeps what goes into an update and what comes out of it.
+    """PPOTrainer that records inputs and results of each update.
 
-    Parameters:
-        batches: of completions, as they were before they were shuffled and split.
-        at_rollout: weights of policy and critic when each of them was sampled.
+    Attributes:
+        batches: rollouts in TRL's dictionaries, before they are shuffled and split.
+        at_rollout: weights of policy and critic at each rollout.
         inputs: micro-batches.
-        at_update: weights when each of them was learnt from.
-        losses: of the policy, of each micro-batch.
-        gradients: of the policy, one set an optimizer step, before clipping.
+        at_update: weights at each micro-batch.
+        losses: policy loss of each micro-batch.
+        gradients: of the policy at each optimizer step, before clipping.
         critic_gradients: likewise.
     """
 
@@ -210,7 +210,7 @@ def gradients_of(weights):
 
 
 def make_trainer(folder, model=None, reward=count_words, kind=PPOTrainer, data=None, peft=None, init=None, **options):
-    """A trainer on a small model; `options` are PPO's arguments, and `init` what else the trainer takes."""
+    """Make a trainer on a small model; `options` are arguments of PPOConfig, `init` of the trainer."""
     trainer = kind(
         make_model() if model is None else model,
         reward,
@@ -229,7 +229,7 @@ def logged(trainer, key):
 
 
 def moved(before, after):
-    """The names of the weights that differ by one bit or more."""
+    """Return the names of the weights that differ by a bit or more."""
     assert before.keys() == after.keys()
     return {name for name in before if not torch.equal(before[name], after[name])}
 
@@ -238,31 +238,31 @@ def moved(before, after):
 
 
 def rows_of(batch):
-    """Prompt and completion of each row as lists, without padding."""
+    """Yield prompt and completion of each row as lists, without padding."""
     for row in range(len(batch["prompt_ids"])):
         prompt = batch["prompt_ids"][row][batch["prompt_mask"][row].bool()].tolist()
         yield prompt, batch["completion_ids"][row][batch["completion_mask"][row].bool()].tolist()
 
 
 def plain_logps(model, prompt, completion):
-    """Log-probabilities of the tokens of one completion, from the logits of all."""
+    """Return log-probabilities of the tokens of one completion."""
     logps = model(input_ids=torch.tensor([prompt + completion])).logits[0].log_softmax(-1)
     return torch.stack([logps[len(prompt) - 1 + place, token] for place, token in enumerate(completion)])
 
 
 def plain_values(model, head, prompt, completion):
-    """The head's output at the state in which each token of one completion was written."""
+    """Return the value of the state before each token of one completion."""
     hidden = backbone(model)(input_ids=torch.tensor([prompt + completion])).last_hidden_state[0]
     return (hidden[len(prompt) - 1 : -1] @ head.weight[0] + head.bias[0]) if completion else hidden[:0, 0]
 
 
 def plain_roles(trainer, untouched, weights):
-    """Policy, trunk of the critic and its head, in models of their own, at weights that `Remembering` kept.
+    """Return policy, backbone of the critic and its head as separate models, at recorded weights.
 
     Args:
-        trainer: of the run; read for the kind of its critic only.
-        untouched: a copy of the policy from before the trainer took it.
-        weights: of policy and critic.
+        trainer: of the run, for the kind of its critic.
+        untouched: a copy of the policy before training.
+        weights: of policy and critic, recorded by `Remembering`.
     """
     of_policy, of_critic = weights
     policy = copy.deepcopy(untouched).eval()
