@@ -150,10 +150,7 @@ def parse_arguments(recipe: str | Path, argv: Sequence[str] | None = None) -> tu
 def parse_values(recipe: str, values: Mapping[str, Any], here: bool = True) -> tuple[Any, ...]:
     """Return the arguments of a recipe from the values that its YAML file would hold.
 
-    Args:
-        recipe: name of the recipe.
-        values: keys and values.
-        here: whether the recipe is to run on this machine, and is refused what the machine lacks.
+    `here` tells whether the recipe will run on this machine, which then must have what it needs.
 
     Raises:
         RecipeError: as `parse_arguments`; it names no file.

@@ -76,7 +76,7 @@ def check_launcher_support(recipe: str, values: Mapping[str, Any], launcher: Lau
 
     Args:
         recipe: name of the stage's recipe.
-        values: its arguments as written or parsed; any may be absent. `deepspeed` and `fsdp` in them go over `launcher`.
+        values: its arguments, written or parsed; any may be absent. `deepspeed` and `fsdp` take precedence over `launcher`.
         launcher: launcher of the stage.
 
     Raises:

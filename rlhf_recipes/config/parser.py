@@ -80,11 +80,7 @@ def parse_dataclasses(recipe: str | Path, *types: type, argv: Sequence[str] | No
 def parse_mapping(recipe: str, *types: type, values: Mapping[str, Any], here: bool = True) -> tuple[Any, ...]:
     """Return the dataclasses of a recipe, filled from what its YAML file would hold.
 
-    Args:
-        recipe: name of the recipe.
-        types: its dataclasses.
-        values: keys and values.
-        here: whether the recipe will run on this machine, which then must have what it needs.
+    `here` tells whether the recipe will run on this machine, which then must have what it needs.
 
     Raises:
         RecipeError: as `parse_dataclasses`; it names no file.

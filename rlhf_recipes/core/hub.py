@@ -26,10 +26,7 @@ _FILES = {
 def explain_load_error(name: str, error: BaseException, kind: str = "model") -> str:
     """Return why loading failed, and the fix, from the Hub's error in the chain.
 
-    Args:
-        name: its name on the Hub, or a folder.
-        error: what was raised.
-        kind: `model` or `dataset`.
+    `name` is one on the Hub, or a folder; `kind` is `model` or `dataset`.
     """
     if Path(name).exists():
         return first_line(error)

@@ -22,10 +22,7 @@ _SAFER_SHARE = 0.8  # of the card that a plan predicts, where the prediction was
 def explain_out_of_memory(error: BaseException, run: CurrentRun | None, when: str = "") -> str:
     """Return the request that failed, the prediction of the plan, and what to change.
 
-    Args:
-        error: by which the GPU or the machine reported the lack of memory.
-        run: the run of this process, or None where it is not known.
-        when: the step of the training, such as " after 3 of 9 steps".
+    `when` is the step of the training, such as " after 3 of 9 steps".
     """
     on_gpu = isinstance(error, torch.OutOfMemoryError) or any(name in str(error) for name in ("CUDA", "CUBLAS", "HIP", "XPU"))
     total = _total_memory(on_gpu)

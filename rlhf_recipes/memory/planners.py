@@ -216,5 +216,4 @@ def _adapter_parameters(run: Estimator) -> int:
 
 
 def _evaluates(arguments: StageArguments) -> bool:
-    """Return whether the stage evaluates as it trains."""
     return plain(arguments.get("eval_strategy", "no")) != "no"

@@ -176,7 +176,6 @@ class Pipeline:
         return ["-m", "accelerate.commands.launch", "--quiet", *config]
 
     def _launch(self, stage: PipelineStage, command: list[str], to_file: bool, lock: int) -> None:
-        """Run a stage to its end."""
         started = time.monotonic()
         resumes = ", resumes from its newest checkpoint" if "--resume_from_checkpoint" in command else ""
         if to_file:

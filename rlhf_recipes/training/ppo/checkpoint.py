@@ -16,12 +16,7 @@ STATE, OPTIMIZER, ROLLOUT = "ppo_state.json", "critic_optimizer.pt", "rollout-{}
 
 
 def save_ppo_state(trainer: GRPOTrainer, folder: str | Path) -> None:
-    """Save the state of PPO; each process saves its part of the rollout.
-
-    Args:
-        trainer: an `ActorCriticTrainer`.
-        folder: the checkpoint.
-    """
+    """Save PPO's state in a checkpoint; each process saves its part of the rollout."""
     folder = Path(folder)
     if trainer._buffered_inputs is not None:
         tensors = {
