@@ -39,7 +39,7 @@ _COMMANDS = {
 
 @dataclass(frozen=True)
 class Turn:
-    """A message of the user, and the answer of a policy to it and all that came before."""
+    """A message of the user, and a policy's answer to the conversation so far."""
 
     message: str
     policy: str
@@ -196,7 +196,10 @@ class Chat:
     # --- Answers ----------------------------------------------------------------------------------------
 
     def _answer(self, message: str) -> None:
-        """Let every side answer; if one was stopped before its first token, the message is taken back."""
+        """Let every side answer.
+
+        If one was stopped before its first token, the message is taken back.
+        """
         limits = [self._token_limit(side, message) for side in self.sides]
         writers = self._columns() if len(self.sides) > 1 else self._single()
         with interruptible() as stopped, writers as write:
@@ -237,7 +240,10 @@ class Chat:
 
     @contextlib.contextmanager
     def _columns(self) -> Iterator[list[Write]]:
-        """Yield a writer for each side's column; without a terminal the table is shown when all are done."""
+        """Yield a writer for each side's column.
+
+        Without a terminal the table is shown when all are done.
+        """
         table, cells = Table(box=SIMPLE_HEAD, expand=True), [Text() for _ in self.sides]
         for side in self.sides:
             table.add_column(Text(side.policy, "bold green"), ratio=1, overflow="fold")

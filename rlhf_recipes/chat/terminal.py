@@ -34,7 +34,10 @@ class Writer(TextStreamer):
 
 
 def read_lines(console: Console) -> Iterator[str]:
-    """Yield lines until the input ends; Ctrl-C discards a line, and lines of a pipe are shown."""
+    """Yield lines until the input ends; Ctrl-C discards a line.
+
+    Lines of a pipe are shown.
+    """
     typed = sys.stdin.isatty()
     with contextlib.suppress(ImportError):
         import readline  # noqa: F401 - gives `input` a history and arrow keys
@@ -56,7 +59,10 @@ def read_lines(console: Console) -> Iterator[str]:
 
 @contextlib.contextmanager
 def interruptible() -> Iterator[Callable[[], bool]]:
-    """Yield whether Ctrl-C was pressed. A first one does not interrupt a forward pass; a second one does."""
+    """Yield a function that tells whether Ctrl-C was pressed.
+
+    A first one does not interrupt a forward pass; a second one does.
+    """
     pressed = []
 
     def press(number: int, frame: Any) -> None:

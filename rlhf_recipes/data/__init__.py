@@ -1,4 +1,4 @@
-"""Files, Hub names and Python functions to TRL's dataset types, with a check of every row.
+"""Files, Hub names and Python functions to TRL's dataset types.
 
 `sources` opens what a YAML file names, `shapes` lists the columns that data may have, `rows` converts each row to what the
 stage trains on, `mixture` joins the parts, and `lengths` looks at `max_length`.

@@ -1,4 +1,4 @@
-"""What the stages train on, made of the forms that rows are read into, with the checks of every row."""
+"""Convert the forms that rows are read into to what stages train on."""
 
 import itertools
 from collections.abc import Callable
@@ -160,7 +160,10 @@ def _check_answer(prompt: Any, completion: Any) -> None:
 
 
 def _check_order(messages: list[dict[str, str]]) -> None:
-    """Check that roles are known and alternate, a system turn is first, and only the last turn may be empty."""
+    """Check that roles are known and alternate.
+
+    A system turn is first, and only the last turn may be empty.
+    """
     previous = None
     for place, message in enumerate(messages):
         role = message["role"]
@@ -176,7 +179,7 @@ def _check_order(messages: list[dict[str, str]]) -> None:
 
 
 def _last_text(value: Any) -> str:
-    """Return the text, or that of the last message, without surrounding space; "" where there is none."""
+    """Return the text, or that of the last message, without surrounding space."""
     if isinstance(value, str):
         return value.strip()
     return value[-1]["content"].strip() if value else ""

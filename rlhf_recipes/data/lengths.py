@@ -1,4 +1,4 @@
-"""Rows with more tokens than `max_length`: which there are, and whether they are kept."""
+"""Rows with more tokens than `max_length`."""
 
 import itertools
 import logging
@@ -20,7 +20,7 @@ logger = logging.getLogger(__name__)
 def check_lengths(
     dataset: Dataset, tokenizer: PreTrainedTokenizerBase, max_length: int | None, long_rows: str, where: str
 ) -> tuple[Dataset, dict[str, int]]:
-    """Find the rows that have more than `max_length` tokens, in the sequences that TRL makes.
+    """Find rows that have more than `max_length` tokens as TRL encodes them.
 
     A row is `truncated` if it loses only the end of an answer or text. Under `long_rows="truncate"` it stays, and the trainer
     cuts it ("keep_start"). A row is `unusable` if nothing of the answer would remain, or if answers of a pair or ranking would
@@ -86,7 +86,7 @@ def _warn_beyond_context(dataset: Dataset, tokenizer: PreTrainedTokenizerBase, m
 
 
 def _warn_of_plain_prompts(dataset: Dataset, tokenizer: PreTrainedTokenizerBase, where: str) -> None:
-    """Warn if prompts that are plain text follow a stage on conversations, or train a first one."""
+    """Warn of plain-text prompts after a stage on conversations, or in a first one."""
     if "prompt" not in dataset.column_names or not isinstance(dataset[0]["prompt"], str):
         return
     if trained_on_conversations(tokenizer.name_or_path):
@@ -104,7 +104,7 @@ def _warn_of_plain_prompts(dataset: Dataset, tokenizer: PreTrainedTokenizerBase,
 
 
 def _check_template(dataset: Dataset, tokenizer: PreTrainedTokenizerBase, where: str) -> None:
-    """Reject conversations with an order of roles that the chat template rejects, often a system turn."""
+    """Reject conversations that the chat template rejects, often for a system turn."""
     seen: set[tuple[str, ...]] = set()
     for row in dataset if tokenizer.chat_template else ():
         conversation = _split_answers(row)[1][0]
@@ -158,7 +158,10 @@ def _verdicts(dataset: Dataset, tokenizer: PreTrainedTokenizerBase, max_length: 
 
 
 def _split_answers(row: dict[str, Any]) -> tuple[Any, list[Any]]:
-    """Return the prompt ("" if there is none), and the prompt with each answer, or alone if there are no answers."""
+    """Return the prompt, and the prompt with each answer.
+
+    The prompt is "" if there is none; without answers it stands alone.
+    """
     if "text" in row:
         return "", [row["text"]]
     if "messages" in row:
@@ -169,7 +172,7 @@ def _split_answers(row: dict[str, Any]) -> tuple[Any, list[Any]]:
 
 
 def _judge(prompt: list[int], sequences: list[list[int]], max_length: int) -> str:
-    """Return the verdict on a row with a sequence longer than `max_length`; all in token ids."""
+    """Return the verdict on a row with a sequence longer than `max_length`."""
     if prompt and min(common_prefix_length(prompt, sequence) for sequence in sequences) >= max_length:
         return "unusable"
     cut = {tuple(sequence[:max_length]) for sequence in sequences}
@@ -177,7 +180,7 @@ def _judge(prompt: list[int], sequences: list[list[int]], max_length: int) -> st
 
 
 class _TokenCounter:
-    """Tokenises as TRL's trainers do, and bounds the number of tokens without tokenising."""
+    """Tokenises as TRL's trainers do, and bounds token numbers without tokenising."""
 
     def __init__(self, tokenizer: PreTrainedTokenizerBase):
         self._tokenizer = tokenizer
@@ -186,7 +189,7 @@ class _TokenCounter:
         self._template: tuple[int, int] | None = None
 
     def bound(self, sequence: Any) -> float:
-        """Return an upper bound of the number of tokens: a token stands for one byte or more."""
+        """Return an upper bound of the number of tokens: one for each byte."""
         if isinstance(sequence, str):
             return len(sequence.encode()) + len(self._eos) + self._special
         self._template = self._template or self._measure_template()
@@ -196,7 +199,7 @@ class _TokenCounter:
         return once + sum(each + len(message["content"].encode()) for message in sequence)
 
     def _measure_template(self) -> tuple[int, int]:
-        """Return the bytes that the chat template adds to a conversation, and to each message."""
+        """Return the bytes that the template adds to a conversation and to a message."""
         if not self._tokenizer.chat_template:
             raise RecipeError("chat_template_path: the data are conversations, and the tokenizer has no template. Fix: set it.")
         user, assistant, system = ({"role": role, "content": "x"} for role in ("user", "assistant", "system"))

@@ -1,4 +1,4 @@
-"""From the data section of a YAML file to the training and evaluation rows of a stage."""
+"""The training and evaluation rows of a stage, from its YAML keys."""
 
 import itertools
 import logging
@@ -35,7 +35,7 @@ class Data:
     report: dict[str, Any]
 
     def filter_by_length(self, tokenizer: PreTrainedTokenizerBase, max_length: int | None, long_rows: str) -> "Data":
-        """Return the data after `check_lengths` of both splits, with its counts in the report."""
+        """Return the data after `check_lengths`, with its counts in the report."""
         report = {split: dict(counts) for split, counts in self.report.items()}
         splits: dict[str, Dataset | None] = {"train": self.train, "eval": self.eval}
         for split, dataset in splits.items():
@@ -82,7 +82,7 @@ def load_demonstrations(
     tokenizer: PreTrainedTokenizerBase | None = None,
     max_length: int | None = None,
 ) -> tuple[Dataset, dict[str, Any]]:
-    """Load demonstrations to scale rewards by, as `prompt` and `completion`; and their counts.
+    """Load demonstrations to scale rewards by, and their counts.
 
     Args:
         arguments: the data section of a stage on comparisons; without `sources` their best answers are used.
@@ -136,7 +136,7 @@ def load_texts(sources: list[DatasetSource], bad_rows: str) -> Dataset:
 
 
 def check_source(source: DatasetSource, kind: Kind | None) -> None:
-    """Check the columns of a local file, before anything is trained. Other sources are not opened.
+    """Check the columns of a local file; other sources are not opened.
 
     Args:
         source: of the data.
@@ -191,7 +191,10 @@ def _load_eval(arguments: DataArguments, kind: Kind) -> tuple[Dataset, dict[str,
 
 
 def _hold_out(dataset: Dataset, kind: Kind, size: float, seed: int) -> tuple[Dataset, Dataset]:
-    """Split off `size` rows (a share below 1, else a number); of pairs and rankings whole prompts, against leaks."""
+    """Split off `size` rows: a share below 1, else a number.
+
+    Pairs and rankings are split by prompt, against leaks.
+    """
     if size >= 1 and size != int(size):
         raise RecipeError(f"test_split_size: {size}: not a whole number. Fix: set a share below 1, or a number of rows.")
     size = int(size) if size >= 1 else size
@@ -225,7 +228,7 @@ def _load_split(sources: list[DatasetSource], kind: Kind, bad_rows: str, split: 
 
 
 def _mix(sources: list[DatasetSource]) -> list[Part]:
-    """Open all sources, and take the `fraction` of the mixture from each: its first rows, as `trl.get_dataset` does."""
+    """Open all sources, and take the first rows of each by its `fraction`."""
     opened = [open_source(source) for source in sources]
     fractions = [source.fraction for source in sources]
     if all(fraction is None for fraction in fractions):
@@ -284,7 +287,7 @@ def _join(parts: list[Converted], kind: Kind, split: str) -> Dataset:
 
 
 def _same_columns(tables: list[Dataset], kind: Kind, split: str) -> list[Dataset]:
-    """Bring the parts of a mixture to the columns that all can have, and log what this costs."""
+    """Bring the parts of a mixture to common columns, and log what is dropped."""
     if kind == "preference":
         logger.warning("The margins of the %s data are ignored: not all sources have them.", split)
         return [table.select_columns(["prompt", "chosen", "rejected"]) for table in tables]

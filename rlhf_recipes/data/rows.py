@@ -58,7 +58,7 @@ class Converted:
 
 
 def convert(part: Part, kind: Kind) -> Converted:
-    """Convert every row of a part to `kind`; rows that cannot be used are taken out and listed."""
+    """Convert every row of a part to `kind`, and list rows that cannot be used."""
     shape, columns = find_shape(part, kind), part.dataset.column_names
     if kind == "ranking" and "margin" in columns:
         raise RecipeError(
@@ -112,7 +112,7 @@ def convert(part: Part, kind: Kind) -> Converted:
 
 
 def find_shape(part: Part, kind: Kind) -> Shape:
-    """Return the shape of a part: the first, by the forms of `kind`, that has all its columns in the part.
+    """Return the first shape for `kind` that has all its columns in the part.
 
     Raises:
         RecipeError: if there is none, or there are no rows.
@@ -153,7 +153,7 @@ def _features(kind: Kind, shape: Shape, conversational: bool, used: list[str]) -
 
 
 def _warn_of_ignored_keys(part: Part, used: list[str]) -> None:
-    """Warn of keys of messages that are not read, such as a model's reasoning or weights of turns, by the first rows."""
+    """Warn of keys of messages that are not read, such as a model's reasoning."""
     first = part.dataset.select(range(min(BATCH, len(part.dataset))))
     lists = [value for column in used for value in first[column] if isinstance(value, list)]
     messages = [message for value in lists for message in value if isinstance(message, dict)]

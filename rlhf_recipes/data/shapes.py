@@ -82,7 +82,7 @@ def _read_pair_without_prompt(row: Row, conversational: bool) -> Row:
 
 
 def _split_pair(chosen: Any, rejected: Any) -> Row:
-    """Take the common beginning of two texts or conversations as the prompt, of texts up to a complete word."""
+    """Take the common beginning of two texts or conversations as the prompt."""
     if not chosen or not rejected:
         raise BadRowError("empty completion")
     if isinstance(chosen, str) and chosen == rejected:

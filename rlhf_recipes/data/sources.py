@@ -1,4 +1,4 @@
-"""Opening what a YAML file names: local files, folders, Hub datasets, Python functions.
+"""Open local files, folders, Hub datasets and Python functions.
 
 A source becomes *parts*, one for each file, so that a row number means a row of that file.
 """
@@ -112,7 +112,7 @@ def _builder_of(path: str) -> str | None:
 
 
 def _read_file(path: str, source: DatasetSource) -> Part:
-    """Read one local file. Its one split is `train`, and `train[:100]` is a slice of it."""
+    """Read one local file; its one split is `train`."""
     require_file(path)
     if source.split.partition("[")[0] != "train":
         raise UnknownSplitError(f"{path}: split: {source.split}: a file has one split. Fix: set `train`, or a slice of it.")
@@ -231,7 +231,7 @@ def _call_function(source: DatasetSource) -> Part:
 
 
 def _read_builder(source: DatasetSource) -> list[Part]:
-    """Read a folder, `path: json` with `data_files`, or a Hub dataset; local files one by one."""
+    """Read a folder, `path: json` with `data_files`, or a Hub dataset."""
     options = {"path": source.path, "name": source.name, "data_dir": source.data_dir, "data_files": source.data_files}
     split, bracket, slice_ = source.split.partition("[")
     try:
@@ -257,7 +257,7 @@ def _read_builder(source: DatasetSource) -> list[Part]:
 
 
 def _warn_of_ignored_files(folder: Path, files: dict[str, list[str]]) -> None:
-    """Warn of files in other formats: `datasets` reads the most frequent format of a folder."""
+    """Warn of files that `datasets` ignores: it reads a folder's commonest format."""
     used = {Path(path).resolve() for paths in files.values() for path in paths}
     ignored = [path.name for path in sorted(folder.rglob("*")) if is_file(path.name) and path.resolve() not in used]
     if ignored:

@@ -14,7 +14,7 @@ class BadRowError(Exception):
 
 
 def holds_messages(value: Any) -> bool:
-    """Return whether a value is a message, a list of messages, or a list of such lists."""
+    """Return whether a value is a message, a list of messages, or lists of those."""
     if isinstance(value, list):
         return holds_messages(next(filter(None, value), None))
     return isinstance(value, dict) and bool(value.keys() & {"role", "content", "from", "value"})

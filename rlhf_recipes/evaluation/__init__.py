@@ -1,1 +1,1 @@
-"""Metrics, as `evaluate.Metric`s that work alone and offline, and what they are computed from."""
+"""Measurements of policies and reward models, and the report."""

@@ -68,7 +68,7 @@ def collect_results(
 
 
 def _examples(measurement: Measurement, samples: dict[str, PolicySamples]) -> list[Example]:
-    """Return prompts with the first answer of every policy, equally many of each group."""
+    """Return prompts with the first answer of every policy, as many of each group."""
     rows, arguments = measurement.rows, measurement.arguments
     groups = groups_of(rows, arguments.group_by)
     parts = {name: np.flatnonzero(mask) for name, mask in groups.items() if name != "all" or len(groups) == 1}

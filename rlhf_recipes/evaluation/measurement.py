@@ -1,4 +1,4 @@
-"""What every policy is measured with: the base, the prompts, the rewards, and the judge.
+"""What every policy is measured with: base, prompts, rewards and judge.
 
 `P` is the number of prompts, `K` the number of answers of a policy to each.
 """
@@ -82,7 +82,7 @@ class Measurement:
 
     @functools.cached_property
     def compares_references(self) -> bool:
-        """Whether answers are compared with references: as `truthfulness` says, or if they are short."""
+        """Whether answers are compared with references."""
         if "reference" not in self.rows.column_names:
             return False
         lengths = [len(text.split()) for text in self.rows["reference"] if text and text.strip()]
@@ -163,7 +163,7 @@ def sample_policy(measurement: Measurement, policy: Policy, seed: int) -> Policy
 
 
 def _cache_key(reward: NamedReward, row: int, answer: Answer) -> Hashable:
-    """Return what a score depends on: a reward model reads the text; a function may count tokens."""
+    """Return what a score depends on: text, or for functions also token ids."""
     return (row, answer.text) if reward.folder else (row, answer)
 
 
@@ -206,7 +206,7 @@ def check_choosers(policies: dict[str, Policy], measurement: Measurement) -> Non
 
 
 def choose_judge(arguments: EvaluateArguments, rewards: dict[str, NamedReward]) -> str | ChatJudge | None:
-    """Return who decides win rates: a reward's name, a chat model, or None without rewards.
+    """Return who decides wins: a reward's name, a chat model, or None.
 
     Raises:
         RecipeError: If no reward has the name, or the chat model is malformed or does not answer.

@@ -44,7 +44,7 @@ class NamedReward:
 
 
 def load_named_rewards(specs: Sequence[str | dict[str, Any]], bank: PolicyBank, batch_size: int = 32) -> dict[str, NamedReward]:
-    """Load the rewards of the YAML key `rewards`, reward models as adapters on the bank's base.
+    """Load the rewards of the YAML key `rewards`.
 
     Args:
         specs: Value of the key.

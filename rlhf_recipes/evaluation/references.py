@@ -65,7 +65,7 @@ class CalibrationInputs:
     texts: NDArray[np.object_]
 
     def select(self, rows: NDArray[np.bool_]) -> tuple[Floats, Floats, list[int], list[str]]:
-        """Return confidences, outcomes, prompt numbers and texts of what counts in rows (P,)."""
+        """Return confidences, outcomes, prompt numbers and texts of rows (P,)."""
         chosen = self.counts & rows[:, None]
         return self.confidences[chosen], self.right[chosen], np.nonzero(chosen)[0].tolist(), self.texts[chosen].tolist()
 

@@ -21,7 +21,7 @@ from transformers import PreTrainedTokenizerBase
 
 
 class Scorer(Protocol):
-    """A reward model, an ensemble or a baseline, with the tokenizer that counts lengths."""
+    """A reward model, ensemble or baseline, with the tokenizer for lengths."""
 
     tokenizer: PreTrainedTokenizerBase
 
@@ -36,7 +36,7 @@ def measure_and_scale(
     combine: str = "mean",
     uncertainty_coef: float = 1.0,
 ) -> dict[str, dict[str, Any]]:
-    """Measure reward models on held-out comparisons, then store the scale of their scores.
+    """Measure reward models on held-out comparisons, then store their scale.
 
     Args:
         rewards: The members of an ensemble, or one model.
@@ -150,7 +150,7 @@ def evaluate_reward(
 
 
 def write_evaluation(folder: str | Path, results: dict[str, dict[str, Any]]) -> None:
-    """Write `evaluation.json`, and of each result a reliability diagram and a histogram.
+    """Write `evaluation.json`, reliability diagrams and histograms.
 
     Existing ones are deleted first, even if there are no results: they belong to an earlier model.
     """
@@ -180,7 +180,7 @@ def summary(name: str, result: dict[str, Any]) -> str:
 
 
 def _comparisons(ranks: Sequence[Sequence[float]]) -> Iterator[tuple[int, int, int]]:
-    """Yield ranking, better answer and worse answer of every two answers of different rank."""
+    """Yield ranking, better and worse answer of every pair of different rank."""
     for number, row in enumerate(ranks):
         for one, other in itertools.combinations(range(len(row)), 2):
             if row[one] != row[other]:
@@ -199,7 +199,7 @@ def _human_margins(
 
 
 def _token_counts(scorer: Scorer, prompts: list[Any], answers: list[Any]) -> list[int]:
-    """Return the tokens of each answer: those of prompt and answer less those of the prompt."""
+    """Return the number of tokens of each answer."""
     bare: dict[str, int] = {}
     lengths = []
     for prompt, answer in zip(prompts, answers, strict=True):

@@ -1,4 +1,4 @@
-"""The results of an evaluation: what `metrics.json` holds, and verdict, report and table over seeds read.
+"""The typed results of an evaluation, as `metrics.json` holds them.
 
 Fields stand in the order of the JSON keys. None means that there was nothing to measure on, for instance a reward that
 applies to no prompt. `UNSET` means that the number does not belong here, for instance a win rate of the baseline; its key
@@ -244,7 +244,7 @@ class EvaluationResults:
 
     @property
     def groups(self) -> list[str]:
-        """Groups of prompts that truthfulness is reported for: all prompts, or else the parts."""
+        """Groups of prompts that truthfulness is reported for."""
         measured = next((list(policy.truthfulness) for policy in self.policies.values() if policy.truthfulness), [])
         return measured[1:] or measured
 

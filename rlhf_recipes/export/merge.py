@@ -1,4 +1,4 @@
-"""Merge an adapter into its base at full precision, and check the result against the adapter.
+"""Merge an adapter into its base at full precision, and check the result.
 
 The model is written into a folder beside `output_dir`, read again and compared. Only then the folder is renamed, so
 `output_dir` is complete or missing.
@@ -133,7 +133,7 @@ def merge_policy(
 def merge_reward(
     arguments: MergeArguments, model_args: ModelConfig, tokenizer: PreTrainedTokenizerBase, folder: Path
 ) -> AdapterOutputs:
-    """Merge a reward model with its fp32 head and its normalisation; return the adapter's outputs.
+    """Merge a reward model with its fp32 head; return the adapter's outputs.
 
     Raises:
         RecipeError: as `load_model` and `load_reward_adapter`; if the adapter cannot be merged, or is not finite.
@@ -168,7 +168,7 @@ def _merge(model: PeftModel, adapter: str | Path, name: str | None = None) -> Pr
 
 
 def _set_generation_config(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, adapter: Path) -> None:
-    """Set what ends a completion: as saved beside the adapter, else the tokenizer's EOS."""
+    """Set what ends a completion: the adapter's saved EOS, or the tokenizer's."""
     if (adapter / "generation_config.json").is_file():
         try:
             model.generation_config = GenerationConfig.from_pretrained(adapter)
@@ -229,7 +229,7 @@ def check_merged(
 
 
 def _relative_difference(values: Tensor, expected: Tensor) -> float:
-    """Return the root mean square of differences over the deviation of `expected`, per token for logits."""
+    """Return the root mean square difference over the deviation of `expected`."""
     centre = expected.mean() if expected.shape[1] == 1 else expected.mean(1, keepdim=True)
     return ((values - expected).norm() / (expected - centre).norm().clamp(min=1e-12)).item()
 
@@ -242,12 +242,12 @@ def _logits(model: PreTrainedModel | PeftModel, tokenizer: PreTrainedTokenizerBa
 
 
 def _probe_batch(tokenizer: PreTrainedTokenizerBase) -> dict[str, Tensor]:
-    """Return `input_ids` and `attention_mask` of the probes, (rows, T), padded on the right."""
+    """Return `input_ids` and `attention_mask` of the probes, (rows, T)."""
     return dict(tokenizer.pad({"input_ids": _probes(tokenizer)}, padding_side="right", return_tensors="pt"))
 
 
 def _probes(tokenizer: PreTrainedTokenizerBase) -> list[list[int]]:
-    """Return token ids to compare outputs on: random ones, the added ones, and a conversation."""
+    """Return token ids to compare outputs on."""
     random = torch.randint(len(tokenizer), (_ROWS, _LENGTH), generator=torch.Generator().manual_seed(0)).tolist()
     added = sorted(tokenizer.get_added_vocab().values())[-_LENGTH:]
     conversation = [{"role": "user", "content": _QUESTION}], [{"role": "assistant", "content": _ANSWER}]
@@ -259,7 +259,7 @@ def _probes(tokenizer: PreTrainedTokenizerBase) -> list[list[int]]:
 
 @contextlib.contextmanager
 def atomic_directory(output_dir: str | Path) -> Iterator[Path]:
-    """Yield a folder beside `output_dir`, and rename it to that at the end; after an error, delete it.
+    """Yield a folder that becomes `output_dir` at the end, or is deleted on error.
 
     Raises:
         RecipeError: if `output_dir` is not empty, or cannot be written to.

@@ -1,4 +1,4 @@
-"""Model cards: what a result is, how to load it and how it was made, from the records of its stages."""
+"""Model cards: what a result is, how to load it and how it was made."""
 
 import re
 from collections.abc import Iterator
@@ -61,7 +61,7 @@ def write_card(folder: str | Path, location: str | Path | None = None) -> None:
 
 
 def lineage(folder: str | Path) -> list[dict[str, Any]]:
-    """Return the records of all stages that led to a result, the earliest first, without logs.
+    """Return the records of all stages that led to a result, the earliest first.
 
     Args:
         folder: of the result. A stage without a record has only its folder's name.
@@ -86,7 +86,7 @@ def _collect(folder: Path, records: dict[str, dict[str, Any]], descendants: tupl
 
 
 def display_name(path: str | Path) -> str:
-    """Return the last part of an absolute path, and other names unchanged: cards are read elsewhere."""
+    """Return the last part of an absolute path, and other names unchanged."""
     return Path(path).name if Path(path).is_absolute() else str(path)
 
 

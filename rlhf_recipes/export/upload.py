@@ -45,7 +45,7 @@ def upload(
     token: str | None = None,
     revision: str | None = None,
 ) -> str:
-    """Upload a result in one commit, without checkpoints and pickles, and return its address.
+    """Upload a result without checkpoints and pickles, and return its address.
 
     Args:
         folder: of the result.
@@ -90,7 +90,7 @@ def redact(value: Any, key: str = "") -> Any:
 
 
 def _check_no_other_weights(present: list[str], folder: Path, repository: str) -> None:
-    """Refuse to upload beside other weights, which Transformers would load instead or in addition."""
+    """Refuse to upload beside other weights, which Transformers might load."""
     others = [name for name in present if any(map(Path(name).match, _WEIGHTS)) and not (folder / name).exists()]
     if others:
         raise RecipeError(

@@ -66,7 +66,7 @@ def stream(
     top_p: float = 1.0,
     max_new_tokens: int = 64,
 ) -> Answer:
-    """Sample one answer as `sample` does, token by token and with the global random state.
+    """Sample one answer token by token, with the global random state.
 
     Args:
         model: as in `sample`.
@@ -96,7 +96,7 @@ class _Stop(StoppingCriteria):
 def _generation_config(
     model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, temperature: float, **options: float
 ) -> Iterator[None]:
-    """Set eval mode and a generation config, since `generate` takes what is unset from the model's."""
+    """Set eval mode and a generation config of our own."""
     # A PeftModel hands its config to its base at every call if it is one of a causal model, and not otherwise
     holders = [model, model.get_base_model()] if isinstance(model, PeftModel) else [model]
     stored, was_training = [holder.generation_config for holder in holders], model.training
@@ -132,7 +132,7 @@ def _answer_batch(
 
 
 def encode_prompts(tokenizer: PreTrainedTokenizerBase, prompts: Sequence[Prompt]) -> list[list[int]]:
-    """Return the token ids of each prompt: of a text, or of a conversation with the generation prompt."""
+    """Return the token ids of each prompt, with the generation prompt."""
     if isinstance(prompts[0], str):
         return tokenizer(list(prompts))["input_ids"]
     return tokenizer.apply_chat_template(list(prompts), add_generation_prompt=True, return_dict=True)["input_ids"]
@@ -148,7 +148,7 @@ def log_probs(
     temperature: float = 1.0,
     batch_size: int = 64,
 ) -> np.ndarray[Any, np.dtype[np.float64]]:
-    """Return the log-probability of each answer, summed over its tokens and EOS; (N,), in nats.
+    """Return the log-probability of each answer with its EOS, (N,), in nats.
 
     The model's mode is restored.
 

@@ -34,7 +34,7 @@ def _check_url(url: str) -> str:
 
 @dataclass(config=ConfigDict(extra="forbid"))
 class ChatJudge:
-    """A chat model at an OpenAI-compatible URL, local or remote, in the role of a judge.
+    """A chat model at an OpenAI-compatible URL as judge.
 
     Models prefer the first answer, or the second. Each pair is judged in both orders, and the two verdicts are averaged
     (Zheng et al., 2023).
@@ -91,7 +91,7 @@ class ChatJudge:
         }
 
     def check_replies(self) -> None:
-        """Ask one trivial question, so that a wrong URL or key fails before hours of sampling.
+        """Ask one trivial question, so that a wrong URL or key fails early.
 
         Raises:
             RecipeError: as `compare`. A reply without a mark is only logged.
@@ -157,7 +157,7 @@ def read_chat_judge(entry: dict[str, Any]) -> ChatJudge:
 
 
 def prompt_as_text(prompt: Prompt) -> str:
-    """Return a prompt for people: its text, or its turns with their roles where there are several."""
+    """Return a prompt as text, with the roles where there are several turns."""
     if isinstance(prompt, str):
         return prompt
     if len(prompt) == 1:

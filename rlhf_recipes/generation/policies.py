@@ -1,4 +1,4 @@
-"""The policies of an evaluation: adapters on one base, the base itself, and the best of n answers of one of them."""
+"""The policies of an evaluation: adapters on one base, base, and best-of-n."""
 
 import contextlib
 import itertools
@@ -63,7 +63,9 @@ class _PathEntry(BaseModel, extra="forbid"):
 
 
 def read_policies(entries: dict[str, Any]) -> dict[str, Policy]:
-    """Return the policies of the YAML key `policies`, without optional ones whose folder has no result.
+    """Return the policies of the YAML key `policies`.
+
+    Optional ones are left out if their folder has no result.
 
     Raises:
         RecipeError: without policies; for an entry of another form; for a missing folder, with the recipe that makes it.
@@ -164,7 +166,7 @@ class PolicyBank:
 
 
 def trained_without_template(policies: dict[str, Policy]) -> list[str]:
-    """Return the names of policies that were trained on plain text, according to their records."""
+    """Return the names of policies that were trained on plain text."""
     return [name for name, policy in policies.items() if policy.folder and trained_on_conversations(policy.folder) is False]
 
 

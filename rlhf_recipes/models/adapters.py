@@ -76,7 +76,7 @@ def add_adapter(
 
 @contextlib.contextmanager
 def adapter_errors(where: str, model: torch.nn.Module) -> Iterator[None]:
-    """Turn PEFT's and PyTorch's errors about an adapter that does not fit into one line.
+    """Turn errors about an adapter that does not fit into one line.
 
     Raises:
         RecipeError: with the last line of their message. A lack of memory passes through.

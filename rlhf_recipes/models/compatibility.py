@@ -85,7 +85,7 @@ def _differences(recorded: dict[str, Any], loaded: dict[str, Any]) -> list[str]:
 
 
 def same_name(one: str | None, other: str | None) -> bool:
-    """Return whether two names may mean one base, such as a Hub name and a folder of that name."""
+    """Return whether two names may mean one base."""
     return bool(one and other) and Path(one).name == Path(other).name
 
 

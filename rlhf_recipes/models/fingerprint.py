@@ -31,7 +31,7 @@ def fingerprint(model: torch.nn.Module) -> dict[str, Any]:
 
 
 def _split_weights(model: torch.nn.Module) -> tuple[dict[str, torch.Tensor], dict[str, torch.Tensor]]:
-    """Return the base's weights that are never quantised, and those that may be, without adapters."""
+    """Return the base's weights that are never quantised, and those that may be."""
     embedding = model.get_input_embeddings()
     if isinstance(embedding, AuxiliaryTrainingWrapper):
         embedding = embedding.original_module

@@ -1,4 +1,4 @@
-"""Load base models, in 4 bits or not, and the policy that starts from a saved adapter."""
+"""Load base models, and policies that start from a saved adapter."""
 
 import copy
 import gc
@@ -35,7 +35,7 @@ from trl.trainer.base_config import _BaseConfig as TrainingConfig
 
 
 def load_model(arguments: ModelConfig, training: TrainingConfig) -> PreTrainedModel:
-    """Load the base model that `model_name_or_path` names, in its number type or in 4 or 8 bits.
+    """Load the base model, in its number type or in 4 or 8 bits.
 
     Args:
         arguments: TRL's model arguments; the LoRA arguments are not used.
@@ -176,7 +176,10 @@ def strip_consumed_arguments(training: TrainingConfig) -> TrainingConfig:
 
 
 def _quantization(arguments: ModelConfig, config: PretrainedConfig) -> BitsAndBytesConfig | None:
-    """Return TRL's quantisation, which computes in `dtype`; "auto" is the type of the stored weights."""
+    """Return TRL's quantisation, which computes in `dtype`.
+
+    "auto" is the type of the stored weights.
+    """
     if arguments.dtype in (None, "auto"):
         arguments = replace(arguments, dtype=str(config.dtype or torch.float32).removeprefix("torch."))
     if arguments.bnb_4bit_quant_storage is None and parse_flag_from_env("ACCELERATE_USE_FSDP"):

@@ -1,4 +1,4 @@
-"""Number types: exact gradients through 4-bit weights, and adapters that stay in fp32."""
+"""Exact gradients through 4-bit weights, and adapters that stay in fp32."""
 
 import contextlib
 from collections.abc import Iterator

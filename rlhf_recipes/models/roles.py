@@ -1,4 +1,4 @@
-"""Several LoRA adapters on one base, each a role of its own; one is active at a time."""
+"""Several LoRA adapters on one base, each a role; one is active at a time."""
 
 import contextlib
 import copy
@@ -68,7 +68,7 @@ def copy_adapter(model: PeftModel, source: str, name: str) -> None:
 
 @contextlib.contextmanager
 def save_single_adapter(model: nn.Module, adapter: str) -> Iterator[None]:
-    """Make `save_pretrained` of a `PeftModel` save this adapter only, inside the block."""
+    """Make `save_pretrained` save this adapter only, inside the block."""
     if not isinstance(model, PeftModel):
         yield
         return

@@ -1,4 +1,4 @@
-"""Load tokenizers with EOS, PAD and chat template, and encode prompts with completions."""
+"""Load tokenizers, and encode prompts with completions."""
 
 import logging
 from pathlib import Path
@@ -27,7 +27,7 @@ PLAIN_CHAT_TEMPLATE = (
 
 
 def load_tokenizer(arguments: ModelConfig, *groups: Any, start_from: str | Path | None = None) -> PreTrainedTokenizerBase:
-    """Load a tokenizer with a chat template, and an EOS that ends a turn and is not PAD.
+    """Load a tokenizer with a chat template, EOS, and a PAD that is not EOS.
 
     A tokenizer without a template gets `PLAIN_CHAT_TEMPLATE`.
 
@@ -74,7 +74,7 @@ def _set_eos(tokenizer: PreTrainedTokenizerBase, eos_token: str | None) -> None:
 
 
 def _set_pad(tokenizer: PreTrainedTokenizerBase) -> None:
-    """Choose a PAD that is not EOS: if they are one, EOS is masked and the model never learns to stop."""
+    """Choose a PAD that is not EOS: a masked EOS is never learned."""
     if tokenizer.pad_token is not None and tokenizer.pad_token != tokenizer.eos_token:
         return
     # No text contains these, so their embeddings need no training; a new token would need a larger embedding matrix
@@ -118,7 +118,7 @@ def _set_chat_template(tokenizer: PreTrainedTokenizerBase, path: str | None) -> 
 
 
 def _check_turn_ends(tokenizer: PreTrainedTokenizerBase) -> None:
-    """Refuse a template without EOS after assistant turns: the model would never learn to stop."""
+    """Refuse a template without EOS after assistant turns: none would be learned."""
     answer = "answer"
     conversation = [{"role": "user", "content": "question"}, {"role": "assistant", "content": answer}]
     try:
@@ -155,7 +155,7 @@ def encode(tokenizer: PreTrainedTokenizerBase, prompt: Any, completion: Any) -> 
 
 
 def template_gap(tokenizer: PreTrainedTokenizerBase) -> str:
-    """Return the blank text that the template puts between generation prompt and answer, or ""."""
+    """Return the blank text between generation prompt and answer, or ""."""
     question, answer = {"role": "user", "content": "question"}, {"role": "assistant", "content": "answer"}
     prompt = tokenizer.apply_chat_template([question], tokenize=False, add_generation_prompt=True)
     conversation = tokenizer.apply_chat_template([question, answer], tokenize=False)

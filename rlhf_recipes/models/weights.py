@@ -14,7 +14,7 @@ ADAPTER = "adapter_model.safetensors"
 
 
 def read_weights(path: str | Path) -> dict[str, torch.Tensor]:
-    """Return the weights in a safetensors file. Pickles are never read: they may run code.
+    """Return the weights in a safetensors file; pickles are never read.
 
     Raises:
         RecipeError: if the file is missing or damaged, or a weight is NaN or infinite.

@@ -1,4 +1,4 @@
-"""Rewards: functions to name by dotted path, and reward models as roles on the policy's base."""
+"""Reward functions to name by dotted path, and reward models as roles."""
 
 from rlhf_recipes.rewards.functions import Abstention, LengthPenalty, RepetitionPenalty, exact_match, normalised_match
 from rlhf_recipes.rewards.reward_funcs import load_rewards

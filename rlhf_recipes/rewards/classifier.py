@@ -29,7 +29,7 @@ def load_reward_model(
     tokenizer: PreTrainedTokenizerBase,
     parent: str | Path | None = None,
 ) -> PreTrainedModel | PeftModel:
-    """Load the base with a scalar head in fp32, and with `use_peft` an adapter, to be trained.
+    """Load a base with an fp32 scalar head, and perhaps an adapter, to train.
 
     A new head is drawn from N(0, 1 / (width + 1)) with the seed of the run (Huang et al., 2024, "The N+ implementation details
     of RLHF with PPO"). A base that is a reward model keeps its head.
@@ -63,7 +63,7 @@ def load_reward_model(
 
 
 def load_classifier(arguments: ModelConfig, training: TrainingConfig) -> tuple[PreTrainedModel, bool]:
-    """Load the base as a classifier with one label; return whether its head is new (random).
+    """Load the base as a classifier; return it, and whether its head is random.
 
     Raises:
         RecipeError: as in `load_model`; for an architecture without such a head; if other weights are missing.
@@ -90,7 +90,9 @@ def scalar_head(model: PreTrainedModel) -> nn.Linear:
 
 
 def read_head(name: str | Path, loaded: Tensor, revision: str | None = None) -> Tensor:
-    """Return the head's weight from a model's files, in fp32: `from_pretrained` rounds it to bf16.
+    """Return the head's weight from a model's files, in fp32.
+
+    `from_pretrained` rounds it to bf16.
 
     Args:
         name: folder, or name on the Hub.
@@ -150,7 +152,7 @@ def _continue_adapter(model: PreTrainedModel, parent: Path) -> PeftModel:
 
 @contextlib.contextmanager
 def _errors_only() -> Iterator[None]:
-    """Silence Transformers' report that the head is new and the LM head unused, as intended."""
+    """Silence Transformers' report of the new head and the unused LM head."""
     verbosity = transformers.logging.get_verbosity()
     transformers.logging.set_verbosity_error()
     try:

@@ -42,7 +42,7 @@ def pair_with_references(
 
 
 def exact_match(completions: list[Text], reference: list[str | None] | None = None, **columns: Any) -> list[float | None]:
-    """Score 1 if the completion equals the reference but for surrounding space, else 0.
+    """Score 1 if the completion equals the reference up to outer space, else 0.
 
     For answers with one spelling: numbers, labels, code.
     """
@@ -121,7 +121,7 @@ def _shares(kinds: list[str | None], known: list[bool | None] | None) -> Iterato
 
 @dataclass(config=FINITE_FLOATS)
 class LengthPenalty:
-    """0 for a length from `shortest` to `longest`, and `slope` less for each unit outside; (-inf, 0].
+    """Minus `slope` for each unit of length outside `shortest` to `longest`.
 
     Against the growth of answers, since learned rewards like length. Set `slope` relative to the spread of the reward that it
     is added to. TRL's `trl.rewards.get_soft_overlong_punishment` is an alternative, in [-1, 0].
@@ -155,7 +155,9 @@ class LengthPenalty:
 
 @dataclass(config=FINITE_FLOATS)
 class RepetitionPenalty:
-    """Minus the share of a completion's word n-grams that occurred earlier in it; (-1, 0].
+    """Minus the share of a completion's word n-grams that occurred before.
+
+    In (-1, 0].
 
     Against loops, into which a policy falls when a reward likes length. Case and spacing do not matter. A completion of fewer
     than `n` words scores 0. For languages without spaces use TRL's `trl.rewards.get_repetition_penalty_reward`, which counts

@@ -23,5 +23,5 @@ def judge(answer: str, reference: str, beginnings: tuple[str, ...]) -> str:
 
 
 def normalise(answer: str) -> str:
-    """Return the text in lower case, with single spaces and no punctuation at its ends."""
+    """Return the text in lower case, without outer punctuation and double spaces."""
     return " ".join(answer.lower().split()).strip(" .,;:!?\"'")

@@ -23,7 +23,7 @@ _LARGEST = torch.finfo(torch.float32).max  # TRL stores rewards in fp32
 
 
 def checked_reward(reward: Reward, name: str | None = None) -> Reward:
-    """Wrap a reward so that it must return one finite number or None for each completion.
+    """Wrap a reward: it must return one finite number or None per completion.
 
     TRL takes a NaN for "not applicable". Numbers may come as a list, a tensor or an array. Asynchronous rewards stay
     asynchronous, and a reward that can be pickled still can.
@@ -79,7 +79,7 @@ class _CheckedAsync(_Checked):
 
 @contextlib.contextmanager
 def _reward_errors(name: str) -> Iterator[None]:
-    """Turn an error inside a reward into one line with its place; recipes print no traceback."""
+    """Turn an error inside a reward into one line with its place."""
     try:
         yield
     except RecipeError:

@@ -1,4 +1,4 @@
-"""Read the YAML key `reward_funcs`: dotted paths and folders, with weights and arguments."""
+"""Read the YAML key `reward_funcs`."""
 
 import contextlib
 import importlib
@@ -34,7 +34,7 @@ class SavedReward:
 
 
 def load_rewards(entries: Any) -> tuple[list[Reward | SavedReward], list[float]]:
-    """Return the rewards that `reward_funcs` lists, and their weights (TRL's `reward_weights`).
+    """Return the rewards that `reward_funcs` lists, and their weights.
 
         reward_funcs:
           - runs/tiny/reward

@@ -1,4 +1,4 @@
-"""`reward.json` beside a reward model: its base, the scale of its scores, members of an ensemble."""
+"""`reward.json` beside a reward model: base, normalisation, members."""
 
 import math
 from collections.abc import Sequence
@@ -15,7 +15,7 @@ from torch import Tensor
 
 @dataclass(frozen=True)
 class Normalisation:
-    """Mean and standard deviation of raw scores on demonstrations, which score 0 and 1 after it.
+    """Mean and standard deviation of raw scores on demonstrations.
 
     Raises:
         ValueError: if one is not finite, or the deviation is not positive.
@@ -60,7 +60,7 @@ def write_ensemble_record(folder: str | Path, members: Sequence[str], combine: s
 
 
 def store_normalisation(folder: str | Path, scores: Sequence[float] | Tensor) -> Normalisation:
-    """Store mean and (population) standard deviation of raw scores beside a reward model.
+    """Store the normalisation of raw scores beside a reward model.
 
     Args:
         folder: of the reward model.

@@ -1,4 +1,4 @@
-"""Reward models and ensembles as roles on a base that they share with other adapters."""
+"""Reward models and ensembles as roles on a shared base."""
 
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
@@ -83,7 +83,7 @@ class Scorer(ABC):
         return scores
 
     def _strip_template_gap(self, completion: Any) -> Any:
-        """Remove the space that the template puts before an answer, or it would be rendered twice."""
+        """Remove the space that the template itself puts before an answer."""
         if isinstance(completion, str) or not completion:
             return completion
         first, *others = completion
@@ -140,7 +140,7 @@ class RewardModel(Scorer):
         return self.normalisation(scores) if normalise and self.normalisation else scores
 
     def calibrate(self, prompts: Sequence[Any], completions: Sequence[Any]) -> Normalisation:
-        """Measure and store the normalisation: these demonstrations get mean 0 and deviation 1.
+        """Measure and store the normalisation by demonstrations.
 
         Raises:
             RecipeError: if all of them score the same.
@@ -155,7 +155,7 @@ class RewardModel(Scorer):
 
 
 class Ensemble(Scorer):
-    """Several reward models as one (Coste et al., 2024, "Reward model ensembles help mitigate overoptimization").
+    """Several reward models as one (Coste et al., 2024, arXiv 2310.02743).
 
     Scores are combined after each member's normalisation, since raw scores of two models have no common scale.
 
@@ -184,7 +184,7 @@ class Ensemble(Scorer):
 
     @property
     def scale(self) -> float:
-        """The mean of the members' deviations; times it, combined scores are about log-odds again."""
+        """The mean of the members' deviations, which turns scores into log-odds."""
         stds = [member.normalisation.std if member.normalisation else 1.0 for member in self.members]
         return sum(stds) / len(stds)
 

@@ -1,4 +1,4 @@
-"""Load the reward models that `recipes/reward.py` saved, as roles on the policy's base."""
+"""Load the reward models that `recipes/reward.py` saved."""
 
 import logging
 from pathlib import Path
@@ -33,7 +33,7 @@ def load_reward_adapter(
     tokenizer: PreTrainedTokenizerBase,
     batch_size: int = 32,
 ) -> RewardModel:
-    """Put a saved reward adapter, frozen, on a base in memory, beside its other adapters.
+    """Put a saved reward adapter, frozen, on a base in memory.
 
     Active adapters, what is trained, and the global random state stay as they are.
 
@@ -73,7 +73,7 @@ def load_reward_adapter(
 def load_full_reward(
     folder: str | Path, name: str, tokenizer: PreTrainedTokenizerBase, batch_size: int = 32, **options: Any
 ) -> RewardModel:
-    """Load a reward model with weights of its own: trained with `use_peft: false`, or merged.
+    """Load a reward model without adapter: `use_peft: false`, or merged.
 
     Args:
         folder: a sequence classifier with one label, and its tokenizer.
@@ -113,7 +113,7 @@ def load_saved_reward(
     uncertainty_coef: float | None = None,
     batch_size: int = 32,
 ) -> Scorer:
-    """Load any result of `recipes/reward.py`: an adapter, an ensemble of them, or a full model.
+    """Load any result of `recipes/reward.py`: adapter, ensemble or full model.
 
     An adapter goes on the policy's base, under the name of the folder; a full model on the device of this process. A model
     without a normalisation gives a warning.

@@ -25,7 +25,7 @@ _SAME_MEANING = ("entailment", "equivalent", "paraphrase", "duplicate")  # label
 
 @dataclass(config=FINITE_FLOATS)
 class Similarity:
-    """How far a completion means the same as the reference, by a model that compares texts.
+    """How far a completion means the same as the reference, by a model.
 
     Comparing two texts is easier than writing one, and supervised models do it well. So demonstrations can serve as references,
     and the policy may use its own words. An empty completion scores 0. The model loads at the first call, without gradients,
@@ -57,7 +57,7 @@ class Similarity:
     def __call__(
         self, completions: list[Text], reference: list[str | None] | None = None, **columns: Any
     ) -> list[float | None]:
-        """Return scores (B,) in the range of the model's kind, and None where a row has no reference."""
+        """Return scores (B,), and None where a row has no reference."""
         pairs = [(last_text(one), truth) for one, truth in pair_with_references(completions, reference, "Similarity")]
         scores = [None if truth is None else 0.0 for _, truth in pairs]
         rows = [row for row, (text, truth) in enumerate(pairs) if text and truth is not None]
@@ -115,7 +115,7 @@ class Similarity:
         return model
 
     def _missing_weights(self, model: Any) -> list[str]:
-        """Return the names of weights that Transformers draws at random, since the files lack them."""
+        """Return the names of weights that the files lack: they are random."""
         network = model[0].auto_model if self.kind == "embedding" else model.model
         # sentence-transformers keeps the report of loading to itself
         _, report = type(network).from_pretrained(network.name_or_path, use_safetensors=True, output_loading_info=True)

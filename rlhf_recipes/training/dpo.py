@@ -11,7 +11,7 @@ from transformers import PreTrainedModel
 
 
 class DPOTrainer(TrainerMixin, trl.DPOTrainer):
-    """TRL's `DPOTrainer` with `TrainerMixin`: the policy keeps its type, and is saved without its reference.
+    """TRL's `DPOTrainer` with `TrainerMixin`.
 
     TRL's reference is a frozen copy of the policy's adapter on the same base. TRL casts the policy to bf16 on a quantised base,
     where it would differ from the copy at the first step, and saves both with every checkpoint.

@@ -1,4 +1,4 @@
-"""The run of a reward stage: its comparisons, and a run for each member of an ensemble.
+"""The run of a reward stage, with one run for each member of an ensemble.
 
 A single model is an ensemble of one, in the folder of the stage. The members `member-0`, `member-1`, ... of a larger one have
 folders in it, and its own `reward.json` lists them.
@@ -52,7 +52,7 @@ def load_comparisons(
 
 
 class EnsembleRun(Run):
-    """A `Run` of several members, one after the other: `for member in run.members(rows): ... member.fit(...)`.
+    """A `Run` of several members: `for member in run.members(rows): ...`.
 
     Raises:
         RecipeError: beside what `Run` refuses, for a checkpoint that is named, which would be that of one member; for an
@@ -107,7 +107,7 @@ class EnsembleRun(Run):
                 release_memory()
 
     def clear(self) -> None:
-        """Remove the results of an earlier run, of any size: none may be taken for one of this run."""
+        """Remove the results of an earlier run, of any ensemble size."""
         if self.resumes_here:
             if len(self.member_runs) > 1:
                 (self.output / RECIPE).unlink(missing_ok=True)  # until its members are finished again
@@ -119,7 +119,7 @@ class EnsembleRun(Run):
         remove_results(self.output, REWARD, *REWARD_EVALUATION)
 
     def load_members(self, tokenizer: PreTrainedTokenizerBase) -> list[RewardModel]:
-        """Load the saved members as they will be used: adapters on one base, or whole models.
+        """Load the saved members: adapters on one base, or full models.
 
         The base is that of the last trainer, which loses its adapter. FSDP and DeepSpeed leave a process parts of it: there
         it is loaded again.
@@ -141,7 +141,7 @@ class EnsembleRun(Run):
         return [load_reward_adapter(base, *of, tokenizer, size) for of in zip(folders, names, strict=True)]
 
     def _finish(self) -> None:
-        """Mark the members as done, and then the stage; write `reward.json` and `recipe.json` of an ensemble."""
+        """Mark the members as done, then the stage, with the ensemble's records."""
         if not PartialState().is_main_process:
             return
         records = [finish_record(member.training_args) for member in self.member_runs]
@@ -158,7 +158,7 @@ class EnsembleRun(Run):
 
 
 class _MemberRun(Run):
-    """The run of one member, with a seed and a folder of its own; its record is finished with the ensemble's."""
+    """The run of one member, with a seed and a folder of its own."""
 
     rows: Dataset
 
@@ -203,7 +203,7 @@ def member_arguments(training: RewardConfig, number: int, size: int) -> RewardCo
 
 
 def _member_folders(output: Path) -> list[Path]:
-    """Return the folders of members that an earlier run has left, and none that somebody else made."""
+    """Return the folders of members that an earlier run has left."""
     written = (RECIPE, PENDING, REWARD, "adapter_config.json", "checkpoint-*")
     folders = sorted(path for path in output.glob("member-*") if path.name.removeprefix("member-").isdigit())
     return [folder for folder in folders if any(path for name in written for path in folder.glob(name))]

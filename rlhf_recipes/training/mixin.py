@@ -1,4 +1,4 @@
-"""What all trainers of this project add to TRL's: exact resumption, weights in their own type, one adapter a checkpoint.
+"""What all trainers of this project add to TRL's.
 
 `tests/ppo/test_trl_assumptions.py` states what is assumed here about Transformers and TRL.
 """
@@ -26,7 +26,7 @@ COUNTERS = "counts-{}.json"
 
 
 class TrainerMixin:
-    """Mixin for a TRL trainer, named before it: `class DPOTrainer(TrainerMixin, trl.DPOTrainer)`.
+    """Mixin: `class DPOTrainer(TrainerMixin, trl.DPOTrainer)`.
 
     - Weights keep their types. TRL casts what it trains on a quantised base to bf16.
     - A checkpoint holds one adapter, though several share the base. TRL writes no model card beside it.
@@ -47,11 +47,11 @@ class TrainerMixin:
         keep_adapter_in_fp32(self)
 
     def create_model_card(self, *args: Any, **kwargs: Any) -> None:
-        """Write nothing: TRL would replace the card of an earlier result at every checkpoint."""
+        """Write nothing: at a checkpoint, TRL would replace an earlier result's card."""
 
     @property
     def tokens_seen(self) -> int:
-        """Number of tokens trained on (for PPO: sampled) since the first step, by all processes."""
+        """Number of tokens since the first step, of all processes; PPO's are sampled."""
         return getattr(self, "_total_train_tokens", 0) or self.state.num_input_tokens_seen
 
     def log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
@@ -61,7 +61,10 @@ class TrainerMixin:
         super().log(logs, *args, **kwargs)
 
     def train(self, resume_from_checkpoint: str | None = None, *args: Any, **kwargs: Any) -> Any:
-        """Train. A checkpoint of the last step is only loaded: Transformers would train one step more."""
+        """Train; a checkpoint of the last step is only loaded.
+
+        Transformers would train one step more.
+        """
         if not isinstance(resume_from_checkpoint, str):
             return super().train(resume_from_checkpoint, *args, **kwargs)
         state = read_trainer_state(Path(resume_from_checkpoint))
@@ -85,7 +88,10 @@ class TrainerMixin:
             super()._save(output_dir, state_dict)
 
     def _save_rng_state(self, output_dir: str) -> None:
-        """Save, beside the random state, counters and arguments: later than all but the state of the trainer."""
+        """Save counters and arguments beside the random state.
+
+        Only the trainer's state is saved later.
+        """
         super()._save_rng_state(output_dir)
         metrics = getattr(self, "_metrics", {}).get("train", {})
         counters = {
@@ -137,5 +143,5 @@ class TrainerMixin:
 
 
 def extend_trainer(trainer: type[Trainer]) -> type[Trainer]:
-    """Return a trainer of TRL with what `TrainerMixin` adds, for a recipe that needs no more than that."""
+    """Return a trainer of TRL with `TrainerMixin`."""
     return type(trainer.__name__, (TrainerMixin, trainer), {"__doc__": trainer.__doc__, "__module__": __name__})

@@ -21,13 +21,13 @@ from trl import ModelConfig
 
 
 class RunRecorder(TrainerCallback):
-    """Callback that writes `log.jsonl`, and measures time (with evaluations and checkpoints) and peak memory."""
+    """Callback that writes `log.jsonl`, and measures time and peak memory."""
 
     def __init__(self) -> None:
         self.first_step, self.wall_time = None, 0.0
 
     def on_train_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
-        """Start the clock, and the log: that of a resumed run begins with what was logged before its checkpoint."""
+        """Start the clock, and the log with what was logged before the checkpoint."""
         self.first_step, self.start = state.global_step, time.perf_counter()
         if state.is_world_process_zero:
             write_log(args, state)
@@ -45,7 +45,7 @@ class RunRecorder(TrainerCallback):
         self.wall_time = time.perf_counter() - self.start
 
     def measurements(self, trainer: Trainer) -> dict[str, Any]:
-        """Return seconds, steps, tokens per second of all devices, and peak memory in bytes, of this process's steps."""
+        """Return seconds, steps, tokens per second of all devices, peak bytes."""
         steps = 0 if self.first_step is None else trainer.state.global_step - self.first_step
         tokens = trainer.tokens_seen - trainer.first_token
         return {
@@ -57,7 +57,10 @@ class RunRecorder(TrainerCallback):
 
 
 def write_log(args: TrainingArguments, state: TrainerState) -> None:
-    """Write the log up to a trainer's state. A killed run logs again what it had logged after its last checkpoint."""
+    """Write the log up to a trainer's state.
+
+    A killed run logs again what came after its last checkpoint.
+    """
     path = Path(args.output_dir) / LOG
     path.parent.mkdir(parents=True, exist_ok=True)
     write_text(path, "".join(map(_log_line, state.log_history)))
@@ -117,7 +120,7 @@ def write_record(
 
 
 def finish_record(training: TrainingArguments) -> dict[str, Any]:
-    """Mark a stage as done: rename its record to `recipe.json`, and write its model card. Return the record."""
+    """Rename the record to `recipe.json`, write the model card, return the record."""
     output = Path(training.output_dir)
     os.replace(output / PENDING, output / RECIPE)
     write_card(output, repository_name(output, training.hub_model_id) if training.push_to_hub else None)

@@ -14,7 +14,7 @@ _SAVING = ".saving"  # folder in the output folder, until all of the result is w
 
 
 def save_result(trainer: Trainer, is_policy: bool) -> None:
-    """Save the model, or its adapter, into the output folder, once all of it is written.
+    """Save the model or its adapter, and move it to the output folder when complete.
 
     From when the first file is moved to its place until the record is finished, the folder has no `recipe.json`.
 
@@ -57,7 +57,7 @@ def _save_generation_config(trainer: Trainer, folder: Path) -> None:
 
 
 def remove_results(output: Path, *others: str) -> None:
-    """Remove an earlier run's record, checkpoints, model and log from a folder, and `others` (patterns)."""
+    """Remove an earlier run's record, checkpoints, model and log, and `others`."""
     (output / RECIPE).unlink(missing_ok=True)
     remove_checkpoints(output)
     _remove(output, *_MODEL, PENDING, LOG, *others)

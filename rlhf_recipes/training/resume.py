@@ -26,7 +26,7 @@ _IGNORED_PREFIXES = ("logging_", "log_", "save_", "eval_", "per_device_eval_", "
 
 
 def checkpoint_to_resume(*arguments: Any) -> str | None:
-    """Return the checkpoint that `resume_from_checkpoint` means, or None to start at the first step.
+    """Return the checkpoint that `resume_from_checkpoint` means, or None.
 
     `true` means the newest complete checkpoint of `output_dir`, if there is one. It must come from a run with the same
     arguments, apart from those that do not change the result. A checkpoint that is named may come from any run.
@@ -142,7 +142,10 @@ def remove_checkpoints(output: Path) -> None:
 
 
 def remove_checkpoint(checkpoint: Path) -> None:
-    """Delete a checkpoint, its state file first, so that half of it does not pass for a complete one."""
+    """Delete a checkpoint, its state file first.
+
+    So half of it does not pass for a complete one.
+    """
     (checkpoint / TRAINER_STATE).unlink(missing_ok=True)
     shutil.rmtree(checkpoint)
 
@@ -153,7 +156,7 @@ def step_of(checkpoint: Path) -> int:
 
 
 def is_complete(checkpoint: Path) -> bool:
-    """Return whether a checkpoint has its state, optimizer, random state and weights; a killed trainer may leave half."""
+    """Return whether a checkpoint has state, optimizer, random state and weights."""
     try:
         json.loads((checkpoint / TRAINER_STATE).read_text(encoding="utf-8"))
     except (OSError, ValueError):

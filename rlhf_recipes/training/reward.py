@@ -47,13 +47,18 @@ def ranking_loss(rewards: Tensor, ranks: Tensor, center_rewards_coefficient: flo
 
 
 def comparisons(ranks: Tensor) -> Tensor:
-    """Return where the first completion is better than the second: bool (B, K, K), from ranks (B, K) padded with -1."""
+    """Return where the first completion is better than the second.
+
+    Bool (B, K, K), from ranks (B, K) padded with -1.
+    """
     first, second = ranks[:, :, None], ranks[:, None, :]
     return (first >= 0) & (first < second)
 
 
 class RankingCollator(DataCollatorForPreference):
-    """Collator of rankings, with the columns `ranked_ids` (K lists of token ids) and `ranks`. Pairs go to TRL's.
+    """Collator of rankings; pairs go to TRL's.
+
+    Rankings have the columns `ranked_ids` (K lists of token ids) and `ranks`.
 
     A batch of B rankings with N completions in all has:
 
@@ -75,7 +80,9 @@ class RankingCollator(DataCollatorForPreference):
 
 
 class RankingTrainer(TrainerMixin, RewardTrainer):
-    """TRL's `RewardTrainer` that also takes rankings, with one forward pass per completion.
+    """TRL's `RewardTrainer` that also takes rankings.
+
+    Each completion has one forward pass.
 
     Rows of `prompt, chosen, rejected` (and `margin`) train as in TRL. Rows of `prompt, completions, ranks`, where lower ranks
     are better, train by `ranking_loss`: a batch of `per_device_train_batch_size` rankings has K times as many sequences. Rows
@@ -115,7 +122,7 @@ class RankingTrainer(TrainerMixin, RewardTrainer):
         return_outputs: bool = False,
         num_items_in_batch: Tensor | None = None,
     ) -> Tensor | tuple[Tensor, Any]:
-        """Return the loss of a batch of `RankingCollator`, and with `return_outputs` the model's output."""
+        """Return the loss of a batch, and with `return_outputs` the model's output."""
         if "ranks" not in inputs:
             return super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
         ranks = inputs["ranks"]

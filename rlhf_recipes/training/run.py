@@ -31,7 +31,7 @@ from transformers import Trainer, TrainingArguments
 
 
 class Run:
-    """One run of a training stage, as a context in which the recipe makes its trainer and calls `fit`.
+    """One run of a training stage: a context in which the recipe calls `fit`.
 
     Entering it finds the checkpoint to resume from, and runs the stages that the YAML file names in `needs`. Leaving it writes
     `recipe.json`, which marks the stage as done, and uploads the result.
@@ -93,7 +93,7 @@ class Run:
             write_record(trainer, recorder, self.arguments, self.recipe.stem, base, parents, report)
 
     def _remove_earlier(self) -> None:
-        """Remove checkpoints of an earlier run, which would be taken for those of this one."""
+        """Remove checkpoints of an earlier run."""
         if self.checkpoint is None and self.trainer.is_world_process_zero():
             (self.output / PENDING).unlink(missing_ok=True)
             remove_checkpoints(self.output)
@@ -143,7 +143,7 @@ def run_dependencies(configs: Sequence[str], recipes: Path, inputs: Sequence[str
 
 
 def shutdown_distributed(trainer: Trainer, last: bool = True) -> None:
-    """Wait for the other processes, and end their group unless another training follows in this process.
+    """Wait for the other processes, and end their group after the last training.
 
     A trainer that is released right after its last exchange may hang on CPUs: the thread that frees Gloo's group holds the
     interpreter's lock and waits for Gloo's thread, which waits for that lock to free the exchange. So it gets a moment.

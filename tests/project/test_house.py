@@ -82,9 +82,17 @@ def test_recipes_do_not_import_each_other():
         assert not any(isinstance(node, ast.ClassDef) for node in ast.walk(ast.parse(path.read_text()))), path
 
 
-LONGEST_FILE = 400
+LONGEST_FILE, LONGEST_SUMMARY = 400, 80
 
 
 def test_no_file_of_the_library_is_long():
     lengths = {module: len(path.read_text().splitlines()) for module, path in MODULES.items()}
     assert not {module: length for module, length in lengths.items() if length > LONGEST_FILE}
+
+
+def test_docstrings_begin_with_one_short_sentence():
+    kinds = (ast.Module, ast.ClassDef, ast.FunctionDef, ast.AsyncFunctionDef)
+    paths = [*MODULES.values(), *(ROOT / "recipes").glob("*.py")]
+    nodes = [(path, node) for path in paths for node in ast.walk(ast.parse(path.read_text())) if isinstance(node, kinds)]
+    summaries = [(path, (ast.get_docstring(node) or "").partition("\n")[0]) for path, node in nodes]
+    assert not [f"{path.name}: {line}" for path, line in summaries if len(line) > LONGEST_SUMMARY]

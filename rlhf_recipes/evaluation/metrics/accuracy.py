@@ -1,4 +1,4 @@
-"""How well scores agree with human preferences: accuracy on comparisons, Kendall's tau on rankings.
+"""Agreement of scores with human preferences: accuracy and Kendall's tau.
 
 Results are JSON-serialisable: an undefined number is None, never NaN. Comparisons of one prompt are not independent, so
 intervals resample whole groups.

@@ -183,7 +183,7 @@ def calibration_difference(
 
 
 def _sums_by_prompt(confidences: Floats, outcomes: Floats, codes: Integers, prompts: int, bins: int) -> tuple[Floats, ...]:
-    """Return per prompt sums of (outcome - confidence) by bin, sums of squares, counts.
+    """Return per prompt: (outcome - confidence) by bin, squares, counts.
 
     Shapes (P, bins), (P,), (P,).
     """
@@ -193,7 +193,7 @@ def _sums_by_prompt(confidences: Floats, outcomes: Floats, codes: Integers, prom
 
 
 def _errors(weights: Floats, folds: Integers, gaps: Floats, squares: Floats, counts: Floats) -> Floats:
-    """Return (B, 2) cross-fitted ECE and Brier score under weights (B, P) of the prompts.
+    """Return cross-fitted ECE and Brier score, (B, 2), for prompt weights (B, P).
 
     NaN where no prediction has weight.
     """
@@ -209,7 +209,7 @@ def _ece(confidences: Floats, outcomes: Floats, places: Integers) -> float:
 
 
 def _squares(confidences: Floats, outcomes: Floats) -> Floats:
-    """Return (N,) expected squares of (confidence - outcome), also of fractional outcomes."""
+    """Return expected squares of (confidence - outcome), (N,)."""
     return outcomes * (1 - confidences) ** 2 + (1 - outcomes) * confidences**2
 
 

@@ -1,4 +1,4 @@
-"""Two policies compared: who wins, what best-of-n gains, how far one has moved from the other.
+"""Two policies compared: win rates, best-of-n, and KL.
 
 `N` is the number of answers or comparisons. Those of one prompt are not independent: `groups` names the prompt of each, and
 intervals resample whole prompts.

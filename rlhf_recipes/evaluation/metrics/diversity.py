@@ -1,4 +1,4 @@
-"""How much the answers of a policy differ, which an objective without regularisation destroys.
+"""How much the answers of a policy differ.
 
 A word is what `rlhf_recipes.rewards.matching.normalise` leaves between spaces.
 """
@@ -28,7 +28,7 @@ def distinct_n(texts: Sequence[str], n: int) -> float | None:
 
 
 def self_bleu(texts: Sequence[str]) -> float | None:
-    """Return the mean BLEU of each text with all others as references (Zhu et al., 2018).
+    """Return the mean BLEU of each text against all others (Zhu et al., 2018).
 
     1 where all texts are equal. BLEU (Papineni et al., 2002) is of n-grams up to 4, or up to the text's words if fewer. It
     is not
@@ -44,7 +44,7 @@ def self_bleu(texts: Sequence[str]) -> float | None:
 
 
 def _two_highest(counts: list[Counter]) -> dict[tuple[str, ...], tuple[int, int, int]]:
-    """Return per n-gram its highest count in a text, that text's row, and the highest other count."""
+    """Return per n-gram its highest count, that text's row, and the next count."""
     highest: dict[tuple[str, ...], tuple[int, int, int]] = {}
     for row, counter in enumerate(counts):
         for ngram, count in counter.items():
@@ -76,7 +76,7 @@ def _nearest_other(length: int, lengths: list[int]) -> int:
 
 
 def repetition(texts: Sequence[str], n: int = 3) -> float:
-    """Return the mean share of a text's n-grams that occur earlier in it (see `RepetitionPenalty`)."""
+    """Return the mean share of a text's n-grams that occur earlier in it."""
     return abs(float(np.mean(RepetitionPenalty(n)(completions=list(texts)))))
 
 

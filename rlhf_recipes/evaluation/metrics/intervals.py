@@ -14,7 +14,7 @@ _Z = 1.959963984540054  # 95% of a normal distribution lies within
 
 
 def wilson_interval(share: float, n: float) -> list[float]:
-    """Return the 95% interval of a share of `n` independent observations (Wilson 1927).
+    """Return the 95% interval of a share of `n` observations (Wilson, 1927).
 
     (p + z²/2n ± z √(p(1-p)/n + z²/4n²)) / (1 + z²/n). Sound near 0 and 1; a little wide where observations lie between them
     (ties).
@@ -57,14 +57,14 @@ def mean_interval(values: Floats, codes: Integers, seed: int = 0) -> list[float]
 
 
 def bootstrap(sums: Floats, counts: Integers, seed: int) -> list[float]:
-    """Return the 95% percentile interval of sum / count with groups drawn with replacement."""
+    """Return the 95% bootstrap interval of sum / count over groups."""
     generator = np.random.default_rng(seed)
     draws = (generator.integers(len(sums), size=len(sums)) for _ in range(RESAMPLES))
     return np.quantile([sums[rows].sum() / counts[rows].sum() for rows in draws], (0.025, 0.975)).tolist()
 
 
 def codes_of(groups: Sequence[Hashable] | None, n: int, name: str = "groups") -> Integers:
-    """Return (n,) group numbers from 0; without groups, every entry is a group by itself."""
+    """Return group numbers from 0, (n,); without groups each entry is its own."""
     if groups is None:
         return np.arange(n)
     if len(groups) != n:
@@ -74,7 +74,7 @@ def codes_of(groups: Sequence[Hashable] | None, n: int, name: str = "groups") ->
 
 
 def group_sums(values: Floats, codes: Integers) -> tuple[Floats, Integers]:
-    """Return the sum and the count of the values of each non-empty group, (groups,) each."""
+    """Return sum and count of each non-empty group, (groups,) each."""
     counts = np.bincount(codes)
     return np.bincount(codes, weights=values)[counts > 0], counts[counts > 0]
 

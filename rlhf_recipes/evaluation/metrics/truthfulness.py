@@ -12,7 +12,7 @@ def truthfulness(
     abstentions: Sequence[str] = ABSTENTIONS,
     known: Sequence[bool] | None = None,
 ) -> dict[str, float | None]:
-    """Return the share of each kind of answer, as `rlhf_recipes.rewards.matching` decides it.
+    """Return the share of each kind of answer.
 
     Args:
         answers: (N,) answers.

@@ -57,7 +57,7 @@ def score_columns(results: EvaluationResults) -> list[Column]:
 
 
 def truthfulness_columns(results: EvaluationResults) -> list[Column]:
-    """Return shares of kinds of answers by group, and calibration; none without references."""
+    """Return columns of kinds of answers by group, and of calibration."""
     columns = []
     for group in results.groups:
         for kind in KINDS:

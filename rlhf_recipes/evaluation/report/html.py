@@ -1,4 +1,4 @@
-"""The report of an evaluation: one HTML file that needs nothing else, for a reader with five minutes."""
+"""The report of an evaluation: one HTML file that needs nothing else."""
 
 from collections.abc import Iterable, Sequence
 from pathlib import Path

@@ -1,4 +1,4 @@
-"""Pictures for the report, as standalone SVG that is the same for the same numbers.
+"""Pictures for the report, as standalone and reproducible SVG.
 
 The background is transparent and the colours are of middle lightness, so a picture is legible on light and dark pages, also
 as an `<img>`, which cannot see the colours of its page.
@@ -100,7 +100,7 @@ def frontier(
     policies: Sequence[tuple[float, float, str]],
     title: str,
 ) -> str:
-    """Draw reward against KL: each run's path, best-of-n (dashed), and the policies by name.
+    """Draw reward against KL: paths of runs, best-of-n (dashed), policies by name.
 
     Args:
         runs: Name -> (KL in nats per answer, mean reward, label) of each checkpoint, in order.
@@ -158,7 +158,7 @@ def _bars(axes: Axes, policies: dict[str, dict[str, Sequence[float]]]) -> None:
 
 
 def _path(axes: Axes, points: Sequence[tuple[float, float, str]], colour: str, name: str, style: str) -> None:
-    """Draw a line through points, with the labels that do not overlap that of a later point."""
+    """Draw a line through points, without labels that would overlap later ones."""
     if not points:
         return
     kl, reward, labels = zip(*points, strict=True)

@@ -1,4 +1,4 @@
-"""The evaluations of several seeds in one table: the variance of training shows between seeds only."""
+"""The evaluations of several seeds in one table."""
 
 import statistics
 from collections.abc import Sequence
@@ -18,7 +18,7 @@ FORM = ("entropy", "length", "perplexity")
 
 
 def write_summary(results: Sequence[EvaluationResults], stem: Path) -> str:
-    """Write `stem.json`, `stem.md` and, with truthfulness, `stem.svg`; return the tables.
+    """Write `stem.json`, `stem.md` and `stem.svg`; return the tables.
 
     Args:
         results: Of each seed.
@@ -58,7 +58,7 @@ def read_columns(results: Sequence[EvaluationResults], columns: Sequence[Column]
 
 
 def table(values: Values) -> str:
-    """Return a Markdown table of means over seeds, with least and greatest in brackets."""
+    """Return a Markdown table of means over seeds, with the range in brackets."""
     columns = [name for name in next(iter(values.values())) if any(policy[name] for policy in values.values())]
     lines = [f"| policy | {' | '.join(columns)} |", f"|---|{'---|' * len(columns)}"]
     lines += [f"| {name} | {' | '.join(_cell(policy[column]) for column in columns)} |" for name, policy in values.items()]

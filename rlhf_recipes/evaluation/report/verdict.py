@@ -1,4 +1,4 @@
-"""The verdict of an evaluation: its results in sentences, and which differences may be chance."""
+"""The verdict of an evaluation: its results in sentences."""
 
 from rlhf_recipes.evaluation.estimates import is_insignificant
 from rlhf_recipes.evaluation.types import UNSET, Estimate, EvaluationResults, PolicyResult, WinRate
@@ -86,7 +86,7 @@ def _over_optimised(name: str, results: EvaluationResults) -> str | None:
 
 
 def _made_for(name: str, reward: str, results: EvaluationResults) -> str | None:
-    """Return how a policy was made to please a reward, to go before "this judge"; None if it was not."""
+    """Return how a policy was made to please a reward, or None if it was not."""
     best_of = results.policies[name].best_of
     if best_of and best_of.reward == reward:
         return "chosen by"
