@@ -14,7 +14,7 @@ class DatasetSource(DatasetConfig):
     """An entry of `datasets` or `eval_datasets`: TRL's `DatasetConfig` and two keys.
 
     Parameters:
-        path: a Hub name, a local `.json`, `.jsonl`, `.csv` or `.parquet` file (also `.gz`), a directory of such files, a
+        path: a Hub name, a local `.json`, `.jsonl`, `.csv` (also `.gz`) or `.parquet` file, a directory of such files, a
             dataset saved with `save_to_disk`, or the dotted path of a Python function that returns a dataset.
         column_mapping: column in the file -> name that it should have (`{"question": "prompt"}`).
         arguments: keyword arguments for the function, if `path` names one.

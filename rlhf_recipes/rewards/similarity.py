@@ -105,15 +105,21 @@ class Similarity:
             raise RecipeError(f"Similarity: {error}") from error
         except Exception as error:  # config.json, weights, tokenizer and the Hub each raise their own
             raise self._error(explain_load_error(self.model_name_or_path, error)) from error
-        # Transformers draws at random a head that is not in the files
-        if self.kind == "cross-encoder" and not str(model.config.architectures).endswith("ForSequenceClassification']"):
-            raise self._error(f"not a cross-encoder: its files hold a {', '.join(model.config.architectures or ['?'])}")
+        if missing := self._missing_weights(model):
+            raise self._error(f"not a {self.kind}: its files lack {', '.join(missing[:3])}, which would be random")
         if len(model.tokenizer) <= len(model.tokenizer.all_special_tokens):  # invented where tokenizer.json is missing
             raise self._error("no tokenizer. Fix: add tokenizer.json and tokenizer_config.json to its folder")
         if self.kind == "embedding" and not cached_file(path, "modules.json", _raise_exceptions_for_missing_entries=False):
             logger.warning("Similarity: %s has no modules.json: it is read with %s pooling", path, model[1].pooling_mode)
         model.max_seq_length = min(self.max_length, model.max_seq_length or self.max_length)
         return model
+
+    def _missing_weights(self, model: Any) -> list[str]:
+        """Return the names of weights that Transformers draws at random, since the files lack them."""
+        network = model[0].auto_model if self.kind == "embedding" else model.model
+        # sentence-transformers keeps the report of loading to itself
+        _, report = type(network).from_pretrained(network.name_or_path, use_safetensors=True, output_loading_info=True)
+        return sorted(name for name in report["missing_keys"] if self.kind == "cross-encoder" or "pooler" not in name)
 
     def _error(self, reason: str) -> RecipeError:
         return RecipeError(f"Similarity: model_name_or_path: {self.model_name_or_path}: {reason}")

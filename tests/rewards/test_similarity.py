@@ -9,6 +9,7 @@ from rlhf_recipes.rewards.similarity import Similarity
 
 import pytest
 import torch
+from safetensors.torch import save_file
 from sentence_transformers import SentenceTransformer
 from sentence_transformers.sentence_transformer.modules import Pooling, Transformer
 from tokenizers import Tokenizer, models, pre_tokenizers, processors
@@ -145,11 +146,20 @@ def refused(path, kind="embedding"):
 def test_models_that_cannot_compare_are_refused(tmp_path):
     assert "no such folder" in refused(tmp_path / "nowhere")
     save_model(tmp_path / "bare")
-    assert "not a cross-encoder: its files hold a BertModel" in refused(tmp_path / "bare", "cross-encoder")
+    assert "not a cross-encoder: its files lack classifier.bias" in refused(tmp_path / "bare", "cross-encoder")
     save_model(tmp_path / "unnamed", BertForSequenceClassification, num_labels=2)
     assert "LABEL_0, LABEL_1" in refused(tmp_path / "unnamed", "cross-encoder")
     save_model(tmp_path / "mute", tokenizer=False)
     assert "tokenizer" in refused(tmp_path / "mute")
+
+
+@pytest.mark.parametrize("kind", ["embedding", "cross-encoder"])
+def test_weights_that_would_be_random_are_refused(tmp_path, kind):
+    model = save_model(tmp_path, BertModel if kind == "embedding" else BertForSequenceClassification, num_labels=1)
+    weights = model.state_dict()
+    lost = next(name for name in weights if name.endswith("layer.1.output.dense.weight"))
+    save_file({name: weight for name, weight in weights.items() if name != lost}, tmp_path / "model.safetensors")
+    assert lost in refused(tmp_path, kind)
 
 
 def test_pickled_weights_are_refused(tmp_path):
