@@ -48,7 +48,7 @@ class Task:
     scores: Tensor
 
     def score(self, prompts: list[str], completion_ids: list[list[int]], **columns: Any) -> list[float]:
-        """A reward function in TRL's protocol."""
+        """Return the score of each answer, as a reward function of TRL."""
         place = {answer: number for number, answer in enumerate(self.answers)}
         return [
             self.scores[self.prompts.index(prompt), place[tuple(ids)]].item()
@@ -99,7 +99,7 @@ def _answers(words: int, length: int) -> list[tuple[int, ...]]:
 
 @torch.no_grad()
 def answer_logps(model: torch.nn.Module, task: Task) -> Tensor:
-    """The log-probability of every answer to every prompt, (PROMPTS, answers)."""
+    """Return the log-probability of every answer to every prompt, (PROMPTS, answers)."""
     longest = max(map(len, task.answers))
     answers = torch.tensor([[*answer, *[0] * (longest - len(answer))] for answer in task.answers])
     rows = []
@@ -241,7 +241,7 @@ def _total_variation(logps: Tensor, others: Tensor) -> float:
 
 
 def main() -> None:
-    """Prints the table."""
+    """Print the table."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2, 3, 4])
     parser.add_argument("--steps", type=int, default=400)

@@ -41,13 +41,13 @@ CHANGES: dict[str, dict[str, int]] = {
 
 
 def set_up(changes: dict[str, int]) -> None:
-    """The constants of the benchmark that does the work."""
+    """Return the constants of the benchmark that does the work."""
     for name, value in (USUAL | changes).items():
         setattr(ppo_vs_trl, name, value)
 
 
 def run_alone(change: str) -> dict[str, Any]:
-    """What the trainer reports, in a process of its own with one thread."""
+    """Return what the trainer reports in a process of its own with one thread."""
     single = {"OMP_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "false", "HF_HUB_OFFLINE": "1"}
     command = [sys.executable, __file__, "--alone", change]
     run = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True, env={**os.environ, **single})
@@ -55,7 +55,7 @@ def run_alone(change: str) -> dict[str, Any]:
 
 
 def line(change: str, runs: list[dict[str, Any]]) -> str:
-    """A row of the table."""
+    """Return a row of the table."""
     set_up(CHANGES[change])
     count = ppo_vs_trl.PROMPTS
     seconds = statistics.median(seconds for run in runs for seconds in run["iterations"]) / count
@@ -68,7 +68,7 @@ def line(change: str, runs: list[dict[str, Any]]) -> str:
 
 
 def main() -> None:
-    """Prints the table."""
+    """Print the table."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--rounds", type=int, default=2)
     parser.add_argument("--iterations", type=int, default=3, help="of each run, the first of which is not counted")

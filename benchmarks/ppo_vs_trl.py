@@ -96,7 +96,7 @@ class Clock(TrainerCallback):
         self.times: list[float] = []
 
     def on_train_begin(self, *arguments: Any, **kwargs: Any) -> None:
-        """Starts."""
+        """Start the clock."""
         self.times.append(time.process_time())
 
     def on_step_end(self, *arguments: Any, **kwargs: Any) -> None:
@@ -113,7 +113,7 @@ class Phases:
 
     @contextmanager
     def of(self, name: str) -> Iterator[None]:
-        """Counts what happens within; the outermost phase gets it."""
+        """Count the time inside for the outermost phase."""
         self.depth += 1
         start = time.process_time()
         try:
@@ -124,7 +124,7 @@ class Phases:
                 self.seconds[name] += time.process_time() - start
 
     def wrap(self, owner: Any, attribute: str, name: str | Callable[..., str | None]) -> None:
-        """Counts every call of a function; `name` may depend on its arguments, and be None for what is not counted."""
+        """Count every call of a function; `name` may depend on its arguments."""
         function = getattr(owner, attribute)
 
         @functools.wraps(function)
@@ -145,7 +145,7 @@ def peak_memory() -> int:
 
 
 def report(clock: Clock, phases: Phases, steps_an_iteration: int) -> None:
-    """Prints a line of JSON: seconds of each iteration but the first, its phases, and the peak of memory."""
+    """Print JSON: seconds of iterations but the first, phases, peak of memory."""
     ends = clock.times[::steps_an_iteration]
     iterations = [after - before for before, after in itertools.pairwise(ends)]
     count = len(iterations)
@@ -304,7 +304,7 @@ def install_peer() -> None:
 
 
 def run_alone(who: str, dtype: str, rows: int, iterations: int) -> dict[str, Any]:
-    """What a contestant reports, in a process of its own with one thread."""
+    """Return what a contestant reports in a process of its own with one thread."""
     python = PEER / "bin" / "python" if who == "TRL 1.12" else Path(sys.executable)
     single = {"OMP_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "false", "HF_HUB_OFFLINE": "1", "TRL_EXPERIMENTAL_SILENCE": "1"}
     command = [python, __file__, "--alone", who, dtype, str(rows), "--iterations", str(iterations)]
@@ -313,7 +313,7 @@ def run_alone(who: str, dtype: str, rows: int, iterations: int) -> dict[str, Any
 
 
 def main() -> None:
-    """Runs the contestants in turns, and prints the table."""
+    """Run the contestants in turns, and print the table."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--iterations", type=int, default=3, help="of each run, the first of which is not counted")
@@ -351,7 +351,7 @@ def main() -> None:
 
 
 def table(dtype: str, results: dict[tuple[str, int], list[dict[str, Any]]], rate: float) -> Iterator[str]:
-    """A line for each way; faster than the peer's fastest."""
+    """Yield a line for each way, beside the peer's fastest."""
     seconds = {
         way: statistics.median(time for run in runs for time in run["iterations"]) / PROMPTS for way, runs in results.items()
     }

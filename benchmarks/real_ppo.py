@@ -35,7 +35,7 @@ OPENING = 8  # words
 
 
 def cheerfulness(completions: Sequence[str], **columns: Any) -> list[float]:
-    """The share of `MOST` different cheerful words that a story has; a fourth one is worth nothing."""
+    """Return the share of `MOST` different cheerful words that each story has."""
     words = [{word.strip(".,!?\"'").lower() for word in text.split()} for text in completions]
     return [min(len(own & HAPPY), MOST) / MOST for own in words]
 
@@ -48,7 +48,7 @@ def read_stories(shared: Path) -> list[str]:
 
 
 def opening(story: str) -> str:
-    """The words that a story begins with."""
+    """Return the words that a story begins with."""
     return " ".join(story.split()[:OPENING])
 
 
@@ -133,7 +133,7 @@ def run(shared: Path, seed: int, ptx_coef: float, steps: int, measured: int = 20
 
 
 def main() -> None:
-    """Prints the table."""
+    """Print the table."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--shared", type=Path, default=Path("../shared"), help="folder with `models` and `data`")
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])

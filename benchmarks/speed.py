@@ -84,7 +84,7 @@ class Clock(TrainerCallback):
 
 
 def measure(recipe: str, config: str) -> dict[str, float]:
-    """Runs a recipe in this process: seconds of its counted steps, and the peak of its memory, bytes."""
+    """Run a recipe; return seconds of its counted steps and its peak in bytes."""
     clock, train = Clock(), runs.train
 
     def timed(trainer: Any, checkpoint: str | None) -> None:
@@ -99,7 +99,7 @@ def measure(recipe: str, config: str) -> dict[str, float]:
 
 
 def run_alone(recipe: str, config: Path, limit: int) -> dict[str, float] | str:
-    """What `measure` returns in a process of its own, or why there is nothing."""
+    """Return what `measure` returns in a process of its own, or why it failed."""
     command = [sys.executable, __file__, "--measure", recipe, str(config)]
     try:
         result = subprocess.run(command, capture_output=True, text=True, timeout=limit)
@@ -112,7 +112,7 @@ def run_alone(recipe: str, config: Path, limit: int) -> dict[str, float] | str:
 
 
 def changed(plain: dict[str, Any], option: dict[str, Any], gpu: bool) -> dict[str, Any]:
-    """The YAML of a stage with an option."""
+    """Return the configuration of a stage with an option."""
     quantised = {} if not option.get("use_vllm") or not gpu else {"load_in_4bit": False, "use_bnb_nested_quant": False}
     return {**plain, **option, **quantised}  # vLLM beside 4 bits is refused
 
@@ -124,7 +124,7 @@ def tokens_of(recipe: str, values: dict[str, Any], gpu: bool) -> int:
 
 
 def table(size: str, stages: list[str], options: list[str], gpu: bool, limit: int) -> Iterator[str]:
-    """A line for each option of each stage."""
+    """Yield a line for each option of each stage."""
     variant = next(value for name, value in variants(gpu).items() if "checkpointing" not in name)
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
@@ -158,7 +158,7 @@ ROLES = ("default", "reference", "critic", "reward")
 
 
 def make_roles(folder: Path, size: str, gpu: bool) -> PeftModel:
-    """A base in 4 bits with an adapter of its own for each role."""
+    """Return a base in 4 bits with one adapter for each role."""
     write_inputs(folder, (GPU_SIZES if gpu else CPU_SIZES)[size], gpu)
     dtype = torch.bfloat16 if gpu else torch.float32
     config = BitsAndBytesConfig(
@@ -185,7 +185,7 @@ def one_role_a_pass(model: PeftModel, ids: Tensor, rows: int) -> Tensor:
 
 
 def mixed(model: PeftModel, ids: Tensor, rows: int) -> Tensor:
-    """The same by PEFT's batches in which each row names its adapter, with rows of all roles in each pass."""
+    """Score by PEFT's mixed batches, with rows of all roles in each pass."""
     turned = ids.repeat_interleave(len(ROLES), 0)
     trunk, names, states = backbone(model), list(ROLES) * len(ids), []
     for start in range(0, len(names), rows):
@@ -196,7 +196,7 @@ def mixed(model: PeftModel, ids: Tensor, rows: int) -> Tensor:
 
 @torch.no_grad()
 def roles(size: str, gpu: bool, rounds: int) -> Iterator[str]:
-    """A line for each way to read the same 16 rows by four roles."""
+    """Yield a line for each way to read the same 16 rows by four roles."""
     with tempfile.TemporaryDirectory() as name:
         model = make_roles(Path(name), size, gpu)
     length = 512 if gpu else 128
@@ -264,7 +264,7 @@ def merging(quantised: bool, times: tuple[int, ...]) -> Iterator[str]:
 
 
 def main() -> None:
-    """Prints a table."""
+    """Print a table."""
     gpu = torch.cuda.is_available()
     known = GPU_SIZES if gpu else CPU_SIZES
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)

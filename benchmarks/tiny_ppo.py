@@ -34,7 +34,7 @@ CURVES = (
 
 
 def train_ppo(seed: int, start_from: Path, output: Path, *options: str) -> dict:
-    """Runs the recipe in a process of its own; what `recipe.json` says."""
+    """Run the recipe in a process of its own; return its `recipe.json`."""
     command = [sys.executable, ROOT / "recipes" / "ppo.py", "--seed", str(seed), "--output_dir", output]
     command += ["--start_from", start_from, "--dataset_arguments", json.dumps({"rows": ROWS, "seed": seed})]
     command += ["--save_strategy", "no", *options]
