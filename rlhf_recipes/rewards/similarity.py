@@ -1,8 +1,10 @@
 """A reward for meaning the same as a reference."""
 
 import importlib.util
+import json
 import logging
 from functools import cached_property
+from pathlib import Path
 from typing import Any, Literal
 
 from rlhf_recipes.core.errors import RecipeError
@@ -105,20 +107,23 @@ class Similarity:
             raise RecipeError(f"Similarity: {error}") from error
         except Exception as error:  # config.json, weights, tokenizer and the Hub each raise their own
             raise self._error(explain_load_error(self.model_name_or_path, error)) from error
-        if missing := self._missing_weights(model):
+        modules = cached_file(path, "modules.json", _raise_exceptions_for_missing_entries=False)
+        folder = json.loads(Path(modules).read_text())[0]["path"] if modules and self.kind == "embedding" else ""
+        if missing := self._missing_weights(model, folder):
             raise self._error(f"not a {self.kind}: its files lack {', '.join(missing[:3])}, which would be random")
         if len(model.tokenizer) <= len(model.tokenizer.all_special_tokens):  # invented where tokenizer.json is missing
             raise self._error("no tokenizer. Fix: add tokenizer.json and tokenizer_config.json to its folder")
-        if self.kind == "embedding" and not cached_file(path, "modules.json", _raise_exceptions_for_missing_entries=False):
+        if self.kind == "embedding" and not modules:
             logger.warning("Similarity: %s has no modules.json: it is read with %s pooling", path, model[1].pooling_mode)
         model.max_seq_length = min(self.max_length, model.max_seq_length or self.max_length)
         return model
 
-    def _missing_weights(self, model: Any) -> list[str]:
-        """Return the names of weights that the files lack: they are random."""
+    def _missing_weights(self, model: Any, folder: str) -> list[str]:
+        """Return the names of weights that the files in `folder` lack: they are random."""
         network = model[0].auto_model if self.kind == "embedding" else model.model
         # sentence-transformers keeps the report of loading to itself
-        _, report = type(network).from_pretrained(network.name_or_path, use_safetensors=True, output_loading_info=True)
+        options = {"use_safetensors": True, "output_loading_info": True}
+        _, report = type(network).from_pretrained(network.name_or_path, subfolder=folder, **options)
         return sorted(name for name in report["missing_keys"] if self.kind == "cross-encoder" or "pooler" not in name)
 
     def _error(self, reason: str) -> RecipeError:

@@ -1,7 +1,9 @@
 """`Similarity` against hidden states and logits that plain Transformers computes, on small models saved here."""
 
 import importlib.util
+import json
 import logging
+from pathlib import Path
 
 from rlhf_recipes.core.errors import RecipeError
 from rlhf_recipes.rewards.reward_funcs import load_rewards
@@ -9,7 +11,7 @@ from rlhf_recipes.rewards.similarity import Similarity
 
 import pytest
 import torch
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 from sentence_transformers import SentenceTransformer
 from sentence_transformers.sentence_transformer.modules import Pooling, Transformer
 from tokenizers import Tokenizer, models, pre_tokenizers, processors
@@ -160,6 +162,26 @@ def test_weights_that_would_be_random_are_refused(tmp_path, kind):
     lost = next(name for name in weights if name.endswith("layer.1.output.dense.weight"))
     save_file({name: weight for name, weight in weights.items() if name != lost}, tmp_path / "model.safetensors")
     assert lost in refused(tmp_path, kind)
+
+
+def test_weights_in_a_folder_of_their_own(embedding):
+    """Older versions of sentence-transformers saved them in `0_Transformer`."""
+    _, _, path = embedding
+    truth = Similarity(path, "embedding")(TEXTS, reference=REFERENCES)
+    path = Path(path)
+    (path / "0_Transformer").mkdir()
+    for file in path.glob("*.*"):
+        if file.name not in ("modules.json", "config_sentence_transformers.json"):
+            file.rename(path / "0_Transformer" / file.name)
+    modules = json.loads((path / "modules.json").read_text())
+    modules[0]["path"] = "0_Transformer"
+    (path / "modules.json").write_text(json.dumps(modules))
+    assert Similarity(str(path), "embedding")(TEXTS, reference=REFERENCES) == pytest.approx(truth)
+    file = path / "0_Transformer" / "model.safetensors"
+    weights = load_file(file)
+    del weights["embeddings.LayerNorm.weight"]
+    save_file(weights, file)
+    assert "embeddings.LayerNorm.weight" in refused(path)
 
 
 def test_pickled_weights_are_refused(tmp_path):
