@@ -20,10 +20,6 @@ from trl.import_utils import is_vllm_available
 def check_kernel_options(arguments: ModelConfig, training: Any) -> None:
     """Check the options for speed before a model is loaded.
 
-    Args:
-        arguments: TRL's model arguments.
-        training: the trainer's arguments.
-
     Raises:
         RecipeError: if a package that an option needs is missing, or the option cannot work.
     """
@@ -50,11 +46,7 @@ def check_kernel_options(arguments: ModelConfig, training: Any) -> None:
 
 
 def check_vllm(training: Any, quantised: bool) -> None:
-    """Check that vLLM can sample.
-
-    Args:
-        training: the trainer's arguments.
-        quantised: whether the base is in 4 or 8 bits.
+    """Check that vLLM can sample; `quantised` says whether the base is in 4 or 8 bits.
 
     Raises:
         RecipeError: if vLLM is not installed, or would quantise its own copy of the base, which cannot be updated.
@@ -89,11 +81,7 @@ def compile_layers(model: nn.Module, training: Any) -> bool:
 
     Transformers' Trainer would compile the whole model: TRL's fused LM head cannot be traced without Triton, and PPO's hooks on
     the backbone would compile it again at every step. Accelerate's regional compilation makes a second model of the same
-    weights, and `eval()` reaches only one of the two.
-
-    Args:
-        model: with or without adapters.
-        training: the trainer's arguments. Pass the trainer `without_compilation(training)`.
+    weights, and `eval()` reaches only one of the two. Pass the trainer `without_compilation(training)`.
     """
     if not _compiles(training):
         return False
@@ -105,10 +93,9 @@ def compile_layers(model: nn.Module, training: Any) -> bool:
 
 def without_compilation(training: Any) -> Any:
     """Return a copy of the arguments for a trainer whose model is compiled already."""
-    if not training.torch_compile:
-        return training
     rest = copy.copy(training)
-    rest.torch_compile, rest.torch_compile_backend, rest.torch_compile_mode = False, None, None
+    if training.torch_compile:
+        rest.torch_compile, rest.torch_compile_backend, rest.torch_compile_mode = False, None, None
     return rest
 
 
