@@ -129,10 +129,10 @@ def find_stage(recipe: str) -> Stage:
 
 
 def parse_arguments(recipe: str | Path, argv: Sequence[str] | None = None) -> tuple[Any, ...]:
-    """Return a recipe's arguments in the order of the registry, as `parse_dataclasses`."""
+    """Return a recipe's arguments, as `parse_dataclasses`, in the registry's order."""
     return parse_dataclasses(recipe, *find_stage(Path(recipe).stem).argument_classes(), argv=argv)
 
 
 def parse_values(recipe: str, values: Mapping[str, Any], here: bool = True) -> tuple[Any, ...]:
-    """Return a recipe's arguments from what its YAML file would hold, as `parse_mapping`."""
+    """Return a recipe's arguments from its YAML file's content, as `parse_mapping`."""
     return parse_mapping(recipe, *find_stage(recipe).argument_classes(), values=values, here=here)

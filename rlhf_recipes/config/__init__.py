@@ -6,7 +6,7 @@ from typing import Any
 
 
 def option(default: Any, help: str, choices: Sequence[str] = ()) -> Any:
-    """Return a field of a dataclass of arguments; a list or mapping is copied for each instance."""
+    """Return a dataclass field; a default list or mapping is copied."""
     metadata = {"help": help} | ({"choices": [*choices]} if choices else {})
     if isinstance(default, list | dict):
         return field(default_factory=default.copy, metadata=metadata)

@@ -82,7 +82,7 @@ def parse_dataclasses(recipe: str | Path, *types: type, argv: Sequence[str] | No
 
 
 def parse_mapping(recipe: str, *types: type, values: Mapping[str, Any], here: bool = True) -> tuple[Any, ...]:
-    """Fill a recipe's dataclasses from what its YAML file would hold; errors name no file.
+    """Fill a recipe's dataclasses from its YAML file's content; errors name no file.
 
     `here` tells whether the recipe will run on this machine, which then must have what it needs.
     """

@@ -84,7 +84,7 @@ class EnsembleRun(Run):
                     )
 
     def members(self, rows: Dataset) -> Iterator["_MemberRun"]:
-        """Yield a run for each member, with its rows: all, or a part with `ensemble_shards`.
+        """Yield a run for each member, with its rows: all, or its shard.
 
         Raises:
             RecipeError: for more shards than rows.
@@ -173,7 +173,7 @@ class _MemberRun(Run):
 
 
 def member_arguments(training: RewardConfig, number: int, size: int) -> RewardConfig:
-    """Return the trainer's arguments of a member: its seed is `seed` plus its number, from 0.
+    """Return the trainer's arguments of a member, whose seed is `seed` + its number.
 
     Raises:
         RecipeError: if a checkpoint is named for an ensemble.

@@ -62,7 +62,7 @@ class RunRecorder(TrainerCallback):
 
 
 def write_log(args: TrainingArguments, state: TrainerState) -> None:
-    """Write the log up to a trainer's state: a killed run logs again what came after its last checkpoint."""
+    """Write the log up to a trainer's state; a resumed run logs the rest again."""
     path = Path(args.output_dir) / LOG
     path.parent.mkdir(parents=True, exist_ok=True)
     write_text(path, "".join(map(_log_line, state.log_history)))
@@ -83,7 +83,7 @@ def write_record(
     parents: Sequence[str],
     report: dict[str, Any],
 ) -> None:
-    """Write the record of a run, which `finish_record` makes `recipe.json`, the mark of a finished stage.
+    """Write the record of a run, which `finish_record` makes `recipe.json`.
 
     Args:
         trainer: after training.

@@ -47,13 +47,13 @@ def ranking_loss(rewards: Tensor, ranks: Tensor, center_rewards_coefficient: flo
 
 
 def comparisons(ranks: Tensor) -> Tensor:
-    """Return where one completion is better than another: bool (B, K, K), from ranks (B, K) padded with -1."""
+    """Return where one completion beats another: bool (B, K, K), from ranks (B, K)."""
     first, second = ranks[:, :, None], ranks[:, None, :]
     return (first >= 0) & (first < second)
 
 
 class RankingCollator(DataCollatorForPreference):
-    """Collator of rankings with `ranked_ids` (K lists of token ids) and `ranks`; pairs go to TRL's.
+    """Collator of rankings (`ranked_ids`: K lists of ids, `ranks`) and of pairs.
 
     A batch of B rankings with N completions in all has:
 
@@ -75,7 +75,7 @@ class RankingCollator(DataCollatorForPreference):
 
 
 class RankingTrainer(TrainerMixin, RewardTrainer):
-    """TRL's `RewardTrainer` that also takes rankings; each completion has one forward pass.
+    """TRL's `RewardTrainer` that takes rankings, with one pass for each completion.
 
     Rows of `prompt, chosen, rejected` (and `margin`) train as in TRL. Rows of `prompt, completions, ranks`, where lower ranks
     are better, train by `ranking_loss`: a batch of `per_device_train_batch_size` rankings has K times as many sequences. Rows

@@ -64,7 +64,7 @@ class TrainerMixin:
         super().log(logs, *args, **kwargs)
 
     def train(self, resume_from_checkpoint: str | None = None, *args: Any, **kwargs: Any) -> Any:
-        """Train; a checkpoint of the last step is only loaded, where Transformers would train one step more."""
+        """Train; only load a checkpoint of the last step (else one more is trained)."""
         if not isinstance(resume_from_checkpoint, str):
             return super().train(resume_from_checkpoint, *args, **kwargs)
         state = read_trainer_state(Path(resume_from_checkpoint))
@@ -88,7 +88,7 @@ class TrainerMixin:
             super()._save(output_dir, state_dict)
 
     def _save_rng_state(self, output_dir: str) -> None:
-        """Save counters and arguments beside the random state; only the trainer's state is saved later."""
+        """Save counters and arguments too, before the trainer's state, which is last."""
         super()._save_rng_state(output_dir)
         metrics = getattr(self, "_metrics", {}).get("train", {})
         counters = {
