@@ -37,7 +37,10 @@ def check_kernel_options(arguments: ModelConfig, training: Any) -> None:
 
 
 def check_vllm(training: Any, quantised: bool) -> None:
-    """Check that vLLM is installed, and does not quantise its own copy of the base, which cannot be updated."""
+    """Check that vLLM is installed and can be sent new weights.
+
+    A copy of the base that vLLM quantises itself cannot.
+    """
     if not getattr(training, "use_vllm", False):
         return
     if not is_vllm_available():

@@ -158,8 +158,9 @@ def positions(attention_mask: Tensor) -> Tensor:
 
 
 def make_critic(kind: str, model: PreTrainedModel | PeftModel, rewards: list[Any]) -> Critic:
-    """Make the critic that `kind` names: `"shared"`, `"adapter"` (which is added to the policy `model`) or `"model"`.
+    """Make the critic that `kind` names: `"shared"`, `"adapter"` or `"model"`.
 
+    An adapter is added to `model`, the policy.
     It starts as the first reward model, whose scores are good first guesses of values (Ouyang et al., 2022). Without one on the
     same base, its backbone starts as the policy's, and its head predicts 0.
 

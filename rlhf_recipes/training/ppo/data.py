@@ -62,7 +62,7 @@ def check_rollout_func(rollout: Callable[..., dict[str, Any]]) -> Callable[..., 
 
 
 class PretrainingText:
-    """Micro-batches of text for `ptx_coef`, in an order that depends on the seed alone.
+    """Micro-batches of text for `ptx_coef`, in the order of the seed.
 
     Parameters:
         dataset: with the column `text`.
@@ -80,7 +80,7 @@ class PretrainingText:
         self.batch_size = args.ptx_batch_size or args.per_device_train_batch_size
 
     def batch(self, step: int, accelerator: Accelerator) -> tuple[Tensor, Tensor]:
-        """Return ids and mask of micro-batch `step` of the run, (batch_size, T), padded on the right.
+        """Return ids and mask of micro-batch `step`, (batch_size, T), padded on the right.
 
         Each process reads other texts.
         """

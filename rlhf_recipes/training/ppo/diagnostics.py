@@ -98,7 +98,10 @@ def check_rewards(rewards: Tensor, names: list[str], are_models: list[bool], pro
 
 
 def check_reference(gap: Moments, exact: bool) -> None:
-    """Refuse to start where policy and reference differ; `gap` is of a token's absolute log-ratio, `exact` for fp32."""
+    """Refuse to start where policy and reference differ.
+
+    `gap` is of a token's absolute log-ratio; `exact` is for fp32.
+    """
     if not gap.mean <= rounding_tolerance(gap.count, exact):
         raise RecipeError(
             f"step 0: policy and reference differ by {gap.mean:.3g} nats a token before training. Fix: start both from the "

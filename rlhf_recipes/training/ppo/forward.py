@@ -1,4 +1,4 @@
-"""Log-probabilities and values of completions: by forward passes, or recorded while Transformers samples.
+"""Log-probabilities and values, by forward passes or recorded while sampling.
 
 TRL pads a batch to its longest prompt and its longest completion. Here each pass is cut to its own longest row, and the LM head
 sees the tokens of completions alone: logits are the largest tensors of PPO.
@@ -212,7 +212,7 @@ class GenerationRecorder:
         return self._logits.gather(1, tokens) - self._logits.logsumexp(1, keepdim=True)
 
     def read(self, completion_ids: Tensor) -> tuple[Tensor, Tensor | None]:
-        """Return log-probabilities and values of the completions, (B, T), padded on the right with anything."""
+        """Return log-probabilities and values, (B, T); those of padding are arbitrary."""
         steps, length = len(self._logps), completion_ids.size(1)
         logps = torch.cat([*self._logps, self._logps_of(completion_ids[:, steps : steps + 1])], dim=1)
         return pad_right(logps, length), pad_right(torch.cat(self._values, dim=1), length) if self._values else None

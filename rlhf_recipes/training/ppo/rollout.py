@@ -114,7 +114,7 @@ def global_moments(values: Tensor, mask: Tensor | None = None) -> Moments:
 
 
 def rollout_metrics(rollout: Rollout, kl: Moments, kl_coef: float) -> dict[str, float]:
-    """Return what is logged of a rollout, over all processes; `kl` is of a completion, in nats."""
+    """Return the logged figures of a rollout; `kl` is of a completion, in nats."""
     mask = rollout.loss_mask
     score = global_moments(rollout.scores, mask.any(dim=1))
     errors = global_moments(rollout.returns - rollout.old_values, mask)

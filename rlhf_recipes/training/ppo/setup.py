@@ -55,7 +55,10 @@ def prepare_policy(
 
 
 def make_reference(model: PreTrainedModel | PeftModel, fresh_adapter: bool) -> PreTrainedModel | str | object:
-    """Return the reference: a frozen model, an adapter's name, or `NO_ADAPTER` if the policy's adapter is new."""
+    """Return the reference: a frozen model, an adapter's name, or `NO_ADAPTER`.
+
+    The base alone is the policy at the start if its adapter is fresh.
+    """
     if not isinstance(model, PeftModel):
         return copy.deepcopy(model).requires_grad_(False).eval()
     if fresh_adapter:
