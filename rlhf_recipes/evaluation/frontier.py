@@ -13,7 +13,7 @@ import numpy as np
 
 
 def measure_frontier(measurement: Measurement, seed: int) -> Frontier | None:
-    """Measure the runs of `frontier` and the best-of-n of `frontier_best_of`; None without either."""
+    """Measure `frontier` and `frontier_best_of`; None without either."""
     arguments = measurement.arguments
     if not arguments.frontier and not arguments.frontier_best_of:
         return None

@@ -119,7 +119,7 @@ class _Judged:
     confidences: Floats | None  # probability of each answer; None for best-of-n
 
     def select(self, rows: NDArray[np.bool_]) -> tuple[Floats, Floats, list[int], list[str]]:
-        """Return confidences, outcomes, prompts and texts of the answers of rows (P,) that do not abstain."""
+        """Return confidences, outcomes, prompts, texts, abstentions left out."""
         chosen = (self.kinds != "abstained") & rows[:, None]
         right = (self.kinds[chosen] == "right").astype(float)
         return self.confidences[chosen], right, np.nonzero(chosen)[0].tolist(), self.texts[chosen].tolist()
@@ -128,7 +128,7 @@ class _Judged:
 def _compare_with_references(
     measurement: Measurement, samples: PolicySamples, baseline: PolicySamples | None
 ) -> dict[str, Any]:
-    """Return `truthfulness`, `over_abstained` and `calibration`, of all prompts and of each group with references."""
+    """Return `truthfulness`, `over_abstained` and `calibration`, by group."""
     arguments = measurement.arguments
     has_reference = np.array([bool((text or "").strip()) for text in measurement.rows["reference"]])
     groups = {name: rows & has_reference for name, rows in groups_of(measurement.rows, arguments.group_by).items()}

@@ -54,7 +54,7 @@ def examine(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, temperat
 def _first_token_entropy(
     model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, prompts: list[list[dict[str, str]]]
 ) -> torch.Tensor:
-    """Return the entropy of the answer's first token, a town or a job, in nats, shape (prompts,)."""
+    """Return the entropy of the first token (town or job) in nats, (prompts,)."""
     options = {"padding": True, "tokenizer_kwargs": {"padding_side": "left"}, "return_dict": True, "return_tensors": "pt"}
     inputs = tokenizer.apply_chat_template(prompts, add_generation_prompt=True, **options)
     log_probs = model(**inputs, logits_to_keep=1).logits[:, -1].log_softmax(-1)

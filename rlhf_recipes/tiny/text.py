@@ -63,7 +63,7 @@ def code(rng: random.Random) -> str:
 
 
 def pretraining_text(world: World, exposures: int, seed: int = 0) -> Iterator[str]:
-    """Yield texts in random order; each known fact is stated `exposures` times, guesses not counted."""
+    """Yield texts in random order; each known fact occurs `exposures` times."""
     rng = random.Random(seed)
     known = [(person, attribute) for person in world.known() for attribute in ATTRIBUTES] * exposures
     total = round(len(known) / (1 - SHARE_ONCE - SHARE_IDLE - SHARE_CODES - SHARE_GUESSES))

@@ -1,4 +1,4 @@
-"""The tokenizer of the tiny world: a token per word, three per name, single characters for the rest of ASCII."""
+"""The tokenizer of the tiny world: words, syllables of names, characters."""
 
 import re
 

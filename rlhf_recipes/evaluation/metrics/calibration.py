@@ -160,14 +160,14 @@ def calibration_difference(
 
 
 def _sums_by_prompt(confidences: Floats, outcomes: Floats, codes: Integers, prompts: int, bins: int) -> tuple[Floats, ...]:
-    """Return (outcome - confidence) by bin, (P, bins), squares, (P,), and counts, (P,)."""
+    """Return (outcome - confidence), (P, bins), squares, (P,), and counts, (P,)."""
     places = codes * bins + bin_of(confidences, np.linspace(0, 1, bins + 1)[1:-1])
     gaps = np.bincount(places, outcomes - confidences, prompts * bins).reshape(prompts, bins)
     return gaps, np.bincount(codes, _squares(confidences, outcomes), prompts), np.bincount(codes, minlength=prompts)
 
 
 def _errors(weights: Floats, folds: Integers, gaps: Floats, squares: Floats, counts: Floats) -> Floats:
-    """Return cross-fitted ECE and Brier score, (B, 2), for weights (B, P); NaN without predictions."""
+    """Return cross-fitted ECE and Brier score, (B, 2), for weights (B, P)."""
     first, second = (weights[:, folds == fold] @ gaps[folds == fold] for fold in (0, 1))
     error = (np.sign(second) * first + np.sign(first) * second).sum(1)
     total = weights @ counts

@@ -73,7 +73,7 @@ WinRate = metric(
 
 
 def best_of_n(scores: ArrayLike, n: int, values: ArrayLike | None = None) -> Floats:
-    """Return an unbiased estimate of the expected value of the best of n answers, (P,).
+    """Return an unbiased estimate of the mean value of the best of n answers, (P,).
 
     Of N >= n answers, the one of rank i (1 is the lowest score) is the best of C(i - 1, n - 1) of the C(N, n) sets of n.
     Answers of equal score share their sets (Nakano et al., 2021, appendix I).

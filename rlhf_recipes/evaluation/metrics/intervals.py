@@ -25,7 +25,7 @@ def wilson_interval(share: float, n: float) -> list[float]:
 
 
 def share_interval(values: Floats, codes: Integers, seed: int = 0) -> list[float]:
-    """Return the 95% interval of the mean of (N,) values in [0, 1], of groups `codes` (N,).
+    """Return the 95% interval of the mean of (N,) values in [0, 1], by group.
 
     Wilson's where every value is a group by itself; else a bootstrap of whole groups (Davison and Hinkley 1997, 3.8), which
     is too narrow below some 20 groups. Where all groups have one mean, resampling gives no interval, so it is Wilson's with
@@ -38,7 +38,7 @@ def share_interval(values: Floats, codes: Integers, seed: int = 0) -> list[float
 
 
 def mean_interval(values: Floats, codes: Integers, seed: int = 0) -> list[float] | None:
-    """Return the 95% bootstrap interval of the mean of (N,) values, of groups `codes` (N,).
+    """Return the 95% bootstrap interval of the mean of (N,) values, by group.
 
     None where all groups have one mean, since resampling then gives no interval.
     """

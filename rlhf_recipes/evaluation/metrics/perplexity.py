@@ -17,7 +17,7 @@ def perplexity(
     max_length: int = 512,
     batch_size: int = 16,
 ) -> float:
-    """Return exp of the mean negative log-likelihood per token of a causal language model.
+    """Return exp of the mean negative log-likelihood per token.
 
     The mean is over all tokens but the first of each text, which is cut off at `max_length`. The model's mode is restored.
 

@@ -1,4 +1,4 @@
-"""Scores of a reward: agreement with people, correlation with length, and distribution.
+"""Scores of a reward: agreement with people, and with length; distribution.
 
 Results are JSON-serialisable: an undefined number is None, never NaN. Comparisons of one prompt are not independent, so
 intervals resample whole `groups`, which name the prompt of each comparison or ranking (None: each is its own).
@@ -129,7 +129,7 @@ RankingTau = metric(
 
 
 def score_length(scores: ArrayLike, lengths: ArrayLike, *, groups: Sequence[Hashable] | None = None) -> dict[str, Any]:
-    """Return the correlation of N scores with lengths in tokens, overall and within groups.
+    """Return the correlation of scores with lengths in tokens, (N,) each.
 
     Prompts differ in how long an answer they need and in how well they are answered, which alone makes a correlation
     (Singhal et al. 2023). The one within prompts is free of it: it correlates deviations from the prompt's mean (Pearson),
@@ -222,7 +222,7 @@ def _ranks(values: Floats) -> Floats:
 
 
 def _centred(values: Floats) -> Floats:
-    """Return (N,) deviations from the mean, exactly 0 for constants, which subtraction alone may miss."""
+    """Return (N,) deviations from the mean, exactly 0 for constants."""
     shifted = values - values[:1]
     return shifted - shifted.mean() if len(values) else shifted
 

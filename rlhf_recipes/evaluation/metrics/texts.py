@@ -117,7 +117,7 @@ Diversity = metric(
 def truthfulness(
     answers: Sequence[str], references: Sequence[str], abstentions: Sequence[str] = ABSTENTIONS
 ) -> dict[str, float]:
-    """Return the shares of answers that are `right`, that `abstained`, and that are `made_up`.
+    """Return the shares of answers `right`, `abstained`, and `made_up`.
 
     Raises:
         ValueError: No answers, or different lengths.

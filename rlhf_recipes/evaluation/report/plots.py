@@ -60,7 +60,7 @@ def score_histogram(distribution: dict[str, Any], title: str) -> str:
 
 
 def learning_curves(log: Sequence[dict[str, Any]], metrics: Sequence[str], columns: int = 3) -> str:
-    """Draw metrics of a trainer's `log_history` over steps, one panel each, at most `columns` side by side.
+    """Draw metrics of a trainer's `log_history` over steps, one panel each.
 
     Metrics that were never logged are left out.
 

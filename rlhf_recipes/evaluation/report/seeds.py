@@ -14,7 +14,7 @@ FORM = ("entropy", "length", "perplexity")  # labels of `form_columns` in the ta
 
 
 def write_summary(results: Sequence[EvaluationResults], stem: Path) -> str:
-    """Write `stem.json`, `stem.md` and `stem.svg` of the results of each seed; return the tables."""
+    """Write `stem.json`, `.md` and `.svg` of each seed's results; return tables."""
     first = results[0]
     form = {column.label: column for column in form_columns(first)}
     parts = {
