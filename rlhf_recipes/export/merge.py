@@ -186,7 +186,7 @@ def _save(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, folder: Pa
 def check_merged(
     outputs: AdapterOutputs, is_reward: bool, arguments: MergeArguments, tokenizer: PreTrainedTokenizerBase, folder: Path
 ) -> MergeCheck:
-    """Read the merged model from its files in `folder` and compare it with the adapter's outputs.
+    """Read the merged model from its files and compare its outputs with the adapter's.
 
     Raises:
         RecipeError: if they differ by more than the tolerance, or by more than half of the adapter's effect.
@@ -271,7 +271,7 @@ def _write_errors(output_dir: str | Path) -> Iterator[None]:
 
 
 def write_merge_record(folder: Path, arguments: MergeArguments, model_args: ModelConfig, check: MergeCheck) -> None:
-    """Write `recipe.json`, with the records of all earlier stages, and the model card into `folder`."""
+    """Write `recipe.json`, with the records of earlier stages, and the model card."""
     record = {
         "recipe": "merge",
         "base_model": {"name": model_args.model_name_or_path, "revision": model_args.model_revision},

@@ -26,7 +26,7 @@ def last_text(value: Text) -> str:
 def pair_with_references(
     completions: list[Text], reference: list[str | None] | None, name: str
 ) -> list[tuple[str, str | None]]:
-    """Return the last text of each completion with its stripped reference, or with None if that is empty.
+    """Return each completion's last text and its reference, or None if that is empty.
 
     Raises:
         RecipeError: if the data have no column `reference`, or one that is not text.

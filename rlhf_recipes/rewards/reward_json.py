@@ -41,13 +41,13 @@ def write_reward_record(folder: str | Path, base_model: str, base_fingerprint: d
 
 
 def write_ensemble_record(folder: str | Path, members: Sequence[str], combine: str, uncertainty_coef: float) -> None:
-    """Write `reward.json` for an ensemble in `folder`, after all its members are finished."""
+    """Write `reward.json` for an ensemble whose members are all finished."""
     content = {"members": [*members], "combine": combine, "uncertainty_coef": uncertainty_coef}
     write_json(Path(folder) / REWARD, {"ensemble": content})
 
 
 def read_ensemble(folder: Path) -> tuple[list[Path], str, float] | None:
-    """Return an ensemble's members, `combine` and `uncertainty_coef`; None for another model.
+    """Return an ensemble's members, `combine` and `uncertainty_coef`, or None.
 
     Raises:
         RecipeError: if the record is damaged, or a member is not a folder inside `folder`.
@@ -63,7 +63,7 @@ def read_ensemble(folder: Path) -> tuple[list[Path], str, float] | None:
 
 
 def store_normalisation(folder: str | Path, scores: Sequence[float] | Tensor) -> Normalisation:
-    """Store the normalisation of raw scores (N,) of demonstrations beside a reward model.
+    """Store the normalisation of raw scores (N,) of demonstrations.
 
     Raises:
         RecipeError: if there are none, one is not finite, or all are equal.

@@ -115,7 +115,7 @@ class Similarity:
         return model
 
     def _check_transformer(self, model: Any, path: str) -> None:
-        """Refuse weights that its files lack, which would be random, and an invented tokenizer."""
+        """Refuse weights that its files lack, and an invented tokenizer."""
         modules = cached_file(path, "modules.json", _raise_exceptions_for_missing_entries=False)
         folder = json.loads(Path(modules).read_text())[0]["path"] if modules and self.kind == "embedding" else ""
         network = model[0].auto_model if self.kind == "embedding" else model.model
