@@ -69,7 +69,7 @@ class Activations:
         return kept + self._bottleneck_bytes(MLP)
 
     def _input_bytes(self, width: int, parts: Collection[str], stored: int, already_kept: bool = False) -> float:
-        """Return the bytes per token of the input that the trained ones among `parts` share.
+        """Return the bytes per token of the input that `parts`, if trained, share.
 
         A frozen matrix keeps nothing. On a base that is not quantised, PEFT casts the input of each LoRA layer to fp32 and
         autocast casts it back (`peft/tuners/lora/layer.py`): each layer keeps its own copy. On a quantised base (`bnb.py`)

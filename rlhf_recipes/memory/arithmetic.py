@@ -64,7 +64,7 @@ def dequantised_bytes(shape: ModelShape, precision: Precision) -> float:
 
 
 def optimizer_bytes(optimizer: str, width: int = 4) -> float | None:
-    """Return the bytes of optimizer state for each weight of `width` bytes; None if unknown."""
+    """Return the bytes of optimizer state per weight of `width` bytes, if known."""
     if optimizer in TORCH_MOMENTS:
         return float(TORCH_MOMENTS[optimizer] * width)
     name = optimizer.removeprefix("paged_").removesuffix("_8bit").removesuffix("_32bit")
