@@ -101,7 +101,7 @@ def scalar_head(model: PreTrainedModel) -> nn.Linear:
 def read_head(name: str | Path, loaded: Tensor, revision: str | None = None) -> Tensor:
     """Return the head's weight from the files of a model, in fp32.
 
-    `from_pretrained` rounds it to bf16. `loaded` is the weight as loaded, which is returned if the files have it under another name.
+    `from_pretrained` rounds it to bf16. If the files have it under another name, `loaded`, the weight as loaded, is returned.
     """
     key, options = f"{HEAD}.weight", {"revision": revision, "_raise_exceptions_for_missing_entries": False}
     index = cached_file(name, SAFE_WEIGHTS_INDEX_NAME, **options)
