@@ -136,8 +136,8 @@ def test_an_import_restores_an_export(labelled, tmp_path):
 
 def test_undo_after_an_import_follows_the_times(store, tmp_path):
     store.add([group(1), group(2)])
-    label(store, "anna", "g2", 1, 2, 3, at="2026-01-01T00:00:00.000+00:00")
-    label(store, "anna", "g1", 1, 2, 3, at="2026-01-02T00:00:00.000+00:00")
+    for identity, day in (("g2", 1), ("g1", 2)):
+        label(store, "anna", identity, 1, 2, 3, at=f"2026-01-0{day}T00:00:00.000+00:00")
     export_labels(store, tmp_path)
     with Store(tmp_path / "fresh.sqlite") as fresh:
         import_labels(fresh, tmp_path / "labels.jsonl")
