@@ -21,7 +21,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from rlhf_recipes import PPOConfig, PPOTrainer
-from rlhf_recipes.training.dpo import DPOTrainer
+from rlhf_recipes.training.trainers import DPOTrainer
 
 import torch
 from datasets import Dataset, disable_progress_bars

@@ -23,7 +23,7 @@ from typing import Any
 from rlhf_recipes.memory import Plan, plan_stage
 from rlhf_recipes.memory.plan import GIB
 from rlhf_recipes.pipeline.estimates import plannable_stages
-from rlhf_recipes.training.mixin import TrainerMixin
+from rlhf_recipes.training.trainers import TrainerMixin
 
 import torch
 import yaml

@@ -17,8 +17,8 @@ from rlhf_recipes.core.provenance import versions
 from rlhf_recipes.tiny.text import pretraining_text
 from rlhf_recipes.tiny.tokenizer import build_tokenizer
 from rlhf_recipes.tiny.world import World
-from rlhf_recipes.training.record import RunRecorder
-from rlhf_recipes.training.sft import SFTTrainer
+from rlhf_recipes.training.result import RunRecorder
+from rlhf_recipes.training.trainers import SFTTrainer
 
 from datasets import Dataset
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast, set_seed

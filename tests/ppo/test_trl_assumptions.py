@@ -964,7 +964,7 @@ def test_4_bit_layers_can_turn_off_repacking(tmp_path):
 
 
 def test_counters_of_trainers():
-    """`rlhf_recipes.training.mixin` saves it with checkpoints, and restores it with the random state."""
+    """`rlhf_recipes.training.trainers` saves it with checkpoints, and restores it with the random state."""
     loop = inspect.getsource(Trainer._inner_training_loop) + inspect.getsource(Trainer._maybe_log_save_evaluate)
     for name in ("_tr_loss", "_total_loss_scalar", "_globalstep_last_logged"):
         assert f"self.{name}" in loop, name

@@ -6,7 +6,7 @@ import re
 from importlib import import_module
 
 from rlhf_recipes.config.dpo import LOSSES, SMOOTHED, DPOConfig
-from rlhf_recipes.training.dpo import DPOTrainer
+from rlhf_recipes.training.trainers import DPOTrainer
 from support import ROOT
 from support.small_ppo import copies, in_4_bits, logged, lora, make_model, make_tokenizer, moved, save_base, with_adapter
 from support.tolerance import assert_close

@@ -11,7 +11,6 @@ from rlhf_recipes.models.kernels import check_vllm, compile_layers, without_comp
 from rlhf_recipes.models.precision import preserve_param_dtypes
 from rlhf_recipes.models.roles import use_adapter
 from rlhf_recipes.rewards.protocol import checked_reward
-from rlhf_recipes.training.mixin import TrainerMixin
 from rlhf_recipes.training.ppo.checkpoint import load_ppo_state, save_ppo_state
 from rlhf_recipes.training.ppo.critic import CriticOptimizer, make_critic
 from rlhf_recipes.training.ppo.diagnostics import DiagnosticsCallback, check_rewards
@@ -24,6 +23,7 @@ from rlhf_recipes.training.ppo.rollout import IterationProgress, TokenBatch
 from rlhf_recipes.training.ppo.setup import first_reward_model, load_rewards_onto, make_reference, prepare_policy
 from rlhf_recipes.training.ppo.vllm import send_policy_alone
 from rlhf_recipes.training.resume import resume_errors
+from rlhf_recipes.training.trainers import TrainerMixin
 
 import torch
 from datasets import Dataset, IterableDataset
