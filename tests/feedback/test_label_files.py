@@ -1,8 +1,10 @@
 """Labels as files: datasets, export and import; the agreement of labellers; the command line of recipes/label.py."""
 
 import json
+import os
 import socket
 import sqlite3
+import subprocess
 import sys
 import tomllib
 from pathlib import Path
@@ -314,6 +316,33 @@ def test_the_recipe_exports_and_imports(files, launch):
     assert launch("label", "--store", "fresh.sqlite", "--import", "out/labels.jsonl", "--export", "again") == (0, "")
     assert Path("again/rankings.jsonl").read_text() == Path("out/rankings.jsonl").read_text() != ""
     assert launch("label", "--data", "groups.jsonl", "--agreement") == (0, "")
+
+
+LIST_IMPORTS = """
+import atexit, runpy, sys
+from rlhf_recipes.feedback.labels import server
+server.serve = lambda *_: None
+atexit.register(lambda: print("imported:", *{"torch", "transformers", "trl", "datasets"} & sys.modules.keys()))
+sys.argv.pop(0)
+runpy.run_path(sys.argv[0], run_name="__main__")
+"""
+
+
+@pytest.mark.parametrize(
+    ("options", "status"),
+    [((), 0), (("--agreement", "--export", "out"), 0), (("--overlap", "2"), 2)],
+    ids=["page", "export", "error"],
+)
+def test_the_recipe_runs_without_pytorch(files, options, status):
+    """PyTorch takes 10 seconds and half a GiB."""
+    with Store("groups.labels.sqlite") as store:
+        store.add(read_groups(Path("groups.jsonl")))
+        for name in ("anna", "berta"):
+            label(store, name, "g", 2, 1)
+    recipe = (ROOT / "recipes" / "label.py", "--data", "groups.jsonl", "--port", "0", *options)
+    environment = os.environ | {"PYTHONPATH": str(ROOT)}
+    result = subprocess.run([sys.executable, "-c", LIST_IMPORTS, *recipe], capture_output=True, text=True, env=environment)
+    assert (result.returncode, result.stdout.splitlines()[-1]) == (status, "imported:"), result.stderr
 
 
 @pytest.mark.parametrize(

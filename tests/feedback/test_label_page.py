@@ -348,22 +348,10 @@ def test_empty_answers_are_unusable_and_equal_ones_are_shown_once(open_page):
 
 # --- Failures ---------------------------------------------------------------------------------------------------------
 
-LIGHT = """
-import sys
-from pathlib import Path
-from rlhf_recipes.feedback.labels import Store, read_groups
-from rlhf_recipes.feedback.labels.server import listen, serve
-store = Store(sys.argv[4])
-store.add(read_groups(Path(sys.argv[2])))
-"""
-SERVES = """
-serve(store, listen("127.0.0.1", int(sys.argv[6])))
-"""
 
-
-def start(program, data, store, port):
-    """Start a server in a new process, and return the process and its URL."""
-    command = [sys.executable, *program, "--data", data, "--store", store, "--port", str(port)]
+def start(data, store, port):
+    """Start the recipe in a new process, and return the process and its URL."""
+    command = [sys.executable, ROOT / "recipes" / "label.py", "--data", data, "--store", store, "--port", str(port)]
     environment = os.environ | {"PYTHONPATH": str(ROOT)}
     process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=environment)
     for line in process.stdout:
@@ -377,7 +365,7 @@ def test_a_killed_server_loses_nothing(tmp_path, visit):
     """The page keeps the unsaved label, and a new server has the saved one."""
     data, store = tmp_path / "groups.jsonl", tmp_path / "labels.sqlite"
     data.write_text("".join(json.dumps(group(number).row()) + "\n" for number in (1, 2)))
-    process, url = start(["-c", LIGHT + SERVES], data, store, 0)  # the recipe without its slow imports
+    process, url = start(data, store, 0)
     page = visit(url, "anna")
     press(page, "0", "Enter", done=1)
     press_answer(page, "three")
@@ -391,7 +379,7 @@ def test_a_killed_server_loses_nothing(tmp_path, visit):
     )
     expect(page.locator("#demonstration")).to_have_value("Long thought about.")
 
-    process, _ = start([ROOT / "recipes" / "label.py"], data, store, url.rpartition(":")[2])
+    process, _ = start(data, store, url.rpartition(":")[2])
     press(page, "Control+Enter", done=2)
     process.send_signal(signal.SIGINT)
     _, errors = process.communicate(timeout=30)

@@ -5,9 +5,12 @@ from collections import defaultdict
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 
+from rlhf_recipes.evaluation.metrics.intervals import codes_of, share_interval
 from rlhf_recipes.feedback.groups import Group
 from rlhf_recipes.feedback.labels.files import Contents, distinct_ranks
 from rlhf_recipes.feedback.labels.label import Label
+
+import numpy as np
 
 
 @dataclass
@@ -63,11 +66,6 @@ def agreement(contents: Contents) -> Agreement:
                         by_labeller[label.labeller].append(agreed[-1])
     if not agreed:
         return Agreement(tied=number, share_with_ties=same / number if number else None)
-    # Imported here: the evaluation's libraries take seconds to load, and the page does not need them
-    from rlhf_recipes.evaluation.metrics.intervals import codes_of, share_interval
-
-    import numpy as np
-
     return Agreement(
         share=sum(agreed) / len(agreed),
         interval=share_interval(np.array(agreed, dtype=np.float64), codes_of(prompts, len(prompts))),
