@@ -286,6 +286,25 @@ def test_agreement_equals_a_count_by_hand(store):
     assert result.lines()[0].startswith("Agreement: 67% [")
 
 
+@pytest.mark.parametrize("conversational", [False, True])
+@pytest.mark.parametrize("groups_of_a_prompt", [1, 5])
+def test_agreement_resamples_prompts_however_many_groups_they_have(conversational, groups_of_a_prompt):
+    """Judgements of one prompt are alike: five groups of a prompt say no more than one."""
+    contents, prompts = [], [f"Question {number}?" for number in range(40)]
+    if conversational:
+        prompts = [[{"role": "system", "content": "Be short."}, {"role": "user", "content": prompt}] for prompt in prompts]
+    for number, prompt in enumerate(prompts):
+        for k in range(groups_of_a_prompt):
+            one = Group(f"{number}-{k}", prompt, ["a", "b"])
+            labels = [Label(one.id, "anna", [1, 2]), Label(one.id, "berta", [1, 2] if number % 4 else [2, 1])]
+            contents.append((one, labels))
+    result = agreement(contents)
+    assert (result.prompts, result.compared) == (40, 40 * groups_of_a_prompt)
+    assert result.share == pytest.approx(0.75)
+    low, high = result.interval
+    assert high - low == pytest.approx(2 * 1.96 * (0.75 * 0.25 / 40) ** 0.5, rel=0.1)
+
+
 def test_agreement_without_judgements_or_with_ties_only(store):
     store.add([group(1, ("a", "b")), group(2, ("a", "b"))])
     label(store, "anna", "g1", 1, 1)
