@@ -364,6 +364,10 @@ def test_the_recipe_runs_without_pytorch(files, options, status):
     assert (result.returncode, result.stdout.splitlines()[-1]) == (status, "imported:"), result.stderr
 
 
+WEAK = {"SHORT": "12345", "BLANK": " " * 8, "MOSTLY_BLANK": "  secret   ", "TABS": "\t" * 9, "INVISIBLE": "\u200b" * 8}
+WEAK |= {"WIDE_BLANK": "\u3000" * 8, "NOT_TEXT": "secretsecret\udcff"}
+
+
 @pytest.mark.parametrize(
     ("options", "message"),
     [
@@ -376,11 +380,12 @@ def test_the_recipe_runs_without_pytorch(files, options, status):
         (["--data", "groups.jsonl", "--port", "99999"], "--port: 99999"),
         (["--data", "groups.jsonl", "--port", "-1"], "--port: -1"),
         (["--data", "groups.jsonl", "--password-env", "NONE_SUCH"], "NONE_SUCH"),
-        (["--data", "groups.jsonl", "--password-env", "SHORT"], "--password-env: the password has 5"),
+        *((["--data", "groups.jsonl", "--password-env", name], "--password-env: too weak a password") for name in WEAK),
     ],
 )
 def test_a_mistake_of_the_user_is_one_message_and_changes_nothing(files, launch, monkeypatch, options, message):
-    monkeypatch.setenv("SHORT", "12345")
+    for name, password in WEAK.items():
+        monkeypatch.setenv(name, password)
     status, error = launch("label", *options)
     assert (status, error.count("\n")) == (2, 1)
     assert error.startswith("error: ")
