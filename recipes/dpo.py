@@ -12,8 +12,8 @@ from rlhf_recipes.data import load_data
 from rlhf_recipes.models.loading import load_policy
 from rlhf_recipes.models.tokenizer import load_tokenizer
 from rlhf_recipes.stages import parse_arguments
-from rlhf_recipes.training.dpo import DPOTrainer
 from rlhf_recipes.training.run import Run
+from rlhf_recipes.training.trainers import DPOTrainer
 
 from accelerate import PartialState
 from trl import get_peft_config

@@ -12,8 +12,7 @@ from pathlib import Path
 from rlhf_recipes.cli import exit_on_recipe_error
 from rlhf_recipes.core.files import check_writable
 from rlhf_recipes.feedback.groups import read_groups
-from rlhf_recipes.feedback.ranking import read_labeler, write_rankings
-from rlhf_recipes.feedback.selection import choose_groups, load_ensemble
+from rlhf_recipes.feedback.ranking import choose_groups, load_ensemble, read_labeler, write_rankings
 from rlhf_recipes.models.loading import model_path
 from rlhf_recipes.stages import parse_arguments
 
@@ -28,7 +27,7 @@ def main() -> None:
     if rank_args.choose == "disagreement":
         model_path(model_args)  # checked in the first round, though only the second needs a base
     check_writable(Path(rank_args.output_dir))
-    labeler = read_labeler(rank_args.labeller, rank_args.seed)
+    rank = read_labeler(rank_args.labeller, rank_args.seed)
     groups = read_groups(rank_args.groups)
 
     # Which groups: by an ensemble, if there is one already
@@ -36,7 +35,7 @@ def main() -> None:
     chosen = choose_groups(groups, rank_args.num_groups, rank_args.seed, ensemble)
 
     # The labeller's rankings of them
-    rows = labeler.rank(chosen)
+    rows = rank(chosen)
     print(write_rankings(rank_args.output_dir, rows, len(chosen)))
 
 

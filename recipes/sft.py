@@ -13,7 +13,7 @@ from rlhf_recipes.models.loading import load_model
 from rlhf_recipes.models.tokenizer import load_tokenizer
 from rlhf_recipes.stages import parse_arguments
 from rlhf_recipes.training.run import Run
-from rlhf_recipes.training.sft import SFTTrainer
+from rlhf_recipes.training.trainers import SFTTrainer
 
 from accelerate import PartialState
 from trl import get_peft_config

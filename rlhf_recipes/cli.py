@@ -5,9 +5,9 @@ import sys
 from collections.abc import Iterator
 from pathlib import Path
 
+from rlhf_recipes.config.checks import TRACKERS
 from rlhf_recipes.config.current import CURRENT_RUN, CurrentRun
-from rlhf_recipes.config.trackers import tracker_complaint
-from rlhf_recipes.core.errors import RecipeError, causes, failed_write, lack_of_memory
+from rlhf_recipes.core.errors import RecipeError, causes, failed_write, first_line, lack_of_memory
 from rlhf_recipes.memory.out_of_memory import explain_out_of_memory
 from rlhf_recipes.training.resume import newest_checkpoint
 
@@ -45,7 +45,7 @@ def _message(error: Exception, run: CurrentRun | None) -> str | None:
         return ". ".join([explain_out_of_memory(exhausted, run, _when(run)), *_kept(run)])
     if isinstance(error, RecipeError):
         return str(error)
-    return tracker_complaint(error) or _failed_write(error, run)
+    return _tracker_complaint(error) or _failed_write(error, run)
 
 
 def _below_progress_bar(run: CurrentRun | None) -> str:
@@ -63,9 +63,7 @@ def _when(run: CurrentRun | None) -> str:
 def _kept(run: CurrentRun | None, resume: str | None = None) -> list[str]:
     """Return the newest checkpoint of the training, and how to resume from it.
 
-    Args:
-        run: the run of this process.
-        resume: value of `resume_from_checkpoint`; None: the name of the checkpoint, for which other arguments may change.
+    With None for `resume_from_checkpoint` it is named, which lets other arguments change.
     """
     if run is None or run.trainer is None:
         return []
@@ -77,6 +75,16 @@ def _kept(run: CurrentRun | None, resume: str | None = None) -> list[str]:
         return [f"{newest} is kept"]
     same = "" if resume else " and the same `optim`"
     return [f"{newest} is kept: resume from it with `resume_from_checkpoint: {resume or newest}`{same}"]
+
+
+def _tracker_complaint(error: BaseException) -> str | None:
+    """Return the message of a tracker that stopped a training, or None."""
+    for cause in causes(error):
+        package = type(cause).__module__.partition(".")[0]
+        if package in TRACKERS:
+            fix = ". Fix: log in with `wandb login`, or set WANDB_MODE=offline" if package == "wandb" else ""
+            return f"report_to: {package}: {first_line(cause)}{fix}"
+    return None
 
 
 def _failed_write(error: Exception, run: CurrentRun | None) -> str | None:

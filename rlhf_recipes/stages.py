@@ -129,30 +129,10 @@ def find_stage(recipe: str) -> Stage:
 
 
 def parse_arguments(recipe: str | Path, argv: Sequence[str] | None = None) -> tuple[Any, ...]:
-    """Return a recipe's arguments: its YAML file overridden by the command line.
-
-    Args:
-        recipe: the recipe's `__file__`; its name is that of the stage. Without `--config`, `configs/tiny/<name>.yaml` beside
-            its folder is read.
-        argv: the command line without the program's name; `sys.argv` by default.
-
-    Returns:
-        One instance for each of the stage's dataclasses, in the order of the registry.
-
-    Raises:
-        RecipeError: for a missing or malformed file, an unknown key, a value of the wrong type, options that exclude each
-            other, or what this machine or launcher cannot do.
-    """
-    stage = find_stage(Path(recipe).stem)
-    return parse_dataclasses(recipe, *stage.argument_classes(), argv=argv)
+    """Return a recipe's arguments, as `parse_dataclasses`, in the registry's order."""
+    return parse_dataclasses(recipe, *find_stage(Path(recipe).stem).argument_classes(), argv=argv)
 
 
 def parse_values(recipe: str, values: Mapping[str, Any], here: bool = True) -> tuple[Any, ...]:
-    """Return the arguments of a recipe from the values that its YAML file would hold.
-
-    `here` tells whether the recipe will run on this machine, which then must have what it needs.
-
-    Raises:
-        RecipeError: as `parse_arguments`; it names no file.
-    """
+    """Return a recipe's arguments from its YAML file's content, as `parse_mapping`."""
     return parse_mapping(recipe, *find_stage(recipe).argument_classes(), values=values, here=here)

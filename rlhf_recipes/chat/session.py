@@ -8,7 +8,7 @@ from typing import Any
 
 from rlhf_recipes.chat.terminal import Write, Writer, interruptible, read_lines
 from rlhf_recipes.config.chat import ChatArguments
-from rlhf_recipes.core.errors import RecipeError, did_you_mean, first_line
+from rlhf_recipes.core.errors import RecipeError, did_you_mean, error_context
 from rlhf_recipes.evaluation.named_rewards import NamedReward
 from rlhf_recipes.generation.answers import Answer, encode_prompts, log_probs, stream
 from rlhf_recipes.generation.policies import Policy, PolicyBank
@@ -55,14 +55,7 @@ class Side:
 
 
 class Chat:
-    """A chat, one line of input at a time.
-
-    Parameters:
-        bank: the base with the policies on it.
-        policies: by name; the first one answers first.
-        rewards: that /score shows, by name.
-        arguments: of the recipe.
-        console: where it is shown; the terminal by default.
+    """A chat, one line of input at a time. The first of `policies` answers first.
 
     Raises:
         RecipeError: without policies; for an unknown `kl_reference`; for a system prompt that the chat template rejects.
@@ -80,12 +73,15 @@ class Chat:
         if not self.policies:
             raise RecipeError("policies: none of them exists. Fix: train one, or add `base: null`.")
         self.console = console or Console(highlight=False)
-        self.reference = self._choose_reference()
+        if arguments.kl_reference:
+            self._check_policies(arguments.kl_reference, key="kl_reference: ")
+        self.reference = arguments.kl_reference or "sft"
+        if self.reference not in self.policies:
+            self.reference = BASE
+            bank.add(BASE, None, "kl_reference")
         self.sides = [Side(self.policies[0])]
-        try:
+        with error_context("system_prompt: the chat template rejects it", TemplateError):
             encode_prompts(bank.tokenizer, [self._messages([], "message")])
-        except TemplateError as error:
-            raise RecipeError(f"system_prompt: the chat template rejects it: {first_line(error)}") from error
         torch.manual_seed(arguments.seed)
 
     def run(self) -> None:
@@ -113,25 +109,25 @@ class Chat:
             RecipeError: for an unknown command or policy, or a conversation that is too long.
         """
         line = line.strip()
-        if line.startswith("/") and not line.startswith("//"):
-            command, _, rest = line.partition(" ")
-            return self._run_command(command, rest.strip())
-        if line:
-            self._answer(line[1:] if line.startswith("//") else line)
-        return True
-
-    # --- Commands ---------------------------------------------------------------------------------------
-
-    def _run_command(self, command: str, rest: str) -> bool:
+        if not line.startswith("/") or line.startswith("//"):
+            if line:
+                self._answer(line[1:] if line.startswith("//") else line)
+            return True
+        command, _, rest = line.partition(" ")
+        rest = rest.strip()
         if command not in _COMMANDS:
             hint = did_you_mean(command, _COMMANDS) or "; /help shows them"
             raise RecipeError(f"{command}: unknown command{hint} (begin a message with // for a slash)")
         if rest and not _COMMANDS[command][0]:
             raise RecipeError(f"{command}: takes no argument")
+        if command in ("/score", "/undo") and not self.sides[0].turns:
+            raise RecipeError(f"{command}: there is no answer yet")
         if command == "/quit":
             return False
         getattr(self, f"_{command[1:]}")(rest)
         return True
+
+    # --- Commands ---------------------------------------------------------------------------------------
 
     def _policy(self, name: str) -> None:
         if name:
@@ -150,7 +146,6 @@ class Chat:
         self._print(self._status(), "dim")
 
     def _score(self, reference: str) -> None:
-        self._check_turns("/score")
         columns = {side.turns[-1].policy: self._scores(side, reference or None) for side in self.sides}
         table = Table(box=SIMPLE_HEAD)
         for name in ("", *columns):
@@ -160,7 +155,6 @@ class Chat:
         self.console.print(table)
 
     def _undo(self, _: str) -> None:
-        self._check_turns("/undo")
         for side in self.sides:
             side.turns = side.turns[:-1]
         self._print(f"taken back; messages left: {len(self.sides[0].turns)}", "dim")
@@ -186,25 +180,18 @@ class Chat:
                 known = f"{', '.join(self.policies)}{did_you_mean(name, self.policies)}"
                 raise RecipeError(f"{key}{name!r} is none of the policies {known}")
 
-    def _check_turns(self, command: str) -> None:
-        if not self.sides[0].turns:
-            raise RecipeError(f"{command}: there is no answer yet")
-
     def _print(self, text: str, style: str = "") -> None:
         self.console.print(Text(text, style))
 
     # --- Answers ----------------------------------------------------------------------------------------
 
     def _answer(self, message: str) -> None:
-        """Let every side answer.
-
-        If one was stopped before its first token, the message is taken back.
-        """
+        """Let every side answer; take the message back if one has no token yet."""
         limits = [self._token_limit(side, message) for side in self.sides]
-        writers = self._columns() if len(self.sides) > 1 else self._single()
-        with interruptible() as stopped, writers as write:
+        with interruptible() as stopped, self._columns() if len(self.sides) > 1 else self._single() as writers:
             answers = [
-                self._stream(side, message, limits[place], write[place], stopped) for place, side in enumerate(self.sides)
+                self._stream(side, message, limit, write, stopped)
+                for side, limit, write in zip(self.sides, limits, writers, strict=True)
             ]
         if not all(answer.ids for answer in answers):
             self._print("stopped; the message is taken back", "dim")
@@ -240,10 +227,7 @@ class Chat:
 
     @contextlib.contextmanager
     def _columns(self) -> Iterator[list[Write]]:
-        """Yield a writer for each side's column.
-
-        Without a terminal the table is shown when all are done.
-        """
+        """Yield a writer for each column. Without a terminal, show them at the end."""
         table, cells = Table(box=SIMPLE_HEAD, expand=True), [Text() for _ in self.sides]
         for side in self.sides:
             table.add_column(Text(side.policy, "bold green"), ratio=1, overflow="fold")
@@ -273,15 +257,6 @@ class Chat:
 
     # --- Scores -----------------------------------------------------------------------------------------
 
-    def _choose_reference(self) -> str:
-        name = self.arguments.kl_reference or "sft"
-        if self.arguments.kl_reference:
-            self._check_policies(name, key="kl_reference: ")
-        if name in self.policies:
-            return name
-        self.bank.add(BASE, None, "kl_reference")
-        return BASE
-
     def _scores(self, side: Side, reference: str | None) -> dict[str, str]:
         """Return each reward of the last answer, and its KL, as text."""
         *before, turn = side.turns
@@ -291,10 +266,10 @@ class Chat:
         return {**scores, f"KL from {self.reference}": f"{kl:.2f} nats, {kl / len(turn.answer.ids):.3f} a token"}
 
     def _reward(self, reward: NamedReward, prompt: list[dict[str, str]], answer: Answer, reference: str | None) -> str:
-        completion = [{"role": "assistant", "content": answer.text}]
+        completions, function = [[{"role": "assistant", "content": answer.text}]], checked_reward(reward.function, reward.name)
         columns: dict[str, Any] = {"completion_ids": [list(answer.ids)], "reference": [reference]}
         try:
-            (score,) = score_completions(checked_reward(reward.function, reward.name), [prompt], [completion], **columns)
+            (score,) = score_completions(function, [prompt], completions, **columns)
         except RecipeError as error:
             return str(error)
         if score is None:

@@ -34,10 +34,7 @@ class Writer(TextStreamer):
 
 
 def read_lines(console: Console) -> Iterator[str]:
-    """Yield lines until the input ends; Ctrl-C discards a line.
-
-    Lines of a pipe are shown.
-    """
+    """Yield lines, and show those of a pipe. Ctrl-C discards a line."""
     typed = sys.stdin.isatty()
     with contextlib.suppress(ImportError):
         import readline  # noqa: F401 - gives `input` a history and arrow keys
@@ -59,10 +56,7 @@ def read_lines(console: Console) -> Iterator[str]:
 
 @contextlib.contextmanager
 def interruptible() -> Iterator[Callable[[], bool]]:
-    """Yield a function that tells whether Ctrl-C was pressed.
-
-    A first one does not interrupt a forward pass; a second one does.
-    """
+    """Yield a function that tells whether Ctrl-C was pressed; a second one interrupts."""
     pressed = []
 
     def press(number: int, frame: Any) -> None:

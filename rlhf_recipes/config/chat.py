@@ -1,37 +1,33 @@
 """Arguments of `recipes/chat.py`."""
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
+
+from rlhf_recipes.config import option
 
 
 @dataclass
 class ChatArguments:
     """Which policies answer, how they are sampled, and what scores them."""
 
-    policies: dict[str, Any] = field(
-        default_factory=dict,
-        metadata={
-            "help": "name -> folder of an adapter, or null for the base model. `{path: FOLDER, optional: true}` is left out "
-            "if there is no such folder. The first one answers at the start."
-        },
+    policies: dict[str, Any] = option(
+        {},
+        "name -> adapter folder, or null for the base model. The first answers at the start. `{path: FOLDER, optional: true}` "
+        "is left out if the folder is missing.",
     )
-    kl_reference: str | None = field(
-        default=None,
-        metadata={"help": "The policy from which /score measures KL; by default `sft` if there is one, else the base model."},
+    kl_reference: str | None = option(
+        None, "Policy from which /score measures KL; default: `sft` if there is one, else the base model."
     )
-    rewards: list[str] = field(
-        default_factory=list,
-        metadata={
-            "help": "What /score shows, as in recipes/evaluate.py: a path, or a mapping of `path`, `arguments`, `name`, and "
-            "`optional: true` for one that is left out if there is no such folder."
-        },
+    rewards: list[str] = option(
+        [],
+        "What /score shows: paths, or mappings of `path`, `arguments`, `name` and `optional: true`, as in recipes/evaluate.py.",
     )
-    system_prompt: str | None = field(default=None, metadata={"help": "System message of every conversation."})
-    temperature: float = field(default=1.0, metadata={"help": "Sampling temperature; 0 is greedy."})
-    top_p: float = field(default=1.0, metadata={"help": "Nucleus sampling: cumulative probability of the tokens to keep."})
-    max_new_tokens: int = field(default=512, metadata={"help": "Greatest length of an answer, in tokens."})
-    seed: int = field(default=0, metadata={"help": "Seed of sampling."})
-    trust_remote_code: bool = field(default=False, metadata={"help": "Run code that comes with a model."})
+    system_prompt: str | None = option(None, "System message of every conversation.")
+    temperature: float = option(1.0, "Sampling temperature; 0 is greedy.")
+    top_p: float = option(1.0, "Nucleus sampling: cumulative probability of the tokens to keep.")
+    max_new_tokens: int = option(512, "Longest answer, in tokens.")
+    seed: int = option(0, "Seed of sampling.")
+    trust_remote_code: bool = option(False, "Run code that comes with a model.")
 
     def __post_init__(self):
         if self.max_new_tokens < 1:

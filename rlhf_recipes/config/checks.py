@@ -1,13 +1,16 @@
 """Reject values that would fail late, or make a run silently wrong."""
 
+import importlib
 import os
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
-from rlhf_recipes.core.errors import RecipeError
+from rlhf_recipes.core.errors import RecipeError, did_you_mean, first_line
 
 import torch
 from transformers import TrainingArguments
+from transformers.integrations.integration_utils import INTEGRATION_TO_CALLBACK
 
 _EXCLUSIVE = (
     ("load_in_4bit", "load_in_8bit", "set one of the two"),
@@ -21,6 +24,8 @@ _LEAST = {
     "num_train_epochs": 0,
     "weight_decay": 0,
 }
+TRACKERS = {"trackio": ("trackio",), "tensorboard": ("tensorboard", "tensorboardX"), "wandb": ("wandb",)}
+"""The tested trackers, each with the packages that provide it. Transformers knows others."""
 
 
 def check_values(values: dict[str, Any], trains: bool) -> None:
@@ -43,6 +48,24 @@ def check_values(values: dict[str, Any], trains: bool) -> None:
         raise RecipeError("truncation_mode: keep_end: cuts off prompts. Fix: raise `max_length`, or set `long_rows: drop`")
     if (column := values.get("dataset_text_field", "text")) != "text":
         raise RecipeError(f"dataset_text_field: {column}: is not read. Fix: set `column_mapping: {{{column}: text}}`")
+
+
+def check_process_group(groups: Sequence[Any]) -> None:
+    """Reject a launch whose processes would not form one group.
+
+    Each would train alone, and overwrite the others.
+
+    Raises:
+        RecipeError: with the fix.
+    """
+    launched = os.environ.get("WORLD_SIZE", "") if "LOCAL_RANK" in os.environ else ""  # set by torchrun
+    alone = any(group.world_size == 1 for group in groups if isinstance(group, TrainingArguments))
+    if alone and launched.isdecimal() and int(launched) > 1:
+        reason = "this one knows of no other" if torch.cuda.is_available() else "there is no GPU to share out"
+        raise RecipeError(f"{launched} processes were launched, and {reason}. Fix: set `use_cpu: true`, or launch one")
+
+
+# --- Number types --------------------------------------------------------------------------------------------
 
 
 def set_machine_defaults(values: dict[str, Any]) -> None:
@@ -78,16 +101,48 @@ def _has_bf16() -> bool:
     return not torch.cuda.is_available() or torch.cuda.is_bf16_supported(including_emulation=False)
 
 
-def check_process_group(groups: Sequence[Any]) -> None:
-    """Reject a launch whose processes would not form one group.
+# --- Trackers ------------------------------------------------------------------------------------------------
 
-    Each would train alone, and overwrite the others.
+
+def prepare_trackers(values: dict[str, Any]) -> None:
+    """Check that the trackers are installed, and name the run, also when it resumes.
+
+    Args:
+        values: keys and values of a recipe. `report_to` becomes a list; `run_name` is set from `output_dir`.
 
     Raises:
-        RecipeError: with the fix.
+        RecipeError: for a tracker that is unknown or not installed.
     """
-    launched = os.environ.get("WORLD_SIZE", "") if "LOCAL_RANK" in os.environ else ""  # set by torchrun
-    alone = any(group.world_size == 1 for group in groups if isinstance(group, TrainingArguments))
-    if alone and launched.isdecimal() and int(launched) > 1:
-        reason = "this one knows of no other" if torch.cuda.is_available() else "there is no GPU to share out"
-        raise RecipeError(f"{launched} processes were launched, and {reason}. Fix: set `use_cpu: true`, or launch one")
+    wanted = values.get("report_to")
+    names = wanted.replace(" ", "").split(",") if isinstance(wanted, str) else wanted or ["none"]
+    values["report_to"] = names
+    if names == ["none"]:
+        return
+    for name in names if names != ["all"] else ():
+        if name not in INTEGRATION_TO_CALLBACK:
+            known = [*TRACKERS, *sorted(INTEGRATION_TO_CALLBACK.keys() - TRACKERS.keys()), "all", "none"]
+            raise RecipeError(f"report_to: {name!r} is none of {', '.join(known)}{did_you_mean(name, known)}")
+        if name in TRACKERS:
+            _check_installed(name)
+    if values.get("output_dir"):
+        values["run_name"] = values.get("run_name") or run_name(values["output_dir"])
+
+
+def run_name(output_dir: str | Path) -> str:
+    """Return the name of a folder's run: `mine-seed-0-sft` for `runs/mine/seed-0/sft`."""
+    parts = [part for part in Path(output_dir).parts if part not in ("/", ".", "..")]
+    below = parts[len(parts) - parts[::-1].index("runs") :] if "runs" in parts else parts[-2:]
+    return "-".join(below or parts)
+
+
+def _check_installed(name: str) -> None:
+    """Import a tracker as the trainer will: its own dependencies may be missing."""
+    reason = "is not installed"
+    for package in TRACKERS[name]:
+        try:
+            # A mere folder of that name, such as the one with wandb's runs, has no file
+            if importlib.import_module(package).__file__ is not None:
+                return
+        except ImportError as error:
+            reason = reason if error.name == package else f"cannot be imported ({first_line(error)})"
+    raise RecipeError(f"report_to: {name} {reason}. Fix: `pip install --upgrade {name}`, or set `report_to: none`")

@@ -1,7 +1,9 @@
 """Which data a stage reads."""
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
+
+from rlhf_recipes.config import option
 
 from trl.scripts.utils import DatasetConfig
 
@@ -28,48 +30,28 @@ class DatasetSource(DatasetConfig):
 class DataArguments:
     """Which data a stage reads. Keys that TRL has keep TRL's meaning."""
 
-    dataset_name: str | None = field(
-        default=None,
-        metadata={
-            "help": "A Hub name, a local file or directory, or the dotted path of a function that returns a dataset. "
-            "Excludes `datasets`."
-        },
+    dataset_name: str | None = option(
+        None, "Hub name, local file or directory, or dotted path of a function that returns a dataset. Excludes `datasets`."
     )
-    dataset_config: str | None = field(default=None, metadata={"help": "Configuration of the Hub dataset."})
-    dataset_train_split: str = field(default="train", metadata={"help": "Split to train on."})
-    dataset_test_split: str = field(default="test", metadata={"help": "Split to evaluate on."})
-    datasets: list[DatasetSource] = field(
-        default_factory=list, metadata={"help": "A mixture to train on; each entry has a `path` and its options."}
+    dataset_config: str | None = option(None, "Configuration of the Hub dataset.")
+    dataset_train_split: str = option("train", "Split to train on.")
+    dataset_test_split: str = option("test", "Split to evaluate on.")
+    datasets: list[DatasetSource] = option([], "Mixture to train on; each entry has a `path` and its options.")
+    eval_datasets: list[DatasetSource] = option([], "Mixture to evaluate on, with the options of `datasets`.")
+    test_split_size: float | None = option(
+        None,
+        "Share or number of the training rows to hold out for evaluation, by the run's seed. Of pairs and rankings it counts "
+        "prompts.",
     )
-    eval_datasets: list[DatasetSource] = field(
-        default_factory=list, metadata={"help": "A mixture to evaluate on, with the options of `datasets`."}
+    column_mapping: dict[str, str] | None = option(None, "Column of `dataset_name` -> name that it should have.")
+    dataset_arguments: dict[str, Any] | None = option(None, "Keyword arguments of the function that `dataset_name` names.")
+    bad_rows: str = option(
+        "error", "Unusable rows, such as empty answers: stop the run, or drop and count them.", ["error", "drop"]
     )
-    test_split_size: float | None = field(
-        default=None,
-        metadata={
-            "help": "Share or number of the training rows to hold out for evaluation, by the run's seed. For pairs and "
-            "rankings it counts prompts."
-        },
-    )
-    column_mapping: dict[str, str] | None = field(
-        default=None, metadata={"help": "Column of `dataset_name` -> name that it should have."}
-    )
-    dataset_arguments: dict[str, Any] | None = field(
-        default=None, metadata={"help": "Keyword arguments for the function that `dataset_name` names."}
-    )
-    bad_rows: str = field(
-        default="error",
-        metadata={
-            "help": "What to do with unusable rows, such as empty answers: stop, or drop and count them.",
-            "choices": ["error", "drop"],
-        },
-    )
-    long_rows: str = field(
-        default="truncate",
-        metadata={
-            "help": "What to do with rows longer than `max_length`: truncate the end, drop them, or stop. They are counted.",
-            "choices": ["truncate", "drop", "error"],
-        },
+    long_rows: str = option(
+        "truncate",
+        "Rows beyond `max_length`: truncate their end, drop them, or stop the run. They are counted.",
+        ["truncate", "drop", "error"],
     )
 
     def __post_init__(self):

@@ -1,8 +1,9 @@
 """Arguments of `recipes/evaluate.py`."""
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
+from rlhf_recipes.config import option
 from rlhf_recipes.config.data import DatasetSource
 
 
@@ -10,79 +11,51 @@ from rlhf_recipes.config.data import DatasetSource
 class EvaluateArguments:
     """Which policies are compared, on what, and by which measures."""
 
-    policies: dict[str, Any] = field(
-        default_factory=dict,
-        metadata={
-            "help": "name -> folder of an adapter; null for the base model; or `{best_of: {policy: sft, n: 4}}` for the best "
-            "of n answers of another policy, by the reward named in `reward` (default: the first one trained against). "
-            "`{path: FOLDER, optional: true}` is left out if there is no such folder."
-        },
+    policies: dict[str, Any] = option(
+        {},
+        "name -> adapter folder; null for the base model; or `{best_of: {policy: sft, n: 4}}` for the best of n answers of "
+        "another policy, by its `reward` (default: the first one trained against). `{path: FOLDER, optional: true}` is left "
+        "out if the folder is missing.",
     )
-    compare_with: str = field(
-        default="sft", metadata={"help": "The baseline: the policy against which win rates and differences are measured."}
+    compare_with: str = option("sft", "The baseline of win rates and differences.")
+    kl_reference: str | None = option(None, "Policy from which KL is measured; default: the baseline.")
+    rewards: list[str] = option(
+        [],
+        "What scores the answers: paths, as in `reward_funcs` of recipes/ppo.py, or mappings of `path`, `arguments`, `name`, "
+        "`trained` (true, or the policies that were trained against it) and `optional: true`.",
     )
-    kl_reference: str | None = field(
-        default=None, metadata={"help": "The policy from which KL is measured; by default the baseline."}
+    judge: str | None = option(
+        None,
+        "Who decides which answer wins: one of `rewards` by name (default: the first that is not `trained`), or a chat model "
+        "as a mapping of `url`, `model` and the other fields of ChatJudge.",
     )
-    rewards: list[str] = field(
-        default_factory=list,
-        metadata={
-            "help": "What scores the answers, as in `reward_funcs` of recipes/ppo.py: a path, or a mapping of `path`, "
-            "`arguments`, `name`, `trained` (true, or the list of the policies that were trained against it), and "
-            "`optional: true` for one that is left out if there is no such folder."
-        },
+    group_by: str | None = option(
+        None,
+        "Column that splits truthfulness and calibration by its values. If it holds true and false, true is what the model "
+        "could know, where abstaining is over-abstention.",
     )
-    judge: str | None = field(
-        default=None,
-        metadata={
-            "help": "What decides who wins: the name of one of `rewards` (default: the first that is not `trained`), or a "
-            "mapping for a chat model at an OpenAI-compatible address: `url`, `model`, and the other fields of ChatJudge."
-        },
+    truthfulness: bool | None = option(
+        None,
+        "Compare answers with the column `reference`, word for word; default: if half of the references have at most eight "
+        "words. Free text has no single right wording.",
     )
-    group_by: str | None = field(
-        default=None,
-        metadata={
-            "help": "Column of the data by whose values truthfulness and calibration are split too. If it holds true and "
-            "false, true is what the model could know, and abstaining there is over-abstention."
-        },
+    abstentions: list[str] = option(["I do not know"], "Beginnings of an answer that abstains.")
+    num_answers: int = option(1, "Answers of each policy to each prompt.")
+    temperature: float = option(1.0, "Temperature of sampling and of probabilities.")
+    max_prompt_length: int | None = option(
+        512, "Longest prompt in tokens; longer ones are dropped and counted, or an error (`long_rows: error`)."
     )
-    truthfulness: bool | None = field(
-        default=None,
-        metadata={
-            "help": "Compare answers with the column `reference`, word for word; by default if at least half of the references "
-            "have at most eight words. Free text has no single right wording."
-        },
-    )
-    abstentions: list[str] = field(
-        default_factory=lambda: ["I do not know"], metadata={"help": "Beginnings of an answer that abstains."}
-    )
-    num_answers: int = field(default=1, metadata={"help": "Number of answers of each policy to each prompt."})
-    temperature: float = field(default=1.0, metadata={"help": "Temperature of sampling and of probabilities."})
-    max_prompt_length: int | None = field(
-        default=512,
-        metadata={"help": "Longer prompts, in tokens, are left out and counted, or stop the run (`long_rows: error`)."},
-    )
-    max_completion_length: int = field(default=256, metadata={"help": "Greatest length of an answer, in tokens."})
-    batch_size: int = field(default=32, metadata={"help": "Number of answers sampled or read at once."})
-    frontier: list[str] = field(
-        default_factory=list,
-        metadata={"help": "Folders of runs; their checkpoints are plotted by reward and KL."},
-    )
-    frontier_best_of: list[int] = field(
-        default_factory=list,
-        metadata={"help": "Values of n for which best-of-n of the KL reference is plotted beside them."},
-    )
-    ptx_dataset: list[DatasetSource] = field(
-        default_factory=list, metadata={"help": "Pretraining text to measure perplexity on: data with the column `text`."}
-    )
-    ptx_max_length: int = field(default=512, metadata={"help": "Greatest length of pretraining text, in tokens."})
-    lm_eval_tasks: list[str] = field(
-        default_factory=list, metadata={"help": "Tasks of lm-eval to run for each policy; needs `pip install lm-eval`."}
-    )
-    num_examples: int = field(default=8, metadata={"help": "Number of prompts that the report shows with all answers."})
-    seed: int = field(default=0, metadata={"help": "Seed of sampling and of resampling."})
-    trust_remote_code: bool = field(default=False, metadata={"help": "Run code that comes with a model."})
-    output_dir: str = field(default="runs/evaluate", metadata={"help": "Folder for metrics.json and index.html."})
+    max_completion_length: int = option(256, "Longest answer, in tokens.")
+    batch_size: int = option(32, "Answers sampled or read at once.")
+    frontier: list[str] = option([], "Folders of runs whose checkpoints are plotted by reward and KL.")
+    frontier_best_of: list[int] = option([], "Values of n for which best-of-n of the KL reference is plotted beside them.")
+    ptx_dataset: list[DatasetSource] = option([], "Pretraining text to measure perplexity on: data with the column `text`.")
+    ptx_max_length: int = option(512, "Longest pretraining text, in tokens.")
+    lm_eval_tasks: list[str] = option([], "Tasks of lm-eval to run for each policy; needs `pip install lm-eval`.")
+    num_examples: int = option(8, "Prompts that the report shows with all answers.")
+    seed: int = option(0, "Seed of sampling and of resampling.")
+    trust_remote_code: bool = option(False, "Run code that comes with a model.")
+    output_dir: str = option("runs/evaluate", "Folder for metrics.json and index.html.")
 
     def __post_init__(self):
         for key in ("num_answers", "max_completion_length", "batch_size", "ptx_max_length"):

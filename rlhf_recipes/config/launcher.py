@@ -14,6 +14,7 @@ from accelerate.utils import parse_flag_from_env
 
 _DDP = "configs/accelerate/ddp.yaml"
 _FSDP = "configs/accelerate/fsdp.yaml"
+_MALFORMED = (OSError, ValueError, TypeError, AttributeError)
 
 
 @dataclass(frozen=True)
@@ -46,16 +47,16 @@ def read_launcher(path: str | Path) -> Launcher:
         RecipeError: if the file cannot be read.
     """
     values = read_yaml(Path(path))
-    kind = str(values.get("distributed_type", "NO")).upper()
-    with error_context(str(path)):
+    with error_context(str(path), *_MALFORMED):
+        kind = str(values.get("distributed_type", "NO")).upper()
         if kind == "FSDP":
-            return Launcher(fsdp=_integer(_mapping(values.get("fsdp_config")).get("fsdp_version", 1), "fsdp_version"))
+            return Launcher(fsdp=int((values.get("fsdp_config") or {}).get("fsdp_version", 1)))
         if kind != "DEEPSPEED":
             return Launcher()
-        config = _mapping(values.get("deepspeed_config"))
+        config = values.get("deepspeed_config") or {}
         if file := config.get("deepspeed_config_file"):
             return Launcher(zero=_zero_stage(file, "deepspeed_config_file"))
-        return Launcher(zero=_integer(config.get("zero_stage", 2), "zero_stage"))
+        return Launcher(zero=int(config.get("zero_stage", 2)))
 
 
 def current_launcher() -> Launcher:
@@ -64,10 +65,9 @@ def current_launcher() -> Launcher:
         file = os.environ.get("ACCELERATE_DEEPSPEED_CONFIG_FILE", "none")
         if file != "none":
             return Launcher(zero=_zero_stage(file, "ACCELERATE_DEEPSPEED_CONFIG_FILE"))
-        key = "ACCELERATE_DEEPSPEED_ZERO_STAGE"
-        return Launcher(zero=_integer(os.environ.get(key, 2), key))
+        return Launcher(zero=int(os.environ.get("ACCELERATE_DEEPSPEED_ZERO_STAGE", 2)))
     if parse_flag_from_env("ACCELERATE_USE_FSDP"):
-        return Launcher(fsdp=_integer(os.environ.get("FSDP_VERSION", 1), "FSDP_VERSION"))
+        return Launcher(fsdp=int(os.environ.get("FSDP_VERSION", 1)))
     return Launcher()
 
 
@@ -139,30 +139,18 @@ def _launcher_of(values: Mapping[str, Any]) -> Launcher | None:
     """Return the launcher that a stage's own arguments set in Transformers, if any."""
     if values.get("deepspeed"):
         return Launcher(zero=_zero_stage(values["deepspeed"], "deepspeed"))
-    if values.get("fsdp"):
-        config = values.get("fsdp_config")
-        config = _read_json(config, "fsdp_config") if isinstance(config, str) else _mapping(config)
-        return Launcher(fsdp=_integer(config.get("version", config.get("fsdp_version", 2)), "fsdp_config: version"))
-    return None
+    if not values.get("fsdp"):
+        return None
+    with error_context("fsdp_config", *_MALFORMED):
+        config = _read_mapping(values.get("fsdp_config") or {})
+        return Launcher(fsdp=int(config.get("version", config.get("fsdp_version", 2))))
 
 
 def _zero_stage(config: Any, key: str) -> int:
     """Return the ZeRO stage of a DeepSpeed configuration: a mapping, or a JSON file."""
-    config = config if isinstance(config, Mapping) else _read_json(config, key)
-    return _integer(_mapping(config.get("zero_optimization")).get("stage", 0), f"{key}: zero_optimization: stage")
+    with error_context(key, *_MALFORMED):
+        return int(_read_mapping(config).get("zero_optimization", {}).get("stage", 0))
 
 
-def _read_json(path: Any, key: str) -> Mapping[str, Any]:
-    with error_context(f"{key}: {path}: cannot be read as JSON", OSError, ValueError):
-        return _mapping(json.loads(Path(str(path)).read_text(encoding="utf-8")))
-
-
-def _integer(value: Any, key: str) -> int:
-    try:
-        return int(value)
-    except (TypeError, ValueError):
-        raise RecipeError(f"{key}: {value!r} is not an integer") from None
-
-
-def _mapping(value: Any) -> Mapping[str, Any]:
-    return value if isinstance(value, Mapping) else {}
+def _read_mapping(config: Any) -> Mapping[str, Any]:
+    return config if isinstance(config, Mapping) else json.loads(Path(config).read_text(encoding="utf-8"))

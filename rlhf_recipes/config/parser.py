@@ -11,14 +11,19 @@ from collections.abc import Mapping, Sequence
 from enum import Enum
 from pathlib import Path
 from types import UnionType
-from typing import Any, NoReturn, Union, get_args, get_origin, get_type_hints
+from typing import Any, NamedTuple, NoReturn, Union, get_args, get_origin, get_type_hints
 
-from rlhf_recipes.config.checks import check_machine, check_process_group, check_values, set_machine_defaults
+from rlhf_recipes.config.checks import (
+    check_machine,
+    check_process_group,
+    check_values,
+    prepare_trackers,
+    set_machine_defaults,
+)
 from rlhf_recipes.config.current import CURRENT_RUN, CurrentRun
 from rlhf_recipes.config.data import SINGLE_DATASET_KEYS, DatasetSource
 from rlhf_recipes.config.launcher import check_launcher_support, current_launcher
-from rlhf_recipes.config.trackers import prepare_trackers
-from rlhf_recipes.core.errors import RecipeError, did_you_mean, error_context
+from rlhf_recipes.core.errors import RecipeError, did_you_mean, error_context, one_line
 from rlhf_recipes.core.yaml import read_yaml
 
 from pydantic import ConfigDict, TypeAdapter, ValidationError
@@ -37,8 +42,7 @@ _WIDER_TYPES = {
 }
 
 
-@dataclasses.dataclass(frozen=True)
-class _Field:
+class _Field(NamedTuple):
     """Type and allowed values of a key."""
 
     hint: Any
@@ -78,12 +82,9 @@ def parse_dataclasses(recipe: str | Path, *types: type, argv: Sequence[str] | No
 
 
 def parse_mapping(recipe: str, *types: type, values: Mapping[str, Any], here: bool = True) -> tuple[Any, ...]:
-    """Return the dataclasses of a recipe, filled from what its YAML file would hold.
+    """Fill a recipe's dataclasses from its YAML file's content; errors name no file.
 
     `here` tells whether the recipe will run on this machine, which then must have what it needs.
-
-    Raises:
-        RecipeError: as `parse_dataclasses`; it names no file.
     """
     return _fill(recipe, types, _check_types(values, _fields(types)), here)
 
@@ -108,13 +109,13 @@ def merge_overrides(values: Mapping[str, Any], overrides: Mapping[str, Any]) -> 
 
 
 def _fields(types: Sequence[type]) -> dict[str, _Field]:
-    fields = {}
-    for cls in types:
-        hints = get_type_hints(cls)
-        for item in dataclasses.fields(cls):
-            if item.init:
-                fields[item.name] = _Field(_hint(item.name, hints[item.name]), item.metadata.get("choices"))
-    return fields
+    hints = {cls: get_type_hints(cls) for cls in types}
+    return {
+        item.name: _Field(_hint(item.name, hints[cls][item.name]), item.metadata.get("choices"))
+        for cls in types
+        for item in dataclasses.fields(cls)
+        if item.init
+    }
 
 
 def _hint(name: str, hint: Any) -> Any:
@@ -142,7 +143,7 @@ def _fill(recipe: str, types: Sequence[type], values: dict[str, Any], here: bool
             try:
                 groups.append(cls(**{key: value for key, value in values.items() if key in names}))
             except (ValueError, TypeError, ImportError) as error:  # the dataclasses' own checks
-                raise RecipeError(" ".join(str(error).split())) from error
+                raise RecipeError(one_line(error)) from error
     if trains and here:
         check_process_group(groups)
         check_launcher_support(recipe, values_of(groups), current_launcher())

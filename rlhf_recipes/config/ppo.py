@@ -1,12 +1,12 @@
 """Arguments of `recipes/ppo.py`: TRL's GRPO arguments, and those of PPO."""
 
 import logging
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
+from rlhf_recipes.config import option
 from rlhf_recipes.config.data import DatasetSource
 from rlhf_recipes.config.launcher import check_launcher_support, current_launcher
 from rlhf_recipes.config.policy import PolicyArguments
-from rlhf_recipes.core.errors import RecipeError
 
 from trl import GRPOConfig
 
@@ -41,20 +41,15 @@ class _One(int):
 class PPOArguments(PolicyArguments):
     """Where the policy starts and what PPO rewards, beside `PPOConfig`."""
 
-    reward_funcs: list[str] = field(
-        default_factory=list,
-        metadata={
-            "help": "Reward models and functions whose weighted sum is the score: folders that recipes/reward.py saved, or "
-            "dotted paths of functions, each alone or as a mapping of `path`, `weight` and `arguments`."
-        },
+    reward_funcs: list[str] = option(
+        [],
+        "Reward models and functions whose weighted sum is the score: folders that recipes/reward.py saved, or dotted paths of "
+        "functions, each alone or as a mapping of `path`, `weight` and `arguments`.",
     )
-    max_prompt_length: int | None = field(
-        default=512,
-        metadata={"help": "Longest prompt in tokens; longer ones are dropped and counted, or an error (`long_rows: error`)."},
+    max_prompt_length: int | None = option(
+        512, "Longest prompt in tokens; longer ones are dropped and counted, or an error (`long_rows: error`)."
     )
-    ptx_dataset: list[DatasetSource] = field(
-        default_factory=list, metadata={"help": "Pretraining text for `ptx_coef`: a mixture of data with the column `text`."}
-    )
+    ptx_dataset: list[DatasetSource] = option([], "Pretraining text for `ptx_coef`: a mixture of data with the column `text`.")
 
 
 @dataclass
@@ -69,101 +64,66 @@ class PPOConfig(GRPOConfig):
 
     Raises:
         ValueError: for values that make no sense, alone or together.
+        RecipeError: for what the launcher does not support.
     """
 
     # GRPO's, with other defaults
-    num_generations: int = field(
-        default=1, metadata={"help": "Completions for each prompt. One is enough, since the critic is the baseline."}
-    )
-    num_iterations: int = field(
-        default=4, metadata={"help": "Passes over each batch of completions (`num_ppo_epochs` in TRL's PPO)."}
-    )
-    learning_rate: float = field(default=1e-5, metadata={"help": "Learning rate of the policy."})
-    disable_dropout: bool = field(
-        default=True, metadata={"help": "Turn dropout off; with it the ratio of PPO would not start at 1."}
-    )
+    num_generations: int = option(1, "Completions for each prompt. One is enough, since the critic is the baseline.")
+    num_iterations: int = option(4, "Passes over each batch of completions (`num_ppo_epochs` in TRL's PPO).")
+    learning_rate: float = option(1e-5, "Learning rate of the policy.")
+    disable_dropout: bool = option(True, "Turn dropout off; with it the ratio of PPO would not start at 1.")
 
     # The KL penalty
-    kl_coef: float = field(
-        default=0.05, metadata={"help": "Price of a nat of KL from the reference, in units of the score; 0 for no reference."}
-    )
-    kl_estimator: str = field(
-        default="k1",
-        metadata={"help": "Estimator of the KL: k1 has the right optimum, k3 another.", "choices": [*KL_ESTIMATORS]},
-    )
-    kl_target: float | None = field(
-        default=None, metadata={"help": "KL of a completion, in nats, to adapt `kl_coef` to; null keeps `kl_coef` fixed."}
-    )
-    kl_horizon: float = field(
-        default=10_000, metadata={"help": "Completions over which `kl_coef` adapts; larger is slower. Needs `kl_target`."}
-    )
+    kl_coef: float = option(0.05, "Price of a nat of KL from the reference, in units of the score; 0 for no reference.")
+    kl_estimator: str = option("k1", "Estimator of the KL: k1 has the right optimum, k3 another.", KL_ESTIMATORS)
+    kl_target: float | None = option(None, "KL of a completion, in nats, to adapt `kl_coef` to; null keeps `kl_coef` fixed.")
+    kl_horizon: float = option(10_000, "Completions over which `kl_coef` adapts; larger is slower. Needs `kl_target`.")
 
     # The score
-    missing_eos_penalty: float | None = field(
-        default=None, metadata={"help": "Subtracted from the score of a completion that does not end with EOS."}
-    )
-    use_score_scaling: bool = field(default=False, metadata={"help": "Divide scores by their running standard deviation."})
-    use_score_norm: bool = field(
-        default=False, metadata={"help": "Subtract their running mean, too. Needs `use_score_scaling`."}
-    )
-    score_clip: float | None = field(default=None, metadata={"help": "Clip scores to [-score_clip, score_clip]."})
+    missing_eos_penalty: float | None = option(None, "Subtracted from the score of a completion that does not end with EOS.")
+    use_score_scaling: bool = option(False, "Divide scores by their running standard deviation.")
+    use_score_norm: bool = option(False, "Subtract their running mean, too. Needs `use_score_scaling`.")
+    score_clip: float | None = option(None, "Clip scores to [-score_clip, score_clip].")
 
     # Advantages
-    gamma: float = field(default=1.0, metadata={"help": "Discount factor of a token."})
-    lam: float = field(default=0.95, metadata={"help": "Lambda of GAE: 1 trusts the rewards, 0 the critic."})
-    whiten_rewards: bool = field(default=False, metadata={"help": "Scale token rewards to variance 1, keeping their mean."})
-    whiten_advantages: bool = field(default=True, metadata={"help": "Scale advantages to mean 0 and variance 1."})
-    target_kl: float | None = field(
-        default=None,
-        metadata={"help": "Nats a token from the policy that sampled; the iteration ends after a step that exceeds it."},
+    gamma: float = option(1.0, "Discount factor of a token.")
+    lam: float = option(0.95, "Lambda of GAE: 1 trusts the rewards, 0 the critic.")
+    whiten_rewards: bool = option(False, "Scale token rewards to variance 1, keeping their mean.")
+    whiten_advantages: bool = option(True, "Scale advantages to mean 0 and variance 1.")
+    target_kl: float | None = option(
+        None, "Nats a token from the policy that sampled; the iteration ends after a step that exceeds it."
     )
 
     # The critic
-    critic: str = field(
-        default="shared",
-        metadata={
-            "help": "shared: a head on the policy's hidden states, detached, without another pass. adapter: an adapter with a "
-            "head on the same base. model: a second model, without LoRA. The last two start from a reward model if there is "
-            "one.",
-            "choices": [*CRITICS],
-        },
+    critic: str = option(
+        "shared",
+        "shared: a head on the policy's hidden states, detached, without another pass. adapter: an adapter with a head on the "
+        "same base. model: a second model, without LoRA. The last two start from a reward model if there is one.",
+        CRITICS,
     )
-    vf_coef: float = field(default=0.1, metadata={"help": "Weight of the value loss. It matters for `max_grad_norm` only."})
-    cliprange_value: float | None = field(
-        default=0.2, metadata={"help": "How far a value may move in an iteration; null for no limit."}
+    vf_coef: float = option(0.1, "Weight of the value loss. It matters for `max_grad_norm` only.")
+    cliprange_value: float | None = option(0.2, "How far a value may move in an iteration; null for no limit.")
+    value_learning_rate: float | None = option(
+        None, "Learning rate of the critic; null: 1e-3 for `shared`, else `learning_rate`."
     )
-    value_learning_rate: float | None = field(
-        default=None, metadata={"help": "Learning rate of the critic; null: 1e-3 for `shared`, else `learning_rate`."}
-    )
-    value_warmup_steps: int = field(
-        default=0, metadata={"help": "Optimizer steps at the start in which only the critic learns."}
-    )
+    value_warmup_steps: int = option(0, "Optimizer steps at the start in which only the critic learns.")
 
     # Pretraining text (InstructGPT's PPO-ptx)
-    ptx_coef: float = field(default=0.0, metadata={"help": "Weight of the language-modelling loss on `ptx_dataset`."})
-    ptx_batch_size: int | None = field(
-        default=None, metadata={"help": "Texts in a micro-batch; null: `per_device_train_batch_size`."}
-    )
-    ptx_max_length: int = field(default=512, metadata={"help": "Tokens after which a text is cut."})
+    ptx_coef: float = option(0.0, "Weight of the language-modelling loss on `ptx_dataset`.")
+    ptx_batch_size: int | None = option(None, "Texts in a micro-batch; null: `per_device_train_batch_size`.")
+    ptx_max_length: int = option(512, "Tokens after which a text is cut.")
 
     # Memory and speed
-    sampler_logps: bool | None = field(
-        default=None,
-        metadata={
-            "help": "Take log-probabilities, and values of the `shared` critic, from Transformers' sampler, saving a pass; "
-            "null: where that is exact, in fp32."
-        },
+    sampler_logps: bool | None = option(
+        None,
+        "Take log-probabilities, and values of the `shared` critic, from Transformers' sampler, saving a pass; null: where "
+        "that is exact, in fp32.",
     )
-    rollout_batch_size: int | None = field(
-        default=None,
-        metadata={
-            "help": "Completions that Transformers samples at once; null: all of an iteration. Fewer take less memory and more "
-            "time."
-        },
+    rollout_batch_size: int | None = option(
+        None, "Completions that Transformers samples at once; null: all of an iteration. Fewer take less memory and more time."
     )
-    local_rollout_forward_batch_size: int | None = field(
-        default=None,
-        metadata={"help": "Completions in a pass without gradients; null: `per_device_train_batch_size`."},
+    local_rollout_forward_batch_size: int | None = option(
+        None, "Completions in a pass without gradients; null: `per_device_train_batch_size`."
     )
 
     def __post_init__(self):
@@ -197,7 +157,4 @@ class PPOConfig(GRPOConfig):
                 "top_p, top_k, min_p or repetition_penalty: the policy that is sampled is not the one that PPO has the "
                 "log-probabilities of. Fix: leave them at 1, 0, null and 1 in training"
             )
-        try:
-            check_launcher_support("ppo", vars(self), current_launcher())
-        except RecipeError as error:
-            raise ValueError(str(error)) from error
+        check_launcher_support("ppo", vars(self), current_launcher())

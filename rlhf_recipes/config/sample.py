@@ -1,31 +1,29 @@
 """Arguments of `recipes/sample.py`."""
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
+
+from rlhf_recipes.config import option
 
 
 @dataclass
 class SampleArguments:
     """What is sampled, for people or judges to rank."""
 
-    policies: dict[str, Any] = field(
-        default_factory=dict,
-        metadata={"help": "name -> folder of an adapter, or null for the base model; several take turns in each group."},
+    policies: dict[str, Any] = option(
+        {}, "name -> adapter folder, or null for the base model; several take turns in each group."
     )
-    num_completions: int = field(default=4, metadata={"help": "Number of different completions of each prompt."})
-    max_attempts: int = field(
-        default=4, metadata={"help": "Greatest number of rounds of sampling for a prompt whose completions are alike."}
+    num_completions: int = option(4, "Different completions of each prompt.")
+    max_attempts: int = option(4, "Rounds of sampling, at most, for a prompt whose completions are alike.")
+    temperature: float = option(1.0, "Sampling temperature.")
+    max_prompt_length: int | None = option(
+        512, "Longest prompt in tokens; longer ones are dropped and counted, or an error (`long_rows: error`)."
     )
-    temperature: float = field(default=1.0, metadata={"help": "Sampling temperature."})
-    max_prompt_length: int | None = field(
-        default=512,
-        metadata={"help": "Longer prompts, in tokens, are left out and counted, or stop the run (`long_rows: error`)."},
-    )
-    max_completion_length: int = field(default=256, metadata={"help": "Greatest length of a completion, in tokens."})
-    batch_size: int = field(default=32, metadata={"help": "Number of completions sampled at once."})
-    seed: int = field(default=0, metadata={"help": "Seed of sampling."})
-    trust_remote_code: bool = field(default=False, metadata={"help": "Run code that comes with a model."})
-    output_dir: str = field(default="runs/sample", metadata={"help": "Output folder, with groups.jsonl; resumes if it exists."})
+    max_completion_length: int = option(256, "Longest completion, in tokens.")
+    batch_size: int = option(32, "Completions sampled at once.")
+    seed: int = option(0, "Seed of sampling.")
+    trust_remote_code: bool = option(False, "Run code that comes with a model.")
+    output_dir: str = option("runs/sample", "Folder for groups.jsonl; an interrupted run there is resumed.")
 
     def __post_init__(self):
         for key, least in (("num_completions", 2), ("max_attempts", 1), ("max_completion_length", 1), ("batch_size", 1)):

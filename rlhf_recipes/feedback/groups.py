@@ -34,12 +34,7 @@ Turns = str | list[dict[str, str]]
 class Group:
     """A prompt and K completions, all of them texts or all of them lists of messages.
 
-    Parameters:
-        id: identifies the group in files and databases.
-        prompt: text, or messages.
-        completions: K texts, or K lists of one message.
-        sources: for each completion the policy that wrote it, or None.
-        columns: other columns of the row, for reward functions.
+    `sources` names the policy that wrote each completion. `columns` are the other columns of the row, for reward functions.
     """
 
     id: str
@@ -106,8 +101,7 @@ class GroupRow(BaseModel):
         if self.sources is not None and len(self.sources) != len(self.completions):
             raise ValueError(f"sources: {len(self.sources)} names for {len(self.completions)} completions")
         prompt, answers = self._turns()
-        last = prompt if isinstance(prompt, str) else prompt[-1]["content"]
-        if not last.strip():
+        if not (prompt if isinstance(prompt, str) else prompt[-1]["content"]).strip():
             raise ValueError("prompt: is empty")
         if isinstance(prompt, str):
             return self
@@ -155,15 +149,12 @@ def read_rows(path: Path, schema: type[Row]) -> Iterator[tuple[str, Row]]:
                     if line.strip():
                         yield where, schema.model_validate_json(line)
                 except ValidationError as error:
-                    raise RecipeError(f"{where}: {_problem(error)}. Fix: see the format of groups in docs/label.md") from error
+                    first = error.errors(include_url=False, include_context=False, include_input=False)[0]
+                    problem = ": ".join([".".join(map(str, first["loc"])), first["msg"].removeprefix("Value error, ")])
+                    problem = problem.removeprefix(": ")
+                    raise RecipeError(f"{where}: {problem}. Fix: see the format of groups in docs/label.md") from error
     except OSError as error:
         raise RecipeError(f"{path}: cannot be read ({error.strerror}). Fix: name a JSONL file of groups") from error
-
-
-def _problem(error: ValidationError) -> str:
-    """Return `key: problem` of the first error."""
-    first = error.errors(include_url=False, include_context=False, include_input=False)[0]
-    return ": ".join([".".join(map(str, first["loc"])), first["msg"].removeprefix("Value error, ")]).removeprefix(": ")
 
 
 def read_groups(path: str | Path) -> list[Group]:

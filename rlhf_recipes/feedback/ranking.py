@@ -4,34 +4,87 @@ import itertools
 import json
 import math
 import random
+import statistics
 from collections import Counter
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
+from rlhf_recipes.config.rank import RankArguments
 from rlhf_recipes.core.errors import RecipeError
 from rlhf_recipes.core.files import RANKED, write_json, write_text
 from rlhf_recipes.feedback.groups import Group
 from rlhf_recipes.feedback.labels import Store, rankings
 from rlhf_recipes.generation.judges import ChatJudge, read_chat_judge
+from rlhf_recipes.generation.policies import load_policy_bank
+from rlhf_recipes.models.tokenizer import load_tokenizer
 from rlhf_recipes.rewards.protocol import Reward, score_completions
 from rlhf_recipes.rewards.reward_funcs import load_rewards
+from rlhf_recipes.rewards.reward_models import Ensemble
+from rlhf_recipes.rewards.saved import load_saved_reward
 
+from trl import ModelConfig
 from trl.trainer.utils import get_callable_name
 
 RANKINGS = "rankings.jsonl"
 Rows = list[dict[str, Any]]
+Labeler = Callable[[Sequence[Group]], Rows]
+"""Ranks groups: rows of `prompt`, `completions`, `ranks` (the lowest is the best), `labeller` and `id`.
+
+Groups in which nothing is preferred have no row.
+"""
 
 
-class Labeler(Protocol):
-    """Who ranks groups."""
+# --- The choice of groups ---------------------------------------------------------------------------------------------
 
-    def rank(self, groups: Sequence[Group]) -> Rows:
-        """Return rows of `prompt`, `completions`, `ranks`, `labeller` and `id`.
 
-        The lowest rank is the best. Groups in which nothing is preferred have no row.
-        """
+def choose_groups(groups: Sequence[Group], number: int | None, seed: int, ensemble: Ensemble | None = None) -> list[Group]:
+    """Return the groups on which an ensemble disagrees most, or random ones, or all."""
+    if number is None or number >= len(groups):
+        return list(groups)
+    if ensemble is None:
+        return random.Random(seed).sample(list(groups), number)
+    scores = disagreement(groups, ensemble)
+    order = sorted(range(len(groups)), key=lambda index: -scores[index])
+    return [groups[index] for index in sorted(order[:number])]
+
+
+def disagreement(groups: Sequence[Group], ensemble: Ensemble) -> list[float]:
+    """Return how much an ensemble disagrees on the order within each group, (N,).
+
+    For two completions this is the standard deviation over members of the difference of their scores: what a member adds to
+    all completions of a prompt says nothing about their order. For a group it is the mean over pairs of completions.
+    """
+    prompts = [group.prompt for group in groups for _ in group.completions]
+    completions = [completion for group in groups for completion in group.completions]
+    scores = list(zip(*(member(prompts, completions) for member in ensemble.members), strict=True))  # (completions, M)
+    starts = itertools.accumulate((len(group.completions) for group in groups), initial=0)
+    return [_mean_deviation(scores[first:last]) for first, last in itertools.pairwise(starts)]
+
+
+def _mean_deviation(scores: Sequence[Sequence[float]]) -> float:
+    pairs = itertools.combinations(scores, 2)
+    return statistics.fmean(statistics.pstdev(a - b for a, b in zip(one, other, strict=True)) for one, other in pairs)
+
+
+def load_ensemble(model: ModelConfig, arguments: RankArguments) -> Ensemble:
+    """Load the ensemble in the folder `reward`, on its base.
+
+    Raises:
+        RecipeError: as in `load_saved_reward`, and for a single reward model.
+    """
+    tokenizer = load_tokenizer(model, arguments, start_from=arguments.reward)
+    bank = load_policy_bank(model, arguments, {}, tokenizer)
+    reward = load_saved_reward(arguments.reward, bank.model, tokenizer)
+    if not isinstance(reward, Ensemble):
+        raise RecipeError(
+            f"reward: {arguments.reward} holds one reward model, which cannot disagree. Fix: train with `ensemble_size: 3`"
+        )
+    return reward
+
+
+# --- Labelers ---------------------------------------------------------------------------------------------------------
 
 
 def read_labeler(entry: Any, seed: int) -> Labeler:
@@ -45,121 +98,86 @@ def read_labeler(entry: Any, seed: int) -> Labeler:
     """
     match entry:
         case {"store": str(path), **others} if not others:
-            return HumanLabeler(Path(path))
+            return partial(rank_by_people, Path(path))
         case {"url": _}:
-            return JudgeLabeler(read_chat_judge(entry))
+            return partial(rank_by_judge, read_chat_judge(entry))
         case {"path": str(), **others} if set(others) <= {"arguments", "noise"}:
             noise = others.pop("noise", 0.0)
             if isinstance(noise, bool) or not isinstance(noise, int | float) or not 0 <= noise < math.inf:
                 raise RecipeError(f"labeller: noise: {noise!r}: must be a number, 0 or more")
             (reward,), _ = load_rewards([{"path": entry["path"], **others}])
-            return SimulatedLabeler(reward, float(noise), seed)
+            return partial(rank_by_reward, reward, float(noise), seed)
     raise RecipeError(
         f"labeller: {entry!r}: unknown. Fix: give {{store: FILE}} for people, {{url: ..., model: ...}} for a chat model, or "
         "{path: ..., noise: ...} for a reward function"
     )
 
 
-@dataclass(frozen=True)
-class HumanLabeler:
-    """People who rank on the page of recipes/label.py.
+def rank_by_people(path: Path, groups: Sequence[Group]) -> Rows:
+    """Return the rankings in a store, whose page now offers only `groups`.
 
-    Parameters:
-        path: the database of labels; created if it does not exist.
+    Raises:
+        RecipeError: while a group is neither ranked nor skipped by everyone who labels these groups.
     """
-
-    path: Path
-
-    def rank(self, groups: Sequence[Group]) -> Rows:
-        """Return people's rankings of these groups. The page now offers only these.
-
-        Raises:
-            RecipeError: while a group is neither ranked nor skipped by everyone who labels these groups.
-        """
-        with Store(self.path) as store:
-            store.add(groups, exclusive=True)
-            wanted = {group.id for group in groups if group.comparable()}
-            contents = [(group, labels) for group, labels in store.contents() if group.id in wanted]
-        labels = [label for _, labels in contents for label in labels]
-        labellers, skips = {label.labeller for label in labels}, Counter(label.group for label in labels if label.ranks is None)
-        missing = wanted - {label.group for label in labels if label.ranks is not None}
-        missing = {group for group in missing if not labellers or skips[group] < len(labellers)}
-        if missing:
-            skipped = sum(group in skips for group in missing)
-            skipped = f" ({skipped} were skipped and wait for another labeller)" if skipped else ""
-            raise RecipeError(
-                f"labeller: {self.path}: {len(missing)} of {len(wanted)} groups are not ranked yet{skipped}. Fix: run "
-                f"`python recipes/label.py --store {self.path}`, rank them, and run this again"
-            )
-        return rankings(contents)
+    with Store(path) as store:
+        store.add(groups, exclusive=True)
+        wanted = {group.id for group in groups if group.comparable()}
+        contents = [(group, labels) for group, labels in store.contents() if group.id in wanted]
+    labels = [label for _, labels in contents for label in labels]
+    labellers, skips = {label.labeller for label in labels}, Counter(label.group for label in labels if label.ranks is None)
+    missing = wanted - {label.group for label in labels if label.ranks is not None}
+    missing = {group for group in missing if not labellers or skips[group] < len(labellers)}
+    if missing:
+        skipped = sum(group in skips for group in missing)
+        skipped = f" ({skipped} were skipped and wait for another labeller)" if skipped else ""
+        raise RecipeError(
+            f"labeller: {path}: {len(missing)} of {len(wanted)} groups are not ranked yet{skipped}. Fix: run "
+            f"`python recipes/label.py --store {path}`, rank them, and run this again"
+        )
+    return rankings(contents)
 
 
-@dataclass(frozen=True)
-class JudgeLabeler:
-    """A chat model that compares all pairs in both orders. More wins rank higher."""
-
-    judge: ChatJudge
-
-    def rank(self, groups: Sequence[Group]) -> Rows:
-        """Return a ranking of each group."""
-        texts = [group.texts() for group in groups]
-        pairs = [(n, i, j) for n, answers in enumerate(texts) for i, j in itertools.combinations(range(len(answers)), 2)]
-        credits = self.judge.compare(
-            [groups[n].prompt for n, _, _ in pairs], [texts[n][i] for n, i, _ in pairs], [texts[n][j] for n, _, j in pairs]
-        )["credits"]
-        wins = [[0.0] * len(answers) for answers in texts]
-        for (n, i, j), credit in zip(pairs, credits, strict=True):
-            wins[n][i] += credit
-            wins[n][j] += 1 - credit
-        name = f"judge: {self.judge.model}"
-        return [_ranking(group, scores, name) for group, scores in zip(groups, wins, strict=True)]
+def rank_by_judge(judge: ChatJudge, groups: Sequence[Group]) -> Rows:
+    """Let a chat model compare all pairs in both orders. More wins rank higher."""
+    texts = [group.texts() for group in groups]
+    pairs = [(n, i, j) for n, answers in enumerate(texts) for i, j in itertools.combinations(range(len(answers)), 2)]
+    credits = judge.compare(
+        [groups[n].prompt for n, _, _ in pairs], [texts[n][i] for n, i, _ in pairs], [texts[n][j] for n, _, j in pairs]
+    )["credits"]
+    wins = [[0.0] * len(answers) for answers in texts]
+    for (n, i, j), credit in zip(pairs, credits, strict=True):
+        wins[n][i] += credit
+        wins[n][j] += 1 - credit
+    return [_ranking(group, scores, f"judge: {judge.model}") for group, scores in zip(groups, wins, strict=True)]
 
 
-@dataclass(frozen=True)
-class SimulatedLabeler:
-    """A labeller who prefers by a noisy reward, as in the Bradley-Terry model.
+def rank_by_reward(reward: Reward, noise: float, seed: int, groups: Sequence[Group]) -> Rows:
+    """Simulate a labeller who prefers by a noisy reward (the Bradley-Terry model).
 
     Equal rewards tie. Of two others the higher one is preferred with probability sigmoid(difference / noise): each reward in a
-    group gets one draw of Gumbel noise, seeded by the id of the group.
+    group gets one draw of Gumbel noise of scale `noise`, seeded by `seed` and the id of the group.
 
-    Parameters:
-        reward: a reward function.
-        noise: scale of the noise; 0 for none.
-        seed: of the noise.
+    Raises:
+        RecipeError: if the reward does not apply to a completion.
     """
-
-    reward: Reward
-    noise: float
-    seed: int
-
-    def rank(self, groups: Sequence[Group]) -> Rows:
-        """Return a ranking of each group whose rewards are not all equal.
-
-        Raises:
-            RecipeError: if the reward does not apply to a completion.
-        """
-        name = f"simulated: {get_callable_name(self.reward)}, noise {self.noise:g}"
-        rows = []
-        for group, scores in zip(groups, self._scores(groups), strict=True):
-            # Seeded per group: a ranking does not depend on the other groups, and no two groups share their noise
-            rng = random.Random(f"labeller/{self.seed}/{group.id}")
-            noisy = {score: score - self.noise * math.log(-math.log(rng.random())) for score in sorted(set(scores))}
-            if len(noisy) > 1:
-                rows.append(_ranking(group, [noisy[score] for score in scores], name))
-        return rows
-
-    def _scores(self, groups: Sequence[Group]) -> list[list[float]]:
-        keys = dict.fromkeys(key for group in groups for key in group.columns)
-        columns = {key: [group.columns.get(key) for group in groups for _ in group.completions] for key in keys}
-        prompts = [group.prompt for group in groups for _ in group.completions]
-        scores = score_completions(
-            self.reward, prompts, [answer for group in groups for answer in group.completions], **columns
-        )
-        if None in scores:
-            prompt = prompts[scores.index(None)]
-            raise RecipeError(f"labeller: {get_callable_name(self.reward)}: returned None for an answer to {prompt!r:.80}")
-        remaining = iter(scores)
-        return [list(itertools.islice(remaining, len(group.completions))) for group in groups]
+    name = get_callable_name(reward)
+    keys = dict.fromkeys(key for group in groups for key in group.columns)
+    columns = {key: [group.columns.get(key) for group in groups for _ in group.completions] for key in keys}
+    prompts = [group.prompt for group in groups for _ in group.completions]
+    completions = [answer for group in groups for answer in group.completions]
+    all_scores = score_completions(reward, prompts, completions, **columns)
+    if None in all_scores:
+        prompt = prompts[all_scores.index(None)]
+        raise RecipeError(f"labeller: {name}: returned None for an answer to {prompt!r:.80}")
+    remaining, rows = iter(all_scores), []
+    for group in groups:
+        scores = list(itertools.islice(remaining, len(group.completions)))
+        # Seeded per group: a ranking does not depend on the other groups, and no two groups share their noise
+        rng = random.Random(f"labeller/{seed}/{group.id}")
+        noisy = {score: score - noise * math.log(-math.log(rng.random())) for score in sorted(set(scores))}
+        if len(noisy) > 1:
+            rows.append(_ranking(group, [noisy[score] for score in scores], f"simulated: {name}, noise {noise:g}"))
+    return rows
 
 
 def _ranking(group: Group, scores: Sequence[float], labeller: str) -> dict[str, Any]:
@@ -172,10 +190,7 @@ def _ranking(group: Group, scores: Sequence[float], labeller: str) -> dict[str, 
 def write_rankings(folder: str | Path, rows: Rows, chosen: int) -> str:
     """Write `rankings.jsonl` and then `rank.json`, and return a summary for the user.
 
-    Args:
-        folder: created if it does not exist.
-        rows: from a labeler.
-        chosen: number of groups that were to be ranked.
+    `chosen` is the number of groups that were to be ranked.
     """
     folder, labellers = Path(folder), sorted({row["labeller"] for row in rows})
     folder.mkdir(parents=True, exist_ok=True)

@@ -19,11 +19,7 @@ from datasets import Dataset
 
 
 def reject_best_of(policies: dict[str, Policy]) -> None:
-    """Reject best-of-n policies, which cannot be sampled from.
-
-    Raises:
-        RecipeError: for the first one.
-    """
+    """Raise a `RecipeError` for a best-of-n policy, which cannot be sampled from."""
     for name, policy in policies.items():
         if policy.best_of:
             raise RecipeError(f"policies: {name}: cannot sample from best-of-n. Fix: name '{policy.best_of}' instead")
@@ -36,14 +32,7 @@ def sample_groups(
 
     A completion that a prompt already has is sampled again, in at most `max_attempts` attempts. Policies take turns in writing
     one more if `num_completions` is not a multiple of their number. Each part has its own seed, so that an interrupted run
-    resumes to the same result.
-
-    Args:
-        bank: the base with the policies.
-        policies: their names.
-        rows: `prompt` and other columns.
-        arguments: of the recipe.
-        done: number of prompts to skip, a multiple of `part_size`.
+    resumes to the same result, after `done` prompts (a multiple of `part_size`).
 
     Yields:
         The groups of the next part, one per prompt. A prompt that always gets the same answer has fewer than 2 completions.
@@ -110,9 +99,7 @@ def delete_samples(folder: Path) -> None:
 class GroupFile:
     """`groups.jsonl` in a folder. An interrupted run resumes after the last part.
 
-    Parameters:
-        folder: created if it does not exist.
-        arguments: of the run, with the names of files and folders that it reads.
+    `arguments` are those of the run, with the names of files and folders that it reads.
 
     Raises:
         RecipeError: if the folder holds samples of other arguments or files, or is damaged.
@@ -127,10 +114,10 @@ class GroupFile:
             self._check_state(arguments | files)
         elif self.path.exists():
             raise RecipeError(f"output_dir: {self.path}: was not written by this recipe. Fix: name another folder")
-        self.folder.mkdir(parents=True, exist_ok=True)
-        if not self._state:
+        else:
+            self.folder.mkdir(parents=True, exist_ok=True)
             self._state = {"arguments": arguments, "files": files, "prompts": 0, "groups": 0, "bytes": 0}
-            self._save()
+            write_json(self.folder / SAMPLED, self._state)
         with self.path.open("ab") as file:
             file.truncate(self._state["bytes"])  # drop an incomplete part
 
@@ -170,7 +157,4 @@ class GroupFile:
             os.fsync(file.fileno())
         for key, more in (("prompts", len(part)), ("groups", len(groups)), ("bytes", len(lines))):
             self._state[key] += more
-        self._save()
-
-    def _save(self) -> None:
         write_json(self.folder / SAMPLED, self._state)

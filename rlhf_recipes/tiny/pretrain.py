@@ -17,8 +17,8 @@ from rlhf_recipes.core.provenance import versions
 from rlhf_recipes.tiny.text import pretraining_text
 from rlhf_recipes.tiny.tokenizer import build_tokenizer
 from rlhf_recipes.tiny.world import World
-from rlhf_recipes.training.record import RunRecorder
-from rlhf_recipes.training.sft import SFTTrainer
+from rlhf_recipes.training.result import RunRecorder
+from rlhf_recipes.training.trainers import SFTTrainer
 
 from datasets import Dataset
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast, set_seed
@@ -26,10 +26,7 @@ from trl import SFTConfig
 
 
 def build_model(tokenizer: PreTrainedTokenizerFast) -> LlamaForCausalLM:
-    """Return a Llama of 0.9M parameters with random weights.
-
-    All sides are multiples of 64, so that it can be quantised to 4 bits.
-    """
+    """Return a Llama of 0.9M random parameters; sides are multiples of 64, for 4 bits."""
     return LlamaForCausalLM(
         LlamaConfig(
             vocab_size=-(-len(tokenizer) // 64) * 64,

@@ -22,8 +22,7 @@ from rlhf_recipes.models.tokenizer import load_tokenizer
 from rlhf_recipes.rewards.reward_json import write_ensemble_record
 from rlhf_recipes.rewards.reward_models import RewardModel
 from rlhf_recipes.rewards.saved import load_full_reward, load_reward_adapter
-from rlhf_recipes.training.record import finish_record
-from rlhf_recipes.training.result import remove_results
+from rlhf_recipes.training.result import finish_record, remove_results
 from rlhf_recipes.training.resume import checkpoint_to_resume, refuse_unfinished
 from rlhf_recipes.training.run import Run, shutdown_distributed
 
@@ -85,10 +84,7 @@ class EnsembleRun(Run):
                     )
 
     def members(self, rows: Dataset) -> Iterator["_MemberRun"]:
-        """Yield a run for each member, with the rows that it trains on.
-
-        Args:
-            rows: of the stage; with `ensemble_shards`, each member has a part of them.
+        """Yield a run for each member, with its rows: all, or its shard.
 
         Raises:
             RecipeError: for more shards than rows.
@@ -123,9 +119,6 @@ class EnsembleRun(Run):
 
         The base is that of the last trainer, which loses its adapter. FSDP and DeepSpeed leave a process parts of it: there
         it is loaded again.
-
-        Raises:
-            RecipeError: as `load_reward_adapter` and `load_full_reward`.
         """
         folders, trainer = [member.output for member in self.member_runs], self.trainer
         names = [folder.name for folder in folders] if len(folders) > 1 else ["reward"]
@@ -180,12 +173,7 @@ class _MemberRun(Run):
 
 
 def member_arguments(training: RewardConfig, number: int, size: int) -> RewardConfig:
-    """Return the trainer's arguments of a member: its seed is `seed` plus its number.
-
-    Args:
-        training: those of the stage, which are those of a single model.
-        number: of the member, from 0.
-        size: of the ensemble.
+    """Return the trainer's arguments of a member, whose seed is `seed` + its number.
 
     Raises:
         RecipeError: if a checkpoint is named for an ensemble.

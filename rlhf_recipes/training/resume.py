@@ -142,10 +142,7 @@ def remove_checkpoints(output: Path) -> None:
 
 
 def remove_checkpoint(checkpoint: Path) -> None:
-    """Delete a checkpoint, its state file first.
-
-    So half of it does not pass for a complete one.
-    """
+    """Delete a checkpoint, its state file first: half of one is not complete."""
     (checkpoint / TRAINER_STATE).unlink(missing_ok=True)
     shutil.rmtree(checkpoint)
 

@@ -10,7 +10,7 @@ from rlhf_recipes.models.fingerprint import fingerprint
 from rlhf_recipes.models.kernels import keep_forward
 from rlhf_recipes.models.tokenizer import encode
 from rlhf_recipes.rewards.reward_json import write_reward_record
-from rlhf_recipes.training.mixin import TrainerMixin
+from rlhf_recipes.training.trainers import TrainerMixin
 
 import torch
 from datasets import Dataset, IterableDataset
@@ -47,18 +47,13 @@ def ranking_loss(rewards: Tensor, ranks: Tensor, center_rewards_coefficient: flo
 
 
 def comparisons(ranks: Tensor) -> Tensor:
-    """Return where the first completion is better than the second.
-
-    Bool (B, K, K), from ranks (B, K) padded with -1.
-    """
+    """Return where one completion beats another: bool (B, K, K), from ranks (B, K)."""
     first, second = ranks[:, :, None], ranks[:, None, :]
     return (first >= 0) & (first < second)
 
 
 class RankingCollator(DataCollatorForPreference):
-    """Collator of rankings; pairs go to TRL's.
-
-    Rankings have the columns `ranked_ids` (K lists of token ids) and `ranks`.
+    """Collator of rankings (`ranked_ids`: K lists of ids, `ranks`) and of pairs.
 
     A batch of B rankings with N completions in all has:
 
@@ -80,9 +75,7 @@ class RankingCollator(DataCollatorForPreference):
 
 
 class RankingTrainer(TrainerMixin, RewardTrainer):
-    """TRL's `RewardTrainer` that also takes rankings.
-
-    Each completion has one forward pass.
+    """TRL's `RewardTrainer` that takes rankings, with one pass for each completion.
 
     Rows of `prompt, chosen, rejected` (and `margin`) train as in TRL. Rows of `prompt, completions, ranks`, where lower ranks
     are better, train by `ranking_loss`: a batch of `per_device_train_batch_size` rankings has K times as many sequences. Rows
@@ -170,17 +163,13 @@ def _prepare_rankings(dataset: Dataset, tokenizer: PreTrainedTokenizerBase, args
             options = {"remove_columns": columns, "num_proc": args.dataset_num_proc, "desc": "Tokenizing rankings"}
             dataset = dataset.map(_encode_ranking, fn_kwargs={"tokenizer": tokenizer}, **options)
         if args.max_length is not None:
-            options = {"num_proc": args.dataset_num_proc, "desc": "Dropping long rankings"}
-            dataset = dataset.filter(_fits, fn_kwargs={"max_length": args.max_length}, **options)
+            longest = args.max_length
+            dataset = dataset.filter(lambda row: max(map(len, row["ranked_ids"])) <= longest)
     return dataset
 
 
 def _encode_ranking(row: dict[str, Any], tokenizer: PreTrainedTokenizerBase) -> dict[str, list[list[int]]]:
     return {"ranked_ids": [encode(tokenizer, row["prompt"], completion) for completion in row["completions"]]}
-
-
-def _fits(row: dict[str, Any], max_length: int) -> bool:
-    return max(map(len, row["ranked_ids"])) <= max_length
 
 
 def _report_dropped(name: str, before: int, after: int, max_length: int | None) -> None:

@@ -1,5 +1,6 @@
 """One run of a training stage: resume, train, evaluate, save, record and publish."""
 
+import os
 import subprocess
 import sys
 import time
@@ -9,7 +10,6 @@ from types import TracebackType
 from typing import Any
 
 from rlhf_recipes.config.current import set_trainer
-from rlhf_recipes.config.trackers import begin_tracking
 from rlhf_recipes.core.errors import RecipeError
 from rlhf_recipes.core.files import PENDING, RECIPE
 from rlhf_recipes.core.yaml import read_yaml
@@ -17,13 +17,8 @@ from rlhf_recipes.export.upload import publish
 from rlhf_recipes.models.fingerprint import fingerprint
 from rlhf_recipes.models.loading import strip_consumed_arguments
 from rlhf_recipes.stages import find_stage
-from rlhf_recipes.training.record import RunRecorder, finish_record, write_log, write_record
-from rlhf_recipes.training.result import save_result
-from rlhf_recipes.training.resume import (
-    checkpoint_to_resume,
-    remove_checkpoints,
-    result_arguments,
-)
+from rlhf_recipes.training.result import RunRecorder, finish_record, save_result, write_log, write_record
+from rlhf_recipes.training.resume import checkpoint_to_resume, remove_checkpoints, result_arguments
 
 from accelerate import PartialState
 from accelerate.utils import is_peft_model
@@ -111,6 +106,17 @@ class Run:
 
     def _announce(self) -> None:
         print(f"The {self.stage.output} is in {self.output}")
+
+
+def begin_tracking(args: TrainingArguments) -> None:
+    """Set up Weights & Biases for a training: its `project`, and a run of its own."""
+    if "wandb" not in args.report_to:
+        return
+    if args.project != "huggingface":  # Transformers' default
+        os.environ["WANDB_PROJECT"] = args.project
+    wandb = sys.modules.get("wandb")
+    if wandb is not None and wandb.run is not None:  # of the member of an ensemble before this one
+        wandb.finish()
 
 
 def run_dependencies(configs: Sequence[str], recipes: Path, inputs: Sequence[str | Path]) -> None:

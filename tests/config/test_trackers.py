@@ -6,20 +6,20 @@ import shutil
 import sys
 from types import ModuleType, SimpleNamespace
 
-from rlhf_recipes.config.trackers import begin_tracking, prepare_trackers, run_name
+from rlhf_recipes.config.checks import prepare_trackers, run_name
 from rlhf_recipes.core.errors import RecipeError
 from rlhf_recipes.pipeline.reading import read_stages
 from rlhf_recipes.training.ensemble import member_arguments
-from rlhf_recipes.training.record import _log_line
+from rlhf_recipes.training.result import _log_line
+from rlhf_recipes.training.run import begin_tracking
 from support import ROOT
-from support.small_ppo import save_base, with_adapter
+from support.small_stages import small
 
 import pytest
 import yaml
-from transformers import AutoModelForCausalLM
 from trl import RewardConfig
 
-ANSWERS = [("w5 ", "w6 w7", "w8"), ("w9 w10 ", "w11", "w12 w13 w14"), ("w15 ", "w16", "w17 w18"), ("w19 ", "w20 w21", "w22")]
+OWN = ("value_warmup_steps", "ensemble_size")
 REPORTED = {
     "sft": {"train/loss", "train/grad_norm", "eval/loss"},
     "reward": {"train/loss", "train/accuracy", "train/margin", "eval/accuracy"},
@@ -29,54 +29,21 @@ REPORTED = {
 
 
 @pytest.fixture(scope="module")
-def files(tmp_path_factory):
-    """A base model, an adapter on it, and data of each kind."""
-    folder = tmp_path_factory.mktemp("files")
-    save_base(folder / "base")
-    adapted = with_adapter(AutoModelForCausalLM.from_pretrained(folder / "base"))
-    adapted.save_pretrained(folder / "adapter")
-    names = ("prompt", "chosen", "rejected")
-    pairs = [dict(zip(names, row, strict=True)) for row in ANSWERS] * 2
-    sft = [{"prompt": row["prompt"], "completion": row["chosen"]} for row in pairs]
-    for name, rows in (("pairs", pairs), ("sft", sft), ("prompts", [{"prompt": row["prompt"]} for row in pairs])):
-        (folder / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    return folder
-
-
-def length(completion_ids, **columns):
-    """A reward function."""
-    return [float(len(ids)) for ids in completion_ids]
+def stages(tmp_path_factory):
+    return small(tmp_path_factory.mktemp("files"))
 
 
 @pytest.fixture
-def config(files, tmp_path):
-    """Writes the YAML file of a stage of two steps."""
+def config(stages, tmp_path):
+    """Writes the YAML file of a stage of two steps, from the base model."""
 
     def write(recipe, **options):
-        data = {"sft": "sft", "ppo": "prompts"}.get(recipe, "pairs")
-        values = {
-            "model_name_or_path": str(files / "base"),
-            "dtype": "float32",
-            "use_peft": True,
-            "lora_r": 4,
-            "lora_target_modules": "all-linear",
-            "dataset_name": str(files / f"{data}.jsonl"),
-            "test_split_size": 2,
-            "per_device_train_batch_size": 4,
-            "gradient_checkpointing": False,
-            "max_steps": 2,
-            "logging_steps": 1,
-            "eval_strategy": "steps",
-            "eval_steps": 2,
-            "save_strategy": "no",
-            "disable_tqdm": True,
-            "output_dir": str(tmp_path / "runs" / "mine" / recipe),
-        }
-        if recipe == "ppo":
-            values |= {"start_from": str(files / "adapter"), "max_completion_length": 4, "log_completions": True}
-            values |= {"reward_funcs": [f"{__name__}.length"], "per_device_eval_batch_size": 2}
+        adapter = {"start_from": None, "lora_r": 4, "lora_target_modules": "all-linear"} if recipe in ("dpo", "ppo") else {}
+        short = {"max_steps": 2, "logging_steps": 1, "save_strategy": "no", "value_warmup_steps": 0, "ensemble_size": 1}
+        short = {key: value for key, value in short.items() if key in stages[recipe] or key not in OWN}
+        output = {"output_dir": str(tmp_path / "runs" / "mine" / recipe)}
         path = tmp_path / f"{recipe}.yaml"
-        path.write_text(yaml.safe_dump(values | options))
+        path.write_text(yaml.safe_dump(stages[recipe] | adapter | short | output | options))
         return path
 
     return write
@@ -134,19 +101,9 @@ def test_run_name_is_the_folder(folder, name):
     assert run_name(folder) == name
 
 
-def test_a_run_name_that_is_set_stays():
-    values = {"report_to": "mlflow,flyte", "output_dir": "runs/mine/sft"}  # left to Transformers
-    prepare_trackers(values)
-    assert (values["report_to"], values["run_name"]) == (["mlflow", "flyte"], "mine-sft")
-    values["run_name"] = "own"
-    prepare_trackers(values)
-    assert values["run_name"] == "own"
-
-
 def test_members_of_an_ensemble_have_their_own_names(tmp_path):
     training = RewardConfig(str(tmp_path), run_name="mine-reward", bf16=False, use_cpu=True)
-    names = [member_arguments(training, number, size=2).run_name for number in (0, 1)]
-    assert names == ["mine-reward-member-0", "mine-reward-member-1"]
+    assert member_arguments(training, 1, size=2).run_name == "mine-reward-member-1"
 
 
 # --- What is rejected --------------------------------------------------------------------------------------
@@ -182,11 +139,18 @@ def test_an_unknown_tracker_is_rejected():
         prepare_trackers({"report_to": ["tensorbord"]})
 
 
-@pytest.mark.parametrize("given", [None, "none", [], ["none"]])
-def test_no_tracker_is_no_tracker(given):
-    values = {"report_to": given, "output_dir": "runs/sft"}
+@pytest.mark.parametrize(
+    ("given", "prepared"),
+    [
+        *[({"report_to": none}, {"report_to": ["none"]}) for none in (None, "none", [], ["none"])],
+        ({"report_to": "mlflow,flyte"}, {"report_to": ["mlflow", "flyte"], "run_name": "mine-sft"}),  # left to Transformers
+        ({"report_to": ["all"], "run_name": "own"}, {"report_to": ["all"], "run_name": "own"}),
+    ],
+)
+def test_trackers_and_the_name_of_the_run(given, prepared):
+    values = given | {"output_dir": "runs/mine/sft"}
     prepare_trackers(values)
-    assert values == {"report_to": ["none"], "output_dir": "runs/sft"}
+    assert values == prepared | {"output_dir": "runs/mine/sft"}
 
 
 def test_a_tracker_complaint_is_one_message(launch, config, monkeypatch):

@@ -1,11 +1,9 @@
-"""Groups in JSONL files, and how the page shows them."""
+"""Groups in JSONL files."""
 
 import json
 
 from rlhf_recipes.core.errors import RecipeError
 from rlhf_recipes.feedback.groups import GROUPS, Group, read_groups
-from rlhf_recipes.feedback.labels import Label
-from rlhf_recipes.feedback.labels.task_view import TaskView
 
 import pytest
 
@@ -63,23 +61,3 @@ def test_a_file_without_groups_is_named(tmp_path, content, problem):
         path.write_bytes(content)
     with pytest.raises(RecipeError, match=f"{path}: .*{problem}"):
         read_groups(path)
-
-
-def test_each_labeller_gets_a_fixed_random_order_with_equal_answers_once():
-    group = Group("g", "Q", ["a", "b", "c", "b ", "d"])
-    views = [TaskView(group, f"labeller {number}", "seed") for number in range(40)]
-    orders = {tuple(view.content(None)["completions"]) for view in views}
-    assert len(orders) > 10
-    assert all(sorted(order) == ["a", "b", "c", "d"] for order in orders)
-    texts = views[0].content(None)["completions"]
-    ranks = {"a": 1, "b": 2, "c": None, "d": 2}
-    assert views[0].group_ranks([ranks[text] for text in texts]) == [1, 2, None, 2, 2]
-    again = TaskView(group, "labeller 0", "seed")
-    assert again.content(None) == views[0].content(None)
-    before = again.content(Label("g", "labeller 0", [1, 2, None, 2, 2]))["before"]
-    assert before["ranks"] == [ranks[text] for text in texts]
-
-
-def test_the_page_does_not_get_the_sources():
-    view = TaskView(Group("g", "Q", ["a", "b"], ["secret-1", "secret-2"]), "anna", "seed")
-    assert "secret" not in json.dumps(view.content(None))

@@ -7,7 +7,7 @@ import threading
 import time
 
 from rlhf_recipes.feedback.labels import Group
-from rlhf_recipes.feedback.labels.app import PAGE
+from rlhf_recipes.feedback.labels.app import PAGE, shown_order
 from rlhf_recipes.feedback.labels.guard import MAX_BODY, SECURITY_HEADERS
 
 import pytest
@@ -156,12 +156,30 @@ def test_a_new_password_ends_old_sessions(serve):
     assert request(other, "/api/task", **options)[0] == 401
 
 
-def test_a_task_does_not_reveal_the_sources(serve):
-    site = serve([GROUP])
+def test_each_labeller_gets_a_fixed_random_order():
+    orders = [[GROUP.completions[index] for (index,) in shown_order(GROUP, f"labeller {n}", "seed")] for n in range(40)]
+    assert len(set(map(tuple, orders))) > 10
+    assert all(sorted(order) == sorted(GROUP.completions) for order in orders)
+    assert [GROUP.completions[index] for (index,) in shown_order(GROUP, "labeller 0", "seed")] == orders[0]
+
+
+def test_ranks_are_in_the_order_shown_and_sources_stay_secret(serve):
+    site = serve([Group("g", "Q", ["a", "b", "c", "b ", "d"], [f"secret-{number}" for number in range(5)])])
     token = sign_in(site)[1]["token"]
-    text = request(site, "/api/task", "POST", {}, authorization=f"Bearer {token}")[2]
-    assert "Question 1?" in text
-    assert "secret" not in text
+
+    def post(path, body):
+        status, _, text = request(site, f"/api/{path}", "POST", body, authorization=f"Bearer {token}")
+        assert (status, "secret" in text) == (200, False)
+        return json.loads(text)
+
+    shown = post("task", {})["task"]["completions"]
+    assert sorted(shown) == ["a", "b", "c", "d"]
+    ranks = [{"a": 1, "b": 2, "c": None, "d": 2}[text] for text in shown]
+    post("label", {"id": "g", "submission": "s" * 16, "ranks": ranks, "demonstration": "", "note": "n"})
+    assert site.labels()["anna", "g"].ranks == [1, 2, None, 2, 2]
+    task = post("undo", {"label": post("task", {})["newest"]})["task"]
+    assert task["before"] == {"ranks": ranks, "demonstration": "", "note": "n"}
+    assert task["completions"] == shown
 
 
 def test_wrong_passwords_delay_each_other(serve):

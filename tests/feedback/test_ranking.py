@@ -9,8 +9,7 @@ from rlhf_recipes.core.errors import RecipeError
 from rlhf_recipes.data import load_data
 from rlhf_recipes.feedback.groups import Group
 from rlhf_recipes.feedback.labels import Label, Store
-from rlhf_recipes.feedback.ranking import read_labeler
-from rlhf_recipes.feedback.selection import choose_groups, disagreement
+from rlhf_recipes.feedback.ranking import choose_groups, disagreement, read_labeler
 from rlhf_recipes.generation.judges import ChatJudge
 
 import pytest
@@ -63,16 +62,16 @@ def test_a_random_choice_depends_on_its_seed():
 
 def test_without_noise_a_simulated_labeler_ranks_by_reward():
     labeler = read_labeler({"path": REWARD}, 0)
-    (row,) = labeler.rank([sampled()])
+    (row,) = labeler([sampled()])
     assert row["ranks"] == [1, 2, 3, 3]
     assert row["labeller"] == "simulated: Abstention, noise 0"
     assert row["sources"] == ["sft"] * 4
-    assert labeler.rank([sampled(texts=("Rome.", "Oslo."))]) == [], "nothing is preferred"
+    assert labeler([sampled(texts=("Rome.", "Oslo."))]) == [], "nothing is preferred"
 
 
 def test_a_noisy_labeler_prefers_with_bradley_terry_probabilities():
     noise, count = 0.8, 4000
-    rows = read_labeler({"path": REWARD, "noise": noise}, 0).rank([sampled(number) for number in range(count)])
+    rows = read_labeler({"path": REWARD, "noise": noise}, 0)([sampled(number) for number in range(count)])
     assert all(row["ranks"][2] == row["ranks"][3] for row in rows)
     for better, worse, difference in ((0, 1, 1), (1, 2, 1), (0, 2, 2)):
         share = sum(row["ranks"][better] < row["ranks"][worse] for row in rows) / count
@@ -82,8 +81,8 @@ def test_a_noisy_labeler_prefers_with_bradley_terry_probabilities():
 
 def test_noise_depends_on_the_group_alone():
     labeler = read_labeler({"path": REWARD, "noise": 5}, 0)
-    rows = {row["id"]: row["ranks"] for row in labeler.rank([sampled(number) for number in range(20)])}
-    assert [row["ranks"] for row in labeler.rank([sampled(7), sampled(3)])] == [rows["g7"], rows["g3"]]
+    rows = {row["id"]: row["ranks"] for row in labeler([sampled(number) for number in range(20)])}
+    assert [row["ranks"] for row in labeler([sampled(7), sampled(3)])] == [rows["g7"], rows["g3"]]
     assert len({str(ranks) for ranks in rows.values()}) > 3
 
 
@@ -92,7 +91,7 @@ def test_rewards_get_the_columns_of_all_groups(monkeypatch):
     monkeypatch.setattr(
         "rlhf_recipes.rewards.normalised_match", lambda completions, **columns: seen.update(columns) or [0.0] * len(completions)
     )
-    read_labeler({"path": "rlhf_recipes.rewards.normalised_match"}, 0).rank([sampled(0), sampled(1, town="Rome")])
+    read_labeler({"path": "rlhf_recipes.rewards.normalised_match"}, 0)([sampled(0), sampled(1, town="Rome")])
     assert (seen["reference"], seen["town"]) == (["Paris."] * 4 + [None] * 4, [None] * 4 + ["Rome"] * 4)
 
 
@@ -103,7 +102,7 @@ def test_a_judge_ranks_by_wins(monkeypatch):
 
     monkeypatch.setattr(ChatJudge, "_ask", prefer_longer)
     labeler = read_labeler({"url": "http://localhost:1/v1", "model": "tiny"}, 0)
-    rows = labeler.rank([sampled(0, ("aa", "b", "cccc")), sampled(1, ("a", "b"))])
+    rows = labeler([sampled(0, ("aa", "b", "cccc")), sampled(1, ("a", "b"))])
     assert [row["ranks"] for row in rows] == [[2, 3, 1], [1, 1]]
     assert rows[0]["labeller"] == "judge: tiny"
 
@@ -126,7 +125,7 @@ def test_an_invalid_labeler_is_rejected(entry, message):
 def test_a_reward_without_a_score_is_rejected(monkeypatch):
     monkeypatch.setattr("rlhf_recipes.rewards.normalised_match", lambda completions, **columns: [None] * len(completions))
     with pytest.raises(RecipeError, match=r"labeller: .*: returned None"):
-        read_labeler({"path": "rlhf_recipes.rewards.normalised_match"}, 0).rank([sampled()])
+        read_labeler({"path": "rlhf_recipes.rewards.normalised_match"}, 0)([sampled()])
 
 
 # --- People -----------------------------------------------------------------------------------------------------------
@@ -144,10 +143,10 @@ def test_rankings_of_people_are_complete_or_an_error(people):
     labeler, store = people
     groups = [sampled(0), sampled(1)]
     with pytest.raises(RecipeError, match=r"labeller: .*: 2 of 2 groups .* `python recipes/label.py --store"):
-        labeler.rank(groups)
+        labeler(groups)
     for ranks in ([1, 2, None, 3], None):  # the second is a skip by everyone who labels
         store.save(Label(store.claim("anna").id, "anna", ranks=ranks))
-    (row,) = labeler.rank(groups)
+    (row,) = labeler(groups)
     assert (row["labeller"], row["id"], row["ranks"]) == ("anna", "g0", [1, 2, 3])
     assert len(row["completions"]) == 3
 
@@ -161,9 +160,9 @@ def test_a_skipped_group_waits_until_everyone_has_skipped_it(people):
     store.save(Label("g2", "anna", [1, 1, 1, 1]))
     store.save(Label("g3", "berta", [1, 2, 3, 4]))
     with pytest.raises(RecipeError, match=r"1 of 4 groups .* \(1 were skipped"):
-        labeler.rank(groups)
+        labeler(groups)
     store.save(Label("g0", "berta"))
-    assert [row["id"] for row in labeler.rank(groups)] == ["g3"]
+    assert [row["id"] for row in labeler(groups)] == ["g3"]
 
 
 def test_people_get_only_the_groups_wanted_now(people):
@@ -171,12 +170,12 @@ def test_people_get_only_the_groups_wanted_now(people):
     old, new = [sampled(0), sampled(1)], [sampled(1), sampled(2)]
     for groups, claimed in ((old, "g0"), (new, "g1"), (old, "g1")):
         with pytest.raises(RecipeError, match="2 of 2 groups"):
-            labeler.rank(groups)
+            labeler(groups)
         assert store.claim("anna").id == claimed
         assert store.progress("anna") == (0, 2, 0)
     store.save(Label("g0", "anna", [1, 2, 3, 4]))
     with pytest.raises(RecipeError, match="2 of 2 groups"):
-        labeler.rank(new)
+        labeler(new)
     assert [label.group for label in store.labels()] == ["g0"], "labels stay"
 
 

@@ -8,13 +8,13 @@ import subprocess
 import sys
 import tempfile
 import threading
+import time
 from pathlib import Path
 
 from rlhf_recipes.core.errors import RecipeError
 from rlhf_recipes.feedback.labels import Group, Label, Store
 from rlhf_recipes.feedback.labels.assignment import LEASE
-from rlhf_recipes.feedback.labels.label import AlreadyLabelledError, InvalidLabelError
-from rlhf_recipes.feedback.labels.sessions import NameTakenError
+from rlhf_recipes.feedback.labels.label import AlreadyLabelledError, InvalidLabelError, NameTakenError
 from support import ROOT
 
 import pytest
@@ -82,16 +82,16 @@ def test_texts_are_limited(store, key, limit):
 @pytest.mark.parametrize("name", ["", "  ", "x" * 61, "a\x00b"])
 def test_names_are_checked(store, name):
     with pytest.raises(InvalidLabelError, match="name: "):
-        store.sessions.start(name, "session")
+        store.start_session(name, "session")
 
 
 def test_a_known_name_must_be_confirmed(store):
-    assert store.sessions.start("Anna  B", "one") == "Anna B"
+    assert store.start_session("Anna  B", "one") == "Anna B"
     with pytest.raises(NameTakenError):
-        store.sessions.start("anna b", "two")
-    assert store.sessions.labeller("two") is None
-    assert store.sessions.start(" anna b", "two", known=True) == "Anna B"
-    assert (store.sessions.labeller("one"), store.sessions.labeller("two")) == ("Anna B", "Anna B")
+        store.start_session("anna b", "two")
+    assert store.labeller_in("two") is None
+    assert store.start_session(" anna b", "two", known=True) == "Anna B"
+    assert (store.labeller_in("one"), store.labeller_in("two")) == ("Anna B", "Anna B")
 
 
 def test_a_repeated_submission_replaces_its_label_and_no_other(store):
@@ -199,9 +199,10 @@ def test_concurrent_labellers_never_get_the_same_group(tmp_path, shared):
         assert stored == {(name, identity) for name, identities in labelled.items() for identity in identities}
 
 
-def test_a_group_left_on_a_screen_goes_to_another_after_the_lease(tmp_path):
+def test_a_group_left_on_a_screen_goes_to_another_after_the_lease(tmp_path, monkeypatch):
     now = [0.0]
-    with open_store(tmp_path / "labels.sqlite", 0.0, clock=lambda: now[0]) as store:
+    monkeypatch.setattr(time, "time", lambda: now[0])
+    with open_store(tmp_path / "labels.sqlite", 0.0) as store:
         store.add([group(1)])
         assert store.claim("anna").id == "g1"
         assert store.claim("anna").id == "g1"

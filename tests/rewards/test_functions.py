@@ -5,7 +5,7 @@ import pickle
 
 from rlhf_recipes.core.errors import RecipeError
 from rlhf_recipes.core.hub import resolve_path
-from rlhf_recipes.evaluation.metrics.truthfulness import Truthfulness
+from rlhf_recipes.evaluation.metrics.texts import Truthfulness
 from rlhf_recipes.models.tokenizer import load_tokenizer
 from rlhf_recipes.rewards.functions import (
     Abstention,

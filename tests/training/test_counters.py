@@ -4,9 +4,9 @@ import json
 import shutil
 
 from rlhf_recipes.stages import training_stages
-from rlhf_recipes.training.mixin import COUNTERS
-from rlhf_recipes.training.record import RunRecorder
+from rlhf_recipes.training.result import RunRecorder
 from rlhf_recipes.training.resume import ARGUMENTS
+from rlhf_recipes.training.trainers import COUNTERS
 from support.small_stages import small, without_times
 
 import pytest

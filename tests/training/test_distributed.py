@@ -5,6 +5,7 @@ DeepSpeed is not installed with the tests: docs/distributed.md has what was meas
 
 import json
 
+from rlhf_recipes.core.errors import RecipeError
 from rlhf_recipes.training.ppo import PPOConfig
 from support.ppo_cases import AGAIN, CASES, assert_the_update_of_one, read, run
 from support.processes import in_two_processes, run_stages
@@ -187,7 +188,7 @@ def test_resumed_fsdp_run_of_ppo_equals_unbroken_one(fsdp):
 def test_ppo_rejects_a_separate_critic_under_fsdp(tmp_path, monkeypatch):
     monkeypatch.setenv("ACCELERATE_USE_FSDP", "true")
     monkeypatch.setenv("FSDP_VERSION", "2")
-    with pytest.raises(ValueError, match=r"critic: adapter: "):
+    with pytest.raises(RecipeError, match=r"critic: adapter: "):
         PPOConfig(str(tmp_path), critic="adapter", bf16=False)
 
 

@@ -13,7 +13,7 @@ from rlhf_recipes.core.hub import resolve_path
 from rlhf_recipes.data import load_data, load_demonstrations
 from rlhf_recipes.models.loading import load_model
 from rlhf_recipes.rewards import reward_models
-from rlhf_recipes.rewards.saved import load_full_reward, load_reward_adapter, load_saved_reward
+from rlhf_recipes.rewards.saved import load_reward_adapter, load_saved_reward
 from rlhf_recipes.tiny import splits
 from rlhf_recipes.training import run as runs
 from rlhf_recipes.training.run import run_dependencies
@@ -198,28 +198,18 @@ def best_answers(rankings):
 
 
 def check_evaluation(result, scores, ranks):
-    """Check a result in `evaluation.json` against the raw scores (rows, K)."""
+    """Check a result in `evaluation.json` against the raw scores (rows, K); tests/evaluation has its other numbers."""
     gaps = differences(scores, ranks)
     assert result["accuracy"]["n"] == result["calibration"]["n"] == len(gaps)
     assert result["accuracy"]["accuracy"] == pytest.approx((gaps > 0).mean())
-    low, high = result["accuracy"]["interval"]
-    assert low <= result["accuracy"]["accuracy"] <= high
-    assert 0 < high - low < 1
-    confidence, right = 1 / (1 + np.exp(-abs(gaps))), gaps > 0
-    ece = 0.0
-    for step in range(10):
-        inside = (confidence > 0.5 + 0.05 * step) & (confidence <= 0.55 + 0.05 * step)
-        if inside.any():
-            ece += inside.mean() * abs(right[inside].mean() - confidence[inside].mean())
-    assert result["calibration"]["ece"] == pytest.approx(ece, abs=1e-4)
-    assert result["calibration"]["brier"] == pytest.approx(np.mean((confidence - right) ** 2), abs=1e-4)
-    assert result["calibration"]["log_loss"] == pytest.approx(np.mean(np.log1p(np.exp(-gaps))), abs=1e-4)
+    assert result["calibration"]["log_loss"] == pytest.approx(log_loss(gaps), abs=1e-4)
     taus = [stats.kendalltau(row, np.negative(order)).statistic for row, order in zip(scores, ranks, strict=True)]
     assert result["tau"]["tau"] == pytest.approx(np.mean(taus), abs=1e-6)
-    assert result["scores"]["mean"] == pytest.approx(scores.mean(), abs=1e-4)
-    assert result["scores"]["std"] == pytest.approx(scores.std(), abs=1e-4)
-    assert result["scores"]["quantiles"]["0.0"] == pytest.approx(scores.min(), abs=1e-4)
-    assert result["scores"]["quantiles"]["1.0"] == pytest.approx(scores.max(), abs=1e-4)
+    assert (result["scores"]["mean"], result["scores"]["std"]) == pytest.approx((scores.mean(), scores.std()), abs=1e-4)
+
+
+def log_loss(gaps):
+    return np.mean(np.log1p(np.exp(-gaps)))
 
 
 def normalisation(folder):
@@ -229,12 +219,11 @@ def normalisation(folder):
 def check_normalisation(folder, scores, samples):
     stored = normalisation(folder)
     assert stored["samples"] == samples == len(scores)
-    assert stored["mean"] == pytest.approx(scores.mean(), abs=1e-4)
-    assert stored["std"] == pytest.approx(scores.std(), abs=1e-4)
+    assert (stored["mean"], stored["std"]) == pytest.approx((scores.mean(), scores.std()), abs=1e-4)
 
 
-def weights(folder, name="adapter_model.safetensors"):
-    return load_file(folder / name)
+def weights(folder):
+    return load_file(folder / "adapter_model.safetensors")
 
 
 def same(one, other):
@@ -276,30 +265,16 @@ def test_saved_files_and_record(trained, files):
         assert (folder / f"{picture}-{name}.svg").read_text().rstrip().endswith("</svg>")
 
 
-def test_evaluation_agrees_with_transformers_and_peft_alone(trained, files):
-    """Every number is computed again by loops or SciPy."""
+def test_scale_and_evaluation_agree_with_transformers_and_peft_alone(trained, files):
     folder = trained("single", *LONG)
     rankings = read_rows(files / "rankings.test.jsonl")
-    scores = score_rankings(folder, rankings)
     (result,) = read(folder, "evaluation.json").values()
-    check_evaluation(result, scores, [row["ranks"] for row in rankings])
-    tokenizer = AutoTokenizer.from_pretrained(folder)
-    answers = [completion[0]["content"] for completion in flat(rankings)[1]]
-    lengths = [len(tokenizer(f"Answer: {answer}")["input_ids"]) for answer in answers]
-    assert result["score_length"]["pearson"] == pytest.approx(stats.pearsonr(scores.ravel(), lengths).statistic, abs=1e-4)
-    assert result["score_length"]["spearman"] == pytest.approx(stats.spearmanr(scores.ravel(), lengths).statistic, abs=1e-3)
-
-
-def test_best_training_answers_score_0_with_deviation_1(trained, files):
-    folder = trained("single", *LONG)
+    check_evaluation(result, score_rankings(folder, rankings), [row["ranks"] for row in rankings])
     prompts, answers = best_answers(read_rows(files / "rankings.train.jsonl"))
     check_normalisation(folder, raw_scores(folder, prompts, answers), 16)
-    tokenizer = AutoTokenizer.from_pretrained(folder)
-    scores = np.array(
-        load_reward_adapter(AutoModelForCausalLM.from_pretrained(BASE), folder, "any", tokenizer)(prompts, answers)
-    )
-    assert scores.mean() == pytest.approx(0, abs=1e-5)
-    assert scores.std() == pytest.approx(1, abs=1e-5)
+    base, tokenizer = AutoModelForCausalLM.from_pretrained(BASE), AutoTokenizer.from_pretrained(folder)
+    scores = np.array(load_reward_adapter(base, folder, "any", tokenizer)(prompts, answers))
+    assert (scores.mean(), scores.std()) == (pytest.approx(0, abs=1e-5), pytest.approx(1, abs=1e-5))
 
 
 def test_run_without_evaluation_has_a_scale_and_no_report(trained, reward, files, tmp_path):
@@ -342,18 +317,12 @@ def test_full_models(trained, files):
         check_evaluation(results[member.name], scores[-1], [row["ranks"] for row in rankings])
         demonstrations = best_answers(read_rows(files / "rankings.train.jsonl"))
         check_normalisation(member, raw_scores(member, *demonstrations), 16)
-        whole = load_full_reward(member, "any", AutoTokenizer.from_pretrained(member))
-        assert np.mean(whole(*demonstrations)) == pytest.approx(0, abs=1e-4)
     assert abs(scores[0] - scores[1]).max() > 0.1
 
 
-@pytest.mark.parametrize("name", ["reward-v1.0", "train"])
-def test_output_dir_may_have_any_name(reward, tmp_path, name):
-    """Not every name could be an adapter's: PyTorch rejects dots and names of methods."""
-    folder = tmp_path / name
-    assert reward(folder, *AS_IT_BEGINS)[0] == 0
-    assert (folder / "evaluation.json").exists()
-    assert normalisation(folder) is not None
+def test_output_dir_may_have_a_name_that_no_adapter_could(reward, tmp_path):
+    assert reward(tmp_path / "reward-v1.0", *AS_IT_BEGINS)[0] == 0
+    assert normalisation(tmp_path / "reward-v1.0") is not None
 
 
 # --- Earlier and unfinished runs ---------------------------------------
@@ -506,69 +475,42 @@ def test_rankings_expand_to_all_their_pairs(trained, files):
     gaps = differences(score_rankings(folder, rankings), [row["ranks"] for row in rankings])
     assert len(gaps) < 16 * 6  # ties
     assert read(folder, "recipe.json")["data"]["train"]["rows"] == len(gaps)
-    assert log(folder)[0]["loss"] == pytest.approx(np.mean(np.log1p(np.exp(-gaps))), abs=1e-4)
+    assert log(folder)[0]["loss"] == pytest.approx(log_loss(gaps), abs=1e-4)
     check_normalisation(folder, raw_scores(folder, *best_answers(rankings)), 16)
     (result,) = read(folder, "evaluation.json").values()
     held_out = read_rows(files / "rankings.test.jsonl")
     gaps = differences(score_rankings(folder, held_out), [row["ranks"] for row in held_out])
-    assert result["accuracy"]["n"] == len(gaps)
-    assert result["accuracy"]["accuracy"] == pytest.approx((gaps > 0).mean())
+    assert (result["accuracy"]["n"], result["accuracy"]["accuracy"]) == (len(gaps), pytest.approx((gaps > 0).mean()))
     assert result["accuracy"]["groups"] == len({json.dumps(row["prompt"]) for row in held_out})
 
 
-def test_pairs_train_as_rankings_of_two(trained, files, data_of):
-    folder = trained("two", *data_of("pairs"), *AS_IT_BEGINS, "--per_device_train_batch_size", 16)
-    assert read(folder, "recipe.json")["arguments"]["RewardArguments"]["train_on"] == "rankings"
-    rankings = as_rankings(read_rows(files / "pairs.train.jsonl"))
-    gaps = differences(score_rankings(folder, rankings), [row["ranks"] for row in rankings])
-    assert log(folder)[0]["loss"] == pytest.approx(np.mean(np.log1p(np.exp(-gaps))), abs=1e-4)
-    check_normalisation(folder, raw_scores(folder, *best_answers(rankings)), 16)
-    rankings = as_rankings(read_rows(files / "pairs.test.jsonl"))
+@pytest.mark.parametrize(("kind", "train_on"), [("pairs", "rankings"), ("margins", "pairs")])
+def test_pairs_and_their_margins(trained, files, data_of, kind, train_on):
+    options = ("--train_on", train_on, *AS_IT_BEGINS, "--per_device_train_batch_size", 16)
+    folder = trained(kind, *data_of(kind), *options)
+    train, test = (read_rows(files / f"{kind}.{split}.jsonl") for split in ("train", "test"))
+    scores, held_out = (score_rankings(folder, as_rankings(rows)) for rows in (train, test))
+    margins = np.array([row.get("margin", 0.0) for row in train])
+    assert log(folder)[0]["loss"] == pytest.approx(log_loss(scores[:, 0] - scores[:, 1] - margins), abs=1e-4)
+    check_normalisation(folder, scores[:, 0], 16)
     (result,) = read(folder, "evaluation.json").values()
-    check_evaluation(result, score_rankings(folder, rankings), [row["ranks"] for row in rankings])
-
-
-def test_margins_are_trained_and_reported(trained, files, data_of):
-    folder = trained("margins", *data_of("margins"), "--train_on", "pairs", *AS_IT_BEGINS, "--per_device_train_batch_size", 16)
-    rows = read_rows(files / "margins.train.jsonl")
-    scores, margins = score_rankings(folder, as_rankings(rows)), np.array([row["margin"] for row in rows])
-    gaps = scores[:, 0] - scores[:, 1]
-    assert log(folder)[0]["loss"] == pytest.approx(np.mean(np.log1p(np.exp(margins - gaps))), abs=1e-4)
-    rows = read_rows(files / "margins.test.jsonl")
-    scores, margins = score_rankings(folder, as_rankings(rows)), np.array([row["margin"] for row in rows])
-    gaps = scores[:, 0] - scores[:, 1]
-    (result,) = read(folder, "evaluation.json").values()
-    assert result["accuracy"]["accuracy"] == pytest.approx((gaps > 0).mean())
-    quartiles = result["accuracy"]["by_human_margin"]
-    assert sum(part["n"] for part in quartiles) == 16
-    for part in quartiles:
-        inside = (margins >= part["low"]) & (margins <= part["high"])
-        assert part["accuracy"] == pytest.approx((gaps > 0)[inside].mean())
+    check_evaluation(result, held_out, [[0, 1]] * 16)
+    assert sum(part["n"] for part in result["accuracy"].get("by_human_margin", [])) == (16 if kind == "margins" else 0)
 
 
 # --- From the SFT adapter --------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("bits", [(), IN_4_BITS], ids=["fp32", "4bit"])
-def test_reward_adapter_starts_with_the_sft_weights(trained, sft, bits):
+def test_reward_adapter_starts_with_the_sft_weights_and_moves_them(trained, sft):
     parent = sft()
-    folder = trained(f"from-sft{len(bits)}", "--start_from", parent, *AS_IT_BEGINS, *bits)
-    record = read(folder, "recipe.json")
-    assert record["parents"] == [str(parent)]
-    assert record["base_model"]["name"] == BASE
-    begun, learnt = weights(folder), weights(parent)
+    begun, learnt = weights(trained("from-sft", "--start_from", parent, *AS_IT_BEGINS)), weights(parent)
+    record = read(trained("from-sft"), "recipe.json")
+    assert (record["parents"], record["base_model"]["name"]) == ([str(parent)], BASE)
     assert max(weight.abs().max() for name, weight in learnt.items() if "lora_B" in name) > 0
     assert begun.pop("base_model.model.score.weight").norm() > 0
     assert same(begun, learnt)
-    config = read(folder, "adapter_config.json")
-    assert (config["r"], config["task_type"], config["base_model_name_or_path"]) == (3, "SEQ_CLS", BASE)
-    assert normalisation(folder) is not None
-
-
-def test_training_moves_all_sft_weights(trained, sft):
-    begun, learnt = weights(trained("on-sft", "--start_from", sft())), weights(sft())
-    moved = [name for name, weight in learnt.items() if not torch.equal(weight, begun[name])]
-    assert len(moved) == len(learnt)
+    moved = weights(trained("on-sft", "--start_from", parent))
+    assert not [name for name, weight in learnt.items() if torch.equal(weight, moved[name])]
 
 
 # --- Ensembles -------------------------------------------------------------------------------------------
@@ -590,25 +532,18 @@ def test_members_equal_single_runs_with_their_seeds(trained):
 
 
 def test_evaluation_of_members_and_their_combination(trained, files):
+    """Members are normalised before they are combined, as in PPO: raw scores have no common scale."""
     folder = trained("ensemble", *LONG, *ENSEMBLE)
-    results = read(folder, "evaluation.json")
+    results, rankings = read(folder, "evaluation.json"), read_rows(files / "rankings.test.jsonl")
     assert list(results) == ["member-0", "member-1", "ensemble"]
     assert len(list(folder.glob("*.svg"))) == 6
-    rankings = read_rows(files / "rankings.test.jsonl")
-    ranks = [row["ranks"] for row in rankings]
-    scores = np.stack([score_rankings(folder / name, rankings) for name in ("member-0", "member-1")])
-    check_evaluation(results["member-0"], scores[0], ranks)
-    check_evaluation(results["member-1"], scores[1], ranks)
-    # Members are normalised before they are combined, as in PPO: raw scores have no common scale
-    stored = [normalisation(folder / name) for name in ("member-0", "member-1")]
-    scaled = np.stack([(score - own["mean"]) / own["std"] for score, own in zip(scores, stored, strict=True)])
-    combined = scaled.mean(0) - 0.5 * scaled.std(0)
-    gaps = differences(combined, ranks)
-    assert results["ensemble"]["accuracy"]["accuracy"] == pytest.approx((gaps > 0).mean())
-    taus = [stats.kendalltau(row, np.negative(order)).statistic for row, order in zip(combined, ranks, strict=True)]
-    assert results["ensemble"]["tau"]["tau"] == pytest.approx(np.mean(taus), abs=1e-6)
-    # Invariant to shift and scale
-    assert results["ensemble"]["scores"]["skew"] == pytest.approx(stats.skew(combined.ravel()), abs=1e-3)
+    ranks, scaled = [row["ranks"] for row in rankings], []
+    for name in ("member-0", "member-1"):
+        scores, own = score_rankings(folder / name, rankings), normalisation(folder / name)
+        check_evaluation(results[name], scores, ranks)
+        scaled.append((scores - own["mean"]) / own["std"])
+    combined = np.mean(scaled, 0) - 0.5 * np.std(scaled, 0)
+    assert results["ensemble"]["accuracy"]["accuracy"] == pytest.approx((differences(combined, ranks) > 0).mean())
     assert results["ensemble"]["scores"]["histogram"]["counts"] == np.histogram(combined, 20)[0].tolist()
 
 
@@ -663,6 +598,7 @@ def test_shards_partition_the_rows(trained, files):
     assert [len(log(member)) for member in members] == [2, 2, 2]  # 6 + 5 + 5 rows, by batches of 4
     tokens = sum(map(len, tokenizer.apply_chat_template(talks)["input_ids"]))
     assert sum(log(member)[-1]["num_tokens"] for member in members) == tokens
+    assert [read(member, "recipe.json")["data"]["train"]["rows"] for member in members] == [6, 5, 5]
 
 
 def test_each_shard_samples_the_whole_mixture(trained, files, config):
@@ -676,11 +612,6 @@ def test_each_shard_samples_the_whole_mixture(trained, files, config):
     folder = trained("mixture", *options)
     one, other = (log(folder / f"member-{number}")[-1]["num_tokens"] for number in range(2))
     assert one == other
-
-
-def test_record_of_a_member_counts_its_rows(trained):
-    folder = trained("shards", *SHARDS)
-    assert [read(folder, f"member-{number}", "recipe.json")["data"]["train"]["rows"] for number in range(3)] == [6, 5, 5]
 
 
 # --- Demonstrations --------------------------------------------------------------------------------------
@@ -707,16 +638,8 @@ def test_demonstrations_beyond_max_length_are_dropped(reward, files, config, tmp
         row["chosen"][0]["content"] = "the " * 100
     options = {"dataset_name": str(write_rows(tmp_path / "rows.jsonl", rows))}
     if named:
-        options["dataset_name"] = str(files / "pairs.train.jsonl")
-        options["demonstrations"] = [
-            {
-                "path": str(
-                    write_rows(
-                        tmp_path / "answers.jsonl", [{"prompt": row["prompt"], "completion": row["chosen"]} for row in rows]
-                    )
-                )
-            }
-        ]
+        answers = write_rows(tmp_path / "answers.jsonl", [{"prompt": r["prompt"], "completion": r["chosen"]} for r in rows])
+        options = {"dataset_name": str(files / "pairs.train.jsonl"), "demonstrations": [{"path": str(answers)}]}
     folder = tmp_path / "reward"
     assert reward(folder, *config(**options, eval_datasets=[]), *AS_IT_BEGINS, *NO_EVAL)[0] == 0
     check_normalisation(folder, raw_scores(folder, *zip(*[(r["prompt"], r["chosen"]) for r in rows[5:]], strict=True)), 11)
@@ -803,32 +726,20 @@ def test_demonstrations_without_a_scale_are_refused(reward, config, tmp_path, ro
     check_refused(reward, tmp_path / "out", *config(demonstrations=[{"path": str(path)}]), message=message)
 
 
-@pytest.mark.parametrize("changed", ["base", "template", "tokenizer"])
+@pytest.mark.parametrize("changed", ["template", "tokenizer"])
 def test_sft_adapter_that_does_not_fit_is_refused(reward, sft, tmp_path, changed):
-    parent, other, tokenizer = sft(), tmp_path / "other", AutoTokenizer.from_pretrained(BASE)
-    options, message = ("--start_from", parent), (str(parent), "chat template")
-    if changed == "base":
-        model = AutoModelForCausalLM.from_pretrained(BASE)
-        with torch.no_grad():
-            model.model.embed_tokens.weight.mul_(2)
-        model.save_pretrained(other)
-        tokenizer.save_pretrained(other)
-        options, message = (*options, "--model_name_or_path", other), (f"{parent}: was trained on {BASE}", str(other))
-    elif changed == "template":
-        other.write_text(tokenizer.chat_template.replace("Question: ", "Q: "))
-        options = (*options, "--chat_template_path", other.rename(tmp_path / "other.jinja"))
+    parent, tokenizer = sft(), AutoTokenizer.from_pretrained(BASE)
+    if changed == "template":
+        template = tmp_path / "other.jinja"
+        template.write_text(tokenizer.chat_template.replace("Question: ", "Q: "))
+        options, message = ("--start_from", parent, "--chat_template_path", template), (str(parent), "chat template")
     else:
+        other = tmp_path / "other"
         shutil.copytree(parent, other)
         tokenizer.add_tokens([f"Karimo{number}" for number in range(100)])
         tokenizer.save_pretrained(other)
         options, message = ("--start_from", other), (str(other), "tokenizer")
     check_refused(reward, tmp_path / "out", *options, message=message)
-
-
-def test_moved_base_is_recognised(reward, sft, tmp_path):
-    shutil.copytree(BASE, tmp_path / "moved")
-    options = (*NO_EVAL, "--start_from", sft(), "--model_name_or_path", tmp_path / "moved", "--max_steps", 1)
-    assert reward(tmp_path / "out", *options)[0] == 0
 
 
 def test_chat_template_of_the_sft_adapter_is_kept(reward, sft, tmp_path):

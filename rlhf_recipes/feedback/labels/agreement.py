@@ -49,19 +49,34 @@ class Agreement:
 
 
 def agreement(contents: Contents) -> Agreement:
-    """Return the agreement of all labellers with each other.
-
-    Args:
-        contents: groups with their labels, from `Store.contents`.
-    """
-    strict, same, number = [], 0, 0  # strict: (prompt, both labellers, whether they agree)
+    """Return the agreement of all labellers with each other."""
+    prompts, agreed, by_labeller = [], [], defaultdict(list)  # of judgements without a tie
+    same, number = 0, 0
     for prompt, (group, labels) in enumerate(contents):
         for one, other in itertools.combinations(labels, 2):
             for verdict, other_verdict in _verdicts(group, one, other):
                 number, same = number + 1, same + (verdict == other_verdict)
                 if verdict and other_verdict:
-                    strict.append((prompt, (one.labeller, other.labeller), verdict == other_verdict))
-    return _summarize(strict, same, number)
+                    prompts.append(prompt)
+                    agreed.append(verdict == other_verdict)
+                    for label in (one, other):
+                        by_labeller[label.labeller].append(agreed[-1])
+    if not agreed:
+        return Agreement(tied=number, share_with_ties=same / number if number else None)
+    # Imported here: the evaluation's libraries take seconds to load, and the page does not need them
+    from rlhf_recipes.evaluation.metrics.intervals import codes_of, share_interval
+
+    import numpy as np
+
+    return Agreement(
+        share=sum(agreed) / len(agreed),
+        interval=share_interval(np.array(agreed, dtype=np.float64), codes_of(prompts, len(prompts))),
+        compared=len(agreed),
+        tied=number - len(agreed),
+        share_with_ties=same / number,
+        prompts=len(set(prompts)),
+        labellers={name: (sum(own) / len(own), len(own)) for name, own in by_labeller.items()},
+    )
 
 
 def _verdicts(group: Group, one: Label, other: Label) -> Iterator[tuple[int, int]]:
@@ -73,28 +88,3 @@ def _verdicts(group: Group, one: Label, other: Label) -> Iterator[tuple[int, int
 
 def _sign(number: int) -> int:
     return (number > 0) - (number < 0)
-
-
-def _summarize(strict: list[tuple[int, tuple[str, str], bool]], same: int, number: int) -> Agreement:
-    if not strict:
-        return Agreement(tied=number, share_with_ties=same / number if number else None)
-    # Imported here: the evaluation's libraries take seconds to load, and the page does not need them
-    from rlhf_recipes.evaluation.metrics.intervals import share_interval
-
-    import numpy as np
-
-    prompts = np.unique([prompt for prompt, _, _ in strict], return_inverse=True)[1]
-    agree = np.array([agreed for _, _, agreed in strict], dtype=np.float64)
-    by_labeller = defaultdict(list)
-    for _, names, agreed in strict:
-        for name in names:
-            by_labeller[name].append(agreed)
-    return Agreement(
-        share=float(agree.mean()),
-        interval=share_interval(agree, prompts),
-        compared=len(strict),
-        tied=number - len(strict),
-        share_with_ties=same / number,
-        prompts=int(prompts.max()) + 1,
-        labellers={name: (sum(agreed) / len(agreed), len(agreed)) for name, agreed in by_labeller.items()},
-    )

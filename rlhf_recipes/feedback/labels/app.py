@@ -4,25 +4,19 @@ import asyncio
 import hashlib
 import hmac
 import logging
+import random
 import secrets
+from collections import defaultdict
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Annotated, Any
 
 from rlhf_recipes.core.errors import RecipeError
 from rlhf_recipes.feedback.groups import MAX_COMPLETIONS, Group
+from rlhf_recipes.feedback.labels import label as rules
 from rlhf_recipes.feedback.labels.guard import OriginGuard
-from rlhf_recipes.feedback.labels.label import (
-    MAX_DEMONSTRATION,
-    MAX_NAME,
-    MAX_NOTE,
-    AlreadyLabelledError,
-    InvalidLabelError,
-    Label,
-)
-from rlhf_recipes.feedback.labels.sessions import NameTakenError
+from rlhf_recipes.feedback.labels.label import InvalidLabelError, Label
 from rlhf_recipes.feedback.labels.store import Store
-from rlhf_recipes.feedback.labels.task_view import TaskView
 
 import uvicorn
 from fastapi import APIRouter, Depends, FastAPI, HTTPException, Request
@@ -36,7 +30,7 @@ from pydantic import BaseModel, ConfigDict, Field
 logger = logging.getLogger(__name__)
 router = APIRouter(prefix="/api")
 PAGE = Path(__file__).parent / "page"
-_STATUS = {InvalidLabelError: 400, AlreadyLabelledError: 409, NameTakenError: 409}
+_STATUS = {InvalidLabelError: 400, rules.AlreadyLabelledError: 409, rules.NameTakenError: 409}
 
 
 class _Body(BaseModel):
@@ -46,7 +40,7 @@ class _Body(BaseModel):
 class SignIn(_Body):
     """A labeller's name, and the password of the page if it has one."""
 
-    name: str = Field(max_length=MAX_NAME)
+    name: str = Field(max_length=rules.MAX_NAME)
     password: str = Field(default="", max_length=1000)
     known: bool = False
 
@@ -57,8 +51,8 @@ class Submission(_Body):
     id: str = Field(min_length=1)  # with a limit, pydantic rejects text that UTF-8 cannot hold
     submission: str = Field(min_length=16, max_length=64)
     ranks: list[int | None] | None = Field(max_length=MAX_COMPLETIONS)
-    demonstration: str = Field(max_length=MAX_DEMONSTRATION)
-    note: str = Field(max_length=MAX_NOTE)
+    demonstration: str = Field(max_length=rules.MAX_DEMONSTRATION)
+    note: str = Field(max_length=rules.MAX_NOTE)
 
 
 class Undo(_Body):
@@ -75,8 +69,8 @@ def make_server(
     Args:
         store: of groups and labels.
         password: that labellers need to sign in; empty for none.
-        names: host names of the page, besides localhost.
-        any_address: whether it is reached under addresses other than loopback.
+        names: as in `OriginGuard`.
+        any_address: as in `OriginGuard`.
         delay: seconds that a wrong password delays all later attempts.
     """
     app = FastAPI(docs_url=None, redoc_url=None, openapi_url=None)
@@ -86,19 +80,9 @@ def make_server(
     app.mount("/", StaticFiles(directory=PAGE, html=True))
     app.exception_handler(RecipeError)(_recipe_error)
     app.exception_handler(RequestValidationError)(_validation_error)
-    config = uvicorn.Config(
-        OriginGuard(app, names, any_address),
-        loop="asyncio",
-        http="h11",
-        ws="none",
-        lifespan="off",
-        log_level="warning",
-        access_log=False,
-        server_header=False,
-        proxy_headers=False,
-        timeout_graceful_shutdown=5,
-    )
-    return uvicorn.Server(config)
+    options = {"loop": "asyncio", "http": "h11", "ws": "none", "lifespan": "off", "log_level": "warning"}
+    options |= {"access_log": False, "server_header": False, "proxy_headers": False, "timeout_graceful_shutdown": 5}
+    return uvicorn.Server(uvicorn.Config(OriginGuard(app, names, any_address), **options))
 
 
 # --- Endpoints: all POST, since all change something. Those that wait for the disk run in threads -----------------------
@@ -111,7 +95,7 @@ def _store(request: Request) -> Store:
 def _labeller(
     request: Request, bearer: Annotated[HTTPAuthorizationCredentials | None, Depends(HTTPBearer(auto_error=False))]
 ) -> str:
-    name = bearer and _store(request).sessions.labeller(_session(request, bearer.credentials))
+    name = bearer and _store(request).labeller_in(_session(request, bearer.credentials))
     if not name:
         raise HTTPException(401, "Sign in again: this session is not known here.")
     return name
@@ -127,8 +111,8 @@ async def sign_in(request: Request, body: SignIn) -> dict[str, str]:
     if request.app.state.password:
         await _check_password(request, body.password)
     token = secrets.token_urlsafe(32)
-    start = _store(request).sessions.start
-    return {"name": await run_in_threadpool(start, body.name, _session(request, token), body.known), "token": token}
+    name = await run_in_threadpool(_store(request).start_session, body.name, _session(request, token), body.known)
+    return {"name": name, "token": token}
 
 
 @router.post("/task")
@@ -142,10 +126,11 @@ def save(store: StoreDependency, name: Labeller, body: Submission) -> dict[str, 
     """Save a label. It is on the disk when this returns."""
     ranks = body.ranks
     if ranks is not None:
-        try:
-            ranks = TaskView(store.group(body.id), name, store.seed).group_ranks(ranks)
-        except ValueError as error:
-            raise InvalidLabelError("ranks: give one for each completion shown") from error
+        shown = shown_order(store.group(body.id), name, store.seed)
+        if len(ranks) != len(shown):
+            raise InvalidLabelError("ranks: give one for each completion shown")
+        rank_of = {index: rank for indices, rank in zip(shown, ranks, strict=True) for index in indices}
+        ranks = [rank_of[index] for index in range(len(rank_of))]
     store.save(Label(body.id, name, ranks, body.demonstration, body.note), body.submission)
     return {"saved": True}
 
@@ -160,10 +145,33 @@ def undo(store: StoreDependency, name: Labeller, body: Undo) -> dict[str, Any]:
 
 
 def _task(store: Store, group: Group | None, name: str) -> dict[str, Any]:
-    progress = store.progress(name)
-    content = group and TaskView(group, name, store.seed).content(store.withdrawn(name, group.id))
-    held = 0 if group else progress.held
-    return {"task": content, "mine": progress.done, "left": progress.left, "held": held, "newest": store.newest(name)}
+    """Return how far a labeller is, and what the page shows of a group: never sources."""
+    progress, newest = store.progress(name), store.newest(name)
+    reply = {"task": None, "mine": progress.done, "left": progress.left, "held": progress.held, "newest": newest}
+    if not group:
+        return reply
+    shown, texts, undone, before = shown_order(group, name, store.seed), group.texts(), store.withdrawn(name, group.id), None
+    if undone:
+        ranks = undone.ranks and [undone.ranks[indices[0]] for indices in shown]
+        before = {"ranks": ranks, "demonstration": undone.demonstration or "", "note": undone.note or ""}
+    task = {
+        "id": group.id,
+        "key": hashlib.sha256(f"{store.seed}/{name.casefold()}/{group.id}".encode()).hexdigest()[:16],  # of the draft
+        "prompt": group.prompt if group.conversational else [{"role": "", "content": group.prompt}],
+        "completions": [texts[indices[0]] for indices in shown],
+        "before": before,
+    }
+    return reply | {"task": task, "held": 0}
+
+
+def shown_order(group: Group, labeller: str, seed: str) -> list[list[int]]:
+    """Return the completions in the order of a labeller: indices, equal ones together."""
+    indices = defaultdict(list)
+    for index, text in enumerate(group.texts()):
+        indices[text].append(index)
+    shown = list(indices.values())
+    random.Random(f"{seed}/{labeller.casefold()}/{group.id}").shuffle(shown)
+    return shown
 
 
 async def _check_password(request: Request, password: str) -> None:

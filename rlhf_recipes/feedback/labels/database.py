@@ -12,7 +12,6 @@ from rlhf_recipes.core.errors import RecipeError, first_line
 
 VERSION = 2
 _APPLICATION_ID = 0x524C4846  # identifies the format, for `file` too
-_SCHEMA = Path(__file__).with_name("schema.sql")
 DAMAGED, RESTORE = "the database is damaged", "restore a backup, or --import the last export into a fresh --store"
 _REMEDIES = {
     "SQLITE_FULL": "the disk is full, and this was not saved. Fix: free some space and send it again",
@@ -25,14 +24,11 @@ _REMEDIES = {
 
 
 class Database:
-    """A connection to the file, which threads may share.
+    """A connection to the file, created if it does not exist; threads may share it.
 
     A transaction is on the disk when it returns. The journal is SQLite's rollback journal, not a write-ahead log, so that the
     one file holds all labels at any moment and can be copied. People label too slowly for a log to matter. `synchronous` is
     EXTRA: FULL, and the folder is synced after each commit, or a power cut could bring the journal back.
-
-    Args:
-        path: the file; created if it does not exist.
 
     Raises:
         RecipeError: from every method, if the file is not such a database, the disk is full, or the like.
@@ -47,6 +43,7 @@ class Database:
             self.execute("PRAGMA synchronous = EXTRA")
             self.execute("PRAGMA fullfsync = ON")  # macOS: a plain fsync leaves data in the cache of the drive
             self.execute("PRAGMA foreign_keys = ON")
+            self._create_tables()
             self._check_format()
         except BaseException:
             self.close()
@@ -78,12 +75,23 @@ class Database:
                     self._connection.execute("ROLLBACK")
                 raise
 
+    def _format(self) -> list[int]:
+        statements = ("PRAGMA application_id", "PRAGMA user_version", "SELECT count(*) FROM sqlite_master")
+        return [self.one(statement)[0] for statement in statements]
+
+    def _create_tables(self) -> None:
+        if any(self._format()):
+            return
+        with self.transaction():
+            if any(self._format()):  # another process has created them
+                return
+            for statement in Path(__file__).with_name("schema.sql").read_text(encoding="utf-8").split(";"):
+                self.execute(statement)
+            self.execute("INSERT INTO settings (seed) VALUES (?)", secrets.token_hex(16))
+            self.execute(f"PRAGMA application_id = {_APPLICATION_ID}")
+            self.execute(f"PRAGMA user_version = {VERSION}")
+
     def _check_format(self) -> None:
-        """Create the tables in an empty file; reject other formats and versions."""
-        if self._format() == (0, 0, 0):
-            with self.transaction():
-                if self._format() == (0, 0, 0):  # another process may have created them
-                    self._create()
         application, version, _ = self._format()
         if application != _APPLICATION_ID:
             raise RecipeError(f"{self.path}: {_REMEDIES['SQLITE_NOTADB']}")
@@ -92,18 +100,6 @@ class Database:
                 f"{self.path}: has version {version} of the format, not {VERSION}. Fix: --export it with the rlhf-recipes that "
                 "wrote it, and --import the export into a fresh --store"
             )
-
-    def _format(self) -> tuple[int, int, int]:
-        statements = ("PRAGMA application_id", "PRAGMA user_version", "SELECT count(*) FROM sqlite_master")
-        application, version, tables = (self.one(statement)[0] for statement in statements)
-        return application, version, tables
-
-    def _create(self) -> None:
-        for statement in _SCHEMA.read_text(encoding="utf-8").split(";"):
-            self.execute(statement)
-        self.execute("INSERT INTO settings (seed) VALUES (?)", secrets.token_hex(16))
-        self.execute(f"PRAGMA application_id = {_APPLICATION_ID}")
-        self.execute(f"PRAGMA user_version = {VERSION}")
 
     @contextlib.contextmanager
     def _recipe_errors(self) -> Iterator[None]:

@@ -53,11 +53,8 @@ def pairs(contents: Contents) -> Rows:
 
 def demonstrations(contents: Contents) -> Rows:
     """Return `prompt`, `completion`, `labeller`, `id` of each written answer."""
-    return [
-        _row(group, label, completion=group.completion(label.demonstration))
-        for group, label in _flat(contents)
-        if label.demonstration
-    ]
+    written = [(group, label) for group, label in _flat(contents) if label.demonstration]
+    return [_row(group, label, completion=group.completion(label.demonstration)) for group, label in written]
 
 
 def _flat(contents: Contents) -> Iterator[tuple[Group, Label]]:
@@ -103,13 +100,13 @@ def export_labels(store: Store, folder: Path) -> dict[str, int]:
         RecipeError: if a file cannot be written, or would replace one that no export has written.
     """
     contents = store.contents()
+    exported = [
+        group.row() | {"labels": [{key: value for key, value in asdict(label).items() if key != "group"} for label in labels]}
+        for group, labels in contents
+    ]
     # `labels` first: if this export is interrupted, the next one recognises the files by it
-    files = {
-        "labels.jsonl": [_export_row(group, labels) for group, labels in contents],
-        "rankings.jsonl": rankings(contents),
-        "pairs.jsonl": pairs(contents),
-        "demonstrations.jsonl": demonstrations(contents),
-    }
+    files = {"labels.jsonl": exported, "rankings.jsonl": rankings(contents), "pairs.jsonl": pairs(contents)}
+    files["demonstrations.jsonl"] = demonstrations(contents)
     existing = [folder / name for name in files if (folder / name).exists()]
     if existing and not _is_export(folder / "labels.jsonl"):
         raise RecipeError(f"{existing[0]}: was not written by --export. Fix: give another folder as --export")
@@ -121,10 +118,6 @@ def export_labels(store: Store, folder: Path) -> dict[str, int]:
             else:
                 (folder / name).unlink(missing_ok=True)
     return {name: len(rows) for name, rows in files.items()}
-
-
-def _export_row(group: Group, labels: list[Label]) -> dict[str, Any]:
-    return group.row() | {"labels": [_LabelRow(**asdict(label)).model_dump() for label in labels]}
 
 
 def _is_export(path: Path) -> bool:

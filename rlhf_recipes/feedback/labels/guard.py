@@ -1,7 +1,6 @@
 """Host, origin and size of requests, and the security headers of responses.
 
-A page of another site cannot read or write here: its requests carry its own `Origin`. If its host name resolves to this machine
-(DNS rebinding), that name is the `Host` of its requests.
+Requests of another site carry its `Origin`, or its `Host` if that name resolves to this machine (DNS rebinding).
 """
 
 import ipaddress

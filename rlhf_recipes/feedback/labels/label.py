@@ -17,6 +17,10 @@ class AlreadyLabelledError(RecipeError):
     """The labeller already has a label on this group."""
 
 
+class NameTakenError(RecipeError):
+    """A labeller of this name already exists."""
+
+
 @dataclass(frozen=True)
 class Label:
     """What one labeller says about one group.
@@ -57,15 +61,13 @@ def normalize(label: Label, group: Group) -> Label:
 def _normalize_ranks(ranks: list[int | None], group: Group) -> list[int | None]:
     texts = group.texts()
     if len(ranks) != len(texts):
-        raise InvalidLabelError(
-            f"ranks: {len(ranks)} for the {len(texts)} completions of group '{group.id}'. Fix: give one each"
-        )
+        problem = f"{len(ranks)} for the {len(texts)} completions of group '{group.id}'. Fix: give one each"
+        raise InvalidLabelError(f"ranks: {problem}")
     if any(rank is not None and (type(rank) is not int or rank < 1) for rank in ranks):
         raise InvalidLabelError(f"ranks: {ranks}: a rank is a whole number from 1, or null for an unusable completion")
     rank_of: dict[str, int | None] = {"": None}
-    for text, rank in zip(texts, ranks, strict=True):
-        if rank_of.setdefault(text, rank) != rank:
-            raise InvalidLabelError(f"ranks: {ranks}: an empty completion is always unusable, and equal ones share a rank")
+    if any(rank_of.setdefault(text, rank) != rank for text, rank in zip(texts, ranks, strict=True)):
+        raise InvalidLabelError(f"ranks: {ranks}: an empty completion is always unusable, and equal ones share a rank")
     order = sorted({rank for rank in ranks if rank is not None})
     return [None if rank is None else order.index(rank) + 1 for rank in ranks]
 

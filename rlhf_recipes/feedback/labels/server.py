@@ -13,14 +13,7 @@ _INSTALL = "python -m pip install --constraint constraints.txt --editable '.[lab
 
 
 def serve(store: Store, listener: socket.socket, password: str = "", names: Iterable[str] = ()) -> None:
-    """Serve the page until interrupted.
-
-    Args:
-        store: of groups and labels.
-        listener: from `listen`; closed at the end.
-        password: that labellers need.
-        names: host names of the page, besides localhost.
-    """
+    """Serve the page on a socket from `listen` until interrupted, and close it."""
     from rlhf_recipes.feedback.labels.app import make_server
 
     with listener:
@@ -32,12 +25,7 @@ def serve(store: Store, listener: socket.socket, password: str = "", names: Iter
 
 
 def listen(host: str, port: int, password: str = "") -> socket.socket:
-    """Return a listening socket. Called before opening a store, it fails cleanly.
-
-    Args:
-        host: address or name to listen on.
-        port: to listen on; 0 for any free one.
-        password: of the page; needed unless `host` is a loopback address.
+    """Return a listening socket, of any free port if `port` is 0.
 
     Raises:
         RecipeError: if the extra `label` is not installed, nothing can listen there, or others could reach the page without a

@@ -5,7 +5,7 @@ import json
 import secrets
 import time
 from collections import defaultdict
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from dataclasses import replace
 from datetime import UTC, datetime
 from pathlib import Path
@@ -13,10 +13,16 @@ from typing import Self
 
 from rlhf_recipes.core.errors import RecipeError, error_context
 from rlhf_recipes.feedback.groups import Group, GroupRow
-from rlhf_recipes.feedback.labels.assignment import Progress, claim_group, count_progress, next_group
+from rlhf_recipes.feedback.labels.assignment import CLAIM, LEASE, NEXT, PROGRESS, Progress
 from rlhf_recipes.feedback.labels.database import DAMAGED, RESTORE, Database
-from rlhf_recipes.feedback.labels.label import AlreadyLabelledError, InvalidLabelError, Label, clean_name, normalize
-from rlhf_recipes.feedback.labels.sessions import Sessions, labeller_number
+from rlhf_recipes.feedback.labels.label import (
+    AlreadyLabelledError,
+    InvalidLabelError,
+    Label,
+    NameTakenError,
+    clean_name,
+    normalize,
+)
 
 _LABEL = """
     SELECT l.number, g.id, p.name, l.ranks, l.demonstration, l.note, l.at, l.submission
@@ -33,22 +39,18 @@ class Store:
         overlap: share in [0, 1] of the groups that every labeller gets; each of the others goes to one. The file keeps it:
             None leaves it as it is, 0.1 in a new file.
         create: whether to create the file if it does not exist.
-        clock: returns seconds; for tests.
 
     Raises:
         RecipeError: from every method, if the file is not a database of labels of this version, the disk is full, or the like.
     """
 
-    def __init__(
-        self, path: Path | str, overlap: float | None = None, create: bool = True, clock: Callable[[], float] = time.time
-    ) -> None:
+    def __init__(self, path: Path | str, overlap: float | None = None, create: bool = True) -> None:
         if overlap is not None and not 0 <= overlap <= 1:
             raise RecipeError(f"overlap: {overlap}: must be a share from 0 to 1")
-        self.path, self._clock = Path(path), clock
+        self.path = Path(path)
         if not create and not self.path.exists():
             raise RecipeError(f"{self.path}: no such database of labels. Fix: create it with --data")
         self._database = Database(self.path)
-        self.sessions = Sessions(self._database)
         if overlap is not None and overlap != self.overlap:
             self._database.execute("UPDATE settings SET overlap = ?", overlap)
 
@@ -72,19 +74,38 @@ class Store:
         """Share of the groups that every labeller gets."""
         return self._database.one("SELECT overlap FROM settings")[0]
 
+    # --- Labellers ----------------------------------------------------------------------------------------------------
+
+    def start_session(self, name: str, session: str, known: bool = False) -> str:
+        """Start a session, identified by a secret, and return the name as stored.
+
+        Raises:
+            NameTakenError: if the name exists (in any case) and the labeller does not confirm it (`known`).
+            InvalidLabelError: if it is not a name.
+        """
+        with self._database.transaction():
+            if not known and self._database.one("SELECT 1 FROM labellers WHERE folded = ?", _folded(name)):
+                raise NameTakenError(f"'{clean_name(name)}' labels here already")
+            self._database.execute("INSERT INTO sessions VALUES (?, ?)", session, self._labeller(name))
+            return self.labeller_in(session)
+
+    def labeller_in(self, session: str) -> str | None:
+        """Return the name of the labeller of a session, or None."""
+        query = "SELECT name FROM sessions s JOIN labellers p ON p.number = s.labeller WHERE session = ?"
+        return (self._database.one(query, session) or [None])[0]
+
+    def _labeller(self, name: str) -> int:
+        """Return the number of a labeller, who is added if needed."""
+        add = "INSERT INTO labellers (name, folded) VALUES (?, ?) ON CONFLICT DO NOTHING"
+        self._database.execute(add, clean_name(name), _folded(name))
+        return self._database.one("SELECT number FROM labellers WHERE folded = ?", _folded(name))[0]
+
     # --- Groups -------------------------------------------------------------------------------------------------------
 
     def add(self, groups: Iterable[Group], exclusive: bool = False) -> int:
-        """Add groups to be labelled, all or none; without those not comparable.
+        """Add groups to be labelled, all or none, and return the number of new ones.
 
-        Groups already stored stay as they are.
-
-        Args:
-            groups: to give to labellers from now on.
-            exclusive: whether labellers get no other groups until those are added again. Labels stay.
-
-        Returns:
-            The number of new groups.
+        Groups that are not comparable are left out. With `exclusive` labellers get no others until those are added again.
 
         Raises:
             RecipeError: if an id is taken by another group, or texts and messages would mix.
@@ -100,17 +121,11 @@ class Store:
             return self._count("groups") - before
 
     def group(self, identity: str) -> Group:
-        """Return the group with this id.
-
-        Raises:
-            InvalidLabelError: if there is none.
-        """
+        """Return the group with this id; an `InvalidLabelError` if there is none."""
         row = self._database.one("SELECT content FROM groups WHERE id = ?", identity)
         if not row:
             raise InvalidLabelError(f"id: there is no group '{identity}'")
         return self._parse_group(row[0])
-
-    # --- Tasks --------------------------------------------------------------------------------------------------------
 
     def claim(self, name: str) -> Group | None:
         """Return the group to label, the same until it is labelled; None at the end.
@@ -118,17 +133,17 @@ class Store:
         For an hour no other labeller gets it, unless every labeller does.
         """
         with self._database.transaction():
-            labeller, now = labeller_number(self._database, name), self._clock()
-            row = next_group(self._database, labeller, now)
+            labeller = self._labeller(name)
+            row = self._database.one(NEXT, labeller=labeller, now=time.time())
             if not row:
                 return None
-            claim_group(self._database, labeller, row[0], now)
+            self._database.execute(CLAIM, labeller, row[0], time.time() + LEASE)
             return self._parse_group(row[1])
 
     def progress(self, name: str) -> Progress:
         """Return how far a labeller has come."""
         with self._database.transaction():
-            return count_progress(self._database, labeller_number(self._database, name), self._clock())
+            return Progress(*self._database.one(PROGRESS, labeller=self._labeller(name), now=time.time()))
 
     # --- Labels -------------------------------------------------------------------------------------------------------
 
@@ -163,47 +178,36 @@ class Store:
 
     def newest(self, name: str) -> int | None:
         """Return the number of a labeller's newest label that was not undone."""
-        return self._database.one(
-            "SELECT max(l.number) FROM labels l JOIN labellers p ON p.number = l.labeller "
-            "WHERE p.folded = ? AND l.withdrawn IS NULL",
-            clean_name(name).casefold(),
-        )[0]
+        labeller = "(SELECT number FROM labellers WHERE folded = ?)"
+        query = f"SELECT max(number) FROM labels WHERE withdrawn IS NULL AND labeller = {labeller}"
+        return self._database.one(query, _folded(name))[0]
 
     def undo(self, name: str, number: int | None = None) -> Label | None:
         """Withdraw and return a label, and claim its group again; None without a label.
 
-        Args:
-            name: of the labeller.
-            number: of the label, from `newest`; None for the newest. Repeating a request, because the reply was lost, does not
-                undo another label.
+        `number` is from `newest`, None for the newest: repeated, because the reply was lost, a request undoes no other label.
         """
         with self._database.transaction():
-            labeller = labeller_number(self._database, name)
+            labeller = self._labeller(name)
             row = self._database.one(f"{_LABEL} WHERE l.number = ? AND l.labeller = ?", number or self.newest(name), labeller)
             if not row:
                 return None
             self._withdraw(row[0])
             (group_number,) = self._database.one("SELECT group_number FROM labels WHERE number = ?", row[0])
-            claim_group(self._database, labeller, group_number, self._clock())
+            self._database.execute(CLAIM, labeller, group_number, time.time() + LEASE)
             return self._parse_label(row)
 
     def withdrawn(self, name: str, group: str) -> Label | None:
         """Return the last label on a group that a labeller has undone, or None."""
-        row = self._database.one(
-            f"{_LABEL} WHERE p.folded = ? AND g.id = ? AND l.withdrawn IS NOT NULL ORDER BY l.number DESC LIMIT 1",
-            clean_name(name).casefold(),
-            group,
-        )
+        query = f"{_LABEL} WHERE p.folded = ? AND g.id = ? AND l.withdrawn IS NOT NULL ORDER BY l.number DESC LIMIT 1"
+        row = self._database.one(query, _folded(name), group)
         return self._parse_label(row) if row else None
 
     def restore(self, rows: Iterable[tuple[str, Group, list[Label]]]) -> int:
-        """Add groups with their labels, all or none. Labels already stored stay.
+        """Add groups with their labels, all or none, and return the number of new labels.
 
         Args:
             rows: per group its place for messages, the group, and its labels.
-
-        Returns:
-            The number of new labels.
 
         Raises:
             RecipeError: if a group or label contradicts a stored one.
@@ -237,28 +241,22 @@ class Store:
             self._database.execute("INSERT INTO groups (id, content) VALUES (?, ?)", group.id, content)
 
     def _current(self, label: Label) -> tuple | None:
-        labeller = labeller_number(self._database, label.labeller)
         query = f"{_LABEL} WHERE g.id = ? AND l.labeller = ? AND l.withdrawn IS NULL"
-        return self._database.one(query, label.group, labeller)
+        return self._database.one(query, label.group, self._labeller(label.labeller))
 
     def _save(self, label: Label, submission: str) -> None:
         current = self._current(label)
         if current and current[-1] != submission:
-            raise AlreadyLabelledError(
-                f"{label.labeller} has already labelled group '{label.group}'. Fix: undo that label first"
-            )
+            problem = f"{label.labeller} has already labelled group '{label.group}'. Fix: undo that label first"
+            raise AlreadyLabelledError(problem)
         if current:
             self._withdraw(current[0])
+        ranks = label.ranks and json.dumps(label.ranks)
         self._database.execute(
             "INSERT INTO labels (group_number, labeller, submission, ranks, demonstration, note, at) "
             "VALUES ((SELECT number FROM groups WHERE id = ?), ?, ?, ?, ?, ?, ?)",
-            label.group,
-            labeller_number(self._database, label.labeller),
-            submission,
-            label.ranks and json.dumps(label.ranks),
-            label.demonstration,
-            label.note,
-            label.at or _now(),
+            *(label.group, self._labeller(label.labeller), submission),
+            *(ranks, label.demonstration, label.note, label.at or _now()),
         )
 
     def _restore(self, label: Label) -> None:
@@ -268,9 +266,8 @@ class Store:
             return
         stored = self._parse_label(current)
         if replace(stored, at="") != replace(label, at="", labeller=stored.labeller):
-            raise RecipeError(
-                f"labels: {label.labeller} has another label on group '{label.group}' in {self.path}. Fix: use a fresh --store"
-            )
+            problem = f"{label.labeller} has another label on group '{label.group}' in {self.path}. Fix: use a fresh --store"
+            raise RecipeError(f"labels: {problem}")
 
     def _withdraw(self, number: int) -> None:
         self._database.execute("UPDATE labels SET withdrawn = ? WHERE number = ? AND withdrawn IS NULL", _now(), number)
@@ -286,6 +283,10 @@ class Store:
 
     def _damage_errors(self) -> contextlib.AbstractContextManager[None]:
         return error_context(f"{self.path}: {DAMAGED}", ValueError, TypeError, fix=RESTORE)
+
+
+def _folded(name: str) -> str:
+    return clean_name(name).casefold()
 
 
 def _now() -> str:

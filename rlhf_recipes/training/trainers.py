@@ -1,9 +1,10 @@
-"""What all trainers of this project add to TRL's.
+"""Our trainers: TRL's, and what all of them add.
 
 `tests/ppo/test_trl_assumptions.py` states what is assumed here about Transformers and TRL.
 """
 
 import contextlib
+import copy
 import json
 from pathlib import Path
 from typing import Any
@@ -17,9 +18,11 @@ from rlhf_recipes.models.weights import ADAPTER, iterate_weights, read_weights
 from rlhf_recipes.training.resume import ARGUMENTS, read_trainer_state, resume_errors
 
 import torch
+import trl
 from accelerate.utils import is_peft_model
+from peft import PeftModel
 from torch import Tensor, nn
-from transformers import Trainer
+from transformers import PreTrainedModel, Trainer
 
 COUNTERS = "counts-{}.json"
 """File of a checkpoint with the counters of one process."""
@@ -61,10 +64,7 @@ class TrainerMixin:
         super().log(logs, *args, **kwargs)
 
     def train(self, resume_from_checkpoint: str | None = None, *args: Any, **kwargs: Any) -> Any:
-        """Train; a checkpoint of the last step is only loaded.
-
-        Transformers would train one step more.
-        """
+        """Train; only load a checkpoint of the last step (else one more is trained)."""
         if not isinstance(resume_from_checkpoint, str):
             return super().train(resume_from_checkpoint, *args, **kwargs)
         state = read_trainer_state(Path(resume_from_checkpoint))
@@ -88,10 +88,7 @@ class TrainerMixin:
             super()._save(output_dir, state_dict)
 
     def _save_rng_state(self, output_dir: str) -> None:
-        """Save counters and arguments beside the random state.
-
-        Only the trainer's state is saved later.
-        """
+        """Save counters and arguments too, before the trainer's state, which is last."""
         super()._save_rng_state(output_dir)
         metrics = getattr(self, "_metrics", {}).get("train", {})
         counters = {
@@ -145,3 +142,20 @@ class TrainerMixin:
 def extend_trainer(trainer: type[Trainer]) -> type[Trainer]:
     """Return a trainer of TRL with `TrainerMixin`."""
     return type(trainer.__name__, (TrainerMixin, trainer), {"__doc__": trainer.__doc__, "__module__": __name__})
+
+
+SFTTrainer = extend_trainer(trl.SFTTrainer)
+
+
+class DPOTrainer(TrainerMixin, trl.DPOTrainer):
+    """TRL's `DPOTrainer` with `TrainerMixin`.
+
+    TRL's reference is a frozen copy of the policy's adapter on the same base. TRL casts the policy to bf16 on a quantised base,
+    where it would differ from the copy at the first step, and saves both with every checkpoint.
+    """
+
+    def __init__(self, model: PreTrainedModel | PeftModel, args: trl.DPOConfig, **options: Any):
+        trains_all_weights = not isinstance(model, PeftModel) and options.get("peft_config") is None
+        if trains_all_weights and not args.precompute_ref_log_probs:  # TRL would load the model again, by its name
+            options.setdefault("ref_model", copy.deepcopy(model))
+        super().__init__(model, args=args, **options)
