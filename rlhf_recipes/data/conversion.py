@@ -147,7 +147,10 @@ def _check_answer(prompt: Any, completion: Any) -> None:
 
 
 def _check_order(messages: list[dict[str, str]]) -> None:
-    """Check that roles are known and alternate, a system turn is first, and only the last turn may be empty."""
+    """Check that roles are known and alternate.
+
+    A system turn is first, and only the last turn may be empty.
+    """
     previous = None
     for place, message in enumerate(messages):
         role = message["role"]

@@ -97,7 +97,10 @@ def _warn_of_plain_prompts(dataset: Dataset, tokenizer: PreTrainedTokenizerBase,
 def _measure(
     dataset: Dataset, tokenizer: PreTrainedTokenizerBase, max_length: int | None, where: str
 ) -> tuple[list[str], list[int]]:
-    """Return "" (fits), "truncated" or "unusable" for each row, and the tokens of its longest sequence or a bound of them."""
+    """Return a verdict on each row, and the tokens of its longest sequence, or a bound.
+
+    A verdict is "" (fits), "truncated" or "unusable".
+    """
     verdicts, sizes = [], []
     limit = math.inf if max_length is None else min(max_length, tokenizer.model_max_length)
     special = tokenizer.num_special_tokens_to_add() + 1  # some tokenizers put a space in front
@@ -120,7 +123,7 @@ def _measure(
 
 
 def _split_answers(row: dict[str, Any]) -> tuple[Any, list[Any]]:
-    """Return the prompt ("": none), and the prompt with each answer, or alone where there are no answers."""
+    """Return the prompt ("": none), and the prompt with each answer, if any."""
     if "text" in row:
         return "", [row["text"]]
     if "messages" in row:
@@ -150,7 +153,7 @@ def _render(tokenizer: PreTrainedTokenizerBase, sequence: Any, is_prompt: bool, 
 
 
 def _encode(tokenizer: PreTrainedTokenizerBase, texts: list[str], sequence: Any) -> list[list[int]]:
-    """Return the token ids of rendered texts; `sequence` tells conversations, whose template writes BOS, from plain text."""
+    """Return the token ids of rendered texts; with BOS if `sequence` is plain text."""
     if not texts:
         return []
     # No warning of sequences longer than the model reads, which are found here

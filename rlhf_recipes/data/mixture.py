@@ -129,10 +129,9 @@ def load_texts(sources: list[DatasetSource], bad_rows: str) -> Dataset:
 
 
 def check_source(source: DatasetSource, kind: Kind | None) -> None:
-    """Check that a local file is there, has rows, and the columns that `kind` needs; with None, that it is there.
+    """Check that a local file is there, has rows, and the columns that `kind` needs.
 
-    Raises:
-        RecipeError: if not. Hub datasets and functions are not opened.
+    With None, it must only be there. Hub datasets and functions are not opened.
     """
     require_file(source.path)
     if kind and is_file(source.path):

@@ -60,9 +60,9 @@ def stream(
     top_p: float = 1.0,
     max_new_tokens: int = 64,
 ) -> Answer:
-    """Sample one answer as `sample` does, with the global random state; `streamer` receives each token.
+    """Sample one answer as `sample` does, with the global random state.
 
-    `stopped` is called after each token, and True ends the answer. `top_p` samples from the likeliest tokens that have this
+    `streamer` receives each token. `stopped` is called after each token, and True ends the answer. `top_p` samples from the likeliest tokens that have this
     much of the probability.
     """
     with _generation_config(model, tokenizer, temperature, top_p=top_p):

@@ -81,7 +81,7 @@ class ChatJudge:
         }
 
     def check_replies(self) -> None:
-        """Ask one trivial question, so that a wrong URL or key fails early; log a reply without a mark."""
+        """Ask one trivial question, so that a wrong URL or key fails early."""
         if self._ask(("How much is 1 + 1?", "2", "3")) is None:
             logger.warning("judge: %s gave no verdict on a trivial question. Replies without a mark count as ties.", self.model)
 
