@@ -97,7 +97,7 @@ def _warn_of_plain_prompts(dataset: Dataset, tokenizer: PreTrainedTokenizerBase,
 def _measure(
     dataset: Dataset, tokenizer: PreTrainedTokenizerBase, max_length: int | None, where: str
 ) -> tuple[list[str], list[int]]:
-    """Return a verdict on each row, and the tokens of its longest sequence, or a bound.
+    """Return a verdict on each row, and the tokens of its longest sequence (a bound).
 
     A verdict is "" (fits), "truncated" or "unusable".
     """
@@ -139,7 +139,7 @@ def _beginning(sequence: Any, length: int = 40) -> str:
 
 
 def _render(tokenizer: PreTrainedTokenizerBase, sequence: Any, is_prompt: bool, where: str) -> str:
-    """Return the text that TRL encodes: of prompts without EOS, and with the generation prompt."""
+    """Return the text that TRL encodes; of a prompt with the generation prompt."""
     if isinstance(sequence, str):
         return sequence if is_prompt or sequence.endswith(tokenizer.eos_token) else sequence + tokenizer.eos_token
     try:

@@ -25,7 +25,7 @@ _CODE = [Path(__file__).with_name(f"{name}.py").read_text(encoding="utf-8") for 
 
 @dataclass(frozen=True)
 class Converted:
-    """The usable rows of a part in the columns of a kind, and what became of the others."""
+    """The usable rows of a part in the columns of a kind."""
 
     label: str
     dataset: Dataset

@@ -62,8 +62,8 @@ def stream(
 ) -> Answer:
     """Sample one answer as `sample` does, with the global random state.
 
-    `streamer` receives each token. `stopped` is called after each token, and True ends the answer. `top_p` samples from the likeliest tokens that have this
-    much of the probability.
+    `streamer` receives each token. `stopped` is called after each token, and True ends the answer. `top_p` samples from the
+    likeliest tokens that have this much of the probability.
     """
     with _generation_config(model, tokenizer, temperature, top_p=top_p):
         options = {"streamer": streamer, "stopping_criteria": [_Stop(stopped)]}

@@ -96,7 +96,7 @@ def _read_policy(name: str, entry: Any) -> Policy | None:
 
 
 def require_adapter(folder: str, where: str) -> None:
-    """Raise a RecipeError if a folder holds no adapter; guess the recipe that makes it."""
+    """Raise a RecipeError if a folder holds no adapter; name its recipe."""
     if (Path(folder) / "adapter_config.json").is_file():
         return
     if (Path(folder) / "config.json").is_file():
