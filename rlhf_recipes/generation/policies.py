@@ -14,10 +14,10 @@ from rlhf_recipes.config.sample import SampleArguments
 from rlhf_recipes.core.errors import RecipeError
 from rlhf_recipes.core.files import RECIPE, holds_result, read_json, trained_on_conversations
 from rlhf_recipes.models.adapters import add_adapter, check_policy_adapter, read_adapter_config
-from rlhf_recipes.models.compatibility import check_base, check_tokenizer, check_vocabulary
-from rlhf_recipes.models.loading import load_model
+from rlhf_recipes.models.fingerprint import check_base
+from rlhf_recipes.models.loading import check_vocabulary, load_model
 from rlhf_recipes.models.roles import NO_ADAPTER, use_adapter
-from rlhf_recipes.models.tokenizer import load_tokenizer
+from rlhf_recipes.models.tokenizer import check_tokenizer, load_tokenizer
 from rlhf_recipes.models.weights import ADAPTER, read_weights
 from rlhf_recipes.stages import training_stages
 
