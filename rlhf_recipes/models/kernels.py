@@ -12,52 +12,34 @@ from rlhf_recipes.models.backbone import backbone
 import torch
 from accelerate.utils.other import is_repeated_blocks
 from torch import nn
-from transformers.utils import is_liger_kernel_available
 from trl import ModelConfig
 from trl.import_utils import is_vllm_available
 
 
 def check_kernel_options(arguments: ModelConfig, training: Any) -> None:
-    """Check the options for speed before a model is loaded.
-
-    Args:
-        arguments: TRL's model arguments.
-        training: the trainer's arguments.
+    """Check the model's and the trainer's options for speed before a model is loaded.
 
     Raises:
         RecipeError: if a package that an option needs is missing, or the option cannot work.
     """
     attention = arguments.attn_implementation or ""
-    hub_options = {
-        f"attn_implementation: {attention}": "/" in attention,
-        "model_init_kwargs: use_kernels": (getattr(training, "model_init_kwargs", None) or {}).get("use_kernels"),
-    }
-    for option, enabled in hub_options.items():
-        if enabled and importlib.util.find_spec("kernels") is None:
-            raise RecipeError(
-                f"{option}: the package `kernels` is not installed. Fix: `pip install --editable '.[kernels]'`, or leave the "
-                "key out"
-            )
+    option = f"attn_implementation: {attention}" if "/" in attention else None
+    if (getattr(training, "model_init_kwargs", None) or {}).get("use_kernels"):
+        option = "model_init_kwargs: use_kernels"
+    if option and importlib.util.find_spec("kernels") is None:
+        fix = "`pip install --editable '.[kernels]'`, or leave the key out"
+        raise RecipeError(f"{option}: the package `kernels` is not installed. Fix: {fix}")
     on_cpu = getattr(training, "use_cpu", False) or not torch.accelerator.is_available()
     if attention == "flex_attention" and hasattr(training, "learning_rate") and on_cpu:
         raise RecipeError("attn_implementation: flex_attention has no backward pass on a CPU. Fix: leave the key out")
-    if getattr(training, "use_liger_kernel", False) and not is_liger_kernel_available():
-        raise RecipeError(
-            "use_liger_kernel: Liger is not installed. Fix: `pip install --editable '.[liger]'`, or `use_liger_kernel: false`"
-        )
     check_vllm(training, bool(arguments.load_in_4bit or arguments.load_in_8bit))
     _compiles(training)
 
 
 def check_vllm(training: Any, quantised: bool) -> None:
-    """Check that vLLM can sample.
+    """Check that vLLM is installed and can be sent new weights.
 
-    Args:
-        training: the trainer's arguments.
-        quantised: whether the base is in 4 or 8 bits.
-
-    Raises:
-        RecipeError: if vLLM is not installed, or would quantise its own copy of the base, which cannot be updated.
+    A copy of the base that vLLM quantises itself cannot.
     """
     if not getattr(training, "use_vllm", False):
         return
@@ -89,11 +71,7 @@ def compile_layers(model: nn.Module, training: Any) -> bool:
 
     Transformers' Trainer would compile the whole model: TRL's fused LM head cannot be traced without Triton, and PPO's hooks on
     the backbone would compile it again at every step. Accelerate's regional compilation makes a second model of the same
-    weights, and `eval()` reaches only one of the two.
-
-    Args:
-        model: with or without adapters.
-        training: the trainer's arguments. Pass the trainer `without_compilation(training)`.
+    weights, and `eval()` reaches only one of the two. Pass the trainer `without_compilation(training)`.
     """
     if not _compiles(training):
         return False
@@ -105,10 +83,9 @@ def compile_layers(model: nn.Module, training: Any) -> bool:
 
 def without_compilation(training: Any) -> Any:
     """Return a copy of the arguments for a trainer whose model is compiled already."""
-    if not training.torch_compile:
-        return training
     rest = copy.copy(training)
-    rest.torch_compile, rest.torch_compile_backend, rest.torch_compile_mode = False, None, None
+    if training.torch_compile:
+        rest.torch_compile, rest.torch_compile_backend, rest.torch_compile_mode = False, None, None
     return rest
 
 

@@ -300,7 +300,7 @@ def fake_liger(monkeypatch):
     for name in ("liger_kernel", "liger_kernel.transformers"):
         monkeypatch.setitem(sys.modules, name, types.ModuleType(name))
     sys.modules["liger_kernel.transformers"]._apply_liger_kernel_to_instance = patch
-    for place in ("transformers.integrations.liger", "transformers.training_args", "rlhf_recipes.models.kernels"):
+    for place in ("transformers.integrations.liger", "transformers.training_args"):
         monkeypatch.setattr(f"{place}.is_liger_kernel_available", lambda: True, raising=False)
     return asked
 
@@ -336,7 +336,6 @@ def test_liger_replaces_layers_and_not_the_forward_pass(fake_liger, base, tmp_pa
             r"^attn_implementation: kernels-community/flash-attn2: .*'\.\[kernels\]'`",
         ),
         ({}, {"model_init_kwargs": {"use_kernels": True}}, "^model_init_kwargs: use_kernels: "),
-        ({}, {"use_liger_kernel": True}, r"^use_liger_kernel: .*'\.\[liger\]'`"),
     ],
 )
 def test_missing_package_is_refused_with_its_key(base, tmp_path, model, training, message):

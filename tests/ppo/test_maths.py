@@ -1,4 +1,4 @@
-"""PPO's arithmetic against straightforward references, and against cases worked out by hand."""
+"""PPO's formulas against plain references and against cases worked out by hand."""
 
 import itertools
 import math
@@ -31,19 +31,20 @@ def draw():
 
 @pytest.fixture
 def mask():
-    """Lengths of all sorts: full, one token, none, a hole where a tool replied."""
+    """Completions of full length, of one token, of none, with a hole where a tool replied, and of three tokens."""
     rows = [[1] * T, [1] + [0] * (T - 1), [0] * T, [1, 1, 0, 0, 1, 1, 0], [1, 1, 1, 0, 0, 0, 0]]
     return torch.tensor(rows)
 
 
 def numbers(tensor, mask):
+    """Return the values where the mask is 1 as a list."""
     return [value.item() for value, kept in zip(tensor.flatten(), mask.flatten(), strict=True) if kept]
 
 
 # --- Moments, means, whitening ---------------------------------------------------------------------------
 
 
-def test_moments_are_those_of_the_numbers_under_the_mask(draw, mask):
+def test_moments_of_masked_values(draw, mask):
     values = draw(B, T) * 3 + 100
     kept = torch.tensor(numbers(values, mask), dtype=torch.float64)
     moments = Moments.of(values, mask)
@@ -52,7 +53,7 @@ def test_moments_are_those_of_the_numbers_under_the_mask(draw, mask):
     assert moments.variance == pytest.approx(kept.var().item())
 
 
-def test_moments_of_parts_add_up_to_those_of_the_whole(draw):
+def test_moments_of_parts_add_up(draw):
     values = draw(30) + 1e4  # where sums of squares in fp32 would lose everything
     parts = [Moments.of(part) for part in values.split([1, 9, 20])]
     total, whole = sum(parts, Moments()), Moments.of(values)
@@ -66,14 +67,14 @@ def test_moments_of_too_few_values_have_no_variance(values):
     assert (moments.count, moments.variance, moments.std) == (len(values), 0.0, 0.0)
 
 
-def test_masked_sum_does_not_see_what_is_masked(draw, mask):
+def test_masked_sum_ignores_masked_values(draw, mask):
     values = draw(B, T)
     expected = sum(numbers(values, mask))
     assert masked_sum(values.masked_fill(mask == 0, math.nan), mask).item() == pytest.approx(expected)
     assert masked_sum(values, torch.zeros_like(mask)).item() == 0
 
 
-def test_whitened_values_have_mean_0_and_variance_1_where_the_mask_is_1(draw, mask):
+def test_whitened_values_have_mean_0_and_variance_1(draw, mask):
     values = draw(B, T) * 4 + 2
     white = whiten(values, mask, Moments.of(values, mask))
     moments = Moments.of(white, mask)
@@ -89,7 +90,7 @@ def test_whitening_without_shifting_keeps_the_mean(draw, mask):
     assert Moments.of(white, mask).mean == pytest.approx(moments.mean, abs=1e-5)
 
 
-def test_values_that_are_all_alike_whiten_to_0():
+def test_equal_values_whiten_to_0():
     values, mask = torch.full((2, 3), 0.7), torch.ones(2, 3)
     assert whiten(values, mask, Moments.of(values, mask)).abs().max() < 1e-3
 
@@ -97,7 +98,7 @@ def test_values_that_are_all_alike_whiten_to_0():
 # --- Rewards ---------------------------------------------------------------------------------------------
 
 
-def test_both_estimates_of_the_kl_are_unbiased_and_k3_is_never_negative():
+def test_kl_estimators_are_unbiased_and_k3_is_never_negative():
     policy, reference = torch.tensor([0.5, 0.3, 0.2]), torch.tensor([0.2, 0.2, 0.6])
     truth = (policy * (policy / reference).log()).sum()
     for estimator in ("k1", "k3"):
@@ -106,12 +107,12 @@ def test_both_estimates_of_the_kl_are_unbiased_and_k3_is_never_negative():
     assert (estimates >= 0).all()
 
 
-def test_k3_keeps_its_digits_where_policy_and_reference_almost_agree():
+def test_k3_is_precise_where_policy_and_reference_almost_agree():
     gap = torch.tensor(1e-4)
     assert kl_estimate(gap, torch.tensor(0.0), "k3").item() == pytest.approx(gap.item() ** 2 / 2, rel=1e-2)
 
 
-def test_the_score_lands_on_the_last_token_and_the_penalty_on_all(draw, mask):
+def test_score_is_paid_at_the_last_token_and_the_penalty_at_each(draw, mask):
     scores, kl = draw(B), draw(B, T)
     rewards = token_rewards(scores, kl, mask, kl_coef=0.1)
     for row, column in itertools.product(range(B), range(T)):
@@ -120,14 +121,14 @@ def test_the_score_lands_on_the_last_token_and_the_penalty_on_all(draw, mask):
         assert rewards[row, column].item() == pytest.approx(float(expected), abs=1e-6)
 
 
-def test_rewards_of_a_one_token_answer_and_of_eos_at_once_worked_out_by_hand():
+def test_rewards_of_completions_of_one_token_by_hand():
     rewards = token_rewards(
         torch.tensor([2.0, -1.0]), torch.tensor([[0.5, 9.0], [0.25, 9.0]]), torch.tensor([[1, 0], [1, 0]]), 0.2
     )
     assert rewards.tolist() == [[pytest.approx(1.9), 0.0], [pytest.approx(-1.05), 0.0]]
 
 
-def test_scores_are_scaled_by_all_that_were_seen_and_clipped_after(draw):
+def test_scores_are_scaled_by_running_moments_and_then_clipped(draw):
     seen, new = draw(50) * 3 + 5, draw(8) * 3 + 5
     scaling = ScoreScaling(scale=True, center=True, clip=1.0)
     for part in seen.split(10):
@@ -139,11 +140,11 @@ def test_scores_are_scaled_by_all_that_were_seen_and_clipped_after(draw):
     assert torch.equal(ScoreScaling()(new), new)
 
 
-def test_the_kl_controller_follows_zieglers_rule_by_hand():
+def test_kl_controller_by_hand():
     controller = KLController(0.1, target=6.0, horizon=1000)
     controller.update(kl=6.6, samples=100)  # 10% too high: 0.1 * (1 + 0.1 * 100 / 1000)
     assert controller.coefficient == pytest.approx(0.101)
-    controller.update(kl=600.0, samples=100)  # the error counts as 20% at the most
+    controller.update(kl=600.0, samples=100)  # the error counts as 20% at most
     assert controller.coefficient == pytest.approx(0.101 * 1.02)
     controller.update(kl=0.0, samples=100)
     assert controller.coefficient == pytest.approx(0.101 * 1.02 * 0.98)
@@ -156,7 +157,7 @@ def test_the_kl_controller_follows_zieglers_rule_by_hand():
 
 
 def reference_gae(rewards, values, gamma, lam):
-    """One completion as lists, by the definition: the discounted sum of temporal-difference errors."""
+    """Return advantages of one completion by the definition: discounted sums of temporal-difference errors."""
     length = len(rewards)
     following = [*values[1:], 0.0]
     deltas = [rewards[t] + gamma * following[t] - values[t] for t in range(length)]
@@ -164,7 +165,7 @@ def reference_gae(rewards, values, gamma, lam):
 
 
 @pytest.mark.parametrize(("gamma", "lam"), [(1.0, 0.95), (0.9, 0.8), (1.0, 1.0), (1.0, 0.0)])
-def test_gae_is_the_discounted_sum_of_errors_over_the_tokens_that_were_written(draw, mask, gamma, lam):
+def test_gae_is_the_discounted_sum_of_errors_over_written_tokens(draw, mask, gamma, lam):
     rewards, values = draw(B, T), draw(B, T)
     advantages, returns = gae(rewards.masked_fill(mask == 0, 7.0), values.masked_fill(mask == 0, 9.0), mask, gamma, lam)
     for row in range(B):
@@ -185,7 +186,7 @@ def test_gae_by_hand():
     assert returns[0].tolist() == pytest.approx([0.71, 1.0])
 
 
-def test_with_lambda_1_the_returns_are_the_sums_of_rewards_whatever_the_values(draw):
+def test_returns_with_lambda_1_are_sums_of_rewards(draw):
     rewards, values = draw(3, 4), draw(3, 4)
     _, returns = gae(rewards, values, torch.ones(3, 4), 1.0, 1.0)
     assert torch.allclose(returns, rewards.flip(1).cumsum(1).flip(1), atol=1e-5)
@@ -194,7 +195,7 @@ def test_with_lambda_1_the_returns_are_the_sums_of_rewards_whatever_the_values(d
 # --- Losses ----------------------------------------------------------------------------------------------
 
 
-def test_the_value_loss_takes_the_larger_error_and_sums_over_tokens(draw, mask):
+def test_value_loss_is_the_sum_of_the_larger_errors(draw, mask):
     values, old, returns = draw(B, T), draw(B, T), draw(B, T)
     total, clipped = value_loss(values, old, returns, mask, cliprange=0.2)
     expected, count = 0.0, 0
@@ -207,7 +208,7 @@ def test_the_value_loss_takes_the_larger_error_and_sums_over_tokens(draw, mask):
     assert clipped.item() == count
 
 
-def test_a_value_that_has_moved_towards_its_return_far_enough_has_no_gradient():
+def test_value_beyond_the_clip_range_has_no_gradient():
     values = torch.tensor([[0.5, 0.1]], requires_grad=True)
     total, clipped = value_loss(values, torch.zeros(1, 2), torch.ones(1, 2), torch.ones(1, 2), cliprange=0.2)
     total.backward()
@@ -217,16 +218,16 @@ def test_a_value_that_has_moved_towards_its_return_far_enough_has_no_gradient():
     assert (free.item(), none.item()) == (pytest.approx(0.5 * (0.25 + 0.81)), 0)
 
 
-def test_approximate_kl_is_that_from_the_sampling_policy_to_the_new_one():
+def test_approximate_kl_is_from_the_old_policy_to_the_new_one():
     old, new = torch.tensor([0.7, 0.3]), torch.tensor([0.4, 0.6])
-    # weighted by the old policy, the mean over tokens becomes the expectation
+    # tokens in proportion to the old policy, so that the mean over them is the expectation
     tokens, mask = torch.tensor([0] * 7 + [1] * 3), torch.ones(10)
     estimate = approximate_kl(new.log()[tokens], old.log()[tokens], mask) / 10
     assert estimate.item() == pytest.approx((old * (old / new).log()).sum().item(), rel=1e-5)
     assert approximate_kl(old.log(), old.log(), torch.ones(2)).item() == 0
 
 
-def test_explained_variance_of_a_perfect_a_constant_and_a_wrong_critic():
+def test_explained_variance_of_perfect_constant_and_wrong_critics():
     returns = torch.tensor([1.0, 2.0, 4.0])
     total = Moments.of(returns)
     assert explained_variance(Moments.of(returns - returns), total) == 1
@@ -235,12 +236,12 @@ def test_explained_variance_of_a_perfect_a_constant_and_a_wrong_critic():
     assert math.isnan(explained_variance(total, Moments.of(torch.ones(3))))
 
 
-def test_the_numbers_are_those_of_trl_1_12_where_no_completion_is_short(draw):
-    """Its formulas, step by step; shorter completions it gave one place more (docs/from_trl_ppo.md)."""
+def test_numbers_of_trl_1_12_for_completions_of_full_length(draw):
+    """The formulas of TRL's PPO, step by step. It gave shorter completions one token more (docs/from_trl_ppo.md)."""
     scores, kl, values, new_values = draw(B), draw(B, T), draw(B, T), draw(B, T)
     mask, gamma, lam, kl_coef, cliprange = torch.ones(B, T), 0.97, 0.9, 0.05, 0.2
 
-    # objective: the score at the last token, the penalty at each
+    # the score at the last token, the penalty at each
     expected = -kl_coef * kl
     expected[:, -1] += scores
     rewards = token_rewards(scores, kl, mask, kl_coef)

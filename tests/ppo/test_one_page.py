@@ -32,7 +32,7 @@ def page(monkeypatch):
 
 
 @pytest.mark.slow
-def test_the_reward_rises(page, capsys):
+def test_reward_rises(page, capsys):
     page.train()
     lines = [line for line in capsys.readouterr().out.splitlines() if line.startswith("iteration")]
     rewards, kls = ([float(re.search(rf"{name} (-?[0-9.]+)", line)[1]) for line in lines] for name in ("reward", "KL"))
@@ -41,7 +41,7 @@ def test_the_reward_rises(page, capsys):
     assert max(kls) < 5
 
 
-def test_numbers_losses_and_gradients_are_the_trainers(page, tmp_path):
+def test_page_and_trainer_compute_the_same(page, tmp_path):
     untouched, model = (AutoModelForCausalLM.from_pretrained(page.BASE) for _ in range(2))
     options = {"kl_coef": page.KL_COEF, "gamma": page.GAMMA, "lam": page.LAMBDA, "epsilon": page.CLIP}
     options |= {"vf_coef": page.VALUE_COEF, "cliprange_value": page.CLIP_VALUE, "max_completion_length": page.LENGTH}

@@ -8,7 +8,7 @@ from types import SimpleNamespace
 
 from rlhf_recipes.config.ppo import LOSSES
 from rlhf_recipes.core.errors import RecipeError
-from rlhf_recipes.training.ppo.pretraining import PretrainingText
+from rlhf_recipes.training.ppo.data import PretrainingText
 from support import ROOT
 from support.small_ppo import (
     EOS,
@@ -459,9 +459,8 @@ def test_dropout_is_off_by_default(tmp_path):
     make_trainer(tmp_path, with_adapter(make_model(), lora_dropout=0.5), max_steps=4).train()
 
 
-@pytest.mark.parametrize("estimator", ["k1", "k3"])
-def test_reference_that_differs_from_the_policy_stops_the_run(tmp_path, estimator):
-    trainer = make_trainer(tmp_path, with_adapter(make_model()), kl_estimator=estimator)
+def test_reference_that_differs_from_the_policy_stops_the_run(tmp_path):
+    trainer = make_trainer(tmp_path, with_adapter(make_model()), kl_estimator="k3")
     for name, weight in trainer.model.named_parameters():
         if "lora_B.reference" in name:
             weight.data.add_(5e-3)

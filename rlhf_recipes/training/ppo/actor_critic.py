@@ -13,14 +13,18 @@ from rlhf_recipes.models.roles import use_adapter
 from rlhf_recipes.rewards.protocol import checked_reward
 from rlhf_recipes.training.ppo.checkpoint import load_ppo_state, save_ppo_state
 from rlhf_recipes.training.ppo.critic import CriticOptimizer, make_critic
+from rlhf_recipes.training.ppo.data import EpochRepeatSampler, PretrainingText, check_rollout_func, fill_batch
 from rlhf_recipes.training.ppo.diagnostics import DiagnosticsCallback, check_rewards
-from rlhf_recipes.training.ppo.forward import PolicyOutput, forward_critic, forward_policy
+from rlhf_recipes.training.ppo.forward import (
+    GenerationRecorder,
+    PolicyOutput,
+    forward_critic,
+    forward_policy,
+    read_recorders,
+)
 from rlhf_recipes.training.ppo.maths import KLController, ScoreScaling
-from rlhf_recipes.training.ppo.pretraining import PretrainingText
-from rlhf_recipes.training.ppo.prompts import EpochRepeatSampler, check_rollout_func, fill_batch
-from rlhf_recipes.training.ppo.recorder import GenerationRecorder, read_recorders
 from rlhf_recipes.training.ppo.rollout import IterationProgress, TokenBatch
-from rlhf_recipes.training.ppo.setup import first_reward_model, load_rewards_onto, make_reference, prepare_policy
+from rlhf_recipes.training.ppo.setup import load_rewards_onto, make_reference, prepare_policy
 from rlhf_recipes.training.ppo.vllm import send_policy_alone
 from rlhf_recipes.training.resume import resume_errors
 from rlhf_recipes.training.trainers import TrainerMixin
@@ -29,14 +33,7 @@ import torch
 from datasets import Dataset, IterableDataset
 from peft import PeftConfig, PeftModel
 from torch import Tensor, nn
-from transformers import (
-    AutoTokenizer,
-    BitsAndBytesConfig,
-    PreTrainedModel,
-    PreTrainedTokenizerBase,
-    TrainerCallback,
-    set_seed,
-)
+from transformers import AutoTokenizer, BitsAndBytesConfig, PreTrainedModel, PreTrainedTokenizerBase, set_seed
 from trl import GRPOTrainer
 from trl.trainer.utils import add_fused_lm_head, get_config_model_id
 
@@ -66,8 +63,8 @@ class ActorCriticTrainer(TrainerMixin, GRPOTrainer):
         eval_dataset: Any = None,
         processing_class: PreTrainedTokenizerBase | None = None,
         reward_processing_classes: Any = None,
-        callbacks: list[TrainerCallback] | None = None,
-        optimizers: tuple[torch.optim.Optimizer | None, Any] = (None, None),
+        callbacks: Any = None,
+        optimizers: Any = (None, None),
         quantization_config: BitsAndBytesConfig | None = None,
         peft_config: PeftConfig | None = None,
         rollout_func: Callable[..., dict[str, Any]] | None = None,
@@ -88,7 +85,7 @@ class ActorCriticTrainer(TrainerMixin, GRPOTrainer):
         # All roles come before TRL sees the model, since it wraps, casts and places it
         reference = make_reference(model, fresh_adapter=peft_config is not None) if args.kl_coef > 0 else None
         rewards = load_rewards_onto(model, reward_funcs, tokenizer, args)
-        self.critic = make_critic(args.critic, model, first_reward_model(rewards))
+        self.critic = make_critic(args.critic, model, rewards)
         self.kl = KLController(args.kl_coef, args.kl_target, args.kl_horizon)
         self.score_scaling = ScoreScaling(args.use_score_scaling, args.use_score_norm, args.score_clip)
         self.pretraining_text = PretrainingText(ptx_dataset, tokenizer, args) if args.ptx_coef else None
@@ -150,9 +147,11 @@ class ActorCriticTrainer(TrainerMixin, GRPOTrainer):
         with use_adapter(self.accelerator.unwrap_model(self.model), self.reference_adapter):
             return self._forward_policy(self.model, tokens, batch_size).logps
 
-    def _forward_policy(self, model: nn.Module, tokens: TokenBatch, batch_size: int) -> PolicyOutput:
-        options = {"accelerator": self.accelerator, "critic": self.critic, "batch_size": batch_size}
-        return forward_policy(model, tokens.input_ids, tokens.attention_mask, tokens.length, **options)
+    def _forward_policy(self, model: nn.Module, tokens: TokenBatch, size: int) -> PolicyOutput:
+        return self._forward(model, tokens.input_ids, tokens.attention_mask, tokens.length, batch_size=size)
+
+    def _forward(self, model: nn.Module, *tokens: Any, **options: Any) -> PolicyOutput:
+        return forward_policy(model, *tokens, accelerator=self.accelerator, critic=self.critic, **options)
 
     def critic_values(self, tokens: TokenBatch, batch_size: int | None = None) -> Tensor:
         """Return values, (B, T), by a pass of the critic, which must be active."""
@@ -186,15 +185,13 @@ class ActorCriticTrainer(TrainerMixin, GRPOTrainer):
         size = self.args.rollout_batch_size or len(prompt_ids)
         completions = []
         for start in range(0, len(prompt_ids), size):
-            with self._recorder() if self._records_generation else contextlib.nullcontext():
+            recorder = contextlib.nullcontext()
+            if self._records_generation:
+                recorder = GenerationRecorder(self.accelerator.unwrap_model(self.model), self.temperature, self.critic)
+                self._recorders.append(recorder)
+            with recorder:
                 completions += super()._generate_single_turn(prompt_ids[start : start + size], *rest, **options)[0]
         return completions, None
-
-    def _recorder(self) -> GenerationRecorder:
-        critic = self.critic if self.critic.shares_backbone else None
-        recorder = GenerationRecorder(self.accelerator.unwrap_model(self.model), self.temperature, critic)
-        self._recorders.append(recorder)
-        return recorder
 
     @property
     def _records_generation(self) -> bool:
@@ -220,17 +217,9 @@ class ActorCriticTrainer(TrainerMixin, GRPOTrainer):
         if self._recorders:
             output = read_recorders(self._recorders, input_ids[:, -logits_to_keep:])
         else:
-            output = forward_policy(
-                model,
-                input_ids,
-                attention_mask,
-                logits_to_keep,
-                accelerator=self.accelerator,
-                critic=self.critic,
-                batch_size=batch_size and (self.args.local_rollout_forward_batch_size or batch_size),
-                entropy=compute_entropy,
-                aux_loss=compute_aux_loss,
-            )
+            size = batch_size and (self.args.local_rollout_forward_batch_size or batch_size)
+            options = {"batch_size": size, "entropy": compute_entropy, "aux_loss": compute_aux_loss}
+            output = self._forward(model, input_ids, attention_mask, logits_to_keep, **options)
         self._policy_output = output
         return output.logps, output.entropies, output.aux_loss
 

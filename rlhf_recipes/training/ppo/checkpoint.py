@@ -3,7 +3,6 @@
 from dataclasses import asdict
 from pathlib import Path
 
-from rlhf_recipes.core.errors import RecipeError
 from rlhf_recipes.core.files import read_json, write_json
 from rlhf_recipes.training.ppo.maths import Moments
 
@@ -38,14 +37,8 @@ def save_ppo_state(trainer: GRPOTrainer, folder: str | Path) -> None:
 
 
 def load_ppo_state(trainer: GRPOTrainer, folder: str | Path) -> None:
-    """Load what `save_ppo_state` wrote.
-
-    Raises:
-        RecipeError: if it is not there.
-    """
+    """Load what `save_ppo_state` wrote."""
     folder = Path(folder)
-    if not (folder / STATE).exists():
-        raise RecipeError(f"{folder}: no {STATE}. Fix: resume from a checkpoint of PPO without `save_only_model`")
     optimizer = torch.load(folder / OPTIMIZER, map_location="cpu", weights_only=True)
     trainer.critic_optimizer.optimizer.load_state_dict(optimizer)  # moves it to where the weights are
     state = read_json(folder / STATE)

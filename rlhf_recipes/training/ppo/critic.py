@@ -4,13 +4,14 @@ import contextlib
 import copy
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 from rlhf_recipes.config.ppo import PPOConfig
 from rlhf_recipes.core.errors import RecipeError
 from rlhf_recipes.models.backbone import backbone, base_of, forward_backbone
 from rlhf_recipes.models.roles import POLICY, copy_adapter, use_adapter
 from rlhf_recipes.models.weights import read_weights
-from rlhf_recipes.rewards.reward_models import RewardModel, ScalarHead
+from rlhf_recipes.rewards.reward_models import Ensemble, RewardModel, ScalarHead, Scorer
 
 import torch
 from accelerate import Accelerator
@@ -68,21 +69,14 @@ class Critic:
         """Return the values at the last `count` tokens, fp32 (B, count).
 
         Args:
-            hidden: the policy's hidden states there, (B, count, width); None for a critic with its own backbone.
-            input_ids: (B, T), padded on either side.
+            hidden: the policy's hidden states there, (B, count, width), for a critic that shares its backbone.
+            input_ids: (B, T), padded on either side, for one that does not.
             attention_mask: (B, T).
             count: number of tokens at the end.
         """
-        if self.model is None:
-            return self.head(hidden.detach())[..., 0]
-        outputs = forward_backbone(
-            self.model,
-            input_ids=input_ids,
-            attention_mask=attention_mask,
-            position_ids=positions(attention_mask),
-            use_cache=False,
-        )
-        return self.head(shift_hidden_states(outputs.last_hidden_state, count))[..., 0]
+        if self.model is not None:
+            hidden = completion_states(self.model, input_ids, attention_mask, count)
+        return self.head(hidden if self.model is not None else hidden.detach())[..., 0]
 
     def trainable(self) -> dict[str, nn.Parameter]:
         """Return the trained weights by name."""
@@ -114,13 +108,7 @@ class Critic:
 
 
 class CriticOptimizer:
-    """The critic's optimizer, of the class of the policy's.
-
-    Parameters:
-        critic: the critic.
-        args: for the optimizer, `weight_decay`, `learning_rate` and `value_learning_rate`.
-        policy: the policy, which some optimizers look at.
-    """
+    """The critic's optimizer, of the class of the policy's."""
 
     def __init__(self, critic: Critic, args: PPOConfig, policy: nn.Module):
         self.learning_rate = args.value_learning_rate
@@ -135,13 +123,8 @@ class CriticOptimizer:
     def step(self, accelerator: Accelerator, max_grad_norm: float, schedule: float) -> float | None:
         """Take a step on the mean gradient of all processes, and clear the gradients.
 
-        Args:
-            accelerator: of the trainer.
-            max_grad_norm: gradients are clipped to it; 0 for no clipping.
-            schedule: share of the learning rate that the policy's schedule leaves.
-
         Returns:
-            The norm of the gradient before clipping, or None without clipping.
+            The norm of the gradient before clipping, or None where `max_grad_norm` is 0.
         """
         for weight in self.weights:
             if weight.grad is not None:
@@ -152,6 +135,12 @@ class CriticOptimizer:
         self.optimizer.step()
         self.optimizer.zero_grad()
         return norm
+
+
+def completion_states(model: nn.Module, input_ids: Tensor, attention_mask: Tensor, count: int) -> Tensor:
+    """Run the backbone; return the states that the last `count` tokens came from."""
+    inputs = {"input_ids": input_ids, "attention_mask": attention_mask, "position_ids": positions(attention_mask)}
+    return shift_hidden_states(forward_backbone(model, **inputs, use_cache=False).last_hidden_state, count)
 
 
 def shift_hidden_states(hidden: Tensor, count: int) -> Tensor:
@@ -168,16 +157,12 @@ def positions(attention_mask: Tensor) -> Tensor:
     return (attention_mask.cumsum(1) - 1).clamp(min=0)
 
 
-def make_critic(kind: str, model: PreTrainedModel | PeftModel, start: RewardModel | None) -> Critic:
-    """Make the critic that `kind` names.
+def make_critic(kind: str, model: PreTrainedModel | PeftModel, rewards: list[Any]) -> Critic:
+    """Make the critic that `kind` names: `"shared"`, `"adapter"` or `"model"`.
 
-    It starts as the reward model, whose scores are good first guesses of values (Ouyang et al., 2022). Without one its backbone
-    starts as the policy's, and its head predicts 0.
-
-    Args:
-        kind: `"shared"`, `"adapter"` or `"model"`.
-        model: the policy, to which an adapter may be added.
-        start: the reward model, or None. An adapter on another base is ignored.
+    An adapter is added to `model`, the policy.
+    It starts as the first reward model, whose scores are good first guesses of values (Ouyang et al., 2022). Without one on the
+    same base, its backbone starts as the policy's, and its head predicts 0.
 
     Raises:
         RecipeError: if the kind does not fit the policy.
@@ -189,6 +174,8 @@ def make_critic(kind: str, model: PreTrainedModel | PeftModel, start: RewardMode
         raise RecipeError("critic: model: the policy is an adapter. Fix: `critic: adapter` or `shared`")
     if kind == "shared":
         return Critic(_make_head(model))
+    start = next((reward for reward in rewards if isinstance(reward, Scorer)), None)
+    start = start.members[0] if isinstance(start, Ensemble) else start
     if start is not None and (start.adapter is not None) != has_adapters:
         start = None
     if kind == "model":

@@ -10,7 +10,7 @@ from rlhf_recipes.training.ppo.maths import Moments
 
 import torch
 from torch import Tensor, nn
-from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+from transformers import TrainerCallback, TrainerState, TrainingArguments
 
 logger = logging.getLogger(__name__)
 
@@ -20,25 +20,13 @@ PATIENCE = 3
 
 @dataclass(frozen=True)
 class HealthyRange:
-    """Healthy range of a logged figure.
-
-    Attributes:
-        metric: name in the log.
-        low: smallest healthy value.
-        high: largest healthy value.
-        advice: what a value outside means, and what to do.
-        after: optimizer steps before the first check.
-    """
+    """Healthy range of a logged figure, checked `after` so many optimizer steps."""
 
     metric: str
     low: float
     high: float
     advice: str
     after: int = 0
-
-    def holds(self, value: float) -> bool:
-        """Return whether a value is healthy; NaN, which could not be measured, is."""
-        return math.isnan(value) or self.low <= value <= self.high
 
 
 RANGES = (
@@ -61,50 +49,26 @@ class DiagnosticsCallback(TrainerCallback):
         self._outside = dict.fromkeys((entry.metric for entry in RANGES), 0)
         self._before: dict[str, float] = {}
 
-    def on_log(
-        self,
-        args: TrainingArguments,
-        state: TrainerState,
-        control: TrainerControl,
-        logs: dict[str, Any] | None = None,
-        **kwargs: Any,
-    ) -> None:
+    def on_log(self, args: Any, state: TrainerState, control: Any, logs: dict[str, float], **kwargs: Any) -> None:
         """Warn after `PATIENCE` unhealthy values in a row."""
         for entry in RANGES:
-            value = (logs or {}).get(entry.metric)
+            value = logs.get(entry.metric)
             if value is None or state.global_step <= entry.after or not state.is_world_process_zero:
                 continue
-            self._outside[entry.metric] = 0 if entry.holds(value) else self._outside[entry.metric] + 1
+            healthy = math.isnan(value) or entry.low <= value <= entry.high  # NaN: it could not be measured
+            self._outside[entry.metric] = 0 if healthy else self._outside[entry.metric] + 1
             if self._outside[entry.metric] == PATIENCE:
                 logger.warning(
                     "step %d: %s is %.3g, not within %g and %g: %s (docs/ppo.md, A healthy run)",
                     *(state.global_step, entry.metric, value, entry.low, entry.high, entry.advice),
                 )
 
-    def on_train_begin(
-        self,
-        args: TrainingArguments,
-        state: TrainerState,
-        control: TrainerControl,
-        model: nn.Module | None = None,
-        **kwargs: Any,
-    ) -> None:
+    def on_train_begin(self, args: Any, state: TrainerState, control: Any, model: nn.Module, **kwargs: Any) -> None:
         """Remember the weights of the policy."""
         self._before, self._first_step = _digests(model), state.global_step
 
-    def on_train_end(
-        self,
-        args: TrainingArguments,
-        state: TrainerState,
-        control: TrainerControl,
-        model: nn.Module | None = None,
-        **kwargs: Any,
-    ) -> None:
-        """Fail if steps that should have changed the policy have not.
-
-        Raises:
-            RecipeError: if no weight has changed.
-        """
+    def on_train_end(self, args: TrainingArguments, state: TrainerState, control: Any, model: nn.Module, **kwargs: Any) -> None:
+        """Fail if steps that should have changed the policy have not."""
         steps = state.global_step - max(self._first_step, args.value_warmup_steps)
         enough = 1
         if args.target_kl is not None:  # a resumed run may start in an iteration that was stopped early
@@ -120,15 +84,9 @@ class DiagnosticsCallback(TrainerCallback):
 
 
 def check_rewards(rewards: Tensor, names: list[str], are_models: list[bool], prompts: dict[int, Any]) -> None:
-    """Refuse rewards that are infinite, or NaN from a model.
+    """Refuse rewards (N, functions) that are infinite, or NaN from a model.
 
-    A function's NaN means that it does not apply to the completion.
-
-    Args:
-        rewards: (N, functions).
-        names: of the functions.
-        are_models: whether each function is a model.
-        prompts: those of this process, by their row of the N.
+    A function's NaN means that it does not apply to the completion. `prompts` are those of this process, by row.
     """
     wrong = (rewards.isinf() | (rewards.isnan() & torch.tensor(are_models, device=rewards.device))).nonzero()
     if len(wrong):
@@ -142,9 +100,7 @@ def check_rewards(rewards: Tensor, names: list[str], are_models: list[bool], pro
 def check_reference(gap: Moments, exact: bool) -> None:
     """Refuse to start where policy and reference differ.
 
-    Args:
-        gap: moments of the absolute log-ratio of a token.
-        exact: whether both were computed in fp32.
+    `gap` is of a token's absolute log-ratio; `exact` is for fp32.
     """
     if not gap.mean <= rounding_tolerance(gap.count, exact):
         raise RecipeError(
@@ -156,11 +112,7 @@ def check_reference(gap: Moments, exact: bool) -> None:
 def check_ratio(gap: float, tokens: float, step: int, exact: bool) -> None:
     """Stop where the ratio of PPO is not 1 before the first step on a rollout.
 
-    Args:
-        gap: mean absolute log-ratio of a token between the policy and the one that sampled, in nats.
-        tokens: number of tokens in the mean.
-        step: for the message.
-        exact: whether both were computed in fp32.
+    `gap` is the mean absolute log-ratio over `tokens`, in nats; `exact` is for fp32.
     """
     if not gap <= rounding_tolerance(tokens, exact):
         raise RecipeError(

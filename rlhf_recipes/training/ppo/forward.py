@@ -1,4 +1,4 @@
-"""Forward passes of policy and critic over a batch of completions.
+"""Log-probabilities and values, by forward passes or recorded while sampling.
 
 TRL pads a batch to its longest prompt and its longest completion. Here each pass is cut to its own longest row, and the LM head
 sees the tokens of completions alone: logits are the largest tensors of PPO.
@@ -7,9 +7,10 @@ sees the tokens of completions alone: logits are the largest tensors of PPO.
 import contextlib
 from collections.abc import Iterator
 from dataclasses import dataclass
+from typing import Any
 
-from rlhf_recipes.models.backbone import backbone, forward_backbone
-from rlhf_recipes.training.ppo.critic import Critic, positions, shift_hidden_states
+from rlhf_recipes.models.backbone import backbone, base_of
+from rlhf_recipes.training.ppo.critic import Critic, completion_states, positions, shift_hidden_states
 
 import torch
 from accelerate import Accelerator
@@ -79,12 +80,8 @@ def forward_policy(
             values.append(pad_right(critic(states[0], ids, mask, kept), length))
         if aux_loss:
             aux_losses.append(outputs.aux_loss)
-    return PolicyOutput(
-        torch.cat(logps)[order],
-        torch.cat(entropies)[order] if entropy else None,
-        torch.cat(values)[order] if critic.shares_backbone else None,
-        torch.stack(aux_losses).mean() if aux_loss else None,
-    )
+    in_order = [torch.cat(parts)[order] if parts else None for parts in (logps, entropies, values)]
+    return PolicyOutput(*in_order, torch.stack(aux_losses).mean() if aux_loss else None)
 
 
 @contextlib.contextmanager
@@ -116,14 +113,7 @@ def forward_critic(
 ) -> Tensor:
     """Return values (B, T) by a pass of the critic, which must be active.
 
-    Args:
-        critic: if it shares the policy's backbone, the backbone runs without gradients.
-        policy: the policy, as prepared by `accelerator`.
-        input_ids: (B, P + T).
-        attention_mask: (B, P + T).
-        length: T, the number of tokens of the completions.
-        accelerator: of the trainer.
-        batch_size: rows a pass; by default all.
+    If it shares the backbone of the policy, that runs without gradients. The other arguments are those of `forward_policy`.
     """
     chunks, order = split_by_length(attention_mask, batch_size or len(input_ids))
     values = []
@@ -133,9 +123,7 @@ def forward_critic(
         with accelerator.autocast():
             if critic.shares_backbone:
                 with torch.no_grad():
-                    inputs = {"input_ids": ids, "attention_mask": mask, "position_ids": positions(mask)}
-                    outputs = forward_backbone(accelerator.unwrap_model(policy), **inputs, use_cache=False)
-                hidden = shift_hidden_states(outputs.last_hidden_state, kept)
+                    hidden = completion_states(accelerator.unwrap_model(policy), ids, mask, kept)
             values.append(pad_right(critic(hidden, ids, mask, kept), length))
     return torch.cat(values)[order]
 
@@ -178,3 +166,60 @@ def split_by_length(mask: Tensor, size: int) -> tuple[tuple[Tensor, ...], Tensor
 def pad_right(values: Tensor, length: int) -> Tensor:
     """Pad (B, kept) with 0 on the right to (B, length)."""
     return nn.functional.pad(values, (0, length - values.size(1)))
+
+
+# --- Recorded while sampling -----------------------------------------------------------------------------
+
+
+class GenerationRecorder:
+    """Context that records one call of `generate`, keeping the logits of one step.
+
+    Parameters:
+        model: the language model that generates, with or without adapters.
+        temperature: of sampling.
+        critic: gives values where it shares the policy's backbone.
+    """
+
+    def __init__(self, model: nn.Module, temperature: float, critic: Critic):
+        self.model, self.temperature, self.critic = model, temperature, critic
+        self._hidden: Tensor | None = None
+        self._logits: Tensor | None = None
+        self._logps: list[Tensor] = []
+        self._values: list[Tensor] = []
+
+    def __enter__(self) -> "GenerationRecorder":
+        self._handles = [
+            backbone(self.model).register_forward_hook(self._keep_states),
+            base_of(self.model).register_forward_hook(self._record_step, with_kwargs=True),
+        ]
+        return self
+
+    def __exit__(self, *error: Any) -> None:
+        for handle in self._handles:
+            handle.remove()
+
+    def _keep_states(self, module: nn.Module, arguments: Any, outputs: Any) -> None:
+        self._hidden = outputs.last_hidden_state[:, -1:]
+
+    def _record_step(self, module: nn.Module, arguments: Any, options: dict[str, Any], outputs: Any) -> None:
+        if self._logits is not None:  # this step reads the token that was sampled from the logits of the last one
+            self._logps.append(self._logps_of(options["input_ids"][:, -1:]))
+        self._logits = outputs.logits[:, -1].float() / self.temperature
+        if self.critic.shares_backbone:
+            self._values.append(self.critic(self._hidden, None, None, 1))
+
+    def _logps_of(self, tokens: Tensor) -> Tensor:
+        return self._logits.gather(1, tokens) - self._logits.logsumexp(1, keepdim=True)
+
+    def read(self, completion_ids: Tensor) -> tuple[Tensor, Tensor | None]:
+        """Return log-probabilities and values, (B, T); those of padding are arbitrary."""
+        steps, length = len(self._logps), completion_ids.size(1)
+        logps = torch.cat([*self._logps, self._logps_of(completion_ids[:, steps : steps + 1])], dim=1)
+        return pad_right(logps, length), pad_right(torch.cat(self._values, dim=1), length) if self._values else None
+
+
+def read_recorders(recorders: list[GenerationRecorder], completion_ids: Tensor) -> PolicyOutput:
+    """Return log-probabilities and values of completions (B, T) of several calls."""
+    parts = completion_ids.split([len(recorder._logits) for recorder in recorders])
+    logps, values = zip(*(recorder.read(ids) for recorder, ids in zip(recorders, parts, strict=True)), strict=True)
+    return PolicyOutput(torch.cat(logps), values=None if values[0] is None else torch.cat(values))

@@ -61,12 +61,6 @@ class TokenBatch:
         """T, the number of tokens of the longest completion."""
         return self.completion_ids.size(1)
 
-    def last_tokens(self) -> Tensor:
-        """Return the last token of each completion, (B,)."""
-        places = torch.arange(self.length, device=self.completion_ids.device)
-        last = torch.where(self.completion_mask.bool(), places, 0).amax(dim=1)
-        return self.completion_ids.gather(1, last[:, None])[:, 0]
-
 
 @dataclass(frozen=True)
 class Rollout(TokenBatch):
@@ -120,13 +114,7 @@ def global_moments(values: Tensor, mask: Tensor | None = None) -> Moments:
 
 
 def rollout_metrics(rollout: Rollout, kl: Moments, kl_coef: float) -> dict[str, float]:
-    """Return what is logged of a rollout.
-
-    Args:
-        rollout: of this process; the figures are over all processes.
-        kl: moments of the KL of a completion, in nats.
-        kl_coef: price of a nat in the token rewards of this rollout.
-    """
+    """Return the logged figures of a rollout; `kl` is of a completion, in nats."""
     mask = rollout.loss_mask
     score = global_moments(rollout.scores, mask.any(dim=1))
     errors = global_moments(rollout.returns - rollout.old_values, mask)

@@ -9,7 +9,6 @@ from rlhf_recipes.core.errors import RecipeError
 from rlhf_recipes.models.precision import disable_cpu_4bit_repacking
 from rlhf_recipes.models.roles import NO_ADAPTER, POLICY, copy_adapter
 from rlhf_recipes.rewards.reward_funcs import SavedReward
-from rlhf_recipes.rewards.reward_models import Ensemble, RewardModel, Scorer
 from rlhf_recipes.rewards.saved import load_saved_reward
 
 from peft import PeftConfig, PeftModel, get_peft_model
@@ -28,11 +27,7 @@ def prepare_policy(
 ) -> tuple[PreTrainedModel | PeftModel, PPOConfig]:
     """Load the policy if it is a name, and add the adapter of `peft_config`.
 
-    Returns:
-        The policy, and the arguments without those that loading has consumed.
-
-    Raises:
-        RecipeError: if the adapters of the model do not fit.
+    The arguments come back without those that loading has consumed.
     """
     if isinstance(model, str):
         options = {"trust_remote_code": args.trust_remote_code, **(args.model_init_kwargs or {})}
@@ -62,9 +57,7 @@ def prepare_policy(
 def make_reference(model: PreTrainedModel | PeftModel, fresh_adapter: bool) -> PreTrainedModel | str | object:
     """Return the reference: a frozen model, an adapter's name, or `NO_ADAPTER`.
 
-    Args:
-        model: the policy at the start, to which an adapter may be added.
-        fresh_adapter: whether the policy's adapter is new, so that the base alone is the same policy.
+    The base alone is the policy at the start if its adapter is fresh.
     """
     if not isinstance(model, PeftModel):
         return copy.deepcopy(model).requires_grad_(False).eval()
@@ -88,9 +81,3 @@ def load_rewards_onto(
             reward = load_saved_reward(reward.folder, model, tokenizer, *options)
         rewards.append(reward)
     return rewards
-
-
-def first_reward_model(rewards: list[Any]) -> RewardModel | None:
-    """Return the reward model that the critic starts from."""
-    first = next((reward for reward in rewards if isinstance(reward, Scorer)), None)
-    return first.members[0] if isinstance(first, Ensemble) else first

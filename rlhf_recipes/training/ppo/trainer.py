@@ -44,22 +44,14 @@ class PPOTrainer(ActorCriticTrainer):
     The reference is the policy at the start: a frozen copy of the adapter of a `PeftModel`; the base without the fresh adapter
     of `peft_config`; or a frozen copy of a model without adapters.
 
-    Parameters:
+    Parameters: those of TRL's `GRPOTrainer`, and
+
         model: name, folder, model, or `PeftModel` with the SFT policy as its adapter "default".
         reward_funcs: one or a list of: functions in TRL's protocol, sync or async; `RewardModel`s and `Ensemble`s; sequence
             classifiers; folders that `recipes/reward.py` saved.
-        args: the arguments.
         train_dataset: with the column `prompt`, texts or lists of messages; other columns go to the reward functions.
-        eval_dataset: likewise.
-        processing_class: the tokenizer; by default the model's.
-        reward_processing_classes: as in TRL.
-        callbacks: as in Transformers.
-        optimizers: of the policy, as in Transformers; the critic has its own.
-        quantization_config: for a model given by name.
-        peft_config: for a model that is not a `PeftModel`.
-        rollout_func: as in TRL.
+        optimizers: of the policy; the critic has its own.
         ptx_dataset: with the column `text`, for `ptx_coef`.
-        options: TRL's `tools` and `environment_factory`.
 
     Raises:
         RecipeError: for rewards, a critic or data that do not fit. In training, with the step: for a reward that is not a
@@ -108,7 +100,9 @@ class PPOTrainer(ActorCriticTrainer):
         # 3. One score for each completion: the weighted sum of its rewards, less the penalty for a missing EOS, scaled
         scores = self._local((rewards * self.reward_weights.to(rewards.device)).nansum(dim=1))
         if args.missing_eos_penalty is not None:
-            ended = torch.isin(tokens.last_tokens(), torch.tensor(self.eos_token_ids, device=scores.device))
+            last = tokens.completion_mask.cumsum(1).argmax(1, keepdim=True)
+            last = tokens.completion_ids.gather(1, last)[:, 0]
+            ended = torch.isin(last, torch.tensor(self.eos_token_ids, device=scores.device))
             scores = scores - args.missing_eos_penalty * ~ended
         if training and self.score_scaling.scale:
             self.score_scaling.update(global_moments(scores, mask.any(dim=1)))
@@ -148,12 +142,7 @@ class PPOTrainer(ActorCriticTrainer):
     def compute_advantages(self, rewards: Tensor, values: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:
         """Return advantages and returns, (B, T) each. Override it for another estimator.
 
-        Both are 0 where the mask is 0.
-
-        Args:
-            rewards: of each token, (B, T).
-            values: of the critic in the state in which each token was written, (B, T).
-            mask: (B, T), 1 on the tokens to learn from.
+        Rewards and values are of each token, (B, T). Advantages and returns are 0 where the mask is 0.
         """
         return maths.gae(rewards, values, mask, self.args.gamma, self.args.lam)
 
