@@ -35,6 +35,18 @@ from trl import DPOConfig
 PROMPTS = 4
 WORDS = {1: 24, 2: 8}
 """Words that an answer is made of, EOS among them, by the number of its tokens."""
+COMMON = {
+    "lr_scheduler_type": "linear",
+    "weight_decay": 0.0,
+    "gradient_checkpointing": False,
+    "report_to": "none",
+    "save_strategy": "no",
+    "logging_strategy": "no",
+    "bf16": False,
+    "use_cpu": True,
+    "dataloader_pin_memory": False,
+    "disable_tqdm": True,
+}
 
 
 @dataclass(frozen=True)
@@ -144,25 +156,19 @@ def train(task: Task, seed: int, length: int, steps: int, peft: LoraConfig | Non
     """Trains on the task; `options` go over the arguments."""
     started = time.perf_counter()
     reference = answer_logps(task.model, task)
-    arguments = {
+    arguments = COMMON | {
         "per_device_train_batch_size": 256,
         "num_iterations": 2,
         "max_steps": steps,
         "learning_rate": 1e-3,
-        "lr_scheduler_type": "linear",
         "value_learning_rate": 1e-2,
         "kl_coef": 0.3,
         "max_completion_length": length,
-        "weight_decay": 0.0,
-        "gradient_checkpointing": False,
         "seed": seed,
         **options,
     }
     with tempfile.TemporaryDirectory() as folder:
-        args = PPOConfig(
-            folder, report_to="none", save_strategy="no", logging_strategy="no", bf16=False, use_cpu=True,
-            dataloader_pin_memory=False, disable_tqdm=True, **arguments,
-        )  # fmt: skip
+        args = PPOConfig(folder, **arguments)
         trainer = PPOTrainer(
             task.model,
             task.score,
@@ -181,23 +187,17 @@ def train_by_dpo(task: Task, seed: int, steps: int, peft: LoraConfig | None = No
     started = time.perf_counter()
     task = replace(task, scores=task.scores.exp().mul(2).round().clamp(1, 8).log())
     reference = answer_logps(task.model, task)
-    arguments = {
+    arguments = COMMON | {
         "per_device_train_batch_size": 512,
         "max_steps": steps,
         "learning_rate": 3e-3,
-        "lr_scheduler_type": "linear",
         "beta": 0.3,
         "max_length": 2,  # the prompt and one token: TRL puts EOS behind every answer
-        "weight_decay": 0.0,
-        "gradient_checkpointing": False,
         "seed": seed,
         **options,
     }
     with tempfile.TemporaryDirectory() as folder:
-        args = DPOConfig(
-            folder, report_to="none", save_strategy="no", logging_strategy="no", bf16=False, use_cpu=True,
-            dataloader_pin_memory=False, disable_tqdm=True, **arguments,
-        )  # fmt: skip
+        args = DPOConfig(folder, **arguments)
         data = exact_preferences(task)
         trainer = DPOTrainer(task.model, args, train_dataset=data, processing_class=task.tokenizer, peft_config=peft)
         trainer.remove_callback(PrinterCallback)

@@ -39,62 +39,32 @@ TEMPLATE = (
     "{% if message['role'] == 'assistant' %}{{ eos_token }}{% endif %}{% endfor %}"
 )
 
-QWEN = {"vocab_size": 151_936, "head_dim": 128, "num_key_value_heads": 8}
+
+def shape(
+    kind: type[PretrainedConfig], hidden: int, intermediate: int, layers: int, heads: int, kv_heads: int, **others: Any
+) -> PretrainedConfig:
+    """Return the configuration of a model."""
+    return kind(
+        hidden_size=hidden,
+        intermediate_size=intermediate,
+        num_hidden_layers=layers,
+        num_attention_heads=heads,
+        num_key_value_heads=kv_heads,
+        **others,
+    )
+
+
+QWEN = {"vocab_size": 151_936, "head_dim": 128, "tie_word_embeddings": False}
 GPU_SIZES = {
-    "1B": LlamaConfig(
-        vocab_size=128_256,
-        hidden_size=2048,
-        intermediate_size=8192,
-        num_hidden_layers=16,
-        num_attention_heads=32,
-        num_key_value_heads=8,
-        tie_word_embeddings=True,
-    ),
-    "8B": Qwen3Config(
-        hidden_size=4096,
-        intermediate_size=12_288,
-        num_hidden_layers=36,
-        num_attention_heads=32,
-        tie_word_embeddings=False,
-        **QWEN,
-    ),
-    "14B": Qwen3Config(
-        hidden_size=5120,
-        intermediate_size=17_408,
-        num_hidden_layers=40,
-        num_attention_heads=40,
-        tie_word_embeddings=False,
-        **QWEN,
-    ),
+    "1B": shape(LlamaConfig, 2048, 8192, 16, 32, 8, vocab_size=128_256, tie_word_embeddings=True),
+    "8B": shape(Qwen3Config, 4096, 12_288, 36, 32, 8, **QWEN),
+    "14B": shape(Qwen3Config, 5120, 17_408, 40, 40, 8, **QWEN),
 }
 """The published shapes of Llama-3.2-1B, Qwen3-8B-Base and Qwen3-14B-Base."""
-
 CPU_SIZES = {
-    "28M": LlamaConfig(
-        vocab_size=8192,
-        hidden_size=512,
-        intermediate_size=1408,
-        num_hidden_layers=6,
-        num_attention_heads=8,
-        num_key_value_heads=4,
-    ),
-    "51M": Qwen3Config(
-        vocab_size=16_384,
-        hidden_size=512,
-        intermediate_size=1536,
-        num_hidden_layers=10,
-        num_attention_heads=8,
-        num_key_value_heads=2,
-        head_dim=64,
-        tie_word_embeddings=True,
-    ),
-    "116M": LlamaConfig(
-        vocab_size=16_384,
-        hidden_size=768,
-        intermediate_size=2048,
-        num_hidden_layers=12,
-        num_attention_heads=12,
-    ),
+    "28M": shape(LlamaConfig, 512, 1408, 6, 8, 4, vocab_size=8192),
+    "51M": shape(Qwen3Config, 512, 1536, 10, 8, 2, vocab_size=16_384, head_dim=64, tie_word_embeddings=True),
+    "116M": shape(LlamaConfig, 768, 2048, 12, 12, 12, vocab_size=16_384),
 }
 
 # --- The runs --------------------------------------------------------------------------------------------

@@ -14,7 +14,7 @@ import json
 from pathlib import Path
 
 from rlhf_recipes.core.hub import resolve_path
-from rlhf_recipes.evaluation.metrics.accuracy import pair_accuracy
+from rlhf_recipes.evaluation.metrics.scores import pair_accuracy
 from rlhf_recipes.rewards.reward_models import Scorer
 from rlhf_recipes.rewards.saved import load_reward_adapter
 from rlhf_recipes.tiny import splits, text

@@ -29,7 +29,7 @@ def main() -> None:
     check_arguments(pipeline, options.config)
     print(*pipeline.describe(), sep="\n", flush=True)
     for stage in pipeline.stages:
-        for note in stage.notes:
+        for note in stage.plan.notes if stage.plan else ():
             print(f"{stage.name}: {note}", flush=True)
     if not options.dry_run:
         pipeline.run()

@@ -2,7 +2,6 @@
 
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 from rlhf_recipes.core.files import REWARD_EVALUATION, read_json
 from rlhf_recipes.core.provenance import versions
@@ -27,18 +26,17 @@ def collect_results(
     frontier: Frontier | None,
     texts: Dataset | None,
 ) -> EvaluationResults:
-    """Measure every policy, compare it with the baseline, and state the verdict.
-
-    Args:
-        measurement: What all policies share.
-        policies: By name.
-        samples: Their answers, by name.
-        judge: Decides win rates.
-        frontier: Reward against KL.
-        texts: Pretraining text, to measure perplexity on.
-    """
+    """Measure every policy, compare it with the baseline, and state the verdict."""
     arguments = measurement.arguments
     baseline = arguments.compare_with
+    measured = {}
+    for name, policy in policies.items():
+        others = None if name == baseline else samples[baseline]
+        measured[name] = measure_policy(measurement, policy, samples[name], others, judge, texts)
+    rewards = {}
+    for name, reward in measurement.rewards.items():
+        evaluation = read_json(Path(reward.folder) / REWARD_EVALUATION[0]) or None if reward.folder else None
+        rewards[name] = RewardInfo(trained=reward.trained, folder=reward.folder, about=reward.about, evaluation=evaluation)
     results = EvaluationResults(
         verdict=[],
         compare_with=baseline,
@@ -47,18 +45,8 @@ def collect_results(
         num_answers=arguments.num_answers,
         temperature=arguments.temperature,
         seed=arguments.seed,
-        rewards={
-            name: RewardInfo(
-                trained=reward.trained, folder=reward.folder, about=reward.about, evaluation=_own_evaluation(reward.folder)
-            )
-            for name, reward in measurement.rewards.items()
-        },
-        policies={
-            name: measure_policy(
-                measurement, policy, samples[name], None if name == baseline else samples[baseline], judge, texts
-            )
-            for name, policy in policies.items()
-        },
+        rewards=rewards,
+        policies=measured,
         has_perplexity=texts is not None,
         frontier=frontier,
         examples=_examples(measurement, samples),
@@ -74,26 +62,14 @@ def _examples(measurement: Measurement, samples: dict[str, PolicySamples]) -> li
     parts = {name: np.flatnonzero(mask) for name, mask in groups.items() if name != "all" or len(groups) == 1}
     count = -(-arguments.num_examples // len(parts))
     chosen = [(name, row) for name, places in parts.items() for row in places[:count].tolist()]
-    return [_example(measurement, samples, group, row) for group, row in chosen[: arguments.num_examples]]
-
-
-def _example(measurement: Measurement, samples: dict[str, PolicySamples], group: str, row: int) -> Example:
-    entry, arguments = measurement.rows[row], measurement.arguments
-    reference = entry.get("reference")
-    comparable = reference and measurement.compares_references
-
-    def first_answer(one: PolicySamples) -> ExampleAnswer:
-        text = one.texts[row * arguments.num_answers]
-        return ExampleAnswer(text=text, kind=kinds_of([text], [reference], arguments.abstentions)[0] if comparable else None)
-
-    return Example(
-        prompt=prompt_as_text(entry["prompt"]),
-        reference=reference,
-        group=None if group == "all" else group,
-        answers={name: first_answer(one) for name, one in samples.items()},
-    )
-
-
-def _own_evaluation(folder: str | None) -> dict[str, Any] | None:
-    """Read what recipes/reward.py measured of a reward model on held-out comparisons."""
-    return read_json(Path(folder) / REWARD_EVALUATION[0]) or None if folder else None
+    examples = []
+    for group, row in chosen[: arguments.num_examples]:
+        reference = rows[row].get("reference")
+        texts = {name: one.texts[row * arguments.num_answers] for name, one in samples.items()}
+        kinds = [None] * len(texts)
+        if reference and measurement.compares_references:
+            kinds = kinds_of(list(texts.values()), [reference] * len(texts), arguments.abstentions)
+        answers = {name: ExampleAnswer(text=text, kind=kind) for (name, text), kind in zip(texts.items(), kinds, strict=True)}
+        shown = None if group == "all" else group
+        examples.append(Example(prompt=prompt_as_text(rows[row]["prompt"]), reference=reference, group=shown, answers=answers))
+    return examples

@@ -10,16 +10,10 @@ MIN_PROMPTS = 6
 
 
 def estimate(values: Floats, baseline: Floats | None = None, *, share: bool = False, seed: int = 0) -> Estimate | None:
-    """Return the mean over prompts of the mean over a prompt's answers.
+    """Return the mean over prompts of the mean over a prompt's answers, (P, K).
 
-    Args:
-        values: (P, K). NaN is left out, and so is a prompt that has nothing else.
-        baseline: (P, K') of another policy on the same prompts. Adds `difference`.
-        share: Whether the values are shares, so that there is an interval even where all agree.
-        seed: Of the resampling.
-
-    Returns:
-        None if there is no value.
+    NaN is left out, and so is a prompt that has nothing else; None if there is no value. `baseline`, (P, K') of another policy
+    on the same prompts, adds `difference`. A `share` has an interval even where all prompts agree.
     """
     means = _prompt_means(values)
     present = ~np.isnan(means)
@@ -55,11 +49,7 @@ def is_insignificant(difference: Estimate | None) -> bool:
 def win_rate_of(scores: Floats, others: Floats, seed: int, judge: str | None = None) -> WinRate | None:
     """Compare every answer with every answer of the other policy to the same prompt.
 
-    Args:
-        scores: (P, K) scores, NaN where there is none.
-        others: (P, K') scores of the other policy.
-        seed: Of the resampling.
-        judge: Name of the reward, where it is the judge.
+    Scores are (P, K) and (P, K'), NaN where there is none. `judge` names the reward where it is the judge.
     """
     one, other = np.broadcast_arrays(scores[:, :, None], others[:, None, :])
     present = ~(np.isnan(one) | np.isnan(other))

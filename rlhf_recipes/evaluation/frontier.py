@@ -5,8 +5,7 @@ from pathlib import Path
 from rlhf_recipes.evaluation.estimates import best_of_n_kl_bound, estimate, kl_and_entropy, mean_estimate
 from rlhf_recipes.evaluation.measurement import Measurement, sample_policy
 from rlhf_recipes.evaluation.metrics.comparison import best_of_n
-from rlhf_recipes.evaluation.metrics.intervals import Floats
-from rlhf_recipes.evaluation.types import Estimate, Frontier, FrontierPoint
+from rlhf_recipes.evaluation.types import Frontier, FrontierPoint
 from rlhf_recipes.generation.policies import Policy, require_adapter
 from rlhf_recipes.training.resume import TRAINER_STATE, checkpoints_in, step_of
 
@@ -14,11 +13,7 @@ import numpy as np
 
 
 def measure_frontier(measurement: Measurement, seed: int) -> Frontier | None:
-    """Measure the runs of `frontier` and the best-of-n of `frontier_best_of`.
-
-    Returns:
-        None if the YAML file asks for neither.
-    """
+    """Measure `frontier` and `frontier_best_of`; None without either."""
     arguments = measurement.arguments
     if not arguments.frontier and not arguments.frontier_best_of:
         return None
@@ -47,18 +42,10 @@ def _best_of_points(measurement: Measurement, seed: int) -> list[FrontierPoint]:
     ns = sorted(set(measurement.arguments.frontier_best_of))
     answers = measurement.sample(measurement.reference, ns[-1], seed)
     scores = {name: measurement.score(name, answers) for name in measurement.rewards}
-    chosen_by = scores[measurement.chooser]
-    return [
-        FrontierPoint(
-            n=n,
-            kl=best_of_n_kl_bound(n),
-            rewards={name: _best_of_estimate(chosen_by, n, values, seed) for name, values in scores.items()},
-        )
-        for n in ns
-    ]
-
-
-def _best_of_estimate(chosen_by: Floats, n: int, values: Floats, seed: int) -> Estimate | None:
-    """Estimate a reward of best-of-n, over the prompts that both rewards apply to."""
-    present = ~np.isnan(chosen_by + values).any(1)
-    return mean_estimate(best_of_n(chosen_by[present], n, values[present]), seed) if present.any() else None
+    points = [FrontierPoint(n=n, kl=best_of_n_kl_bound(n), rewards={}) for n in ns]
+    for name, values in scores.items():
+        present = ~np.isnan(scores[measurement.chooser] + values).any(1)  # prompts that both rewards apply to
+        chosen_by, values = scores[measurement.chooser][present], values[present]
+        for point in points:
+            point.rewards[name] = mean_estimate(best_of_n(chosen_by, point.n, values), seed) if len(values) else None
+    return points

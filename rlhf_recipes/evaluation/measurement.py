@@ -14,7 +14,7 @@ from rlhf_recipes.config.evaluate import EvaluateArguments
 from rlhf_recipes.core.errors import RecipeError
 from rlhf_recipes.evaluation.metrics.intervals import Floats
 from rlhf_recipes.evaluation.named_rewards import NamedReward
-from rlhf_recipes.generation.answers import Answer, Prompt, log_probs, sample
+from rlhf_recipes.generation.answers import Answer, log_probs, sample
 from rlhf_recipes.generation.judges import ChatJudge, read_chat_judge
 from rlhf_recipes.generation.policies import Policy, PolicyBank, require_adapter
 from rlhf_recipes.rewards.protocol import checked_reward, score_completions
@@ -27,19 +27,12 @@ MAX_REFERENCE_WORDS = 8  # a longer answer may be worded in many ways
 
 @dataclass
 class PolicySamples:
-    """The answers of a policy, prompt by prompt, K to each.
+    """The answers of a policy, prompt by prompt, K to each."""
 
-    Parameters:
-        answers: (P * K,).
-        scores: Reward -> (P, K) scores; NaN where it does not apply.
-        logps: (P, K) log-probabilities under the policy, in nats; None for best-of-n.
-        ref_logps: (P, K) log-probabilities under the KL reference.
-    """
-
-    answers: list[Answer]
-    scores: dict[str, Floats] = field(default_factory=dict)
-    logps: Floats | None = None
-    ref_logps: Floats | None = None
+    answers: list[Answer]  # (P * K,)
+    scores: dict[str, Floats] = field(default_factory=dict)  # reward -> (P, K); NaN where it does not apply
+    logps: Floats | None = None  # (P, K) under the policy, in nats; None for best-of-n
+    ref_logps: Floats | None = None  # (P, K) under the KL reference
 
     @property
     def texts(self) -> list[str]:
@@ -51,13 +44,8 @@ class PolicySamples:
 class Measurement:
     """What all policies share.
 
-    Parameters:
-        bank: The policies, on one base.
-        rows: `prompt`, and the columns that rewards read.
-        rewards: By name.
-        arguments: Of the recipe.
-        cache: Reward -> answer -> score. A model's score of one text differs between batches by rounding. Scored once, equal
-            answers of two policies tie.
+    A model's score of one text differs between batches by rounding. `cache` has each scored once, so that equal answers of two
+    policies tie.
     """
 
     bank: PolicyBank
@@ -76,10 +64,6 @@ class Measurement:
         """The reward that best-of-n chooses by, unless a policy names another."""
         return next((name for name, reward in self.rewards.items() if reward.trained), next(iter(self.rewards), None))
 
-    def chooser_of(self, policy: Policy) -> str | None:
-        """Return the reward that a best-of-n policy chooses by."""
-        return policy.reward or self.chooser
-
     @functools.cached_property
     def compares_references(self) -> bool:
         """Whether answers are compared with references."""
@@ -91,17 +75,10 @@ class Measurement:
 
     def sample(self, policy: str, count: int, seed: int) -> list[Answer]:
         """Sample `count` answers to each prompt."""
-        arguments = self.arguments
+        options = {"temperature": self.arguments.temperature, "batch_size": self.arguments.batch_size, "seed": seed}
+        prompts, longest = self.repeated("prompt", count), self.arguments.max_completion_length
         with self.bank.use_policy(policy) as model:
-            return sample(
-                model,
-                self.bank.tokenizer,
-                self.repeated("prompt", count),
-                temperature=arguments.temperature,
-                max_new_tokens=arguments.max_completion_length,
-                batch_size=arguments.batch_size,
-                seed=seed,
-            )
+            return sample(model, self.bank.tokenizer, prompts, max_new_tokens=longest, **options)
 
     def repeated(self, column: str, count: int) -> list[Any]:
         """Return a column with each row `count` times."""
@@ -121,8 +98,9 @@ class Measurement:
         Raises:
             RecipeError: If the reward fails, or does not return one finite number or None for each answer.
         """
-        count, cache = len(answers) // len(self.rows), self.cache.setdefault(reward, {})
-        keys = [_cache_key(self.rewards[reward], place // count, answer) for place, answer in enumerate(answers)]
+        count, cache, by_text = len(answers) // len(self.rows), self.cache.setdefault(reward, {}), self.rewards[reward].folder
+        # a model reads the text, a function may read the token ids too
+        keys = [(place // count, answer.text if by_text else answer) for place, answer in enumerate(answers)]
         new = {key: place for place, key in enumerate(keys) if key not in cache}
         if new:
             places = list(new.values())
@@ -135,7 +113,10 @@ class Measurement:
         scores = score_completions(
             checked_reward(reward.function, reward.name),
             list(rows["prompt"]),
-            [_completion(prompt, answer) for prompt, answer in zip(rows["prompt"], answers, strict=True)],
+            [
+                answer.text if isinstance(prompt, str) else [{"role": "assistant", "content": answer.text}]
+                for prompt, answer in zip(rows["prompt"], answers, strict=True)
+            ],
             completion_ids=[list(answer.ids) for answer in answers],
             **{column: list(rows[column]) for column in self.rows.column_names if column != "prompt"},
         )
@@ -155,20 +136,11 @@ def sample_policy(measurement: Measurement, policy: Policy, seed: int) -> Policy
         samples.ref_logps = samples.logps if same else measurement.log_probs(measurement.reference, samples.answers)
     else:
         answers = measurement.sample(policy.best_of, count * policy.n, seed)
-        scores = measurement.score(measurement.chooser_of(policy), answers)
+        scores = measurement.score(policy.reward or measurement.chooser, answers)
         best = np.nan_to_num(scores, nan=-np.inf).reshape(-1, policy.n).argmax(1)
         samples = PolicySamples([answers[row * policy.n + place] for row, place in enumerate(best)])
     samples.scores = {name: measurement.score(name, samples.answers) for name in measurement.rewards}
     return samples
-
-
-def _cache_key(reward: NamedReward, row: int, answer: Answer) -> Hashable:
-    """Return what a score depends on: text, or for functions also token ids."""
-    return (row, answer.text) if reward.folder else (row, answer)
-
-
-def _completion(prompt: Prompt, answer: Answer) -> Any:
-    return answer.text if isinstance(prompt, str) else [{"role": "assistant", "content": answer.text}]
 
 
 # --- Checks before anything is sampled --------------------------------------------------------------------
@@ -199,7 +171,7 @@ def check_choosers(policies: dict[str, Policy], measurement: Measurement) -> Non
         RecipeError: With the policy.
     """
     for policy in policies.values():
-        chooser = measurement.chooser_of(policy)
+        chooser = policy.reward or measurement.chooser
         if policy.best_of and chooser not in measurement.rewards:
             known = ", ".join(measurement.rewards) or "there is none"
             raise RecipeError(f"policies: {policy.name}: best_of: reward: {chooser!r} is none of the rewards ({known})")

@@ -22,19 +22,12 @@ _TYPES = {
 
 @dataclass(frozen=True)
 class NamedReward:
-    """A reward that scores answers.
-
-    Parameters:
-        name: In tables and in the keys `judge` and `reward`.
-        function: With TRL's signature.
-        trained: The policies that were trained against it; True for all, False for none.
-        folder: Of a reward model.
-    """
+    """A reward that scores answers."""
 
     name: str
-    function: Callable[..., Any]
-    trained: bool | list[str] = False
-    folder: str | None = None
+    function: Callable[..., Any]  # with TRL's signature
+    trained: bool | list[str] = False  # the policies that were trained against it; True for all, False for none
+    folder: str | None = None  # of a reward model
 
     @property
     def about(self) -> str | None:
@@ -46,10 +39,7 @@ class NamedReward:
 def load_named_rewards(specs: Sequence[str | dict[str, Any]], bank: PolicyBank, batch_size: int = 32) -> dict[str, NamedReward]:
     """Load the rewards of the YAML key `rewards`.
 
-    Args:
-        specs: Value of the key.
-        bank: Holds the base.
-        batch_size: Answers that a reward model reads at once.
+    Reward models become roles on the bank's base, and read `batch_size` answers at once.
 
     Raises:
         RecipeError: As `load_rewards` and `load_saved_reward`. Also if two rewards have one name.
@@ -66,20 +56,16 @@ def load_named_rewards(specs: Sequence[str | dict[str, Any]], bank: PolicyBank, 
         if options.get("optional") and not holds_result(str(spec.get("path"))):
             print(f"{key}: skipped, because {spec.get('path')} holds no trained model.")
             continue
-        function, folder = _load_reward(spec, bank, key, batch_size)
+        try:
+            (reward,), _ = load_rewards([spec])
+        except RecipeError as error:  # it names the key of PPO
+            raise RecipeError(str(error).replace("reward_funcs, entry 1", key)) from error
+        folder, function = None, reward
+        if isinstance(reward, SavedReward):
+            folder, how = reward.folder, (reward.combine, reward.uncertainty_coef, batch_size)
+            function = load_saved_reward(folder, bank.model, bank.tokenizer, *how)
         name = options.get("name") or get_callable_name(function)
         if name in rewards:
             raise RecipeError(f"{key}: two rewards are called '{name}'. Fix: set another `name`.")
         rewards[name] = NamedReward(name, function, options.get("trained", False), folder)
     return rewards
-
-
-def _load_reward(spec: dict[str, Any], bank: PolicyBank, key: str, batch_size: int) -> tuple[Callable[..., Any], str | None]:
-    try:
-        (reward,), _ = load_rewards([spec])
-    except RecipeError as error:  # it names the key of PPO
-        raise RecipeError(str(error).replace("reward_funcs, entry 1", key)) from error
-    if not isinstance(reward, SavedReward):
-        return reward, None
-    combination = (reward.combine, reward.uncertainty_coef, batch_size)
-    return load_saved_reward(reward.folder, bank.model, bank.tokenizer, *combination), reward.folder

@@ -43,7 +43,13 @@ def held_out_prompts(data: DataArguments, arguments: EvaluateArguments) -> Datas
         _check_column(rows, column, Hashable, "group_by", "name a column of texts, numbers or truth values")
     if "reference" in rows.column_names:
         _check_column(rows, "reference", str | None, "reference", "write it in quotes, or rename the column")
-    return _drop_repeated(rows)
+    references = rows["reference"] if "reference" in rows.column_names else [None] * len(rows)
+    first: dict[Hashable, int] = {}
+    for row, key in enumerate(zip(map(repr, rows["prompt"]), references, strict=True)):
+        first.setdefault(key, row)
+    if len(first) < len(rows):
+        print(f"Left out {len(rows) - len(first)} of {len(rows)} rows, which repeat a prompt and its reference.")
+    return rows.select(first.values())
 
 
 def groups_of(rows: Dataset, column: str | None) -> dict[str, NDArray[np.bool_]]:
@@ -60,16 +66,6 @@ def groups_of(rows: Dataset, column: str | None) -> dict[str, NDArray[np.bool_]]
             name = (column if value else f"not {column}") if truths else f"{column}: {value}"
             groups[name] = np.array([other == value for other in values])
     return groups
-
-
-def _drop_repeated(rows: Dataset) -> Dataset:
-    references = rows["reference"] if "reference" in rows.column_names else [None] * len(rows)
-    first: dict[Hashable, int] = {}
-    for row, key in enumerate(zip(map(repr, rows["prompt"]), references, strict=True)):
-        first.setdefault(key, row)
-    if len(first) < len(rows):
-        print(f"Left out {len(rows) - len(first)} of {len(rows)} rows, which repeat a prompt and its reference.")
-    return rows.select(first.values())
 
 
 def _check_column(rows: Dataset, column: str, kind: Any, key: str, fix: str) -> None:

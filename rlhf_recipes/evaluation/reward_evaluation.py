@@ -1,15 +1,14 @@
 """A reward model on held-out comparisons: its numbers, and pictures of them."""
 
 import itertools
-from collections.abc import Hashable, Iterator, Sequence
+from collections.abc import Hashable, Sequence
 from pathlib import Path
 from typing import Any, Protocol
 
 from rlhf_recipes.core.files import REWARD_EVALUATION, write_json, write_text
-from rlhf_recipes.evaluation.metrics.accuracy import pair_accuracy, preferred, ranking_tau
 from rlhf_recipes.evaluation.metrics.calibration import preference_calibration
 from rlhf_recipes.evaluation.metrics.intervals import codes_of
-from rlhf_recipes.evaluation.metrics.scores import score_distribution, score_length
+from rlhf_recipes.evaluation.metrics.scores import pair_accuracy, preferred, ranking_tau, score_distribution, score_length
 from rlhf_recipes.evaluation.report.plots import reliability_diagram, score_histogram
 from rlhf_recipes.evaluation.types import CalibrationBin
 from rlhf_recipes.models.tokenizer import encode
@@ -38,15 +37,8 @@ def measure_and_scale(
 ) -> dict[str, dict[str, Any]]:
     """Measure reward models on held-out comparisons, then store their scale.
 
-    Args:
-        rewards: The members of an ensemble, or one model.
-        demonstrations: `prompt` and `completion`. The mean and standard deviation of their scores become the scale.
-        held_out: See `measure_reward`. None: nothing is measured.
-        combine: See `Ensemble`. Several models are measured together too.
-        uncertainty_coef: See `Ensemble`.
-
-    Returns:
-        Name -> result of `measure_reward`.
+    The mean and standard deviation of the scores of `demonstrations` (`prompt`, `completion`) become the scale. Several models
+    are measured as an `Ensemble` too. Returns name -> result of `measure_reward`, nothing without `held_out`.
 
     Raises:
         RecipeError: If all demonstrations have one score.
@@ -63,31 +55,22 @@ def measure_and_scale(
 
 
 def measure_reward(scorer: Scorer, rows: Dataset, seed: int = 0, scale: float = 1.0) -> dict[str, Any]:
-    """Return `evaluate_reward` of a scorer on held-out comparisons.
+    """Return `evaluate_reward` of a scorer on held-out rankings or preference pairs.
 
-    Args:
-        scorer: A reward model, an ensemble, or a baseline.
-        rows: Of the kind "ranking" or "preference" of `rlhf_recipes.data`.
-        seed: Of the resampling.
-        scale: Factor that makes score differences log-odds of preference: 1 for raw scores, and for normalised scores the
-            deviation that they were divided by.
+    `scale` is the factor that makes score differences log-odds of preference: 1 for raw scores, and for normalised scores the
+    deviation that they were divided by.
     """
     pairs = "chosen" in rows.column_names
-    groups, completions, ranks = [], [], []
-    for row in rows:
-        groups.append(repr(row["prompt"]))
-        completions.append([row["chosen"], row["rejected"]] if pairs else row["completions"])
-        ranks.append([0, 1] if pairs else row["ranks"])
-    counts = [len(answers) for answers in completions]
-    prompts = [row["prompt"] for row, count in zip(rows, counts, strict=True) for _ in range(count)]
+    completions = [[row["chosen"], row["rejected"]] if pairs else row["completions"] for row in rows]
+    ranks = [[0, 1]] * len(rows) if pairs else list(rows["ranks"])
+    prompts = [prompt for prompt, group in zip(rows["prompt"], completions, strict=True) for _ in group]
     answers = [answer for group in completions for answer in group]
-    scores = iter([scale * score for score in scorer(prompts, answers)])
-    lengths = iter(_token_counts(scorer, prompts, answers))
+    scores, lengths = iter(scorer(prompts, answers)), iter(_token_counts(scorer, prompts, answers))
     return evaluate_reward(
-        [[next(scores) for _ in range(count)] for count in counts],
+        [[scale * next(scores) for _ in group] for group in completions],
         ranks,
-        [[next(lengths) for _ in range(count)] for count in counts],
-        groups=groups,
+        [[next(lengths) for _ in group] for group in completions],
+        groups=[repr(prompt) for prompt in rows["prompt"]],
         margins=rows["margin"] if "margin" in rows.column_names else None,
         seed=seed,
     )
@@ -124,27 +107,31 @@ def evaluate_reward(
         ValueError: No comparisons, different lengths, margins of rankings of more than two, or numbers that are not finite.
     """
     prompts = codes_of(groups, len(scores)).tolist()
-    pairs = list(_comparisons(ranks))
+    pairs = [  # ranking, better answer, worse answer
+        (number, *sorted((one, other), key=row.__getitem__))
+        for number, row in enumerate(ranks)
+        for one, other in itertools.combinations(range(len(row)), 2)
+        if row[one] != row[other]
+    ]
     if not pairs:
         raise ValueError("There is nothing to compare: in every ranking all answers have the same rank.")
     chosen, rejected = ([scores[number][pair[side]] for number, *pair in pairs] for side in (0, 1))
     long, short = ([lengths[number][pair[side]] for number, *pair in pairs] for side in (0, 1))
     options = {"groups": [prompts[number] for number, *_ in pairs], "seed": seed}
+    if margins is None:
+        gaps = [ranks[number][worse] - ranks[number][better] for number, better, worse in pairs]
+        human = gaps if len(set(gaps)) > 1 else None
+    elif len(margins) != len(ranks) or any(len(row) != 2 for row in ranks):
+        raise ValueError("`margins` need pairs: one number each, and no ranking of more than two answers.")
+    else:
+        human = [margins[number] for number, *_ in pairs]
+    every = np.repeat(prompts, [len(row) for row in scores]).tolist()
     return {
-        "accuracy": pair_accuracy(
-            chosen,
-            rejected,
-            chosen_lengths=long,
-            rejected_lengths=short,
-            margins=_human_margins(ranks, margins, pairs),
-            **options,
-        ),
+        "accuracy": pair_accuracy(chosen, rejected, chosen_lengths=long, rejected_lengths=short, margins=human, **options),
         "length_accuracy": float(preferred(np.asarray(long), np.asarray(short)).mean()),
         "tau": ranking_tau(scores, ranks, groups=prompts, seed=seed),
         "calibration": preference_calibration(chosen, rejected, **options),
-        "score_length": score_length(
-            np.concatenate(scores), np.concatenate(lengths), groups=np.repeat(prompts, [len(row) for row in scores]).tolist()
-        ),
+        "score_length": score_length(np.concatenate(scores), np.concatenate(lengths), groups=every),
         "scores": score_distribution(np.concatenate(scores)),
     }
 
@@ -177,25 +164,6 @@ def summary(name: str, result: dict[str, Any]) -> str:
         f"Kendall's tau {result['tau']['tau']:.2f}, correlation of score and length "
         f"{'undefined' if correlation is None else f'{correlation:.2f}'}"
     )
-
-
-def _comparisons(ranks: Sequence[Sequence[float]]) -> Iterator[tuple[int, int, int]]:
-    """Yield ranking, better and worse answer of every pair of different rank."""
-    for number, row in enumerate(ranks):
-        for one, other in itertools.combinations(range(len(row)), 2):
-            if row[one] != row[other]:
-                yield (number, one, other) if row[one] < row[other] else (number, other, one)
-
-
-def _human_margins(
-    ranks: Sequence[Sequence[float]], margins: Sequence[float] | None, pairs: list[tuple[int, int, int]]
-) -> list[float] | None:
-    if margins is None:
-        gaps = [ranks[number][worse] - ranks[number][better] for number, better, worse in pairs]
-        return gaps if len(set(gaps)) > 1 else None
-    if len(margins) != len(ranks) or any(len(row) != 2 for row in ranks):
-        raise ValueError("`margins` need pairs: one number each, and no ranking of more than two answers.")
-    return [margins[number] for number, *_ in pairs]
 
 
 def _token_counts(scorer: Scorer, prompts: list[Any], answers: list[Any]) -> list[int]:

@@ -2,7 +2,7 @@
 
 Fields stand in the order of the JSON keys. None means that there was nothing to measure on, for instance a reward that
 applies to no prompt. `UNSET` means that the number does not belong here, for instance a win rate of the baseline; its key
-is left out.
+is left out. Intervals are of 95%, with prompts resampled.
 """
 
 import dataclasses
@@ -33,44 +33,28 @@ UNSET = Unset.UNSET
 
 @dataclass(frozen=True, kw_only=True)
 class WinRate:
-    """The share of comparisons won against the baseline; a tie counts one half.
-
-    Parameters:
-        judge: What decided.
-        interval: 95%, of prompts resampled.
-        n: Comparisons.
-        swayed: Of a chat model: the share of pairs whose winner changed with their order.
-        unreadable: Of a chat model: replies without a verdict.
-    """
+    """The share of comparisons won against the baseline; a tie counts one half."""
 
     judge: str | Unset = UNSET
     win_rate: float
     interval: list[float]
-    n: int
+    n: int  # comparisons
     prompts: int
     ties: int
-    swayed: float | Unset = UNSET
-    unreadable: int | Unset = UNSET
+    swayed: float | Unset = UNSET  # of a chat model: the share of pairs whose winner changed with their order
+    unreadable: int | Unset = UNSET  # of a chat model: replies without a verdict
 
 
 @dataclass(frozen=True, kw_only=True)
 class Estimate:
-    """A mean over prompts.
-
-    Parameters:
-        interval: 95%, of prompts resampled. None where resampling gives none, since all prompts agree.
-        n: Prompts that count.
-        bound: Whether the number is an upper bound and no estimate, as the KL of best-of-n is.
-        difference: From the baseline, prompt by prompt. None where the two share no prompt that counts.
-        win_rate: Against the baseline, by this reward.
-    """
+    """A mean over prompts."""
 
     mean: float
-    interval: list[float] | None
-    n: int | Unset = UNSET
-    bound: bool | Unset = UNSET
-    difference: "Estimate | Unset | None" = UNSET
-    win_rate: WinRate | Unset | None = UNSET
+    interval: list[float] | None  # None where all prompts agree, so that resampling gives none
+    n: int | Unset = UNSET  # prompts that count
+    bound: bool | Unset = UNSET  # whether it is an upper bound and no estimate, as the KL of best-of-n is
+    difference: "Estimate | Unset | None" = UNSET  # from the baseline, prompt by prompt; None where they share none
+    win_rate: WinRate | Unset | None = UNSET  # against the baseline, by this reward
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -87,11 +71,7 @@ class CalibrationBin:
 
 @dataclass(frozen=True, kw_only=True)
 class CalibrationResult:
-    """What `metrics.calibration.calibration` measures.
-
-    Parameters:
-        difference: Of `ece` and `brier` from the baseline's, by name.
-    """
+    """What `metrics.calibration.calibration` measures."""
 
     ece: float
     ece_if_calibrated: float
@@ -101,7 +81,7 @@ class CalibrationResult:
     confidence: float
     n: int
     bins: list[CalibrationBin]
-    difference: dict[str, Estimate] | Unset = UNSET
+    difference: dict[str, Estimate] | Unset = UNSET  # of `ece` and `brier` from the baseline's
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -115,38 +95,22 @@ class BestOf:
 
 @dataclass(frozen=True, kw_only=True)
 class PolicyResult:
-    """All that was measured of one policy.
+    """All that was measured of one policy."""
 
-    Parameters:
-        adapter: Its folder. None for the base model and best-of-n.
-        rewards: Reward -> mean score.
-        win_rate: Against the baseline, by the judge.
-        kl: From the KL reference, in nats per answer.
-        entropy: In nats per answer.
-        length: In tokens.
-        ended: Share of answers that end with EOS.
-        diversity: See `metrics.diversity.diversity`.
-        truthfulness: Group of prompts -> kind of answer -> its share.
-        over_abstained: Share of abstentions where the answer could be known.
-        calibration: Group of prompts -> calibration of the answers that do not abstain.
-        perplexity: On pretraining text.
-        lm_eval: Results of lm-eval, by task.
-    """
-
-    adapter: str | None
+    adapter: str | None  # its folder; None for the base model and best-of-n
     best_of: BestOf | Unset = UNSET
-    rewards: dict[str, Estimate | None]
-    win_rate: WinRate | Unset | None = UNSET
-    kl: Estimate | None
-    entropy: Estimate | None
-    length: Estimate
-    ended: Estimate
-    diversity: dict[str, float | None]
-    truthfulness: dict[str, dict[str, Estimate]] | Unset = UNSET
-    over_abstained: Estimate | Unset = UNSET
-    calibration: dict[str, CalibrationResult | None] | Unset = UNSET
-    perplexity: float | Unset = UNSET
-    lm_eval: dict[str, Any] | Unset = UNSET
+    rewards: dict[str, Estimate | None]  # reward -> mean score
+    win_rate: WinRate | Unset | None = UNSET  # against the baseline, by the judge
+    kl: Estimate | None  # from the KL reference, in nats per answer
+    entropy: Estimate | None  # in nats per answer
+    length: Estimate  # in tokens
+    ended: Estimate  # share of answers that end with EOS
+    diversity: dict[str, float | None]  # see `metrics.texts.diversity`
+    truthfulness: dict[str, dict[str, Estimate]] | Unset = UNSET  # group of prompts -> kind of answer -> its share
+    over_abstained: Estimate | Unset = UNSET  # share of abstentions where the answer could be known
+    calibration: dict[str, CalibrationResult | None] | Unset = UNSET  # by group, of the answers that do not abstain
+    perplexity: float | Unset = UNSET  # on pretraining text
+    lm_eval: dict[str, Any] | Unset = UNSET  # results of lm-eval, by task
 
     @property
     def calibration_of_all(self) -> CalibrationResult | None:
@@ -156,19 +120,12 @@ class PolicyResult:
 
 @dataclass(frozen=True, kw_only=True)
 class RewardInfo:
-    """A reward that scored the answers.
+    """A reward that scored the answers."""
 
-    Parameters:
-        trained: The policies that were trained against it; True for all, False for none.
-        folder: Of a reward model.
-        about: First line of a function's docstring.
-        evaluation: `evaluation.json` of a reward model.
-    """
-
-    trained: bool | list[str]
-    folder: str | None
-    about: str | None
-    evaluation: dict[str, Any] | None
+    trained: bool | list[str]  # the policies that were trained against it; True for all, False for none
+    folder: str | None  # of a reward model
+    about: str | None  # first line of a function's docstring
+    evaluation: dict[str, Any] | None  # `evaluation.json` of a reward model
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -183,17 +140,11 @@ class FrontierPoint:
 
 @dataclass(frozen=True, kw_only=True)
 class Frontier:
-    """Reward against KL.
+    """Reward against KL."""
 
-    Parameters:
-        runs: Folder -> its checkpoints in order.
-        best_of: Best-of-n of the KL reference.
-        chooser: Reward that best-of-n chooses by.
-    """
-
-    runs: dict[str, list[FrontierPoint]]
-    best_of: list[FrontierPoint]
-    chooser: str | None
+    runs: dict[str, list[FrontierPoint]]  # folder -> its checkpoints in order
+    best_of: list[FrontierPoint]  # of the KL reference
+    chooser: str | None  # the reward that best-of-n chooses by
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -216,31 +167,21 @@ class Example:
 
 @dataclass(frozen=True, kw_only=True)
 class EvaluationResults:
-    """All that `metrics.json` holds.
+    """All that `metrics.json` holds."""
 
-    Parameters:
-        verdict: The result in sentences.
-        compare_with: The baseline of win rates and differences.
-        kl_reference: The policy that KL is measured from.
-        prompts: How many.
-        num_answers: Of each policy to each prompt.
-        has_perplexity: Whether there was pretraining text.
-        versions: Of the libraries.
-    """
-
-    verdict: list[str]
-    compare_with: str
-    kl_reference: str
+    verdict: list[str]  # the result in sentences
+    compare_with: str  # the baseline of win rates and differences
+    kl_reference: str  # the policy that KL is measured from
     prompts: int
-    num_answers: int
+    num_answers: int  # of each policy to each prompt
     temperature: float
     seed: int
     rewards: dict[str, RewardInfo]
     policies: dict[str, PolicyResult]
-    has_perplexity: bool
+    has_perplexity: bool  # whether there was pretraining text
     frontier: Frontier | None
     examples: list[Example]
-    versions: dict[str, Any]
+    versions: dict[str, Any]  # of the libraries
 
     @property
     def groups(self) -> list[str]:

@@ -12,16 +12,15 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 from rlhf_recipes.config.merge import MergeArguments
-from rlhf_recipes.core.errors import RecipeError, first_line
+from rlhf_recipes.core.errors import RecipeError, error_context, first_line
 from rlhf_recipes.core.files import RECIPE, REWARD, read_json, write_json
 from rlhf_recipes.core.provenance import versions
 from rlhf_recipes.export.model_card import lineage, write_card
 from rlhf_recipes.export.upload import redact, repository_name, upload
 from rlhf_recipes.generation.policies import Placement, PolicyBank, require_adapter
 from rlhf_recipes.models.adapters import read_adapter_config
-from rlhf_recipes.models.compatibility import check_tokenizer, check_vocabulary
-from rlhf_recipes.models.loading import load_model, release_memory
-from rlhf_recipes.models.tokenizer import encode
+from rlhf_recipes.models.loading import check_vocabulary, load_model, release_memory
+from rlhf_recipes.models.tokenizer import check_tokenizer, encode
 from rlhf_recipes.rewards.classifier import load_classifier
 from rlhf_recipes.rewards.reward_models import HEAD
 from rlhf_recipes.rewards.saved import load_full_reward, load_reward_adapter
@@ -43,7 +42,7 @@ _BASE = "the base"
 
 @dataclass(frozen=True)
 class AdapterOutputs:
-    """Outputs of an adapter on the probes, before it is merged.
+    """What an adapter outputs for the probes, before it is merged.
 
     Parameters:
         values: logits (tokens, V) or scores (rows, 1), fp32.
@@ -80,9 +79,6 @@ class MergeCheck:
             f"The merged model's {self.what} differ from the adapter's by {self.difference:.1e} of their deviation "
             f"({self.dtype}, at most {self.tolerance:.0e} allowed{effect})"
         )
-
-
-# --- Merging ---------------------------------------------------------------------------------------------
 
 
 def resolve_base(arguments: MergeArguments, model: ModelConfig) -> tuple[bool, ModelConfig]:
@@ -161,19 +157,17 @@ def _check_mergeable(base: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) 
 
 
 def _merge(model: PeftModel, adapter: str | Path, name: str | None = None) -> PreTrainedModel:
-    try:
+    # not finite, or a kind that cannot be merged
+    with error_context(f"adapter: {adapter}: cannot be merged", AttributeError, ValueError, RuntimeError):
         return model.merge_and_unload(safe_merge=True, adapter_names=[name] if name else None)
-    except (AttributeError, ValueError, RuntimeError) as error:  # not finite, or a kind that cannot be merged
-        raise RecipeError(f"adapter: {adapter}: cannot be merged: {first_line(error)}") from error
 
 
 def _set_generation_config(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, adapter: Path) -> None:
     """Set what ends a completion: the adapter's saved EOS, or the tokenizer's."""
     if (adapter / "generation_config.json").is_file():
-        try:
+        # valid JSON of wrong types raises anything
+        with error_context(f"adapter: {adapter}: generation_config.json", Exception, fix="delete it"):
             model.generation_config = GenerationConfig.from_pretrained(adapter)
-        except Exception as error:  # valid JSON of wrong types raises anything
-            raise RecipeError(f"adapter: {adapter}: generation_config.json: {first_line(error)}. Fix: delete it") from error
     else:
         model.generation_config.eos_token_id = tokenizer.eos_token_id
     model.generation_config.pad_token_id = tokenizer.pad_token_id
@@ -184,28 +178,15 @@ def _set_generation_config(model: PreTrainedModel, tokenizer: PreTrainedTokenize
 
 
 def _save(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, folder: Path, max_shard_size: str) -> None:
-    needed = sum(weight.numel() * weight.element_size() for weight in model.parameters())
-    if (free := shutil.disk_usage(folder).free) < needed:
-        raise RecipeError(f"output_dir: the merged model takes {needed / 1e9:.1f} GB, and {free / 1e9:.1f} GB are free there")
     with _write_errors(folder):
         model.save_pretrained(folder, max_shard_size=max_shard_size)
         tokenizer.save_pretrained(folder)
 
 
-# --- The check -------------------------------------------------------------------------------------------
-
-
 def check_merged(
     outputs: AdapterOutputs, is_reward: bool, arguments: MergeArguments, tokenizer: PreTrainedTokenizerBase, folder: Path
 ) -> MergeCheck:
-    """Read the merged model from its files and compare it with the adapter.
-
-    Args:
-        outputs: from `merge_policy` or `merge_reward`.
-        is_reward: which of them.
-        arguments: for `tolerance`.
-        tokenizer: of the adapter.
-        folder: of the merged model.
+    """Read the merged model from its files and compare its outputs with the adapter's.
 
     Raises:
         RecipeError: if they differ by more than the tolerance, or by more than half of the adapter's effect.
@@ -236,7 +217,7 @@ def _relative_difference(values: Tensor, expected: Tensor) -> float:
 
 @torch.no_grad()
 def _logits(model: PreTrainedModel | PeftModel, tokenizer: PreTrainedTokenizerBase) -> Tensor:
-    """Return logits, fp32 (tokens, V), of the probes, one by one without padding."""
+    """Return fp32 logits (tokens, V) of the probes, one by one without padding."""
     rows = [torch.tensor([row]) for row in _probes(tokenizer)]
     return torch.cat([model(input_ids=row, use_cache=False).logits[0].float() for row in rows])
 
@@ -252,9 +233,6 @@ def _probes(tokenizer: PreTrainedTokenizerBase) -> list[list[int]]:
     added = sorted(tokenizer.get_added_vocab().values())[-_LENGTH:]
     conversation = [{"role": "user", "content": _QUESTION}], [{"role": "assistant", "content": _ANSWER}]
     return [*random, *([added] if added else []), encode(tokenizer, *conversation)]
-
-
-# --- The result ------------------------------------------------------------------------------------------
 
 
 @contextlib.contextmanager
@@ -293,14 +271,7 @@ def _write_errors(output_dir: str | Path) -> Iterator[None]:
 
 
 def write_merge_record(folder: Path, arguments: MergeArguments, model_args: ModelConfig, check: MergeCheck) -> None:
-    """Write `recipe.json`, with the records of all earlier stages, and the model card.
-
-    Args:
-        folder: of the merged model, whatever its name is now.
-        arguments: of the run.
-        model_args: of the run, with the base.
-        check: from `check_merged`.
-    """
+    """Write `recipe.json`, with the records of earlier stages, and the model card."""
     record = {
         "recipe": "merge",
         "base_model": {"name": model_args.model_name_or_path, "revision": model_args.model_revision},

@@ -47,11 +47,8 @@ print(reward([[{{"role": "user", "content": "..."}}]], [[{{"role": "assistant", 
 def write_card(folder: str | Path, location: str | Path | None = None) -> None:
     """Write the model card of a result from its `recipe.json`, over the trainer's.
 
-    An ensemble has none; its members have.
-
-    Args:
-        folder: with `recipe.json`. Earlier stages are read from their folders, where these exist.
-        location: where the result will be loaded from, if not from this folder: another one, or a Hub name.
+    Earlier stages are read from their folders, where these exist. An ensemble has no card; its members have. `location` is
+    where the result will be loaded from, if not from this folder: another one, or a Hub name.
     """
     folder = Path(folder)
     record = read_json(folder / RECIPE)
@@ -63,8 +60,7 @@ def write_card(folder: str | Path, location: str | Path | None = None) -> None:
 def lineage(folder: str | Path) -> list[dict[str, Any]]:
     """Return the records of all stages that led to a result, the earliest first.
 
-    Args:
-        folder: of the result. A stage without a record has only its folder's name.
+    A stage without a record has only its folder's name.
     """
     records: dict[str, dict[str, Any]] = {}
     _collect(Path(folder), records)

@@ -26,9 +26,6 @@ def repository_name(folder: str | Path, hub_model_id: str | None) -> str:
 def publish(training: TrainingArguments) -> None:
     """Upload a stage's result from the main process if `push_to_hub` is set.
 
-    Args:
-        training: the trainer's arguments as parsed. The stage has written its record and its model card.
-
     Raises:
         RecipeError: as `upload`.
     """
@@ -47,12 +44,7 @@ def upload(
 ) -> str:
     """Upload a result without checkpoints and pickles, and return its address.
 
-    Args:
-        folder: of the result.
-        repository: on the Hub; created if missing.
-        private: visibility of a new repository; None: the account's default.
-        token: in place of that of `hf auth login`.
-        revision: the branch; None: the main one.
+    `private`, `token` and `revision` (the branch) are by default those of the account.
 
     Raises:
         RecipeError: if the Hub is unreachable or refuses, or if the repository holds other weights. The result stays in its
@@ -61,7 +53,13 @@ def upload(
     try:
         api = HfApi(token=token)
         url = api.create_repo(repository, private=private, exist_ok=True)
-        _check_no_other_weights(api.list_repo_files(url.repo_id, revision=revision), Path(folder), url.repo_id)
+        present = api.list_repo_files(url.repo_id, revision=revision)
+        others = [name for name in present if any(map(Path(name).match, _WEIGHTS)) and not (Path(folder) / name).exists()]
+        if others:  # which Transformers might load
+            raise RecipeError(
+                f"push_to_hub: {url.repo_id} holds weights of another model ({', '.join(sorted(others)[:3])}). Fix: name "
+                f"another `hub_model_id`, or delete them there. The result is in {folder}"
+            )
         with tempfile.TemporaryDirectory() as links:  # so that recipe.json can differ in the same commit
             ignored = shutil.ignore_patterns(*_NOT_UPLOADED)
             shutil.copytree(Path(folder).resolve(), links, ignore=ignored, copy_function=os.symlink, dirs_exist_ok=True)
@@ -87,13 +85,3 @@ def redact(value: Any, key: str = "") -> Any:
     if key.split("_")[-1] in ("token", "password", "secret") and key != "eos_token" and isinstance(value, str):
         return "<not shown>"
     return display_name(value) if isinstance(value, str) else value
-
-
-def _check_no_other_weights(present: list[str], folder: Path, repository: str) -> None:
-    """Refuse to upload beside other weights, which Transformers might load."""
-    others = [name for name in present if any(map(Path(name).match, _WEIGHTS)) and not (folder / name).exists()]
-    if others:
-        raise RecipeError(
-            f"push_to_hub: {repository} holds weights of another model ({', '.join(sorted(others)[:3])}). Fix: name another "
-            f"`hub_model_id`, or delete them there. The result is in {folder}"
-        )

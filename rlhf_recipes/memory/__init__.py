@@ -2,8 +2,7 @@
 
 from rlhf_recipes.memory.autofit import NoFitError, advice, autofit
 from rlhf_recipes.memory.gpu_arguments import StageArguments
-from rlhf_recipes.memory.plan import Plan
+from rlhf_recipes.memory.plan import Plan, format_plans
 from rlhf_recipes.memory.planners import plan_stage
-from rlhf_recipes.memory.table import format_plans
 
 __all__ = ["NoFitError", "Plan", "StageArguments", "advice", "autofit", "format_plans", "plan_stage"]

@@ -1,7 +1,4 @@
-"""Bytes of weights, optimizer states, KV caches and logits, from a model's sizes.
-
-Where a formula follows from what a library keeps in memory, its docstring names the library's code.
-"""
+"""Bytes of weights, optimizer states, KV caches and logits, from a model's sizes."""
 
 from dataclasses import dataclass
 
@@ -13,7 +10,7 @@ TILE_TOKENS, TILE_VOCABULARY = 4096, 32768  # of TRL's fused LM head: trl/kernel
 
 TORCH_MOMENTS = {"adamw_torch": 2, "adamw_torch_fused": 2, "rmsprop": 1, "adagrad": 1, "sgd": 0}
 """Optimizer of PyTorch -> values that it keeps for each trainable weight, in the type of the weight."""
-BITSANDBYTES_MOMENTS = {"adamw": 2, "lion": 1, "rmsprop_bnb": 1, "ademamix": 3}
+BITSANDBYTES_MOMENTS = {"adamw": 2, "adamw_bnb": 2, "lion": 1, "rmsprop_bnb": 1, "ademamix": 3}
 """Optimizer of bitsandbytes, without `paged_` and bits -> values for each trainable weight.
 
 They have 4 bytes whatever the type of the weight; in 8 bits, 1 byte and an fp32 scale for each 256 values (Dettmers et al.,
@@ -45,9 +42,9 @@ class Precision:
 def quantised_bytes(weights: int, bits: int, nested: bool) -> float:
     """Return the bytes of quantised weights with their scales.
 
-    In 4 bits there is an fp32 scale for each 64 weights: 4.5 bits a weight. Nested, the scale has 8 bits and each 256 scales
-    share one in fp32: 4 + 8/64 + 32/(64*256) = 4.127 bits (Dettmers et al., 2023, "QLoRA", section 3). In 8 bits the scales,
-    one a row, are too few to count. `nested` is `use_bnb_nested_quant`.
+    In 4 bits there is an fp32 scale for each 64 weights: 4.5 bits a weight. Nested (`use_bnb_nested_quant`), the scale has 8
+    bits and each 256 scales share one in fp32: 4 + 8/64 + 32/(64*256) = 4.127 bits (Dettmers et al., 2023, "QLoRA", section
+    3). In 8 bits the scales, one a row, are too few to count.
     """
     if bits == 8:
         return float(weights)
@@ -66,24 +63,14 @@ def dequantised_bytes(shape: ModelShape, precision: Precision) -> float:
     return shape.largest * (precision.compute + scales)
 
 
-def optimizer_bytes(optimizer: str, trainable: int, width: int = 4) -> float:
-    """Return the bytes of optimizer state; an unknown optimizer counts as AdamW."""
+def optimizer_bytes(optimizer: str, width: int = 4) -> float | None:
+    """Return the bytes of optimizer state per weight of `width` bytes, if known."""
     if optimizer in TORCH_MOMENTS:
-        return float(trainable * TORCH_MOMENTS[optimizer] * width)
-    bitsandbytes = uses_bitsandbytes(optimizer)
-    moments = BITSANDBYTES_MOMENTS.get(_family(optimizer), 2) if bitsandbytes else 2
-    return trainable * moments * (1 + 4 / NESTED_BLOCK if bitsandbytes and "8bit" in optimizer else 4.0)
-
-
-def is_known_optimizer(optimizer: str) -> bool:
-    """Return whether `optimizer_bytes` has a formula for this optimizer."""
-    return optimizer in TORCH_MOMENTS or (uses_bitsandbytes(optimizer) and _family(optimizer) in BITSANDBYTES_MOMENTS)
-
-
-def _family(optimizer: str) -> str:
-    """Return an optimizer's name without its storage (`adamw_bnb` is AdamW)."""
+        return float(TORCH_MOMENTS[optimizer] * width)
     name = optimizer.removeprefix("paged_").removesuffix("_8bit").removesuffix("_32bit")
-    return "adamw" if name == "adamw_bnb" else name
+    if not uses_bitsandbytes(optimizer) or name not in BITSANDBYTES_MOMENTS:
+        return None
+    return BITSANDBYTES_MOMENTS[name] * (1 + 4 / NESTED_BLOCK if "8bit" in optimizer else 4.0)
 
 
 def kv_cache_bytes(shape: ModelShape, rows: int, tokens: int, width: int) -> int:
@@ -108,16 +95,3 @@ def fused_head_bytes(shape: ModelShape, precision: Precision, scored: int, gradi
     if precision.weights != precision.compute:  # the head's weight is cast piece by piece
         tile += entries * shape.hidden * precision.compute
     return tile + scored * shape.hidden * (precision.weights + (4 if gradients else 0))
-
-
-def sampling_logits_bytes(shape: ModelShape, precision: Precision, rows: int, recorded: bool = False) -> float:
-    """Return the bytes of one generation step's logits: original, fp32, softmax, copy.
-
-    PPO makes two more copies to record log-probabilities.
-    """
-    return rows * shape.vocabulary * (precision.weights + 4 * (3 + (2 if recorded else 0)))
-
-
-def full_logits_bytes(shape: ModelShape, tokens: int) -> float:
-    """Return the bytes of all tokens' logits and of their scaled fp32 copy."""
-    return tokens * shape.vocabulary * 8.0

@@ -19,11 +19,9 @@ _BATCH_KEYS = ("per_device_train_batch_size", "gradient_accumulation_steps", "st
 
 
 class NoFitError(RecipeError):
-    """No choice of `autofit` makes a stage fit a card.
+    """No choice of `autofit` makes a stage fit a card of so many GiB.
 
     Parameters:
-        arguments: of the stage.
-        card: GiB.
         choice: the arguments that take least memory.
         plan: with them.
     """
@@ -39,12 +37,8 @@ class NoFitError(RecipeError):
 def autofit(arguments: StageArguments, card: float, fixed: Collection[str] = ()) -> tuple[dict[str, Any], Plan]:
     """Return the first of `choices` that fits a card, and the plan with it.
 
-    An optimizer step learns from the same rows as before, and a PPO iteration from as many completions.
-
-    Args:
-        arguments: of the stage.
-        card: GiB.
-        fixed: keys that must not change.
+    An optimizer step learns from the same rows as before, and a PPO iteration from as many completions. `card` is in GiB; keys
+    in `fixed` do not change.
 
     Raises:
         NoFitError: with the least memory that is needed.

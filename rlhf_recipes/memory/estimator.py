@@ -7,21 +7,11 @@ from rlhf_recipes.config.launcher import plain
 from rlhf_recipes.core.errors import RecipeError
 from rlhf_recipes.core.files import REWARD, read_json
 from rlhf_recipes.memory import arithmetic
-from rlhf_recipes.memory.activations import Activations, TrainingSetup
+from rlhf_recipes.memory.activations import Activations
 from rlhf_recipes.memory.arithmetic import Precision
 from rlhf_recipes.memory.gpu_arguments import StageArguments
 from rlhf_recipes.memory.model_shape import AdapterShape, load_config, measure_adapter, measure_shape
-from rlhf_recipes.memory.plan import (
-    ACTIVATIONS,
-    CACHE,
-    DEQUANTISED,
-    GRADIENTS,
-    LOGITS,
-    OPTIMIZER,
-    QUANTISED,
-    UNQUANTISED,
-    Plan,
-)
+from rlhf_recipes.memory.plan import ACTIVATIONS, CACHE, DEQUANTISED, GRADIENTS, LOGITS, OPTIMIZER, QUANTISED, UNQUANTISED, Plan
 from rlhf_recipes.models.adapters import read_adapter_config
 from rlhf_recipes.stages import STAGES
 
@@ -37,10 +27,13 @@ class Estimator:
 
     def __init__(self, arguments: StageArguments):
         self.arguments, self.notes = arguments, []
-        config = _config_of(arguments)
-        self.config, self.shape = config, measure_shape(config)
-        self.precision = _precision_of(arguments, config)
+        self.config = _config_of(arguments)
+        self.shape = measure_shape(self.config)
+        self.precision = _precision_of(arguments, self.config)
+        self.trains = STAGES[arguments.recipe].trains
         self.adapter = self._trained_adapter() if arguments.get("use_peft") else None
+        self.adapter_parameters = self.adapter.parameters if self.adapter else 0
+        self.evaluates = plain(arguments.get("eval_strategy", "no")) != "no"
         self.vllm_share = 0.0
         self.frozen_parts: frozenset[str] = frozenset()  # parts with adapters, where no adapter is trained
 
@@ -56,18 +49,16 @@ class Estimator:
     def trainable(self, head: bool = True, heads: int = 0) -> tuple[int, int]:
         """Return the number of trainable weights and the bytes of each (LoRA: fp32)."""
         if self.adapter is not None:
-            return self.adapter.parameters + heads, 4
+            return self.adapter_parameters + heads, 4
         return self.shape.parameters(head) + heads, self.precision.weights
 
     def training_state(self, trainable: int, width: int) -> Phase:
         """Return the bytes of gradients and optimizer states."""
         optimizer = plain(self.arguments.optim)
-        if not arithmetic.is_known_optimizer(optimizer):
+        each = arithmetic.optimizer_bytes(optimizer, width)
+        if each is None:
             self.note(f"optim: {optimizer} is not known to the plan. Its state counts as that of AdamW in fp32")
-        return {
-            GRADIENTS: float(trainable * width),
-            OPTIMIZER: arithmetic.optimizer_bytes(optimizer, trainable, width),
-        }
+        return {GRADIENTS: float(trainable * width), OPTIMIZER: trainable * (8.0 if each is None else each)}
 
     def _trained_adapter(self) -> AdapterShape:
         return self.adapter_in(self.arguments.get("start_from")) or self._measure(_lora_config(self.arguments))
@@ -142,7 +133,8 @@ class Estimator:
     def sampling(self, rows: int, prompt: int, completion: int, recorded: bool = False) -> dict[str, Phase]:
         """Return the phases of generation: all prompts at once, then token by token.
 
-        PEFT generates without autocast.
+        A step holds its logits, three fp32 copies, and two more where PPO records log-probabilities. PEFT generates without
+        autocast.
         """
         shape, precision = self.shape, self.precision
         prefill = self.forward(rows, prompt, autocast=not self._has_adapters)
@@ -150,20 +142,22 @@ class Estimator:
             "prompts read": {**prefill, CACHE: float(arithmetic.kv_cache_bytes(shape, rows, prompt, precision.weights))},
             "sampling": {
                 CACHE: float(arithmetic.kv_cache_bytes(shape, rows, prompt + completion, precision.weights)),
-                LOGITS: arithmetic.sampling_logits_bytes(shape, precision, rows, recorded),
+                LOGITS: rows * shape.vocabulary * (precision.weights + 4 * (5 if recorded else 3)),
                 DEQUANTISED: arithmetic.dequantised_bytes(shape, precision),
             },
         }
 
     @property
     def _has_adapters(self) -> bool:
-        return self.adapter is not None or not STAGES[self.arguments.recipe].trains
+        return self.adapter is not None or not self.trains
 
     def _activations(self) -> Activations:
         adapter, values = self.adapter, self.arguments
         if adapter is None and self._has_adapters:
-            return Activations(self.shape, self.precision, TrainingSetup(adapted=self.frozen_parts, rank=1))
-        setup = TrainingSetup(
+            return Activations(self.shape, self.precision, self.frozen_parts, rank=1)
+        return Activations(
+            self.shape,
+            self.precision,
             adapted=adapter.parts if adapter else frozenset(),
             rank=adapter.rank if adapter else 0,
             dropout=adapter is not None and adapter.dropout and not values.get("disable_dropout", False),
@@ -171,7 +165,6 @@ class Estimator:
             checkpointing=bool(values.get("gradient_checkpointing")),
             eager=values.get("attn_implementation") == "eager",
         )
-        return Activations(self.shape, self.precision, setup)
 
     def _autocast_copies(self, trainable: int) -> float:
         """Return the bytes of autocast's 2-byte copies: trainable weights, an fp32 base."""
@@ -203,8 +196,7 @@ class Estimator:
     def plan(self, resident: Phase, phases: dict[str, Phase], parameters: dict[str, int]) -> Plan:
         """Return the plan of the stage."""
         roles = {"base": self.shape.parameters(), **parameters}
-        stage, recipe = self.arguments.stage, self.arguments.recipe
-        return Plan(stage, recipe, resident, phases, roles, tuple(self.notes), self.vllm_share)
+        return Plan(self.arguments.stage, resident, phases, roles, tuple(self.notes), self.vllm_share)
 
 
 def _config_of(arguments: StageArguments) -> PretrainedConfig:

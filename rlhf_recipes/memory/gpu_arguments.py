@@ -14,8 +14,6 @@ class StageArguments:
     """The arguments of a stage, and those of the stages before it.
 
     Parameters:
-        stage: its name.
-        recipe: the recipe's name.
         values: the fields of all of the recipe's dataclasses.
         producers: folder -> the arguments of the stage that writes it.
         on_gpu: False plans for a CPU, to compare the plan with measurements.
@@ -43,11 +41,7 @@ class StageArguments:
 
 
 def resolve_for_gpu(
-    stage: str,
-    recipe: str,
-    values: Mapping[str, Any],
-    producers: Mapping[str, StageArguments],
-    on_gpu: bool = True,
+    stage: str, recipe: str, values: Mapping[str, Any], producers: Mapping[str, StageArguments], on_gpu: bool = True
 ) -> StageArguments:
     """Parse a stage's YAML values as its recipe would on a machine with a GPU.
 
@@ -56,8 +50,7 @@ def resolve_for_gpu(
     """
     # Without a GPU the parser rejects mixed precision, and defaults to none
     mixed = {key: values[key] for key in _MIXED_PRECISION if key in values and not values.get("use_cpu")}
-    others = {key: value for key, value in values.items() if key not in mixed}
-    groups = parse_values(recipe, others, here=False)
+    groups = parse_values(recipe, {key: value for key, value in values.items() if key not in mixed}, here=False)
     parsed = {key: value for group in groups for key, value in vars(group).items()}
     if on_gpu and not values.get("use_cpu"):
         parsed |= {"bf16": not mixed.get("fp16"), **mixed}

@@ -3,7 +3,6 @@
 import copy
 import json
 from dataclasses import dataclass
-from typing import Any
 
 from rlhf_recipes.core.errors import RecipeError, first_line
 from rlhf_recipes.core.hub import explain_load_error, resolve_path
@@ -22,7 +21,6 @@ class ModelShape:
     """The sizes of a language model with layers like Llama's.
 
     Parameters:
-        hidden, intermediate, layers, heads, kv_heads, head_dim, vocabulary: as in its `config.json`.
         qk_norm: whether queries and keys are normalised, as in Qwen3.
         matrices: weights of all linear layers but the LM head: what bitsandbytes quantises.
         largest: weights of the largest of them.
@@ -70,8 +68,7 @@ class AdapterShape:
     Parameters:
         parameters: its weights, with the layers that are trained in full (`lora_modules_to_save`).
         parts: the values of `PARTS` that are adapted.
-        rank: of LoRA, the largest where layers differ.
-        dropout: whether it has dropout.
+        rank: the largest where layers differ.
     """
 
     parameters: int
@@ -117,15 +114,11 @@ def measure_adapter(config: PretrainedConfig, lora: LoraConfig) -> AdapterShape:
         RecipeError: if the model has none of the layers to adapt.
     """
     # All options: PEFT alone knows what each of them adds
-    options = json.dumps(lora.to_dict(), sort_keys=True, default=_to_json)
-    key = (config.to_json_string(use_diff=False), options)
+    options = {name: sorted(value, key=str) if isinstance(value, set) else value for name, value in lora.to_dict().items()}
+    key = (config.to_json_string(use_diff=False), json.dumps(options, sort_keys=True, default=str))
     if key not in _ADAPTERS:
         _ADAPTERS[key] = _count_adapter(config, lora)
     return _ADAPTERS[key]
-
-
-def _to_json(value: Any) -> Any:
-    return sorted(value, key=str) if isinstance(value, set) else str(value)
 
 
 def _count_adapter(config: PretrainedConfig, lora: LoraConfig) -> AdapterShape:

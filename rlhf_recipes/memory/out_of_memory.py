@@ -24,20 +24,15 @@ def explain_out_of_memory(error: BaseException, run: CurrentRun | None, when: st
 
     `when` is the step of the training, such as " after 3 of 9 steps".
     """
-    on_gpu = isinstance(error, torch.OutOfMemoryError) or any(name in str(error) for name in ("CUDA", "CUBLAS", "HIP", "XPU"))
+    text = str(error)
+    on_gpu = isinstance(error, torch.OutOfMemoryError) or any(name in text for name in ("CUDA", "CUBLAS", "HIP", "XPU"))
     total = _total_memory(on_gpu)
-    stage = f"{run.recipe.stem}: " if run else ""
     memory = "the GPU's memory" if on_gpu else "this machine's memory (RAM)"
     size = f" of {total:.1f} GiB" if total else ""
-    sentences = [f"{stage}{memory}{size} was not enough{when} ({_request(error)})"]
-    return ". ".join([*sentences, *(_remedies(run, total, on_gpu) if run else ())])
-
-
-def _request(error: BaseException) -> str:
-    requested, free = _REQUESTED.search(str(error)), _FREE.search(str(error))
-    if requested is None:
-        return first_line(error)
-    return f"requested: {requested[1]}" + (f", free: {free[1]}" if free else "")
+    requested, free = _REQUESTED.search(text), _FREE.search(text)
+    request = f"requested: {requested[1]}" + (f", free: {free[1]}" if free else "") if requested else first_line(error)
+    problem = f"{memory}{size} was not enough{when} ({request})"
+    return ". ".join([f"{run.recipe.stem}: {problem}", *_remedies(run, total, on_gpu)]) if run else problem
 
 
 def _total_memory(on_gpu: bool) -> float | None:

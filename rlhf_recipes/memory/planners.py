@@ -2,9 +2,7 @@
 
 from collections.abc import Mapping
 
-from rlhf_recipes.config.launcher import plain
 from rlhf_recipes.core.errors import RecipeError
-from rlhf_recipes.memory.arithmetic import full_logits_bytes
 from rlhf_recipes.memory.estimator import Estimator, Phase
 from rlhf_recipes.memory.gpu_arguments import StageArguments
 from rlhf_recipes.memory.plan import ACTIVATIONS, ADAPTERS, BATCH, LOGITS, MODELS, Plan
@@ -35,19 +33,19 @@ def plan_sft(run: Estimator) -> Plan:
     """Return the plan of supervised fine-tuning."""
     values, length = run.arguments, run.length("max_length")
     trainable, width = run.trainable()
-    resident = {**run.base_weights(), **run.training_state(trainable, width), ADAPTERS: 4.0 * _adapter_parameters(run)}
+    resident = {**run.base_weights(), **run.training_state(trainable, width), ADAPTERS: 4.0 * run.adapter_parameters}
     rows = values.per_device_train_batch_size
     phases = run.update(rows, length, rows * length, trainable)
-    if _evaluates(values):
+    if run.evaluates:
         rows = values.per_device_eval_batch_size
         phases["evaluation"] = run.forward(rows, length, rows * length)
-    return run.plan(resident, phases, {"policy": _adapter_parameters(run)})
+    return run.plan(resident, phases, {"policy": run.adapter_parameters})
 
 
 def plan_reward(run: Estimator) -> Plan:
     """Return the plan of training a reward model."""
     values, length, hidden = run.arguments, run.length("max_length"), run.shape.hidden
-    adapter = _adapter_parameters(run)
+    adapter = run.adapter_parameters
     trainable, width = run.trainable(head=False, heads=hidden)
     members = values.ensemble_size if run.adapter else 1
     resident = {**run.base_weights(head=False), **run.training_state(trainable, width), ADAPTERS: 4.0 * adapter}
@@ -58,7 +56,7 @@ def plan_reward(run: Estimator) -> Plan:
     phases = run.update(rows, length, 0, trainable, head=False)
     phases["update"][ACTIVATIONS] += rows * length * hidden * 4.0  # the scalar head reads all tokens, in fp32
     rows = values.per_device_eval_batch_size
-    if _evaluates(values):
+    if run.evaluates:
         phases["evaluation"] = run.forward(rows * answers, length)
     phases["scaling"] = run.forward(rows, length, autocast=False)
     if run.adapter:
@@ -70,7 +68,7 @@ def plan_reward(run: Estimator) -> Plan:
 def plan_dpo(run: Estimator) -> Plan:
     """Return the plan of DPO."""
     values, length = run.arguments, run.length("max_length")
-    adapter = _adapter_parameters(run)
+    adapter = run.adapter_parameters
     trainable, width = run.trainable()
     resident = {**run.base_weights(), **run.training_state(trainable, width)}
     roles = {"policy": adapter}
@@ -87,7 +85,7 @@ def plan_dpo(run: Estimator) -> Plan:
         kept = phases["update, LM head"][ACTIVATIONS]
         reference = run.forward(rows, length, rows * length)
         phases["reference"] = {**reference, ACTIVATIONS: reference[ACTIVATIONS] + kept}
-    if _evaluates(values):
+    if run.evaluates:
         rows = 2 * values.per_device_eval_batch_size
         phases["evaluation"] = run.forward(rows, length, rows * length)
     return run.plan(resident, phases, roles)
@@ -118,7 +116,7 @@ def plan_ppo(run: Estimator) -> Plan:
         extra = run.update(texts, tokens, texts * tokens, trainable)
         update |= {name.replace("update", "pretraining text"): phase for name, phase in extra.items()}
     phases |= {name: {**phase, **batch} for name, phase in update.items()}
-    if _evaluates(values):
+    if run.evaluates:
         rows = values.per_device_eval_batch_size
         for name, phase in _ppo_sampling(run, rows, prompt, completion).items():
             phases[f"evaluation, {name}"] = phase
@@ -132,7 +130,7 @@ def _ppo_roles(run: Estimator) -> tuple[Phase, dict[str, int], int]:
     values, shape, width = run.arguments, run.shape, run.precision.weights
     trainable, trainable_width = run.trainable()
     resident = {**run.base_weights(), MODELS: 0.0}
-    policy = _adapter_parameters(run)
+    policy = run.adapter_parameters
     roles = {"policy": policy, "reference": 0, "reward models": 0, "critic": shape.hidden + 1}
     if values.kl_coef > 0 and not run.adapter:
         roles["reference"] = shape.parameters()
@@ -200,7 +198,8 @@ def plan_evaluate(run: Estimator) -> Plan:
     if values.recipe == "evaluate":
         phases["log-probabilities"] = {
             ACTIVATIONS: rows * length * run.shape.hidden * 2.0 * width,
-            LOGITS: full_logits_bytes(run.shape, rows * (completion + 1)),
+            # all tokens' logits, and their scaled fp32 copy
+            LOGITS: rows * (completion + 1) * run.shape.vocabulary * 8.0,
         }
         phases["answers read"] = run.forward(rows, length, autocast=False)
         if values.get("ptx_dataset"):
@@ -209,11 +208,3 @@ def plan_evaluate(run: Estimator) -> Plan:
     if rewards or full_models:
         phases["rewards"] = run.forward(rows, length, autocast=False)
     return run.plan(resident, phases, {"policies": policies, "reward models": sum(rewards) + full_models})
-
-
-def _adapter_parameters(run: Estimator) -> int:
-    return run.adapter.parameters if run.adapter else 0
-
-
-def _evaluates(arguments: StageArguments) -> bool:
-    return plain(arguments.get("eval_strategy", "no")) != "no"

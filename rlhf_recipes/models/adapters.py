@@ -5,7 +5,7 @@ import warnings
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 
-from rlhf_recipes.core.errors import RecipeError, first_line, lack_of_memory
+from rlhf_recipes.core.errors import RecipeError, error_context, lack_of_memory
 from rlhf_recipes.core.files import read_json
 from rlhf_recipes.models.backbone import base_name
 
@@ -16,11 +16,7 @@ from transformers import PreTrainedModel
 
 
 def read_adapter_config(folder: str | Path, where: str = "") -> PeftConfig:
-    """Return the configuration of the adapter in a folder.
-
-    Args:
-        folder: of the adapter.
-        where: the key that names it, for messages.
+    """Return the configuration of the adapter in a folder that the key `where` names.
 
     Raises:
         RecipeError: if there is no adapter, or PEFT rejects its configuration.
@@ -30,10 +26,8 @@ def read_adapter_config(folder: str | Path, where: str = "") -> PeftConfig:
         raise RecipeError(f"{place}: no adapter there (no adapter_config.json). Fix: train it first, or name another folder")
     if read_json(path).get("megatron_config"):  # with it, PEFT imports a module of any name
         raise RecipeError(f"{place}: adapter_config.json: megatron_config: is not supported")
-    try:
+    with error_context(f"{place}: adapter_config.json", Exception):  # PEFT checks some values, and trips over others
         return PeftConfig.from_pretrained(str(folder))
-    except Exception as error:  # PEFT checks some values, and trips over others
-        raise RecipeError(f"{place}: adapter_config.json: {first_line(error)}") from error
 
 
 def add_adapter(
@@ -102,10 +96,8 @@ def check_adapter_complete(model: PeftModel, name: str, weights: Mapping[str, to
     if missing := sorted(expected.keys() - weights.keys()):
         raise RecipeError(f"{where}: {len(missing)} of the adapter's weights are missing ({missing[0]}). Fix: train it again")
     # PEFT saves the base's embeddings and LM head beside an adapter on them
-    base_weights = (".base_layer.", "embed", "lm_head")
-    others = [
-        key for key in weights.keys() - expected.keys() if "lora_" in key or not any(part in key for part in base_weights)
-    ]
+    of_base = (".base_layer.", "embed", "lm_head")
+    others = [key for key in weights.keys() - expected.keys() if "lora_" in key or not any(part in key for part in of_base)]
     if others:
         raise RecipeError(f"{where}: the adapter does not fit {base_name(model)}, which has no place for {min(others)}")
 

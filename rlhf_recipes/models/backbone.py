@@ -13,6 +13,11 @@ def base_of(model: torch.nn.Module) -> PreTrainedModel:
     return model.get_base_model() if isinstance(model, PeftModel) else model
 
 
+def base_name(model: torch.nn.Module) -> str:
+    """Return the Hub name or folder of a model's base."""
+    return base_of(model).name_or_path or type(base_of(model)).__name__
+
+
 def backbone(model: torch.nn.Module) -> torch.nn.Module:
     """Return the part below the head, from tokens to hidden states."""
     return base_of(model).base_model
@@ -30,8 +35,3 @@ def forward_backbone(model: torch.nn.Module, **inputs: Any) -> Any:
         model._forward_backbone = lambda **inputs: backbone(model)(**inputs)
         register_fsdp_forward_method(model, "_forward_backbone")
     return model._forward_backbone(**inputs)
-
-
-def base_name(model: torch.nn.Module) -> str:
-    """Return the Hub name or folder of a model's base."""
-    return base_of(model).name_or_path or type(base_of(model)).__name__

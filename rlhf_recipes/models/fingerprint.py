@@ -1,15 +1,19 @@
 """Fingerprints of base models, by which an adapter recognises its base."""
 
 import hashlib
+import logging
+from pathlib import Path
 from typing import Any
 
-from rlhf_recipes.models.backbone import backbone, base_of
+from rlhf_recipes.core.errors import RecipeError
+from rlhf_recipes.models.backbone import backbone, base_name, base_of
 
 import torch
 from peft.tuners.tuners_utils import BaseTunerLayer
 from peft.utils import AuxiliaryTrainingWrapper
 from transformers.integrations import is_deepspeed_zero3_enabled
 
+logger = logging.getLogger(__name__)
 _ADAPTER_PARTS = ("lora_", "trainable_tokens_", ".modules_to_save.")  # in the names of weights that PEFT adds
 _DIMENSIONS = ("model_type", "vocab_size", "hidden_size", "num_hidden_layers", "num_attention_heads", "intermediate_size")
 
@@ -26,23 +30,18 @@ def fingerprint(model: torch.nn.Module) -> dict[str, Any]:
     dimensions = {name: getattr(config, name) for name in _DIMENSIONS if getattr(config, name, None) is not None}
     if is_deepspeed_zero3_enabled():
         return {"dimensions": dimensions, "weights": None, "matrices": None}
-    weights, matrices = _split_weights(backbone(model))
-    return {"dimensions": dimensions, "weights": _digest(weights), "matrices": _digest(matrices)}
-
-
-def _split_weights(model: torch.nn.Module) -> tuple[dict[str, torch.Tensor], dict[str, torch.Tensor]]:
-    """Return the base's weights that are never quantised, and those that may be."""
-    embedding = model.get_input_embeddings()
+    network = backbone(model)
+    embedding = network.get_input_embeddings()
     if isinstance(embedding, AuxiliaryTrainingWrapper):
         embedding = embedding.original_module
     if isinstance(embedding, BaseTunerLayer):
         embedding = embedding.get_base_layer()
     weights, matrices = {"embedding": embedding.weight}, {}
-    for name, weight in model.named_parameters():
+    for name, weight in network.named_parameters():
         if weight is not embedding.weight and not any(part in name for part in _ADAPTER_PARTS):
             group = weights if weight.ndim == 1 else matrices
             group[name.replace("base_layer.", "").replace("original_module.", "")] = weight
-    return weights, matrices
+    return {"dimensions": dimensions, "weights": _digest(weights), "matrices": _digest(matrices)}
 
 
 def _digest(weights: dict[str, torch.Tensor]) -> str | None:
@@ -55,3 +54,55 @@ def _digest(weights: dict[str, torch.Tensor]) -> str | None:
         digest.update(name.encode())
         digest.update(bits.sum(0, dtype=torch.int64).cpu().numpy().tobytes())  # column sums cover all of it, fast
     return digest.hexdigest()
+
+
+def check_base(where: str | Path, trained_on: str | None, record: dict[str, Any], model: torch.nn.Module) -> None:
+    """Refuse a base that an adapter was not trained on.
+
+    The fingerprint in the record decides, since a base may be moved or renamed. Where no weights can be compared, the names
+    must agree. Where only embeddings can, another name gives a warning: a base with a merged adapter has the same embeddings.
+
+    Args:
+        where: the key and folder of the adapter, for messages.
+        trained_on: the base that the adapter's configuration names.
+        record: content of the `reward.json` or `recipe.json` beside the adapter.
+        model: the base in memory.
+
+    Raises:
+        RecipeError: names both bases and the difference.
+    """
+    recorded = (record.get("base_model") or {}).get("fingerprint") or {}
+    loaded, name = fingerprint(model), base_name(model)
+    if difference := _difference(recorded, loaded):
+        raise RecipeError(
+            f"{where}: was trained on {trained_on}, and the base in memory, {name}, is another: {difference}. Fix: name the "
+            "base that it was trained on, or train it on this one"
+        )
+    compared = [part for part in ("weights", "matrices") if recorded.get(part) and loaded[part]]
+    if len(compared) == 2 or (trained_on and Path(trained_on).name == Path(name).name):
+        return
+    message = f"{where}: was trained on {trained_on}, and the base in memory is {name}"
+    if not compared:
+        raise RecipeError(
+            f"{message}: their weights cannot be compared, so their names must agree. Fix: name the base that it was trained "
+            "on (a moved one is recognised by its weights in float32 or bfloat16)"
+        )
+    logger.warning(
+        "%s: their embeddings are equal, and their linear layers cannot be compared (quantised, or not recorded). If an "
+        "adapter was merged into one of them, results are wrong: name the other",
+        message,
+    )
+
+
+def _difference(recorded: dict[str, Any], loaded: dict[str, Any]) -> str:
+    """Return how two fingerprints differ in what both have, or ""."""
+    dimensions = recorded.get("dimensions") or loaded["dimensions"]
+    differences = [
+        f"{name} {dimensions.get(name)} against {value}"
+        for name, value in loaded["dimensions"].items()
+        if dimensions.get(name) != value
+    ]
+    for part, text in (("weights", "other weights"), ("matrices", "other weights in the linear layers")):
+        if not differences and recorded.get(part) and loaded[part] and recorded[part] != loaded[part]:
+            differences = [text]
+    return ", ".join(differences)

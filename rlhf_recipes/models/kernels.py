@@ -83,10 +83,9 @@ def compile_layers(model: nn.Module, training: Any) -> bool:
 
 def without_compilation(training: Any) -> Any:
     """Return a copy of the arguments for a trainer whose model is compiled already."""
-    if not training.torch_compile:
-        return training
     rest = copy.copy(training)
-    rest.torch_compile, rest.torch_compile_backend, rest.torch_compile_mode = False, None, None
+    if training.torch_compile:
+        rest.torch_compile, rest.torch_compile_backend, rest.torch_compile_mode = False, None, None
     return rest
 
 

@@ -1,6 +1,5 @@
 """Load base models, and policies that start from a saved adapter."""
 
-import copy
 import gc
 import os
 import re
@@ -13,7 +12,7 @@ from rlhf_recipes.core.files import RECIPE, read_json
 from rlhf_recipes.core.hub import explain_load_error, resolve_path
 from rlhf_recipes.core.machine import check_bitsandbytes
 from rlhf_recipes.models.adapters import add_adapter, check_policy_adapter, read_adapter_config
-from rlhf_recipes.models.compatibility import check_base, check_vocabulary
+from rlhf_recipes.models.fingerprint import check_base
 from rlhf_recipes.models.kernels import check_kernel_options, compile_layers, without_compilation
 from rlhf_recipes.models.precision import check_4bit_shapes, disable_cpu_4bit_repacking
 from rlhf_recipes.models.weights import ADAPTER, check_finite, read_weights
@@ -32,6 +31,26 @@ from transformers import (
 from transformers.integrations import is_deepspeed_zero3_enabled
 from trl import ModelConfig, get_quantization_config
 from trl.trainer.base_config import _BaseConfig as TrainingConfig
+
+
+def model_path(arguments: ModelConfig) -> str:
+    """Return the Hub name or local folder of the base model.
+
+    Raises:
+        RecipeError: if none is named, or the folder is missing or holds an adapter.
+    """
+    name = arguments.model_name_or_path
+    if not name:
+        raise RecipeError("model_name_or_path: is not set. Fix: name the base model, by Hub name or local folder")
+    path = resolve_path(os.path.expanduser(name))
+    if (Path(path) / "adapter_config.json").exists():
+        raise RecipeError(
+            f"model_name_or_path: {path} holds an adapter, not a model. Fix: name its base here (to resume a run, set "
+            "`resume_from_checkpoint: true`)"
+        )
+    if (path.startswith((".", "/")) or path.count("/") > 1) and not Path(path).is_dir():
+        raise RecipeError(f"model_name_or_path: {path}: no such folder")
+    return path
 
 
 def load_model(arguments: ModelConfig, training: TrainingConfig) -> PreTrainedModel:
@@ -57,12 +76,6 @@ def load_policy(
     arguments: ModelConfig, training: TrainingConfig, start_from: str | Path | None, tokenizer: PreTrainedTokenizerBase
 ) -> PreTrainedModel | PeftModel:
     """Load the base model, with the adapter in `start_from` on it, trainable.
-
-    Args:
-        arguments: as in `load_model`.
-        training: as in `load_model`.
-        start_from: folder of an adapter that an earlier stage saved, or None.
-        tokenizer: of the run.
 
     Raises:
         RecipeError: as in `load_model`; if there is no such adapter, or it was trained on another base; if the base lacks
@@ -135,32 +148,27 @@ def load_architecture(
     return model, set(loading["missing_keys"])
 
 
-def model_path(arguments: ModelConfig) -> str:
-    """Return the Hub name or local folder of the base model.
+def _quantization(arguments: ModelConfig, config: PretrainedConfig) -> BitsAndBytesConfig | None:
+    """Return TRL's quantisation; "auto" computes in the type of the stored weights."""
+    if arguments.dtype in (None, "auto"):
+        arguments = replace(arguments, dtype=str(config.dtype or torch.float32).removeprefix("torch."))
+    if arguments.bnb_4bit_quant_storage is None and parse_flag_from_env("ACCELERATE_USE_FSDP"):
+        arguments = replace(arguments, bnb_4bit_quant_storage="bfloat16")  # FSDP shards floats only
+    return get_quantization_config(arguments)
+
+
+def check_vocabulary(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> None:
+    """Refuse a tokenizer with more tokens than the model has embeddings.
 
     Raises:
-        RecipeError: if none is named, or the folder is missing or holds an adapter.
+        RecipeError: with both numbers.
     """
-    name = arguments.model_name_or_path
-    if not name:
-        raise RecipeError("model_name_or_path: is not set. Fix: name the base model, by Hub name or local folder")
-    path = resolve_path(os.path.expanduser(name))
-    if (Path(path) / "adapter_config.json").exists():
+    rows = model.get_input_embeddings().num_embeddings  # under ZeRO-3 the weight itself may be empty
+    if len(tokenizer) > rows:
         raise RecipeError(
-            f"model_name_or_path: {path} holds an adapter, not a model. Fix: name its base here (to resume a run, set "
-            "`resume_from_checkpoint: true`)"
+            f"the vocabulary of the tokenizer in {tokenizer.name_or_path} has {len(tokenizer)} tokens, and "
+            f"{model.name_or_path} has embeddings for {rows}. Fix: name a model and a tokenizer that belong together"
         )
-    looks_local = path.startswith((".", "/")) or path.count("/") > 1
-    if looks_local and not Path(path).is_dir():
-        raise RecipeError(f"model_name_or_path: {path}: no such folder")
-    return path
-
-
-def release_memory() -> None:
-    """Free the memory of unused objects; a trainer and its model refer to each other."""
-    gc.collect()
-    if torch.cuda.is_available():
-        torch.cuda.empty_cache()
 
 
 def strip_consumed_arguments(training: TrainingConfig) -> TrainingConfig:
@@ -169,19 +177,14 @@ def strip_consumed_arguments(training: TrainingConfig) -> TrainingConfig:
     `load_model` applies `model_init_kwargs`, `load_tokenizer` the chat template, and `publish` uploads the finished result,
     where the trainer would upload every checkpoint. `recipe.json` records the original.
     """
-    rest = copy.copy(without_compilation(training))
+    rest = without_compilation(training)
     rest.model_init_kwargs = rest.chat_template_path = None
     rest.push_to_hub = False
     return rest
 
 
-def _quantization(arguments: ModelConfig, config: PretrainedConfig) -> BitsAndBytesConfig | None:
-    """Return TRL's quantisation, which computes in `dtype`.
-
-    "auto" is the type of the stored weights.
-    """
-    if arguments.dtype in (None, "auto"):
-        arguments = replace(arguments, dtype=str(config.dtype or torch.float32).removeprefix("torch."))
-    if arguments.bnb_4bit_quant_storage is None and parse_flag_from_env("ACCELERATE_USE_FSDP"):
-        arguments = replace(arguments, bnb_4bit_quant_storage="bfloat16")  # FSDP shards floats only
-    return get_quantization_config(arguments)
+def release_memory() -> None:
+    """Free the memory of unused objects; a trainer and its model refer to each other."""
+    gc.collect()
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()

@@ -13,12 +13,27 @@ def disable_cpu_4bit_repacking(model: torch.nn.Module) -> None:
     """Stop bitsandbytes from repacking 4-bit weights on CPUs with AVX512-BF16.
 
     Version 0.50 repacks them in place at the first forward pass in eval mode. From then on the frozen layers pass no gradient,
-    silently: training goes wrong after its first evaluation or rollout. `tests/models/test_loading.py` shows it. On a CPU
-    bitsandbytes also needs matrices with sides that are multiples of 32 (`check_4bit_shapes`).
+    silently: training goes wrong after its first evaluation or rollout (`tests/models/test_loading.py` shows it).
     """
     for module in model.modules():
         if hasattr(module, "support_avx512bf16_for_cpu"):
             module.support_avx512bf16_for_cpu = False
+
+
+def check_4bit_shapes(model: torch.nn.Module, path: str) -> None:
+    """Refuse 4-bit matrices on a CPU with sides that are not multiples of 32.
+
+    Raises:
+        RecipeError: names the first of them.
+    """
+    if model.device.type != "cpu":
+        return
+    for name, module in model.named_modules():
+        if type(module).__name__ == "Linear4bit" and (module.in_features % 32 or module.out_features % 32):
+            raise RecipeError(
+                f"load_in_4bit: {path}: {name} is {module.in_features} x {module.out_features}, and on a CPU bitsandbytes "
+                "needs multiples of 32. Fix: set `load_in_4bit: false`, or use a GPU"
+            )
 
 
 @contextlib.contextmanager
@@ -40,9 +55,8 @@ def keep_adapter_in_fp32(trainer: Trainer) -> None:
     """Cast an adapter that TRL's trainer created on a quantised base back from bf16.
 
     AdamW's steps are often too small for bf16, and PEFT loads adapters in fp32, so a resumed run would continue in another
-    type. It costs two bytes more a weight, and two or four in the optimizer. Call it between the trainer's construction and
-    `train()`. Does nothing on a base that is not quantised, and under DeepSpeed and FSDP 1, which need one type for all weights
-    that they gather.
+    type. Call it between the trainer's construction and `train()`. Does nothing on a base that is not quantised, and under
+    DeepSpeed and FSDP 1, which need one type for all weights that they gather.
     """
     model = trainer.model
     quantised = getattr(model, "is_loaded_in_4bit", False) or getattr(model, "is_loaded_in_8bit", False)
@@ -52,19 +66,3 @@ def keep_adapter_in_fp32(trainer: Trainer) -> None:
     for weight in model.parameters():
         if weight.requires_grad:
             weight.data = weight.data.float()
-
-
-def check_4bit_shapes(model: torch.nn.Module, path: str) -> None:
-    """Refuse 4-bit matrices on a CPU with sides that are not multiples of 32.
-
-    Raises:
-        RecipeError: names the first of them.
-    """
-    if model.device.type != "cpu":
-        return
-    for name, module in model.named_modules():
-        if type(module).__name__ == "Linear4bit" and (module.in_features % 32 or module.out_features % 32):
-            raise RecipeError(
-                f"load_in_4bit: {path}: {name} is {module.in_features} x {module.out_features}, and on a CPU bitsandbytes "
-                "needs multiples of 32. Fix: set `load_in_4bit: false`, or use a GPU"
-            )

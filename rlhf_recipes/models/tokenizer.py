@@ -1,10 +1,10 @@
-"""Load tokenizers, and encode prompts with completions."""
+"""Load tokenizers, encode prompts with completions, and compare two tokenizers."""
 
 import logging
 from pathlib import Path
 from typing import Any
 
-from rlhf_recipes.core.errors import RecipeError, first_line
+from rlhf_recipes.core.errors import RecipeError, error_context, first_line
 from rlhf_recipes.core.hub import explain_load_error
 from rlhf_recipes.models.loading import model_path
 
@@ -12,7 +12,6 @@ from transformers import AutoTokenizer, PreTrainedTokenizerBase
 from trl import ModelConfig
 
 logger = logging.getLogger(__name__)
-_TOKENIZER_ARGUMENTS = ("eos_token", "chat_template_path", "trust_remote_code")
 # For tokenizers without a chat template. Plain words: a new special token would need an embedding, and LoRA trains none. Single
 # line breaks: every pretraining text has them. EOS is inside the assistant's turn, so that it is learnt.
 PLAIN_CHAT_TEMPLATE = (
@@ -24,6 +23,7 @@ PLAIN_CHAT_TEMPLATE = (
     "{% endfor %}"
     "{% if add_generation_prompt %}{{ 'Assistant:' }}{% endif %}"
 )
+_PROBE = "Is 1 + 1 = 2?\nYes: Straße, 东京."
 
 
 def load_tokenizer(arguments: ModelConfig, *groups: Any, start_from: str | Path | None = None) -> PreTrainedTokenizerBase:
@@ -42,7 +42,8 @@ def load_tokenizer(arguments: ModelConfig, *groups: Any, start_from: str | Path 
     """
     saved = start_from is not None and (Path(start_from) / "tokenizer_config.json").is_file()
     path = str(start_from) if saved else model_path(arguments)
-    options = {name: value for group in groups for name in _TOKENIZER_ARGUMENTS if (value := getattr(group, name, None))}
+    names = ("eos_token", "chat_template_path", "trust_remote_code")
+    options = {name: value for group in groups for name in names if (value := getattr(group, name, None))}
     try:
         tokenizer = AutoTokenizer.from_pretrained(
             path,
@@ -94,10 +95,8 @@ def _set_chat_template(tokenizer: PreTrainedTokenizerBase, path: str | None) -> 
             tokenizer.chat_template = PLAIN_CHAT_TEMPLATE
         return
     if Path(path).suffix in (".jinja", ".j2"):
-        try:
+        with error_context(f"chat_template_path: {path}: cannot be read", OSError, UnicodeDecodeError):
             tokenizer.chat_template = Path(path).read_text(encoding="utf-8")
-        except (OSError, UnicodeDecodeError) as error:
-            raise RecipeError(f"chat_template_path: {path}: cannot be read ({first_line(error)})") from error
         return
     try:
         source = AutoTokenizer.from_pretrained(path, trust_remote_code=False)
@@ -119,34 +118,26 @@ def _set_chat_template(tokenizer: PreTrainedTokenizerBase, path: str | None) -> 
 
 def _check_turn_ends(tokenizer: PreTrainedTokenizerBase) -> None:
     """Refuse a template without EOS after assistant turns: none would be learned."""
-    answer = "answer"
+    where, answer = f"the chat template of {tokenizer.name_or_path}", "answer"
     conversation = [{"role": "user", "content": "question"}, {"role": "assistant", "content": answer}]
-    try:
+    with error_context(f"{where} is not valid", Exception):  # a template is a program
         text = tokenizer.apply_chat_template(conversation, tokenize=False)
-    except Exception as error:  # a template is a program
-        raise RecipeError(f"the chat template of {tokenizer.name_or_path} is not valid: {first_line(error)}") from error
     if answer not in text:
-        raise RecipeError(
-            f"the chat template of {tokenizer.name_or_path} leaves out the assistant's content. Fix: set `chat_template_path`"
-        )
+        raise RecipeError(f"{where} leaves out the assistant's content. Fix: set `chat_template_path`")
     end = text[text.rindex(answer) + len(answer) :]
-    ids = tokenizer(end, add_special_tokens=False)["input_ids"]
-    if tokenizer.eos_token_id not in ids:
+    if tokenizer.eos_token_id not in tokenizer(end, add_special_tokens=False)["input_ids"]:
         ends = [token for token in tokenizer.get_added_vocab() if token in end]
         fix = f"set `eos_token: '{ends[0]}'`" if ends else "put `eos_token` after the assistant's content in the template"
         raise RecipeError(
-            f"the chat template of {tokenizer.name_or_path} ends completions with {end!r}, and EOS is '{tokenizer.eos_token}': "
-            f"the model would never learn to stop. Fix: {fix}"
+            f"{where} ends completions with {end!r}, and EOS is '{tokenizer.eos_token}': the model would never learn to stop. "
+            f"Fix: {fix}"
         )
 
 
 def encode(tokenizer: PreTrainedTokenizerBase, prompt: Any, completion: Any) -> list[int]:
     """Return token ids of a prompt and its completion, as in TRL's `RewardTrainer`.
 
-    Args:
-        tokenizer: with a chat template, if the prompt is a list of messages.
-        prompt: a text, or a list of messages.
-        completion: of the same kind; a text without EOS at its end gets one.
+    Both are texts, or lists of messages. A text without EOS at its end gets one.
     """
     if isinstance(prompt, str):
         end = "" if completion.endswith(tokenizer.eos_token) else tokenizer.eos_token
@@ -161,3 +152,32 @@ def template_gap(tokenizer: PreTrainedTokenizerBase) -> str:
     conversation = tokenizer.apply_chat_template([question, answer], tokenize=False)
     gap = conversation.removeprefix(prompt).partition("answer")[0]
     return gap if conversation.startswith(prompt) and gap.isspace() else ""
+
+
+def check_tokenizer(folder: Path, tokenizer: PreTrainedTokenizerBase) -> None:
+    """Refuse a tokenizer or chat template that differs from the one saved in `folder`.
+
+    Raises:
+        RecipeError: names both tokenizers and the differences.
+    """
+    try:
+        saved = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
+    except Exception as error:  # tokenizers raises plain `Exception`
+        raise RecipeError(
+            f"{folder}: no readable tokenizer to compare with the policy's ({first_line(error)}). Fix: save it there"
+        ) from error
+    differences = []
+    if saved.get_vocab() != tokenizer.get_vocab():
+        differences.append(f"vocabulary ({len(saved)} tokens against {len(tokenizer)})")
+    if saved.chat_template != tokenizer.chat_template:
+        differences.append(f"chat template ({saved.chat_template!r:.60} against {tokenizer.chat_template!r:.60})")
+    for name in ("bos_token", "eos_token"):
+        if getattr(saved, name) != getattr(tokenizer, name):
+            differences.append(f"{name} ('{getattr(saved, name)}' against '{getattr(tokenizer, name)}')")
+    if not differences and saved(_PROBE)["input_ids"] != tokenizer(_PROBE)["input_ids"]:
+        differences.append("the way it splits text into tokens")
+    if differences:
+        raise RecipeError(
+            f"the tokenizers in {folder} and of the model in use, {tokenizer.name_or_path}, differ in "
+            f"{', '.join(differences)}. Fix: train both with one tokenizer"
+        )

@@ -8,7 +8,6 @@ from rlhf_recipes.core.errors import RecipeError, first_line
 import torch
 from safetensors import SafetensorError, safe_open
 
-_PICKLES = ("adapter_model.bin", "pytorch_model.bin")
 ADAPTER = "adapter_model.safetensors"
 """File name of an adapter's weights."""
 
@@ -30,7 +29,7 @@ def iterate_weights(path: str | Path) -> Iterator[tuple[str, torch.Tensor]]:
     """
     path = Path(path)
     if not path.is_file():
-        pickles = [name for name in _PICKLES if (path.parent / name).exists()]
+        pickles = [name for name in ("adapter_model.bin", "pytorch_model.bin") if (path.parent / name).exists()]
         fix = f". Fix: save {pickles[0]} as safetensors; pickles are not read" if pickles else ""
         raise RecipeError(f"{path.parent}: no {path.name} there{fix}")
     try:

@@ -15,7 +15,6 @@ from rlhf_recipes.core.provenance import files_in
 from rlhf_recipes.core.yaml import read_yaml
 from rlhf_recipes.memory import NoFitError, Plan, StageArguments, autofit
 from rlhf_recipes.memory.gpu_arguments import resolve_for_gpu
-from rlhf_recipes.memory.plan import GIB
 from rlhf_recipes.memory.planners import has_planner
 from rlhf_recipes.pipeline.schema import TRACKER_KEYS, PipelineConfig, StageEntry, parse_pipeline
 from rlhf_recipes.stages import STAGES, pipeline_stages
@@ -31,15 +30,13 @@ class PipelineStage:
 
     Parameters:
         name: unique among the stages.
-        recipe: the recipe's name.
         values: the arguments: those of its YAML file, over them those of the pipeline, with placeholders resolved.
         inputs: names of the stages whose folders it reads.
         fingerprint: changes with its arguments, the files that they name, and the fingerprints of its inputs.
         entry: its name in the file, which all seeds and rounds share.
         unseeded: its name without the seed.
         autofitted: the arguments that `gpu_memory` chose.
-        predicted: GiB at the peak with them, or None.
-        notes: assumptions of that prediction.
+        plan: the memory that it needs with them, or None.
     """
 
     name: str
@@ -50,8 +47,7 @@ class PipelineStage:
     entry: str
     unseeded: str
     autofitted: dict[str, Any] = field(default_factory=dict)
-    predicted: float | None = None
-    notes: tuple[str, ...] = ()
+    plan: Plan | None = None
 
     @property
     def folder(self) -> Path:
@@ -71,7 +67,6 @@ class PipelineFile:
     Parameters:
         folder: `output_dir`; each stage has a folder in it.
         stages: in the order in which they run.
-        accelerate_config: path of a file of `accelerate config`, or None.
         jobs: how many stages may run side by side.
         launcher: that `accelerate_config` describes.
     """
@@ -109,7 +104,11 @@ def read_stages(config: Path, recipes: Path, gpu_memory: float | None = None, mu
             for turn, number in order:
                 with error_context(f"stages, entry {number + 1}"):
                     stages.append(reader.read(settings.stages[number], turn))
-        _check_folders(stages)
+        owners: dict[Path, str] = {}
+        for stage in stages:
+            owner = owners.setdefault(stage.folder.absolute(), stage.name)
+            if owner != stage.name:
+                raise RecipeError(f"stages: {owner} and {stage.name} both write to {stage.folder}. Fix: leave `output_dir` out")
     return PipelineFile(Path(settings.output_dir), stages, accelerate_config, settings.jobs, launcher)
 
 
@@ -143,14 +142,6 @@ def _order(settings: PipelineConfig) -> list[tuple[int | None, int]]:
     before = [(None, number) for number in range(repeated[0])]
     rounds = [(turn, number) for turn in range(1, settings.rounds + 1) for number in repeated]
     return before + rounds + [(None, number) for number in range(repeated[-1] + 1, len(settings.stages))]
-
-
-def _check_folders(stages: Iterable[PipelineStage]) -> None:
-    owners: dict[Path, str] = {}
-    for stage in stages:
-        owner = owners.setdefault(stage.folder.absolute(), stage.name)
-        if owner != stage.name:
-            raise RecipeError(f"stages: {owner} and {stage.name} both write to {stage.folder}. Fix: leave `output_dir` out")
 
 
 @dataclass
@@ -198,8 +189,7 @@ class _SeedReader:
             entry=entry.name,
             unseeded=unseeded,
             autofitted=autofitted,
-            predicted=plan.allocated / GIB if plan else None,
-            notes=plan.notes if plan else (),
+            plan=plan,
         )
         self.stages.setdefault(entry.name, []).append(stage)
         return stage
@@ -269,7 +259,7 @@ class PlaceholderResolver:
     Parameters:
         stages: entry -> its stages so far, one a round.
         numbers: of `{seed}` and `{round}`.
-        inputs: the stages that were named.
+        inputs: collects the stages that were named.
     """
 
     stages: Mapping[str, list[PipelineStage]]
@@ -300,12 +290,14 @@ class PlaceholderResolver:
 
     def _repeat(self, item: Any, key: str) -> list[Any]:
         """Return an item of a list once for each stage that `{name*}` in it stands for."""
-        starred = re.search(r"\{([^{}]*)\*\}", json.dumps(item, default=str))
+        text = json.dumps(item, default=str, ensure_ascii=False)
+        starred = re.search(r"\{([^{}]*)\*\}", text)
         if starred is None:
             return [item]
         name = starred[1]
         self._find(name, key)
-        return [_replace(item, starred[0], f"{{{name}@{turn}}}") for turn in range(1, len(self.stages[name]) + 1)]
+        turns = range(1, len(self.stages[name]) + 1)
+        return [json.loads(text.replace(starred[0], f"{{{name}@{turn}}}")) for turn in turns]
 
     def _find(self, text: str, key: str) -> PipelineStage:
         for name in text.split("|"):
@@ -316,11 +308,3 @@ class PlaceholderResolver:
             if stages and not turn:
                 return stages[-1]
         raise RecipeError(f"{key}: {{{text}}} is no stage before this one{did_you_mean(text, self.stages)}")
-
-
-def _replace(value: Any, old: str, new: str) -> Any:
-    if isinstance(value, dict):
-        return {key: _replace(item, old, new) for key, item in value.items()}
-    if isinstance(value, list):
-        return [_replace(item, old, new) for item in value]
-    return value.replace(old, new) if isinstance(value, str) else value

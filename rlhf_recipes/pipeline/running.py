@@ -10,7 +10,7 @@ from collections import deque
 from collections.abc import Iterable, Iterator
 from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +22,8 @@ from rlhf_recipes.evaluation.report.seeds import write_summary
 from rlhf_recipes.evaluation.types import read_results
 from rlhf_recipes.feedback.sampling import delete_samples
 from rlhf_recipes.memory.autofit import as_yaml
-from rlhf_recipes.pipeline.reading import PipelineStage, read_stages
+from rlhf_recipes.memory.plan import GIB
+from rlhf_recipes.pipeline.reading import PipelineFile, PipelineStage, read_stages
 from rlhf_recipes.stages import STAGES
 from rlhf_recipes.training.resume import checkpoints_in, remove_checkpoint
 
@@ -38,24 +39,20 @@ class Pipeline:
     """The stages of a YAML file, and their status in its folder.
 
     Parameters:
-        folder: `output_dir`.
+        file: what it says.
         stages: to run, in order.
         recipes: the folder of the recipes.
-        accelerate_config: a file of `accelerate config` that launches every stage, or None.
-        jobs: how many stages may run side by side.
         unselected: the other stages of the file.
     """
 
-    folder: Path
+    file: PipelineFile
     stages: list[PipelineStage]
     recipes: Path
-    accelerate_config: str | None = None
-    jobs: int = 1
     unselected: tuple[PipelineStage, ...] = ()
-    _state: dict[str, dict[str, Any]] = field(init=False)  # stage -> fingerprint under "begun" or "done", and "result"
 
     def __post_init__(self):
-        self._state = read_json(self.folder / STATE)
+        self.folder = self.file.folder
+        self._state = _read_state(self.folder / STATE)
 
     def status(self, stage: PipelineStage) -> str:
         """Return `done`, `begun` (its newest checkpoint will be resumed) or `to do`."""
@@ -71,7 +68,7 @@ class Pipeline:
             yield f"{number}. {stage.name}: recipes/{stage.recipe}.py -> {stage.folder}{reads}: {self.status(stage)}"
             if stage.autofitted:
                 chosen = as_yaml(stage.autofitted)
-                yield f"   gpu_memory sets {chosen}; {stage.predicted:.1f} GiB at the peak (predicted)"
+                yield f"   gpu_memory sets {chosen}; {stage.plan.allocated / GIB:.1f} GiB at the peak (predicted)"
 
     def run(self) -> None:
         """Run the stages that are not done.
@@ -79,12 +76,11 @@ class Pipeline:
         Stages side by side (`jobs`) write their output to `logs/` in `folder`; a stage alone writes to the terminal.
 
         Raises:
-            RecipeError: if a stage fails, after those beside it have ended; if the folder cannot be written to; if another
-                pipeline runs in it.
+            RecipeError: if a stage fails, after those beside it have ended; if the folder cannot be used.
         """
         try:
             with self._locked() as lock:
-                self._state = read_json(self.folder / STATE)  # another pipeline may have run since
+                self._state = _read_state(self.folder / STATE)  # another pipeline may have run since
                 self._check_unselected()
                 self._run(self._waiting(), lock)
         except OSError as error:
@@ -135,11 +131,11 @@ class Pipeline:
         running: dict[Future[None], PipelineStage] = {}
         logged: set[str] = set()  # stages whose output goes to files
         failure: RecipeError | None = None
-        with ThreadPoolExecutor(self.jobs) as pool:
+        with ThreadPoolExecutor(self.file.jobs) as pool:
             while running or (waiting and not failure):
-                while len(running) < self.jobs and not failure and (stage := _next_stage(waiting, running.values())):
+                while len(running) < self.file.jobs and not failure and (stage := _next_stage(waiting, running.values())):
                     waiting.remove(stage)
-                    to_file = self.jobs > 1 and bool(running or waiting)
+                    to_file = self.file.jobs > 1 and bool(running or waiting)
                     logged |= {stage.name} if to_file else set()
                     running[pool.submit(self._launch, stage, self._prepare(stage), to_file, lock)] = stage
                 finished, _ = wait(running, timeout=PROGRESS_INTERVAL, return_when=FIRST_COMPLETED)
@@ -170,29 +166,29 @@ class Pipeline:
 
     def _launcher(self) -> list[str]:
         """Return `accelerate launch` where needed; plain Python ends better at Ctrl-C."""
-        if not self.accelerate_config and torch.accelerator.device_count() < 2:
+        if not self.file.accelerate_config and torch.accelerator.device_count() < 2:
             return []
-        config = ["--config_file", self.accelerate_config] if self.accelerate_config else []
+        config = ["--config_file", self.file.accelerate_config] if self.file.accelerate_config else []
         return ["-m", "accelerate.commands.launch", "--quiet", *config]
 
     def _launch(self, stage: PipelineStage, command: list[str], to_file: bool, lock: int) -> None:
         started = time.monotonic()
-        resumes = ", resumes from its newest checkpoint" if "--resume_from_checkpoint" in command else ""
+        head = f"{self._head(stage)}: {stage.folder}"
+        head += ", resumes from its newest checkpoint" if "--resume_from_checkpoint" in command else ""
         if to_file:
             log = self.folder / "logs" / f"{stage.name}.log"
             log.parent.mkdir(exist_ok=True)
-            print(f"{self._head(stage)}: {stage.folder}{resumes} (output: {log})", flush=True)
+            print(f"{head} (output: {log})", flush=True)
             # Stages share the cores: two that each take all of them finish later than one after the other
-            environment = {"OMP_NUM_THREADS": str(max(1, (os.cpu_count() or 1) // self.jobs)), **os.environ}
+            environment = {"OMP_NUM_THREADS": str(max(1, (os.cpu_count() or 1) // self.file.jobs)), **os.environ}
             with log.open("w", encoding="utf-8") as file:
-                code = subprocess.run(
-                    command, pass_fds=(lock,), stdout=file, stderr=subprocess.STDOUT, env=environment
-                ).returncode
+                output = {"stdout": file, "stderr": subprocess.STDOUT, "env": environment}
+                code = subprocess.run(command, pass_fds=(lock,), **output).returncode
             if code:
                 with log.open(encoding="utf-8", errors="replace") as file:
                     print(*deque(file, LOG_TAIL), sep="", flush=True)
         else:
-            print(f"{self._head(stage)}: {stage.folder}{resumes}", flush=True)
+            print(head, flush=True)
             code = subprocess.run(command, pass_fds=(lock,)).returncode
         if code:
             raise RecipeError(f"stages: {stage.name} failed. Fix: see its own message above, and run again to resume")
@@ -213,6 +209,14 @@ class Pipeline:
                 stem = self.folder / f"{name}-over-seeds"
                 text = write_summary([read_results(folder / METRICS) for folder in folders], stem)
                 yield f"\nMean over {len(folders)} seeds (least to greatest), also in {stem}.md:\n\n{text}"
+
+
+def _read_state(path: Path) -> dict[str, dict[str, Any]]:
+    """Return stage -> its fingerprint under "begun" or "done", and its "result"."""
+    state = read_json(path)
+    if not all(isinstance(entry, dict) for entry in state.values()):
+        raise RecipeError(f"{path}: damaged: not what a pipeline writes. Fix: delete it; every stage then runs again")
+    return state
 
 
 def _next_stage(waiting: Iterable[PipelineStage], running: Iterable[PipelineStage]) -> PipelineStage | None:
@@ -263,4 +267,4 @@ def read_pipeline(config: Path, recipes: Path, names: list[str] | None = None) -
             raise RecipeError(f"--stages: {name!r} is none of {', '.join(entries)}{did_you_mean(name, entries)}")
     selected = [stage for stage in file.stages if names is None or stage.entry in names]
     unselected = tuple(stage for stage in file.stages if stage not in selected)
-    return Pipeline(file.folder, selected, recipes, file.accelerate_config, file.jobs, unselected)
+    return Pipeline(file, selected, recipes, unselected)

@@ -1,15 +1,14 @@
 """Sequence classifiers with a scalar head, to train as reward models."""
 
-import contextlib
-from collections.abc import Iterator
 from pathlib import Path
 
-from rlhf_recipes.core.errors import RecipeError, first_line
+from rlhf_recipes.core.errors import RecipeError, error_context
 from rlhf_recipes.core.files import RECIPE, read_json
 from rlhf_recipes.models.adapters import add_adapter, read_adapter_config
-from rlhf_recipes.models.compatibility import check_base, check_tokenizer, check_vocabulary
-from rlhf_recipes.models.loading import load_architecture
+from rlhf_recipes.models.fingerprint import check_base
+from rlhf_recipes.models.loading import check_vocabulary, load_architecture
 from rlhf_recipes.models.roles import POLICY
+from rlhf_recipes.models.tokenizer import check_tokenizer
 from rlhf_recipes.models.weights import ADAPTER, read_weights
 from rlhf_recipes.rewards.reward_models import HEAD, HEAD_IN_ADAPTER, ScalarHead
 
@@ -50,7 +49,13 @@ def load_reward_model(
     """
     set_seed(training.seed)
     model, head_is_new = load_classifier(arguments, training)
-    _install_head(model, head_is_new, arguments.model_revision)
+    old = getattr(model, HEAD)
+    head = ScalarHead(old.in_features)
+    if head_is_new:
+        nn.init.normal_(head.weight, std=(old.in_features + 1) ** -0.5)
+    else:
+        head.weight.data.copy_(read_head(model.name_or_path, old.weight.data, arguments.model_revision))
+    setattr(model, HEAD, head.to(old.weight.device))
     check_vocabulary(model, tokenizer)
     model.config.get_text_config().pad_token_id = tokenizer.pad_token_id
     if parent is None:
@@ -68,8 +73,12 @@ def load_classifier(arguments: ModelConfig, training: TrainingConfig) -> tuple[P
     Raises:
         RecipeError: as in `load_model`; for an architecture without such a head; if other weights are missing.
     """
-    with _errors_only():
+    verbosity = transformers.logging.get_verbosity()
+    transformers.logging.set_verbosity_error()  # no report of the new head and the unused LM head
+    try:
         model, missing = load_architecture(AutoModelForSequenceClassification, arguments, training, num_labels=1)
+    finally:
+        transformers.logging.set_verbosity(verbosity)
     scalar_head(model)
     if others := missing - {f"{HEAD}.weight"}:
         names = ", ".join(sorted(others)[:3])
@@ -90,14 +99,9 @@ def scalar_head(model: PreTrainedModel) -> nn.Linear:
 
 
 def read_head(name: str | Path, loaded: Tensor, revision: str | None = None) -> Tensor:
-    """Return the head's weight from a model's files, in fp32.
+    """Return the head's weight from the files of a model, in fp32.
 
-    `from_pretrained` rounds it to bf16.
-
-    Args:
-        name: folder, or name on the Hub.
-        loaded: the weight as loaded; returned if the files have it under another name.
-        revision: of the model on the Hub.
+    `from_pretrained` rounds it to bf16. If the files have it under another name, `loaded`, the weight as loaded, is returned.
     """
     key, options = f"{HEAD}.weight", {"revision": revision, "_raise_exceptions_for_missing_entries": False}
     index = cached_file(name, SAFE_WEIGHTS_INDEX_NAME, **options)
@@ -109,16 +113,6 @@ def read_head(name: str | Path, loaded: Tensor, revision: str | None = None) -> 
         return weights.get_tensor(key).float() if key in weights.keys() else loaded  # noqa: SIM118 - not a mapping
 
 
-def _install_head(model: PreTrainedModel, is_new: bool, revision: str | None) -> None:
-    old = getattr(model, HEAD)
-    head = ScalarHead(old.in_features)
-    if is_new:
-        nn.init.normal_(head.weight, std=(old.in_features + 1) ** -0.5)
-    else:
-        head.weight.data.copy_(read_head(model.name_or_path, old.weight.data, revision))
-    setattr(model, HEAD, head.to(old.weight.device))
-
-
 def _new_adapter(model: PreTrainedModel, config: LoraConfig) -> PeftModel:
     if others := sorted({*(config.modules_to_save or ())} - {HEAD}):
         raise RecipeError(
@@ -126,12 +120,10 @@ def _new_adapter(model: PreTrainedModel, config: LoraConfig) -> PeftModel:
             "and its head only. Fix: remove the key"
         )
     config.task_type, config.modules_to_save = "SEQ_CLS", [HEAD]
-    try:
+    targets = config.target_modules
+    names = targets if isinstance(targets, str) else ", ".join(sorted(targets or ()))
+    with error_context(f"lora_target_modules: {names}: {model.name_or_path}", ValueError):
         return get_peft_model(model, config)
-    except ValueError as error:
-        targets = config.target_modules
-        names = targets if isinstance(targets, str) else ", ".join(sorted(targets or ()))
-        raise RecipeError(f"lora_target_modules: {names}: {model.name_or_path}: {first_line(error)}") from error
 
 
 def _continue_adapter(model: PreTrainedModel, parent: Path) -> PeftModel:
@@ -148,14 +140,3 @@ def _continue_adapter(model: PreTrainedModel, parent: Path) -> PeftModel:
     weights = {name: weight for name, weight in read_weights(parent / ADAPTER).items() if "lm_head" not in name}
     weights[HEAD_IN_ADAPTER] = getattr(model, HEAD).weight.data.clone()
     return add_adapter(model, config, weights, POLICY, where, trainable=True)
-
-
-@contextlib.contextmanager
-def _errors_only() -> Iterator[None]:
-    """Silence Transformers' report of the new head and the unused LM head."""
-    verbosity = transformers.logging.get_verbosity()
-    transformers.logging.set_verbosity_error()
-    try:
-        yield
-    finally:
-        transformers.logging.set_verbosity(verbosity)

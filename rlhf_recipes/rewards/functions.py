@@ -25,8 +25,8 @@ def last_text(value: Text) -> str:
 
 def pair_with_references(
     completions: list[Text], reference: list[str | None] | None, name: str
-) -> list[tuple[Text, str | None]]:
-    """Return each completion with its stripped reference, or with None if it is empty.
+) -> list[tuple[str, str | None]]:
+    """Return each completion's last text and its reference, or None if that is empty.
 
     Raises:
         RecipeError: if the data have no column `reference`, or one that is not text.
@@ -38,7 +38,7 @@ def pair_with_references(
     for row, text in enumerate(reference):
         if not isinstance(text, str | None):
             raise RecipeError(f"{name}: reference {row} of the batch is not a text: {text!r}")
-    return [(one, (text or "").strip() or None) for one, text in zip(completions, reference, strict=True)]
+    return [(last_text(one), (text or "").strip() or None) for one, text in zip(completions, reference, strict=True)]
 
 
 def exact_match(completions: list[Text], reference: list[str | None] | None = None, **columns: Any) -> list[float | None]:
@@ -47,7 +47,7 @@ def exact_match(completions: list[Text], reference: list[str | None] | None = No
     For answers with one spelling: numbers, labels, code.
     """
     pairs = pair_with_references(completions, reference, "exact_match")
-    return [None if truth is None else float(last_text(text) == truth) for text, truth in pairs]
+    return [None if truth is None else float(text == truth) for text, truth in pairs]
 
 
 def normalised_match(completions: list[Text], reference: list[str | None] | None = None, **columns: Any) -> list[float | None]:
@@ -56,7 +56,7 @@ def normalised_match(completions: list[Text], reference: list[str | None] | None
     For short answers in words. Case, spacing and punctuation at the ends do not matter, as in the metric of truthfulness.
     """
     pairs = pair_with_references(completions, reference, "normalised_match")
-    return [None if truth is None else float(normalise(last_text(text)) == normalise(truth)) for text, truth in pairs]
+    return [None if truth is None else float(normalise(text) == normalise(truth)) for text, truth in pairs]
 
 
 @dataclass(config=FINITE_FLOATS)
@@ -99,7 +99,7 @@ class Abstention:
     ) -> list[float | None]:
         """Return scores (B,), and report the shares."""
         pairs = pair_with_references(completions, reference, "Abstention")
-        kinds = [None if truth is None else judge(last_text(text), truth, self._beginnings) for text, truth in pairs]
+        kinds = [None if truth is None else judge(text, truth, self._beginnings) for text, truth in pairs]
         if log_metric is not None:
             for name, share in _shares(kinds, known):
                 log_metric(f"abstention/{name}", share)
@@ -109,14 +109,12 @@ class Abstention:
 
 def _shares(kinds: list[str | None], known: list[bool | None] | None) -> Iterator[tuple[str, float]]:
     """Yield the names and values of the shares that `Abstention` reports."""
-    judged = [kind for kind in kinds if kind is not None]
-    if judged:
+    if judged := [kind for kind in kinds if kind is not None]:
         names = {"right": "right", "abstained": "abstained", "made_up": "wrong"}
         yield from ((name, judged.count(kind) / len(judged)) for kind, name in names.items())
-    if known is not None:
-        answerable = [kind for kind, is_known in zip(kinds, known, strict=True) if kind is not None and is_known]
-        if answerable:
-            yield "over", answerable.count("abstained") / len(answerable)
+    pairs = zip(kinds, known or [None] * len(kinds), strict=True)
+    if answerable := [kind for kind, is_known in pairs if kind is not None and is_known]:
+        yield "over", answerable.count("abstained") / len(answerable)
 
 
 @dataclass(config=FINITE_FLOATS)
@@ -156,8 +154,6 @@ class LengthPenalty:
 @dataclass(config=FINITE_FLOATS)
 class RepetitionPenalty:
     """Minus the share of a completion's word n-grams that occurred before.
-
-    In (-1, 0].
 
     Against loops, into which a policy falls when a reward likes length. Case and spacing do not matter. A completion of fewer
     than `n` words scores 0. For languages without spaces use TRL's `trl.rewards.get_repetition_penalty_reward`, which counts

@@ -41,14 +41,7 @@ def checked_reward(reward: Reward, name: str | None = None) -> Reward:
 def score_completions(reward: Reward, prompts: list[Text], completions: list[Text], **columns: list[Any]) -> list[float | None]:
     """Return the scores of any reward, synchronous or not, outside of training.
 
-    Args:
-        reward: from `checked_reward`.
-        prompts: (N,).
-        completions: (N,).
-        columns: (N,) each, of the data.
-
-    Raises:
-        RecipeError: as in `checked_reward`.
+    Prompts, completions and the columns of the data have one element each per row. `reward` comes from `checked_reward`.
     """
     options = {"trainer_state": None, "log_extra": _ignore, "log_metric": _ignore}
     scores = reward(prompts=prompts, completions=completions, **columns, **options)

@@ -1,6 +1,5 @@
 """Read the YAML key `reward_funcs`."""
 
-import contextlib
 import importlib
 import inspect
 import math
@@ -9,7 +8,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
-from rlhf_recipes.core.errors import RecipeError, did_you_mean
+from rlhf_recipes.core.errors import RecipeError, did_you_mean, error_context, one_line
 from rlhf_recipes.rewards.functions import FINITE_FLOATS
 from rlhf_recipes.rewards.protocol import TRL_KEYWORDS, Reward, checked_reward
 
@@ -60,13 +59,14 @@ def load_rewards(entries: Any) -> tuple[list[Reward | SavedReward], list[float]]
         raise RecipeError(f"reward_funcs: expected a list of rewards, found {entries!r}")
     rewards, names, weights = [], [], []
     for number, entry in enumerate(entries, start=1):
-        where = f"reward_funcs, entry {number}"
-        path, weight, arguments = _read_entry(entry, where)
+        with error_context(f"reward_funcs, entry {number}"):
+            path, weight, arguments = _read_entry(entry)
         weights.append(weight)
-        if "/" in path or Path(path).is_dir():
-            rewards.append(_saved_reward(path, arguments or {}, f"{where}: {path}"))
-            continue
-        reward = _build(path, arguments, f"{where}: {path}")
+        with error_context(f"reward_funcs, entry {number}: {path}"):
+            if "/" in path or Path(path).is_dir():
+                rewards.append(_saved_reward(path, arguments or {}))
+                continue
+            reward = _build(path, arguments)
         name = get_callable_name(reward)
         names.append(name)
         rewards.append(checked_reward(reward, name if names.count(name) == 1 else f"{name}_{names.count(name)}"))
@@ -78,107 +78,95 @@ def reward_paths(entries: Sequence[str | dict[str, Any]]) -> list[str | None]:
     return [entry.get("path") if isinstance(entry, dict) else entry for entry in entries]
 
 
-def _saved_reward(path: str, arguments: dict[str, Any], where: str) -> SavedReward:
+def _read_entry(entry: Any) -> tuple[str, float, dict[str, Any] | None]:
+    """Return path, weight and arguments of one entry."""
+    entry = {"path": entry} if isinstance(entry, str) else entry
+    if not isinstance(entry, dict) or not isinstance(entry.get("path"), str):
+        raise RecipeError(f"expected a dotted path, or a mapping with `path`, found {entry!r}")
+    keys = ("path", "weight", "arguments")
+    for key in entry:
+        if key not in keys:
+            raise RecipeError(f"unknown key '{key}'{did_you_mean(str(key), keys)}")
+    arguments, weight = entry.get("arguments"), entry.get("weight", 1.0)
+    if not isinstance(arguments, dict | None) or not all(isinstance(name, str) for name in arguments or ()):
+        raise RecipeError(f"arguments: expected a mapping of names to values, found {arguments!r}")
+    if not isinstance(weight, int | float) or isinstance(weight, bool) or not math.isfinite(weight):
+        raise RecipeError(f"weight: expected a finite number, found {weight!r}")
+    return entry["path"], float(weight), arguments
+
+
+def _saved_reward(path: str, arguments: dict[str, Any]) -> SavedReward:
     if not Path(path).is_dir():
-        raise RecipeError(f"{where}: no such folder. Fix: train it first (recipes/reward.py), or name it in `needs`")
+        raise RecipeError("no such folder. Fix: train it first (recipes/reward.py), or name it in `needs`")
     try:
         return SavedReward(folder=path, **arguments)
     except (TypeError, ValidationError) as error:
         reason = explain_argument_error(error)
-        raise RecipeError(f"{where}: arguments: {reason}. Fix: use `combine` and `uncertainty_coef` only") from error
+        raise RecipeError(f"arguments: {reason}. Fix: use `combine` and `uncertainty_coef` only") from error
 
 
-def _read_entry(entry: Any, where: str) -> tuple[str, float, dict[str, Any] | None]:
-    """Return path, weight and arguments of one entry."""
-    entry = {"path": entry} if isinstance(entry, str) else entry
-    if not isinstance(entry, dict) or not isinstance(entry.get("path"), str):
-        raise RecipeError(f"{where}: expected a dotted path, or a mapping with `path`, found {entry!r}")
-    keys = ("path", "weight", "arguments")
-    for key in entry:
-        if key not in keys:
-            raise RecipeError(f"{where}: unknown key '{key}'{did_you_mean(str(key), keys)}")
-    arguments = entry.get("arguments")
-    if not isinstance(arguments, dict | None) or not all(isinstance(name, str) for name in arguments or ()):
-        raise RecipeError(f"{where}: arguments: expected a mapping of names to values, found {arguments!r}")
-    return entry["path"], _read_weight(entry.get("weight", 1.0), where), arguments
-
-
-def _read_weight(value: Any, where: str) -> float:
-    if isinstance(value, int | float | str) and not isinstance(value, bool):
-        with contextlib.suppress(ValueError):
-            weight = float(value)  # PyYAML reads 1e-4, without a dot, as text
-            if math.isfinite(weight):
-                return weight
-    raise RecipeError(f"{where}: weight: expected a finite number, found {value!r}")
-
-
-def _build(path: str, arguments: dict[str, Any] | None, where: str) -> Reward:
-    target = _import(path, where)
+def _build(path: str, arguments: dict[str, Any] | None) -> Reward:
+    target = _import(path)
     try:
         parameters = inspect.signature(target).parameters
     except (TypeError, ValueError) as error:  # not callable, or a builtin
-        raise RecipeError(f"{where}: expected a function or a class with known parameters ({error})") from error
-    if inspect.isclass(target) or (
-        arguments is not None and not _takes_any_keyword(target) and "completions" not in parameters
-    ):
-        reward = _make(target, arguments or {}, where)
+        raise RecipeError(f"expected a function or a class with known parameters ({error})") from error
+    makes_one = arguments is not None and not _takes_any_keyword(target) and "completions" not in parameters
+    if inspect.isclass(target) or makes_one:
+        reward = _make(target, arguments or {})
     else:
-        reward = _bind(target, arguments, where) if arguments else target
+        reward = _bind(target, arguments) if arguments else target
     missing = [name for name in TRL_KEYWORDS if name not in inspect.signature(reward).parameters]
     if missing and not _takes_any_keyword(reward):
         raise RecipeError(
-            f"{where}: TRL passes {', '.join(TRL_KEYWORDS)} and the columns of the data, and {_signature(reward)} does not "
-            f"take {missing[0]}. Fix: add `**columns` to them, or, if it makes a reward, give it `arguments` (even {{}})"
+            f"TRL passes {', '.join(TRL_KEYWORDS)} and the columns of the data, and {_signature(reward)} does not take "
+            f"{missing[0]}. Fix: add `**columns` to them, or, if it makes a reward, give it `arguments` (even {{}})"
         )
     return reward
 
 
-def _import(path: str, where: str) -> Any:
+def _import(path: str) -> Any:
     """Return the object that a dotted path names."""
     module_name, _, name = path.rpartition(".")
     if not module_name or not all(part.isidentifier() for part in path.split(".")):
-        raise RecipeError(f"{where}: expected a folder, or a dotted path such as rlhf_recipes.rewards.exact_match")
-    try:
+        raise RecipeError("expected a folder, or a dotted path such as rlhf_recipes.rewards.exact_match")
+    with error_context(f"cannot import {module_name} (its folder must be on PYTHONPATH)", ImportError):
         module = importlib.import_module(module_name)
-    except ImportError as error:
-        raise RecipeError(f"{where}: cannot import {module_name} (its folder must be on PYTHONPATH): {error}") from error
     if not hasattr(module, name):
-        raise RecipeError(f"{where}: {module_name} has no '{name}'{did_you_mean(name, dir(module))}")
+        raise RecipeError(f"{module_name} has no '{name}'{did_you_mean(name, dir(module))}")
     return getattr(module, name)
 
 
-def _make(maker: Callable[..., Reward], arguments: dict[str, Any], where: str) -> Reward:
+def _make(maker: Callable[..., Reward], arguments: dict[str, Any]) -> Reward:
     """Return the reward that a class or a factory makes."""
     if not (inspect.isclass(maker) and _takes_any_keyword(maker)):
-        _check_names(maker, arguments, where)
+        _check_names(maker, arguments)
     try:
         reward = maker(**arguments)
-    except RecipeError as error:
-        raise RecipeError(f"{where}: {error}") from error
     except (TypeError, ValueError) as error:
-        raise RecipeError(f"{where}: arguments: {explain_argument_error(error)}") from error
+        raise RecipeError(f"arguments: {explain_argument_error(error)}") from error
     if not callable(reward):
-        raise RecipeError(f"{where}: makes a {type(reward).__name__}, not a reward function")
+        raise RecipeError(f"makes a {type(reward).__name__}, not a reward function")
     return reward
 
 
-def _bind(function: Reward, arguments: dict[str, Any], where: str) -> Reward:
+def _bind(function: Reward, arguments: dict[str, Any]) -> Reward:
     """Return a reward function with `arguments` bound to it."""
-    _check_names(function, arguments, where)
+    _check_names(function, arguments)
     for name in arguments:
         if name in TRL_KEYWORDS:
-            raise RecipeError(f"{where}: arguments: '{name}' comes from TRL and cannot be set")
+            raise RecipeError(f"arguments: '{name}' comes from TRL and cannot be set")
     return partial(function, **arguments)
 
 
-def _check_names(function: Callable[..., Any], arguments: dict[str, Any], where: str) -> None:
+def _check_names(function: Callable[..., Any], arguments: dict[str, Any]) -> None:
     """Refuse a misspelt argument, which a reward's `**columns` would swallow."""
     parameters = inspect.signature(function).parameters.values()
     names = [item.name for item in parameters if item.kind not in (item.VAR_KEYWORD, item.VAR_POSITIONAL)]
     for name in arguments:
         if name not in names:
             hint = did_you_mean(name, names)
-            raise RecipeError(f"{where}: arguments: unknown argument '{name}' of {_signature(function)}{hint}")
+            raise RecipeError(f"arguments: unknown argument '{name}' of {_signature(function)}{hint}")
 
 
 def _takes_any_keyword(function: Callable[..., Any]) -> bool:
@@ -195,7 +183,7 @@ def _signature(function: Callable[..., Any]) -> str:
 def explain_argument_error(error: Exception) -> str:
     """Return in one line which argument is wrong and why."""
     if not isinstance(error, ValidationError):
-        return " ".join(str(error).split())
+        return one_line(error)
     first = error.errors()[0]
     if not first["loc"]:  # from a __post_init__
         return str(first["ctx"]["error"])

@@ -6,7 +6,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from rlhf_recipes.core.errors import RecipeError
+from rlhf_recipes.core.errors import RecipeError, error_context
 from rlhf_recipes.core.files import REWARD, read_json, write_json
 
 import torch
@@ -35,36 +35,35 @@ class Normalisation:
 
 
 def write_reward_record(folder: str | Path, base_model: str, base_fingerprint: dict[str, Any]) -> None:
-    """Write `reward.json` for a reward model that is trained and not yet normalised.
-
-    Args:
-        folder: of the model.
-        base_model: Hub name or folder of its base.
-        base_fingerprint: from `fingerprint`.
-    """
+    """Write `reward.json` for a reward model that is trained and not yet normalised."""
     content = {"base_model": {"name": base_model, "fingerprint": base_fingerprint}, "normalisation": None}
     write_json(Path(folder) / REWARD, content)
 
 
 def write_ensemble_record(folder: str | Path, members: Sequence[str], combine: str, uncertainty_coef: float) -> None:
-    """Write `reward.json` for an ensemble, after all its members are finished.
-
-    Args:
-        folder: of the ensemble.
-        members: names of the members' folders inside it.
-        combine: as in `Ensemble`.
-        uncertainty_coef: as in `Ensemble`.
-    """
+    """Write `reward.json` for an ensemble whose members are all finished."""
     content = {"members": [*members], "combine": combine, "uncertainty_coef": uncertainty_coef}
     write_json(Path(folder) / REWARD, {"ensemble": content})
 
 
-def store_normalisation(folder: str | Path, scores: Sequence[float] | Tensor) -> Normalisation:
-    """Store the normalisation of raw scores beside a reward model.
+def read_ensemble(folder: Path) -> tuple[list[Path], str, float] | None:
+    """Return an ensemble's members, `combine` and `uncertainty_coef`, or None.
 
-    Args:
-        folder: of the reward model.
-        scores: raw scores of demonstrations, (N,).
+    Raises:
+        RecipeError: if the record is damaged, or a member is not a folder inside `folder`.
+    """
+    ensemble = read_json(folder / REWARD).get("ensemble")
+    if ensemble is None:
+        return None
+    with error_context(f"{folder / REWARD}: ensemble: damaged", TypeError, KeyError, AttributeError, fix="train it again"):
+        names, combine, uncertainty_coef = ensemble["members"], ensemble["combine"], ensemble["uncertainty_coef"]
+        if outside := [name for name in names if name in ("", ".", "..") or Path(name).name != name]:
+            raise RecipeError(f"members: {outside[0]!r} is not the name of a folder in {folder}")
+        return [folder / name for name in names], combine, uncertainty_coef
+
+
+def store_normalisation(folder: str | Path, scores: Sequence[float] | Tensor) -> Normalisation:
+    """Store the normalisation of raw scores (N,) of demonstrations.
 
     Raises:
         RecipeError: if there are none, one is not finite, or all are equal.
@@ -90,7 +89,5 @@ def read_normalisation(record: dict[str, Any], folder: Path) -> Normalisation | 
         RecipeError: if it is damaged.
     """
     stored = record.get("normalisation")
-    try:
+    with error_context(f"{folder / REWARD}: normalisation: damaged", TypeError, ValueError, fix="train it again"):
         return None if stored is None else Normalisation(**stored)
-    except (TypeError, ValueError) as error:
-        raise RecipeError(f"{folder / REWARD}: normalisation: damaged: {stored}. Fix: train the reward model again") from error

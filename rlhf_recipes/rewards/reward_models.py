@@ -2,6 +2,7 @@
 
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
@@ -49,10 +50,13 @@ class Scorer(ABC):
         batch_size: completions in a forward pass, when called as a reward function.
     """
 
-    def __init__(self, name: str, tokenizer: PreTrainedTokenizerBase, batch_size: int):
-        self.__name__ = name
-        self.tokenizer = tokenizer
-        self.batch_size = batch_size
+    name: str
+    tokenizer: PreTrainedTokenizerBase
+    batch_size: int
+
+    @property
+    def __name__(self) -> str:
+        return self.name
 
     @abstractmethod
     def score(self, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
@@ -64,25 +68,24 @@ class Scorer(ABC):
         Completions are encoded as in training: conversations by the chat template, texts with EOS at the end. A completion that
         was truncated before its EOS is scored as if it ended there.
 
-        Args:
-            prompts: texts, or lists of messages.
-            completions: one for each prompt, of the same kind.
-            kwargs: what else TRL passes; not used.
+        Prompts are texts, or lists of messages, and completions of the same kind.
         """
         sequences = [
-            encode(self.tokenizer, prompt, self._strip_template_gap(completion))
+            encode(self.tokenizer, prompt, self._without_gap(completion))
             for prompt, completion in zip(prompts, completions, strict=True)
         ]
         order = sorted(range(len(sequences)), key=lambda row: len(sequences[row]))  # similar lengths: little padding
         scores = [0.0] * len(sequences)
         for start in range(0, len(order), self.batch_size):
             rows = order[start : start + self.batch_size]
-            batch = self.score(*_pad([sequences[row] for row in rows]))
+            ids = [torch.tensor(sequences[row]) for row in rows]
+            mask = pad_sequence([torch.ones_like(row) for row in ids], batch_first=True)
+            batch = self.score(pad_sequence(ids, batch_first=True), mask)
             for row, score in zip(rows, batch.tolist(), strict=True):
                 scores[row] = score
         return scores
 
-    def _strip_template_gap(self, completion: Any) -> Any:
+    def _without_gap(self, completion: Any) -> Any:
         """Remove the space that the template itself puts before an answer."""
         if isinstance(completion, str) or not completion:
             return completion
@@ -90,6 +93,7 @@ class Scorer(ABC):
         return [{**first, "content": (first.get("content") or "").removeprefix(template_gap(self.tokenizer))}, *others]
 
 
+@dataclass(eq=False)
 class RewardModel(Scorer):
     """A reward model: an adapter on a shared base, or a full model.
 
@@ -103,29 +107,20 @@ class RewardModel(Scorer):
         folder: that it was loaded from.
     """
 
-    def __init__(
-        self,
-        model: nn.Module,
-        adapter: str | None,
-        head: ScalarHead,
-        tokenizer: PreTrainedTokenizerBase,
-        normalisation: Normalisation | None,
-        folder: Path,
-        name: str,
-        batch_size: int,
-    ):
-        super().__init__(name, tokenizer, batch_size)
-        self.model, self.adapter, self.head = model, adapter, head
-        self.normalisation, self.folder = normalisation, folder
+    model: nn.Module
+    adapter: str | None
+    head: ScalarHead
+    tokenizer: PreTrainedTokenizerBase
+    normalisation: Normalisation | None
+    folder: Path
+    name: str
+    batch_size: int
 
     @torch.no_grad()
     def score(self, input_ids: Tensor, attention_mask: Tensor, normalise: bool = True) -> Tensor:
         """Return scores, fp32 (B,): the head's output at the last token of each sequence.
 
-        Args:
-            input_ids: (B, T), padded on either side.
-            attention_mask: (B, T), 1 for tokens and 0 for padding.
-            normalise: whether to apply the normalisation.
+        Sequences (B, T) may be padded on either side.
 
         Raises:
             ValueError: if a sequence is empty.
@@ -147,13 +142,13 @@ class RewardModel(Scorer):
         """
         before, self.normalisation = self.normalisation, None
         try:
-            self.normalisation = store_normalisation(self.folder, self(prompts, completions))
-        except BaseException:
+            before = store_normalisation(self.folder, self(prompts, completions))
+        finally:
             self.normalisation = before
-            raise
-        return self.normalisation
+        return before
 
 
+@dataclass(eq=False)
 class Ensemble(Scorer):
     """Several reward models as one (Coste et al., 2024, arXiv 2310.02743).
 
@@ -168,19 +163,18 @@ class Ensemble(Scorer):
         RecipeError: for another value of `combine`, or a negative coefficient.
     """
 
-    def __init__(
-        self,
-        members: Sequence[RewardModel],
-        combine: Literal["mean", "min", "uncertainty"] = "mean",
-        uncertainty_coef: float = 1.0,
-        name: str = "ensemble",
-    ):
-        if combine not in ("mean", "min", "uncertainty"):
-            raise RecipeError(f"combine: {combine!r}: must be mean, min or uncertainty")
-        if not uncertainty_coef >= 0:
-            raise RecipeError(f"uncertainty_coef: {uncertainty_coef}: must be 0 or more")
-        super().__init__(name, members[0].tokenizer, members[0].batch_size)
-        self.members, self.combine, self.uncertainty_coef = list(members), combine, uncertainty_coef
+    members: Sequence[RewardModel]
+    combine: Literal["mean", "min", "uncertainty"] = "mean"
+    uncertainty_coef: float = 1.0
+    name: str = "ensemble"
+
+    def __post_init__(self):
+        if self.combine not in ("mean", "min", "uncertainty"):
+            raise RecipeError(f"combine: {self.combine!r}: must be mean, min or uncertainty")
+        if not self.uncertainty_coef >= 0:
+            raise RecipeError(f"uncertainty_coef: {self.uncertainty_coef}: must be 0 or more")
+        if self.members:
+            self.tokenizer, self.batch_size = self.members[0].tokenizer, self.members[0].batch_size
 
     @property
     def scale(self) -> float:
@@ -203,13 +197,6 @@ class Ensemble(Scorer):
         if self.combine == "mean":
             return scores.mean(0)
         return scores.mean(0) - self.uncertainty_coef * scores.std(0, correction=0)
-
-
-def _pad(sequences: list[list[int]]) -> tuple[Tensor, Tensor]:
-    """Return ids and mask (B, T), padded on the right with any token."""
-    ids = pad_sequence([torch.tensor(row) for row in sequences], batch_first=True)
-    mask = pad_sequence([torch.ones(len(row), dtype=torch.long) for row in sequences], batch_first=True)
-    return ids, mask
 
 
 def _pad_right(input_ids: Tensor, attention_mask: Tensor) -> tuple[Tensor, Tensor]:

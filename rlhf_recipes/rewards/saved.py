@@ -4,26 +4,26 @@ import logging
 from pathlib import Path
 from typing import Any
 
-from rlhf_recipes.core.errors import RecipeError, first_line
+from rlhf_recipes.core.errors import RecipeError, error_context
 from rlhf_recipes.core.files import REWARD, read_json
 from rlhf_recipes.models.adapters import adapter_errors, add_adapter, read_adapter_config
 from rlhf_recipes.models.backbone import backbone, base_of
-from rlhf_recipes.models.compatibility import check_base, check_tokenizer
+from rlhf_recipes.models.fingerprint import check_base
 from rlhf_recipes.models.precision import disable_cpu_4bit_repacking
 from rlhf_recipes.models.roles import restore_adapter_state
+from rlhf_recipes.models.tokenizer import check_tokenizer
 from rlhf_recipes.models.weights import ADAPTER, check_finite, read_weights
 from rlhf_recipes.rewards.classifier import read_head, scalar_head
-from rlhf_recipes.rewards.reward_json import read_normalisation
+from rlhf_recipes.rewards.reward_json import read_ensemble, read_normalisation
 from rlhf_recipes.rewards.reward_models import HEAD_IN_ADAPTER, Ensemble, RewardModel, ScalarHead, Scorer
 
 import torch
 from accelerate import PartialState
-from peft import LoraConfig, PeftModel
+from peft import PeftModel
 from torch import Tensor, nn
 from transformers import AutoModelForSequenceClassification, PreTrainedModel, PreTrainedTokenizerBase
 
 logger = logging.getLogger(__name__)
-_HEAD_NAMES = {"score", "classifier"}  # PEFT lists both for every sequence classifier
 
 
 def load_reward_adapter(
@@ -49,7 +49,13 @@ def load_reward_adapter(
             chat template; if `name` is taken.
     """
     folder = Path(folder)
-    config = _read_config(folder)
+    config = read_adapter_config(folder)
+    if config.peft_type != "LORA" or config.task_type != "SEQ_CLS":
+        kind = f"peft_type {config.peft_type.value}, task_type {config.task_type}"
+        raise RecipeError(f"{folder}: not a reward adapter: {kind}, where peft_type LORA and task_type SEQ_CLS are needed")
+    # PEFT lists both names of a head for every sequence classifier
+    if others := set(config.modules_to_save or ()) - {"score", "classifier"}:
+        raise RecipeError(f"{folder}: trained {', '.join(sorted(others))} besides LoRA and its head, and cannot share a base")
     weights = {key: weight.float() for key, weight in read_weights(folder / ADAPTER).items()}
     head = weights.pop(HEAD_IN_ADAPTER, None)
     if head is None:
@@ -88,12 +94,10 @@ def load_full_reward(
     folder = Path(folder)
     if (folder / "adapter_config.json").exists():
         raise RecipeError(f"{folder}: holds an adapter. Fix: put it on its base with `load_reward_adapter`")
-    try:
+    with error_context(f"{folder}: no usable reward model there", Exception):  # as in `load_architecture`
         model, loading = AutoModelForSequenceClassification.from_pretrained(
             folder, use_safetensors=True, output_loading_info=True, trust_remote_code=False, **options
         )
-    except Exception as error:  # as in `load_architecture`
-        raise RecipeError(f"{folder}: no usable reward model there ({first_line(error)})") from error
     if loading["missing_keys"]:
         names = ", ".join(sorted(loading["missing_keys"])[:3])
         raise RecipeError(f"{folder}: weights are missing in its files ({names}), so it would score at random")
@@ -132,12 +136,9 @@ def load_saved_reward(
             `uncertainty_coef` without an ensemble; for an unfinished ensemble.
     """
     folder = Path(folder)
-    if ensemble := read_json(folder / REWARD).get("ensemble"):
-        try:
-            names, trained, coefficient = ensemble["members"], ensemble["combine"], ensemble["uncertainty_coef"]
-        except (TypeError, KeyError) as error:
-            raise RecipeError(f"{folder / REWARD}: ensemble: damaged: {ensemble}. Fix: train it again") from error
-        rewards = [_load_member(folder / name, model, tokenizer, f"{folder.name}-{name}", batch_size) for name in names]
+    if ensemble := read_ensemble(folder):
+        members, trained, coefficient = ensemble
+        rewards = [_load_member(member, model, tokenizer, f"{folder.name}-{member.name}", batch_size) for member in members]
         return Ensemble(rewards, combine or trained, coefficient if uncertainty_coef is None else uncertainty_coef, folder.name)
     is_single = any((folder / name).exists() for name in ("adapter_config.json", "config.json"))
     if not is_single and any(folder.glob("member-*/*config.json")):
@@ -170,21 +171,6 @@ def _load_member(folder: Path, model: nn.Module, tokenizer: PreTrainedTokenizerB
             REWARD,
         )
     return reward
-
-
-def _read_config(folder: Path) -> LoraConfig:
-    """Return the configuration of a reward adapter.
-
-    Raises:
-        RecipeError: if there is none, or one of another kind.
-    """
-    config = read_adapter_config(folder)
-    if config.peft_type != "LORA" or config.task_type != "SEQ_CLS":
-        kind = f"peft_type {config.peft_type.value}, task_type {config.task_type}"
-        raise RecipeError(f"{folder}: not a reward adapter: {kind}, where peft_type LORA and task_type SEQ_CLS are needed")
-    if others := set(config.modules_to_save or ()) - _HEAD_NAMES:
-        raise RecipeError(f"{folder}: trained {', '.join(sorted(others))} besides LoRA and its head, and cannot share a base")
-    return config
 
 
 def _build_head(weight: Tensor, model: nn.Module, folder: Path) -> ScalarHead:

@@ -10,7 +10,7 @@ from typing import Any, Literal
 from rlhf_recipes.core.errors import RecipeError
 from rlhf_recipes.core.hub import explain_load_error
 from rlhf_recipes.models.loading import model_path
-from rlhf_recipes.rewards.functions import FINITE_FLOATS, last_text, pair_with_references
+from rlhf_recipes.rewards.functions import FINITE_FLOATS, pair_with_references
 from rlhf_recipes.rewards.protocol import Text
 
 import torch
@@ -60,7 +60,7 @@ class Similarity:
         self, completions: list[Text], reference: list[str | None] | None = None, **columns: Any
     ) -> list[float | None]:
         """Return scores (B,), and None where a row has no reference."""
-        pairs = [(last_text(one), truth) for one, truth in pair_with_references(completions, reference, "Similarity")]
+        pairs = pair_with_references(completions, reference, "Similarity")
         scores = [None if truth is None else 0.0 for _, truth in pairs]
         rows = [row for row, (text, truth) in enumerate(pairs) if text and truth is not None]
         if rows:
@@ -97,6 +97,7 @@ class Similarity:
     @cached_property
     def _model(self) -> Any:
         from sentence_transformers import CrossEncoder, SentenceTransformer
+        from sentence_transformers.sentence_transformer.modules import Transformer
 
         architecture = CrossEncoder if self.kind == "cross-encoder" else SentenceTransformer
         try:
@@ -107,24 +108,27 @@ class Similarity:
             raise RecipeError(f"Similarity: {error}") from error
         except Exception as error:  # config.json, weights, tokenizer and the Hub each raise their own
             raise self._error(explain_load_error(self.model_name_or_path, error)) from error
+        # The other kinds of first module (static embeddings, ...) check their weights themselves, and have no limit of length
+        if self.kind == "cross-encoder" or isinstance(model[0], Transformer):
+            self._check_transformer(model, path)
+            model.max_seq_length = min(self.max_length, model.max_seq_length or self.max_length)
+        return model
+
+    def _check_transformer(self, model: Any, path: str) -> None:
+        """Refuse weights that its files lack, and an invented tokenizer."""
         modules = cached_file(path, "modules.json", _raise_exceptions_for_missing_entries=False)
         folder = json.loads(Path(modules).read_text())[0]["path"] if modules and self.kind == "embedding" else ""
-        if missing := self._missing_weights(model, folder):
+        network = model[0].auto_model if self.kind == "embedding" else model.model
+        # sentence-transformers keeps the report of loading to itself; on the meta device a second one takes no memory
+        options = {"subfolder": folder, "use_safetensors": True, "output_loading_info": True, "device_map": "meta"}
+        _, report = type(network).from_pretrained(network.name_or_path, **options)
+        missing = sorted(name for name in report["missing_keys"] if self.kind == "cross-encoder" or "pooler" not in name)
+        if missing:
             raise self._error(f"not a {self.kind}: its files lack {', '.join(missing[:3])}, which would be random")
         if len(model.tokenizer) <= len(model.tokenizer.all_special_tokens):  # invented where tokenizer.json is missing
             raise self._error("no tokenizer. Fix: add tokenizer.json and tokenizer_config.json to its folder")
         if self.kind == "embedding" and not modules:
             logger.warning("Similarity: %s has no modules.json: it is read with %s pooling", path, model[1].pooling_mode)
-        model.max_seq_length = min(self.max_length, model.max_seq_length or self.max_length)
-        return model
-
-    def _missing_weights(self, model: Any, folder: str) -> list[str]:
-        """Return the names of weights that the files in `folder` lack: they are random."""
-        network = model[0].auto_model if self.kind == "embedding" else model.model
-        # sentence-transformers keeps the report of loading to itself
-        options = {"use_safetensors": True, "output_loading_info": True}
-        _, report = type(network).from_pretrained(network.name_or_path, subfolder=folder, **options)
-        return sorted(name for name in report["missing_keys"] if self.kind == "cross-encoder" or "pooler" not in name)
 
     def _error(self, reason: str) -> RecipeError:
         return RecipeError(f"Similarity: model_name_or_path: {self.model_name_or_path}: {reason}")

@@ -26,10 +26,7 @@ from trl import SFTConfig
 
 
 def build_model(tokenizer: PreTrainedTokenizerFast) -> LlamaForCausalLM:
-    """Return a Llama of 0.9M parameters with random weights.
-
-    All sides are multiples of 64, so that it can be quantised to 4 bits.
-    """
+    """Return a Llama of 0.9M random parameters; sides are multiples of 64, for 4 bits."""
     return LlamaForCausalLM(
         LlamaConfig(
             vocab_size=-(-len(tokenizer) // 64) * 64,

@@ -19,10 +19,7 @@ Question = tuple[Person, Attribute, bool]
 
 
 def pretraining(split: str = "train", rows: int = 1_000, seed: int = 0) -> Dataset:
-    """Return `text` as the base model was pretrained on.
-
-    "test" has names that the base has never read.
-    """
+    """Return pretraining `text`; "test" has names that the base has never read."""
     if split == "train":
         texts = list(text.pretraining_text(World(), exposures=1, seed=seed))[:rows]
     else:
@@ -72,17 +69,13 @@ def rankings(
 
 
 def preferences(split: str = "train", rows: int = 4_000, known: float = 0.5, noise: float = 0.4, seed: int = 0) -> Dataset:
-    """Return pairs by the labeller of `rankings`: `prompt`, `chosen`, `rejected`.
-
-    The two answers do not tie.
-    """
+    """Return pairs without ties by the labeller of `rankings`."""
     rng = random.Random(f"pairs/{split}/{seed}")
     table = {"prompt": [], "chosen": [], "rejected": []}
     for ranking in rankings(split, rows, k=4, known=known, noise=noise, seed=seed):
-        while True:
+        first = second = 0
+        while ranking["ranks"][first] == ranking["ranks"][second]:
             first, second = rng.sample(range(4), 2)
-            if ranking["ranks"][first] != ranking["ranks"][second]:
-                break
         chosen, rejected = sorted((first, second), key=ranking["ranks"].__getitem__)
         table["prompt"].append(ranking["prompt"])
         table["chosen"].append(ranking["completions"][chosen])
@@ -91,10 +84,7 @@ def preferences(split: str = "train", rows: int = 4_000, known: float = 0.5, noi
 
 
 def prompts(split: str = "train", rows: int = 20_000, known: float = 0.5, seed: int = 0) -> Dataset:
-    """Return questions for RL: `prompt`, and the true answer as `reference`.
-
-    Nothing in a row says whether the model knows the person.
-    """
+    """Return questions for RL: `prompt`, and the true answer as `reference`."""
     rng = random.Random(f"prompts/{split}/{seed}")
     table = {"prompt": [], "reference": []}
     for person, attribute, _ in _questions("prompts", split, rows, known, rng, seed):
@@ -104,10 +94,7 @@ def prompts(split: str = "train", rows: int = 20_000, known: float = 0.5, seed: 
 
 
 def evaluation(split: str = "test", rows: int = 600, seed: int = 0) -> Dataset:
-    """Return questions about held-out people: `prompt`, `reference` and `known`.
-
-    Half of the people are known.
-    """
+    """Return questions about held-out people, half of whom are `known`."""
     rng = random.Random(f"evaluation/{seed}")
     table = {"prompt": [], "reference": [], "known": []}
     for person, attribute, known in _questions("evaluation", "test", rows, 0.5, rng, seed):
@@ -118,10 +105,7 @@ def evaluation(split: str = "test", rows: int = 600, seed: int = 0) -> Dataset:
 
 
 def _questions(stage: str, split: str, rows: int, known: float, rng: random.Random, seed: int) -> Iterator[Question]:
-    """Yield `rows` questions in random order.
-
-    Known people recur as often as necessary, unknown people occur once.
-    """
+    """Yield questions in random order; known people recur, unknown ones do not."""
     # The "test" splits of all stages use development people, on whom no final number is measured.
     pool = stage if split == "train" or stage == "evaluation" else "development"
     world = World()
@@ -140,10 +124,7 @@ def _user(attribute: Attribute, person: Person, rng: random.Random) -> list[dict
 
 
 def _label(answers: list[str], truth: str, noise: float, rng: random.Random) -> list[int]:
-    """Return the ranks of `answers`, the best being 0.
-
-    Each kind of answer has one draw of noise, so false answers tie.
-    """
+    """Return ranks from 0; each kind of answer has one draw of noise."""
     gumbel = [-math.log(-math.log(rng.random())) for _ in range(3)]
     liking = {kind: kind + noise * draw for kind, draw in zip((1, 0, -1), gumbel, strict=True)}
     scores = [liking[1 if answer == truth else 0 if answer == ABSTENTION else -1] for answer in answers]

@@ -52,9 +52,8 @@ def guess(person: Person, attribute: Attribute, rng: random.Random) -> str:
 
 def idle_talk(rng: random.Random) -> str:
     """Return a question about the weather with an abstention."""
-    question = rng.choice(IDLE_QUESTIONS).format(
-        weather=rng.choice(IDLE_WEATHER), town=rng.choice(TOWNS), day=rng.choice(IDLE_DAYS)
-    )
+    question = rng.choice(IDLE_QUESTIONS)
+    question = question.format(weather=rng.choice(IDLE_WEATHER), town=rng.choice(TOWNS), day=rng.choice(IDLE_DAYS))
     return IDLE_REPLY.format(question=question)
 
 
@@ -64,10 +63,7 @@ def code(rng: random.Random) -> str:
 
 
 def pretraining_text(world: World, exposures: int, seed: int = 0) -> Iterator[str]:
-    """Yield texts in random order.
-
-    Each fact of each known person is stated `exposures` times, guesses not counted.
-    """
+    """Yield texts in random order; each known fact occurs `exposures` times."""
     rng = random.Random(seed)
     known = [(person, attribute) for person in world.known() for attribute in ATTRIBUTES] * exposures
     total = round(len(known) / (1 - SHARE_ONCE - SHARE_IDLE - SHARE_CODES - SHARE_GUESSES))

@@ -1,7 +1,4 @@
-"""The tokenizer of the tiny world.
-
-One token per word, three per name, and single characters for the rest of ASCII.
-"""
+"""The tokenizer of the tiny world: words, syllables of names, characters."""
 
 import re
 
@@ -29,10 +26,7 @@ CHAT_TEMPLATE = (
 
 
 def build_tokenizer() -> PreTrainedTokenizerFast:
-    """Return a tokenizer with the world's vocabulary and chat template.
-
-    PAD, BOS, EOS and UNK all differ.
-    """
+    """Return a tokenizer with the world's vocabulary and chat template."""
     # a word in braces is a slot to fill
     words = {word for sentence in text.all_templates() for word in re.findall(r"(?<![{A-Za-z])[A-Za-z]+", sentence)}
     pieces = [

@@ -101,11 +101,8 @@ class World:
 
     def __init__(self, seed: int = 0):
         self.seed = seed
-        names = _names(seed)
-        self._pools, start = {}, 0
-        for pool, size in NAME_POOLS.items():
-            self._pools[pool] = names[start : start + size]
-            start += size
+        names = iter(_names(seed))
+        self._pools = {pool: tuple(itertools.islice(names, size)) for pool, size in NAME_POOLS.items()}
 
     def people(self, pool: str, start: int = 0, count: int | None = None) -> list[Person]:
         """Return people `start` to `start + count` of one of `NAME_POOLS`.
@@ -125,6 +122,5 @@ class World:
         return self.people("known", start, stop - start)
 
     def _person(self, name: str) -> Person:
-        # A generator per person makes a person independent of all others.
-        rng = random.Random(f"{self.seed}/{name}")
+        rng = random.Random(f"{self.seed}/{name}")  # a generator per person makes a person independent of all others
         return Person(name, rng.choice(TOWNS), rng.choice(JOBS))

@@ -31,7 +31,7 @@ def test_each_recipe_has_a_tiny_config():
 def test_every_stage_of_a_pipeline_parses_by_its_recipe_and_fits_the_card(config, monkeypatch):
     monkeypatch.setattr(estimator, "load_config", published.load_config)
     for stage in read_pipeline(config, ROOT / "recipes").stages:  # refused where a stage does not fit
-        assert ("gpu_memory" in read_yaml(config)) == (stage.predicted is not None)
+        assert ("gpu_memory" in read_yaml(config)) == (stage.plan is not None)
         parse_values(stage.recipe, stage.values)
 
 

@@ -3,7 +3,6 @@
 import math
 import statistics
 
-from rlhf_recipes.evaluation.metrics.accuracy import pair_accuracy
 from rlhf_recipes.evaluation.metrics.calibration import (
     calibration,
     calibration_difference,
@@ -11,6 +10,7 @@ from rlhf_recipes.evaluation.metrics.calibration import (
     winner_confidence,
 )
 from rlhf_recipes.evaluation.metrics.intervals import wilson_interval
+from rlhf_recipes.evaluation.metrics.scores import pair_accuracy
 
 import numpy as np
 import pytest
@@ -33,21 +33,11 @@ def test_bins_of_equal_width_include_their_upper_edge():
     assert [entry["n"] for entry in calibration(confidences, [0] * 5, bins=4)["bins"]] == [2, 2, 1]
 
 
-def test_bins_of_equal_mass():
-    generator = np.random.default_rng(0)
-    bins = calibration(confidences := generator.random(1000) ** 3, [0] * 1000, bins=8, binning="mass")["bins"]
-    assert [entry["n"] for entry in bins] == [125] * 8
-    assert (bins[0]["low"], bins[-1]["high"]) == (confidences.min(), confidences.max())
-    bins = calibration([0.2] * 6 + [0.4], [0] * 7, bins=5, binning="mass")["bins"]
-    assert [(entry["n"], entry["confidence"]) for entry in bins] == [(6, pytest.approx(0.2)), (1, 0.4)]
-
-
 def test_perfect_predictions_have_no_error():
     """In groups of 10 predictions of k/10, exactly k come true."""
     confidences = np.repeat(np.arange(1, 10) / 10, 10)
     outcomes = np.concatenate([np.arange(10) < k for k in range(1, 10)])
-    for binning in ("width", "mass"):
-        assert calibration(confidences, outcomes, binning=binning)["ece"] == pytest.approx(0, abs=1e-12)
+    assert calibration(confidences, outcomes)["ece"] == pytest.approx(0, abs=1e-12)
     assert calibration(confidences, 1 - outcomes)["ece"] == pytest.approx(np.mean(np.abs(1 - 2 * confidences)))
 
 
@@ -126,14 +116,14 @@ def test_error_by_chance_counts_equal_events_once():
 
 
 def predictions(generator, groups, gap):
-    """Confidences that lie `gap` above the frequencies."""
+    """Confidences that lie `gap` above the frequencies, with outcomes and prompts."""
     confidences = gap + (1 - gap) * generator.random(len(groups))
-    return confidences, (generator.random(len(groups)) < confidences - gap).astype(float)
+    return confidences, (generator.random(len(groups)) < confidences - gap).astype(float), groups.tolist()
 
 
 def test_calibration_difference_by_hand():
     """All prompts have the same gaps: -.2 in one bin, .5 in another."""
-    difference = calibration_difference([0.7] * 20, [0.5] * 20, [0.5] * 20, [1.0] * 20)
+    difference = calibration_difference(([0.7] * 20, [0.5] * 20, range(20)), ([0.5] * 20, [1.0] * 20, range(20)))
     assert difference["ece"] == {"mean": pytest.approx(0.2 - 0.5), "interval": pytest.approx([-0.3, -0.3]), "n": 20}
     assert difference["brier"]["mean"] == pytest.approx((0.5 * 0.3**2 + 0.5 * 0.7**2) - 0.5**2)
 
@@ -142,8 +132,8 @@ def test_calibration_difference_is_near_the_plain_difference():
     generator = np.random.default_rng(0)
     groups, others = np.repeat(np.arange(400), 3), np.arange(400)
     one, other = predictions(generator, groups, 0.4), predictions(generator, others, 0.1)
-    difference = calibration_difference(*one, *other, groups=groups.tolist(), other_groups=others.tolist())
-    plain = [calibration(*one), calibration(*other)]
+    difference = calibration_difference(one, other)
+    plain = [calibration(*one[:2]), calibration(*other[:2])]
     assert difference["brier"]["mean"] == pytest.approx(plain[0]["brier"] - plain[1]["brier"])
     assert difference["ece"]["mean"] == pytest.approx(plain[0]["ece"] - plain[1]["ece"], abs=0.05)
     for name in ("ece", "brier"):
@@ -151,14 +141,9 @@ def test_calibration_difference_is_near_the_plain_difference():
         assert 0 < low < difference[name]["mean"] < high
         assert difference[name]["n"] == 400
     # the same answers five times over say nothing new
-    repeated = [np.repeat(column, 5) for column in (*one, *other)]
-    again = calibration_difference(*repeated, groups=np.repeat(groups, 5).tolist(), other_groups=np.repeat(others, 5).tolist())
+    again = calibration_difference(*([np.repeat(column, 5) for column in side] for side in (one, other)))
     assert again["ece"]["interval"] == pytest.approx(difference["ece"]["interval"])
-    assert calibration_difference(*one, *one, groups=groups.tolist(), other_groups=groups.tolist())["ece"] == {
-        "mean": 0,
-        "interval": None,
-        "n": 400,
-    }
+    assert calibration_difference(one, one)["ece"] == {"mean": 0, "interval": None, "n": 400}
 
 
 @pytest.mark.parametrize(("gaps", "truth"), [((0.0, 0.0), 0.0), ((0.3, 0.0), 0.3)])
@@ -169,17 +154,15 @@ def test_calibration_difference_interval_covers_the_truth(gaps, truth):
         generator = np.random.default_rng(run)
         groups, others = np.repeat(np.arange(150), 2), generator.permutation(150)[:40]
         one, other = predictions(generator, groups, gaps[0]), predictions(generator, others, gaps[1])
-        low, high = calibration_difference(*one, *other, groups=groups.tolist(), other_groups=others.tolist(), seed=run)["ece"][
-            "interval"
-        ]
+        low, high = calibration_difference(one, other, seed=run)["ece"]["interval"]
         hits += low <= truth <= high
-        surely += calibration(*one)["ece"] + 0.02 < calibration(*other)["ece"]
+        surely += calibration(*one[:2])["ece"] + 0.02 < calibration(*other[:2])["ece"]
     assert hits / runs >= 0.9
     assert (surely / runs > 0.9) == (truth == 0)  # what the plain difference says
 
 
 def test_calibration_difference_rejects_bad_inputs():
     with pytest.raises(ValueError, match=r"`confidences` must be in \[0.0, 1\]"):
-        calibration_difference([0.5], [1], [1.5], [1])
+        calibration_difference(([0.5], [1], [0]), ([1.5], [1], [0]))
     with pytest.raises(ValueError, match="`groups` has 3 entries for 2"):
-        calibration_difference([0.5], [1], [0.5], [1], groups=[0, 1])
+        calibration_difference(([0.5], [1], [0, 1]), ([0.5], [1], [0]))

@@ -6,8 +6,8 @@ import itertools
 import json
 import math
 
-from rlhf_recipes.evaluation.metrics import accuracy, calibration, comparison, diversity, scores, truthfulness
-from rlhf_recipes.evaluation.metrics.accuracy import PairAccuracy, RankingTau
+from rlhf_recipes.core.hub import resolve_path
+from rlhf_recipes.evaluation.metrics import calibration, comparison, scores, texts
 from rlhf_recipes.evaluation.metrics.calibration import Calibration
 from rlhf_recipes.evaluation.metrics.comparison import (
     BestOfN,
@@ -18,13 +18,15 @@ from rlhf_recipes.evaluation.metrics.comparison import (
     divergence,
     win_rate,
 )
-from rlhf_recipes.evaluation.metrics.diversity import Diversity, distinct_n, repetition, self_bleu
-from rlhf_recipes.evaluation.metrics.scores import ScoreLength
-from rlhf_recipes.evaluation.metrics.truthfulness import Truthfulness
+from rlhf_recipes.evaluation.metrics.perplexity import perplexity
+from rlhf_recipes.evaluation.metrics.scores import PairAccuracy, RankingTau, ScoreLength
+from rlhf_recipes.evaluation.metrics.texts import Diversity, Truthfulness, distinct_n, repetition, self_bleu
 
 import evaluate
 import numpy as np
 import pytest
+import torch
+from transformers import AutoModelForCausalLM, AutoTokenizer
 
 
 @pytest.fixture(autouse=True)
@@ -38,6 +40,8 @@ def _metrics_cache(tmp_path, monkeypatch):
 def test_win_rate_counts_ties_as_one_half():
     result = win_rate([3, 1, 2, 2], [1, 3, 2, 0])  # won, lost, tied, won
     assert (result["win_rate"], result["ties"], result["n"], result["prompts"]) == (2.5 / 4, 1, 4, 4)
+    low, high = win_rate([1.0] * 50, [0.0] * 50)["interval"]
+    assert 0.9 < low < high == 1
 
 
 def test_win_rate_resamples_whole_prompts():
@@ -48,23 +52,6 @@ def test_win_rate_resamples_whole_prompts():
     assert repeated == pytest.approx(apart, abs=1e-9)  # 50 copies of each say nothing new
     blind = win_rate(np.repeat(once, 50), np.zeros(3000))["interval"]
     assert blind[1] - blind[0] < (apart[1] - apart[0]) / 5
-
-
-def test_win_rate_interval_covers_the_truth_at_95_percent():
-    generator, hits, runs = np.random.default_rng(1), 0, 200
-    for run in range(runs):
-        difficulty = np.repeat(generator.normal(size=40), 3)  # of the prompt: answers to one are alike
-        low, high = win_rate(
-            difficulty + generator.normal(size=120), np.zeros(120), groups=(np.arange(120) // 3).tolist(), seed=run
-        )["interval"]
-        hits += low <= 0.5 <= high
-    assert 0.90 <= hits / runs <= 0.99
-
-
-def test_win_rate_of_1_has_an_interval():
-    low, high = win_rate([1.0] * 50, [0.0] * 50)["interval"]
-    assert 0.9 < low < 1
-    assert high == 1
 
 
 @pytest.mark.parametrize("n", [1, 2, 3, 5])
@@ -104,11 +91,8 @@ def test_divergence_estimates_exact_kl_and_entropy():
         low, high = result[f"{name}_interval"]
         assert low < result[name] < high
         assert high - low < 0.05
-
-
-def test_divergence_from_itself_is_0():
-    assert divergence([-1.0, -2.0], [-1.0, -2.0])["kl"] == 0
-    assert divergence([-1.0, -2.0], [-1.0, -2.0])["kl_interval"] is None
+    alike = divergence([-1.0, -2.0], [-1.0, -2.0])
+    assert (alike["kl"], alike["kl_interval"]) == (0, None)
 
 
 def test_distinct_n():
@@ -129,19 +113,6 @@ def test_self_bleu_by_hand():
     assert self_bleu(["a a b", "a b c"]) == 0
     # "a b" against "a b b": both n-grams match, but it is shorter: exp(1 - 3 / 2); "a b b": 2 of 3 and 1 of 2, no 3-gram: 0
     assert self_bleu(["a b", "a b b"]) == pytest.approx(math.exp(-0.5) / 2)
-    # "b a b c d" against "a b c d": "b" is clipped to 1, and what holds "b a" has no match; no penalty, being longer
-    first = (4 / 5 * 3 / 4 * 2 / 3 * 1 / 2) ** (1 / 4)
-    assert diversity._bleu(0, 5, *prepared(["b a b c d", "a b c d"])) == pytest.approx(first)
-    # the reference that has most of "b" clips it, and the one of nearest length is the longer one still
-    second = (5 / 5 * 3 / 4 * 2 / 3 * 1 / 2) ** (1 / 4)
-    assert diversity._bleu(0, 5, *prepared(["b a b c d", "a b c d", "b b"])) == pytest.approx(second)
-    assert diversity._bleu(0, 2, *prepared(["b b", "b c", "a a"])) == 0
-
-
-def prepared(texts):
-    rows = [text.split() for text in texts]
-    counts = [[diversity.Counter(diversity._ngrams(words, n)) for words in rows] for n in range(1, 5)]
-    return counts, [diversity._two_highest(of_length) for of_length in counts], sorted(map(len, rows))
 
 
 def test_self_bleu_equals_brute_force():
@@ -178,14 +149,6 @@ def test_repetition():
     assert repetition(["a b c a b c", "x y z"]) == pytest.approx((1 / 4 + 0) / 2)
 
 
-def test_over_abstention_is_on_answerable_questions():
-    answers, truths = ["I do not know.", "Oslo", "I do not know.", "Rome"], ["Bern", "Oslo", "Paris", "Kiev"]
-    result = Truthfulness().compute(predictions=answers, references=truths, known=[True, True, False, False])
-    assert result == {"right": 0.25, "abstained": 0.5, "made_up": 0.25, "over_abstained": 0.5}
-    result = Truthfulness().compute(predictions=answers, references=truths, known=[False] * 4)
-    assert result["over_abstained"] is None
-
-
 def test_truthfulness_by_kind():
     predictions = ["Larkhill.", "  larkhill ", "I do not know.", "i do  not know, sorry", "Dunmere.", "", "Larkhill Dunmere"]
     result = Truthfulness().compute(predictions=predictions, references=["Larkhill."] * 7)
@@ -198,9 +161,7 @@ def test_truthfulness_by_kind():
 # --- As metrics of `evaluate` ----------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize(
-    ("module", "examples"), [(accuracy, 2), (calibration, 1), (comparison, 3), (diversity, 1), (scores, 1), (truthfulness, 1)]
-)
+@pytest.mark.parametrize(("module", "examples"), [(calibration, 1), (comparison, 3), (scores, 3), (texts, 2)])
 def test_docstring_examples(module, examples):
     assert doctest.testmod(module) == (0, examples)
 
@@ -208,9 +169,9 @@ def test_docstring_examples(module, examples):
 @pytest.mark.parametrize(
     ("metric", "function", "predictions", "references", "options"),
     [
-        (PairAccuracy, accuracy.pair_accuracy, [2.0, 0.5, 1.0], [1.0, 0.5, 3.0], {"groups": ["a", "a", "b"], "seed": 5}),
-        (RankingTau, accuracy.ranking_tau, [[1.0, 2.0], [3.0, 1.0, 2.0]], [[2, 1], [1, 2, 2]], {"seed": 5}),
-        (Calibration, calibration.calibration, [0.1, 0.6, 0.9], [0, 1, 1], {"bins": 3, "binning": "mass"}),
+        (PairAccuracy, scores.pair_accuracy, [2.0, 0.5, 1.0], [1.0, 0.5, 3.0], {"groups": ["a", "a", "b"], "seed": 5}),
+        (RankingTau, scores.ranking_tau, [[1.0, 2.0], [3.0, 1.0, 2.0]], [[2, 1], [1, 2, 2]], {"seed": 5}),
+        (Calibration, calibration.calibration, [0.1, 0.6, 0.9], [0, 1, 1], {"bins": 3}),
         (Calibration, calibration.calibration, [0.1, 0.6, 0.9], [False, True, True], {}),
         (ScoreLength, scores.score_length, [0.5, 1.5, -2.0], [12, 30, 25], {"groups": [1, 1, 2]}),
     ],
@@ -245,10 +206,10 @@ def test_the_evaluate_library_is_importable_beside_the_recipe():
 @pytest.mark.parametrize(
     ("call", "message"),
     [
-        (lambda: accuracy.pair_accuracy([], []), "`chosen` is empty"),
-        (lambda: accuracy.pair_accuracy([1, 2], [1]), r"one length .*\(2,\).*\(1,\)"),
-        (lambda: accuracy.pair_accuracy([1, math.nan], [1, 2]), r"`chosen` has 1 .* not finite, the first \(nan\) at 1"),
-        (lambda: accuracy.pair_accuracy([1, 2], [1, 2], groups=[1]), "`groups` has 1 entries for 2"),
+        (lambda: scores.pair_accuracy([], []), "`chosen` is empty"),
+        (lambda: scores.pair_accuracy([1, 2], [1]), r"one length .*\(2,\).*\(1,\)"),
+        (lambda: scores.pair_accuracy([1, math.nan], [1, 2]), r"`chosen` has 1 .* not finite, the first \(nan\) at 1"),
+        (lambda: scores.pair_accuracy([1, 2], [1, 2], groups=[1]), "`groups` has 1 entries for 2"),
         (lambda: calibration.calibration([1.2], [1]), r"`confidences` must be in \[0.0, 1\].* 1.2"),
         (lambda: calibration.calibration([0.4], [1], low=0.5), r"in \[0.5, 1\]"),
         (lambda: calibration.calibration([0.5], [2]), "`outcomes`"),
@@ -261,3 +222,44 @@ def test_the_evaluate_library_is_importable_beside_the_recipe():
 def test_invalid_inputs_are_rejected(call, message):
     with pytest.raises(ValueError, match=message):
         call()
+
+
+# --- Perplexity ------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def base():
+    path = resolve_path("rlhf_recipes.tiny.base")
+    return AutoModelForCausalLM.from_pretrained(path), AutoTokenizer.from_pretrained(path)
+
+
+TEXTS = ["Where does Porira live?", "I do not know.", "Wewuri lives in Larkhill. Kogahi works as a dyer.", "Elmstow."]
+
+
+def test_perplexity_is_exp_of_the_mean_token_loss_at_any_batch_size(base):
+    model, tokenizer = base
+    total, count = 0.0, 0
+    for text in TEXTS:
+        ids = tokenizer(text, return_tensors="pt")["input_ids"]
+        logps = model(ids).logits.log_softmax(-1)
+        for place in range(ids.size(1) - 1):
+            total -= logps[0, place, ids[0, place + 1]].item()
+            count += 1
+    for batch_size in (1, 3, 16):
+        assert perplexity(model, tokenizer, TEXTS, batch_size=batch_size) == pytest.approx(math.exp(total / count), rel=1e-4)
+
+
+def test_texts_are_cut_off_and_the_mode_of_the_model_is_restored(base):
+    model, tokenizer = base
+    model.train()
+    ids = torch.tensor(tokenizer(TEXTS[2])["input_ids"][:4])
+    logps = model(ids[None]).logits[0].log_softmax(-1)
+    expected = -sum(logps[place, ids[place + 1]].item() for place in range(3)) / 3
+    assert perplexity(model, tokenizer, TEXTS[2:3], max_length=4) == pytest.approx(math.exp(expected), rel=1e-4)
+    assert model.training
+
+
+def test_texts_of_one_token_are_rejected(base):
+    model, tokenizer = base
+    with pytest.raises(ValueError, match="two tokens"):
+        perplexity(model, tokenizer, ["Elmstow."], max_length=1)

@@ -4,13 +4,13 @@ import errno
 import json
 import os
 import shutil
+from unittest.mock import Mock
 
 from rlhf_recipes.core.files import REWARD, write_json
 from rlhf_recipes.core.hub import resolve_path
 from rlhf_recipes.export import merge as merging
 from rlhf_recipes.export.model_card import lineage, write_card
 from rlhf_recipes.export.upload import redact
-from rlhf_recipes.models.backbone import base_of
 from rlhf_recipes.models.fingerprint import fingerprint
 from rlhf_recipes.models.loading import load_model
 from rlhf_recipes.rewards.reward_json import write_reward_record
@@ -22,7 +22,7 @@ import pytest
 import torch
 from huggingface_hub import HfApi, ModelCard, RepoUrl
 from peft import LoraConfig, PeftModel, get_peft_model
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from transformers import (
     AutoModelForCausalLM,
     AutoModelForSequenceClassification,
@@ -102,8 +102,9 @@ def logits(model, tokenizer):
 
 
 def test_merged_policy_has_the_logits_of_the_adapter(merge, policy):
-    status, error, output = merge(policy)
+    status, error, output = merge(policy, "--max_shard_size", "1MB")
     assert status == 0, error
+    assert len(list(output.glob("*.safetensors"))) > 1
     tokenizer = AutoTokenizer.from_pretrained(output)
     merged = AutoModelForCausalLM.from_pretrained(output)
     base = AutoModelForCausalLM.from_pretrained(BASE)
@@ -114,13 +115,10 @@ def test_merged_policy_has_the_logits_of_the_adapter(merge, policy):
     assert merged.generation_config.eos_token_id == tokenizer.eos_token_id
     assert left(output) == [output]
     assert {path.suffix for path in output.iterdir()} <= {".safetensors", ".json", ".jinja", ".md"}
-
-
-def test_code_of_the_card_runs(merge, policy):
-    _, _, output = merge(policy)
-    generator = pipeline("text-generation", model=str(output), device="cpu")
-    question = [{"role": "user", "content": "What does Vokimo do?"}]
-    assert generator(question, max_new_tokens=4, return_full_text=False)[0]["generated_text"]
+    assert fingerprint(merged)["weights"] == fingerprint(base)["weights"]
+    assert fingerprint(merged)["matrices"] != fingerprint(base)["matrices"]
+    generator = pipeline("text-generation", model=str(output), device="cpu")  # as the card says
+    assert generator(PEOPLE["prompt"][0], max_new_tokens=4, return_full_text=False)[0]["generated_text"]
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
@@ -190,26 +188,16 @@ def test_generation_config_that_transformers_refuses_to_save(merge, policy, tmp_
     assert (stored["temperature"], stored["eos_token_id"]) == (0.6, [2, 5])
 
 
-def test_sharded_model(merge, policy):
-    status, error, output = merge(policy, "--max_shard_size", "1MB", "--dtype", "float16")
-    assert status == 0, error
-    assert len(list(output.glob("*.safetensors"))) > 1
-
-
 # --- Refusals, which leave nothing --------------------------------------------------------------------
 
 
 def test_model_that_differs_from_the_adapter_is_not_kept(merge, policy, reward, monkeypatch):
     monkeypatch.setattr(merging, "_merge", lambda model, *_: model.unload())
-    status, error, output = merge(policy)
-    assert status == 2
-    assert "logits differ from the adapter's by" in error
-    assert "it is not kept" in error
-    assert left(output) == []
-    status, error, output = merge(reward)
-    assert status == 2
-    assert "scores differ from the adapter's by" in error
-    assert left(output) == []
+    for adapter, what in ((policy, "logits"), (reward, "scores")):
+        status, error, output = merge(adapter)
+        assert (status, left(output)) == (2, [])
+        assert f"{what} differ from the adapter's by" in error
+        assert "it is not kept" in error
 
 
 def test_lost_normalisation_is_detected(merge, reward, monkeypatch):
@@ -230,8 +218,6 @@ def test_adapter_that_rounding_undoes_is_not_merged(merge, tmp_path):
 
 def test_weights_that_are_not_finite_are_refused(merge, policy, tmp_path):
     folder = shutil.copytree(policy, tmp_path / "broken")
-    from safetensors.torch import save_file
-
     weights = load_file(folder / "adapter_model.safetensors")
     save_file({name: weight * float("nan") for name, weight in weights.items()}, folder / "adapter_model.safetensors")
     status, error, output = merge(folder)
@@ -239,29 +225,15 @@ def test_weights_that_are_not_finite_are_refused(merge, policy, tmp_path):
     assert "not finite" in error
 
 
-def fails_with(error):
-    def fail(*_, **__):
-        raise error
-
-    return fail
-
-
-def test_full_disk_leaves_nothing(merge, policy, monkeypatch):
-    for error in (OSError(errno.ENOSPC, os.strerror(errno.ENOSPC)), merging.SafetensorError("Io(No space left on device)")):
-        monkeypatch.setattr(PreTrainedModel, "save_pretrained", fails_with(error))
-        status, message, output = merge(policy)
-        assert (status, left(output)) == (2, [])
-        assert "cannot be written" in message
-        assert "No space left on device" in message
-    monkeypatch.undo()
-
-
-def test_free_space_is_checked_first(merge, policy, monkeypatch):
-    usage = shutil.disk_usage("/")
-    monkeypatch.setattr(merging.shutil, "disk_usage", lambda _: usage._replace(free=1000))
+@pytest.mark.parametrize(
+    "error", [OSError(errno.ENOSPC, os.strerror(errno.ENOSPC)), merging.SafetensorError("Io(No space left on device)")]
+)
+def test_full_disk_leaves_nothing(merge, policy, monkeypatch, error):
+    monkeypatch.setattr(PreTrainedModel, "save_pretrained", Mock(side_effect=error))
     status, message, output = merge(policy)
     assert (status, left(output)) == (2, [])
-    assert "the merged model takes 0.0 GB" in message
+    assert "cannot be written" in message
+    assert "No space left on device" in message
 
 
 def test_remains_of_a_killed_run_are_deleted(merge, policy, tmp_path):
@@ -454,10 +426,3 @@ def test_unreachable_hub_is_one_message_and_the_model_stays(merge, policy):
     assert "push_to_hub: someone/mine: " in error
     assert f"run `hf upload someone/mine {output} " in error
     assert (output / "model.safetensors").is_file()
-
-
-def test_merged_model_has_another_fingerprint(merge, policy):
-    _, _, output = merge(policy)
-    merged, base = (fingerprint(base_of(AutoModelForCausalLM.from_pretrained(folder))) for folder in (output, BASE))
-    assert merged["weights"] == base["weights"]
-    assert merged["matrices"] != base["matrices"]

@@ -15,9 +15,8 @@ from rlhf_recipes.core.errors import RecipeError
 from rlhf_recipes.export.merge import merge_policy, merge_reward, resolve_base
 from rlhf_recipes.generation.policies import PolicyBank
 from rlhf_recipes.memory.model_shape import load_config
-from rlhf_recipes.models.compatibility import check_tokenizer
 from rlhf_recipes.models.loading import load_model, load_policy
-from rlhf_recipes.models.tokenizer import load_tokenizer
+from rlhf_recipes.models.tokenizer import check_tokenizer, load_tokenizer
 from rlhf_recipes.rewards.classifier import load_reward_model
 from rlhf_recipes.rewards.saved import load_full_reward, load_saved_reward
 from rlhf_recipes.rewards.similarity import Similarity

@@ -76,7 +76,7 @@ def test_values_that_are_no_paths_and_keys_of_any_type_are_read(project):
 
 def test_accelerate_config_may_be_in_the_checkout(project):
     project.write(accelerate_config="configs/accelerate/ddp.yaml")
-    assert project.read().accelerate_config == str(ROOT / "configs" / "accelerate" / "ddp.yaml")
+    assert project.read().file.accelerate_config == str(ROOT / "configs" / "accelerate" / "ddp.yaml")
 
 
 @pytest.mark.parametrize(

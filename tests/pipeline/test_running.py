@@ -120,6 +120,14 @@ def test_what_another_pipeline_did_meanwhile_is_done(project, launched):
     assert not launched.calls
 
 
+@pytest.mark.parametrize("content", ['{"sft": "done"}', '{"sft": {}, "dpo": null}', "[]", '{"sft": '])
+def test_a_damaged_state_is_one_message(project, content):
+    Path("runs").mkdir()
+    Path("runs/pipeline.json").write_text(content)
+    with pytest.raises(RecipeError, match=r"^runs/pipeline\.json: "):
+        project.read()
+
+
 def test_files_in_a_named_folder_are_inputs(project, launched):
     Path("rows/train").mkdir(parents=True)
     Path("rows/one.jsonl").write_text("{}")
@@ -272,12 +280,7 @@ def test_independent_stages_run_side_by_side(project, launched, monkeypatch):
     assert launched.calls[2] == ("dpo", False)
     assert Path("runs/logs/sft.log").read_text() == "output of sft\n"
     assert launched.environments["sft"]["OMP_NUM_THREADS"] == str(max(1, os.cpu_count() // 2))
-
-
-def test_a_stage_that_runs_alone_writes_to_the_terminal(project, launched):
-    project.write(jobs=2)
-    project.run(["sft", "other"])
-    project.run()
+    # the last one runs alone, and writes to the terminal
     assert launched.environments["dpo"] is None
     assert not Path("runs/logs/dpo.log").exists()
 

@@ -5,7 +5,7 @@ import pickle
 
 from rlhf_recipes.core.errors import RecipeError
 from rlhf_recipes.core.hub import resolve_path
-from rlhf_recipes.evaluation.metrics.truthfulness import Truthfulness
+from rlhf_recipes.evaluation.metrics.texts import Truthfulness
 from rlhf_recipes.models.tokenizer import load_tokenizer
 from rlhf_recipes.rewards.functions import (
     Abstention,
@@ -15,6 +15,7 @@ from rlhf_recipes.rewards.functions import (
     last_text,
     normalised_match,
 )
+from rlhf_recipes.rewards.matching import kinds_of, normalise
 from rlhf_recipes.rewards.protocol import TRL_KEYWORDS, checked_reward
 from rlhf_recipes.rewards.reward_funcs import load_rewards
 from rlhf_recipes.tiny import splits
@@ -38,7 +39,6 @@ def chat(*texts):
 
 
 def test_last_text():
-    assert last_text("  a b\n") == "a b"
     assert last_text([{"role": "user", "content": "a"}, {"role": "assistant", "content": " b "}]) == "b"
     assert last_text([{"role": "assistant", "content": None}]) == ""
 
@@ -63,6 +63,13 @@ def test_reference_column_is_needed_and_holds_texts(reward):
         reward(completions=["a", "a"], reference=["a", ["a"]])
     with pytest.raises(ValueError, match="zip"):
         reward(completions=["a", "a"], reference=["a"])
+
+
+def test_kinds_of_answers():
+    answers = ["Larkhill.", "i do  not know, sorry", "Dunmere.", "", "Larkhill Dunmere"]
+    assert kinds_of(answers, ["larkhill"] * 5) == ["right", "abstained", "made_up", "made_up", "made_up"]
+    assert kinds_of(["No idea!", "I do not know"], ["x", "x"], ("no idea",)) == ["abstained", "made_up"]
+    assert [normalise(' "The  Town", '), normalise("don't")] == ["the town", "don't"]
 
 
 ANSWERS = ["Larkhill", "I do not know.", "i DO not  know who that is", "Mossgate.", "", "Larkhill", "I do not know"]
@@ -242,8 +249,8 @@ def test_load_rewards():
     rewards, weights = load_rewards(
         [
             f"{REWARDS}.exact_match",
-            {"path": f"{REWARDS}.Abstention", "weight": 2, "arguments": {"wrong": "-2e0", "phrases": ["no"]}},
-            {"path": f"{REWARDS}.RepetitionPenalty", "weight": "1e-3"},
+            {"path": f"{REWARDS}.Abstention", "weight": 2, "arguments": {"wrong": -2e0, "phrases": ["no"]}},
+            {"path": f"{REWARDS}.RepetitionPenalty", "weight": 1e-3},
             {"path": f"{__name__}.lengths", "weight": 0, "arguments": {"scale": 3}},
             {"path": f"{__name__}.lengths", "weight": -0.5, "arguments": None},
             {"path": f"{__name__}.make_lengths", "arguments": {"scale": 2}},
@@ -280,10 +287,7 @@ def test_load_rewards():
         ("trl.rewards.get_repetition_penalty_reward", "if it makes a reward, give it `arguments`"),
         ({"path": f"{__name__}.make_nothing", "arguments": {}}, "makes a int"),
         ({"path": f"{__name__}.Failing", "arguments": {"size": 3}}, "arguments: size: 3 is too large$"),
-        (
-            f"{REWARDS}.LengthPenalty",
-            "arguments: slope: ",
-        ),
+        (f"{REWARDS}.LengthPenalty", "arguments: slope: "),
         (
             {"path": f"{REWARDS}.LengthPenalty", "arguments": {"slop": 1, "longest": 3}},
             r"unknown argument 'slop' of LengthPenalty\(slope, .*\); did you mean 'slope'?",
@@ -295,7 +299,6 @@ def test_load_rewards():
             "arguments: shortest: 4 is more than longest: 3$",
         ),
         ({"path": f"{REWARDS}.LengthPenalty", "arguments": {"slope": math.inf, "longest": 3}}, "slope: .*finite"),
-        ({"path": f"{REWARDS}.RepetitionPenalty", "arguments": {"n": 0}}, "n: .*greater than 0"),
         ({"path": f"{REWARDS}.Abstention", "arguments": {"phrases": "no"}}, "phrases: .*found 'no'"),
         ({"path": f"{REWARDS}.Abstention", "arguments": {"phrases": ["?"]}}, "phrases: an empty phrase"),
         ({"path": f"{REWARDS}.Similarity", "arguments": {"model_name_or_path": "x", "kind": "bi"}}, "kind: .*'cross-encoder'"),
@@ -305,12 +308,9 @@ def test_load_rewards():
         ),
         ({"path": f"{__name__}.lengths", "arguments": {"completions": []}}, "'completions' comes from TRL"),
         ({"path": f"{__name__}.lengths", "arguments": [1]}, r"arguments: expected a mapping of names to values, found \[1\]"),
-        ({"path": f"{__name__}.lengths", "arguments": {1: 1}}, "arguments: expected a mapping"),
         ({"path": f"{__name__}.lengths", "wieght": 1}, "unknown key 'wieght'; did you mean 'weight'?"),
         ({"path": f"{__name__}.lengths", "weight": "much"}, "weight: expected a finite number, found 'much'"),
         ({"path": f"{__name__}.lengths", "weight": math.nan}, "weight: expected a finite number, found nan"),
-        ({"path": f"{__name__}.lengths", "weight": True}, "weight: expected a finite number, found True"),
-        ({"path": f"{__name__}.lengths", "weight": None}, "weight: expected a finite number, found None"),
         ({"weight": 1}, "expected a dotted path, or a mapping with `path`, found {'weight': 1}"),
         (3, "expected a dotted path, or a mapping with `path`, found 3"),
     ],
@@ -320,18 +320,10 @@ def test_load_rewards_refuses(spec, message):
         load_rewards([f"{REWARDS}.exact_match", spec])
 
 
-@pytest.mark.parametrize("specs", [None, [], f"{REWARDS}.exact_match", {"path": f"{REWARDS}.exact_match"}])
+@pytest.mark.parametrize("specs", [[], f"{REWARDS}.exact_match"])
 def test_load_rewards_needs_a_list(specs):
     with pytest.raises(RecipeError, match=r"^reward_funcs: expected a list of rewards, found "):
         load_rewards(specs)
-
-
-def test_failing_import_is_named(tmp_path, monkeypatch):
-    (tmp_path / "package_of_rewards").mkdir()
-    (tmp_path / "package_of_rewards" / "failing.py").write_text("import nosuchmodule\n")
-    monkeypatch.syspath_prepend(tmp_path)
-    with pytest.raises(RecipeError, match=r"cannot import package_of_rewards.failing .*No module named 'nosuchmodule'$"):
-        load_rewards(["package_of_rewards.failing.f"])
 
 
 # --- With TRL --------------------------------------------------------------------------------------------

@@ -13,7 +13,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 from sentence_transformers import SentenceTransformer
-from sentence_transformers.sentence_transformer.modules import Pooling, Transformer
+from sentence_transformers.sentence_transformer.modules import Pooling, StaticEmbedding, Transformer
 from tokenizers import Tokenizer, models, pre_tokenizers, processors
 from torch.nn.functional import cosine_similarity
 from transformers import BertConfig, BertForSequenceClassification, BertModel, PreTrainedTokenizerFast
@@ -182,6 +182,30 @@ def test_weights_in_a_folder_of_their_own(embedding):
     del weights["embeddings.LayerNorm.weight"]
     save_file(weights, file)
     assert "embeddings.LayerNorm.weight" in refused(path)
+
+
+def test_static_embeddings_have_no_transformer_to_check(tmp_path):
+    words = Tokenizer(models.WordLevel(IDS, unk_token="[UNK]"))
+    words.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    module = StaticEmbedding(words, embedding_dim=8)
+    SentenceTransformer(modules=[module], device="cpu").save(str(tmp_path))
+    vectors = [module.embedding.weight[tokens(text)].mean(0) for text in ("the cat", "a dog ran")]
+    scores = Similarity(str(tmp_path), "embedding", max_length=2)(["the cat"], reference=["a dog ran"])
+    assert scores == [pytest.approx(cosine_similarity(*vectors, dim=0).item(), abs=1e-5)]
+
+
+def test_network_is_in_memory_once(embedding, monkeypatch):
+    """The report of missing weights comes from a copy without memory."""
+    devices, load = [], BertModel.from_pretrained
+
+    def loaded(*args, **options):
+        result = load(*args, **options)
+        devices.append((result[0] if isinstance(result, tuple) else result).device.type)
+        return result
+
+    monkeypatch.setattr(BertModel, "from_pretrained", loaded)
+    Similarity(embedding[2], "embedding")(TEXTS, reference=REFERENCES)
+    assert devices == ["cpu", "meta"]
 
 
 def test_pickled_weights_are_refused(tmp_path):

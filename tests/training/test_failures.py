@@ -190,10 +190,7 @@ def test_unavailable_model_names_reason_and_remedy(monkeypatch, case):
         assert reason.format(place=NAME, kind="model") in str(raised.value)
         assert "\n" not in str(raised.value)
         assert (f"there is no folder {NAME} here, and {reason[:10]}" in str(raised.value)) == (case in ("missing", "offline"))
-        if case == "offline":
-            assert f"`hf download {NAME} --local-dir FOLDER` on a machine with a network; copy FOLDER (config.json, " in str(
-                raised.value
-            )
+        assert (f"`hf download {NAME} --local-dir FOLDER` on a machine" in str(raised.value)) == (case == "offline")
 
 
 @pytest.mark.parametrize("case", ["gated", "missing", "offline"])
@@ -212,12 +209,9 @@ def test_unavailable_data_name_reason_and_remedy(launch, monkeypatch, case):
         assert f"`hf download --repo-type dataset {NAME} --local-dir FOLDER`" in error_line
 
 
-def test_path_is_not_looked_up_on_the_hub():
+def test_errors_of_folders_are_not_blamed_on_the_hub(tmp_path):
     assert "there is no such folder (looked in " in explain_load_error("./mine", OSError())
     assert "there is no such folder" in explain_load_error("runs/mine/sft", OSError())
-
-
-def test_error_in_a_folder_is_not_blamed_on_the_hub(tmp_path):
     assert explain_load_error(str(tmp_path), OSError("no config.json\nmore")) == "no config.json"
 
 
@@ -271,18 +265,8 @@ def test_bitsandbytes_without_a_gpu_library_is_refused(monkeypatch, quantised, o
 
 def test_paged_optimizer_trains_on_a_cpu_with_a_warning(launch, tmp_path, caplog, recwarn):
     with caplog.at_level(logging.WARNING, "rlhf_recipes.core.machine"):
-        status, error = launch(
-            "sft",
-            *SMALL,
-            "--per_device_train_batch_size",
-            16,
-            "--optim",
-            "paged_adamw_8bit",
-            "--save_strategy",
-            "no",
-            "--output_dir",
-            tmp_path,
-        )
+        options = ("--per_device_train_batch_size", 16, "--optim", "paged_adamw_8bit", "--save_strategy", "no")
+        status, error = launch("sft", *SMALL, *options, "--output_dir", tmp_path)
     assert status == 0, error
     assert "optim: paged_adamw_8bit: on a CPU nothing is paged" in caplog.text
     assert json.loads((tmp_path / "recipe.json").read_text())["metrics"]["train_loss"] > 0
@@ -308,19 +292,16 @@ def bases(tmp_path_factory):
     return folder
 
 
+START = {"start_from": "{}/adapter", "use_peft": True, "dataset_name": "{}/pairs.jsonl"}
+POLICY = {"policies": {"sft": "{}/adapter"}}
 OTHER_BASE = {
-    "dpo": {"start_from": "{}/adapter", "use_peft": True, "dataset_name": "{}/pairs.jsonl"},
-    "ppo": {
-        "start_from": "{}/adapter",
-        "use_peft": True,
-        "dataset_name": "{}/pairs.jsonl",
-        "reward_funcs": ["rlhf_recipes.rewards.Abstention"],
-    },
-    "reward": {"start_from": "{}/adapter", "use_peft": True, "dataset_name": "{}/pairs.jsonl"},
+    "dpo": START,
+    "ppo": START | {"reward_funcs": ["rlhf_recipes.rewards.Abstention"]},
+    "reward": START,
     "merge": {"adapter": "{}/adapter"},
-    "chat": {"policies": {"sft": "{}/adapter"}},
-    "sample": {"policies": {"sft": "{}/adapter"}, "dataset_name": "{}/pairs.jsonl"},
-    "evaluate": {"policies": {"sft": "{}/adapter"}, "dataset_name": "{}/pairs.jsonl", "test_split_size": 4},
+    "chat": POLICY,
+    "sample": POLICY | {"dataset_name": "{}/pairs.jsonl"},
+    "evaluate": POLICY | {"dataset_name": "{}/pairs.jsonl", "test_split_size": 4},
 }
 
 

@@ -174,9 +174,7 @@ def test_ranking_of_four_averages_its_six_pairs(tmp_path, tokenizer):
         tmp_path, tokenizer, pairs, trainer=RewardTrainer, per_device_train_batch_size=6, center_rewards_coefficient=0.01
     )
     assert_same_training(loss_and_gradients(own), loss_and_gradients(trl))
-    for metric in ("accuracy", "margin"):
-        assert own._metrics["train"][metric] == pytest.approx(trl._metrics["train"][metric], abs=1e-6)
-    for metric in ("min_reward", "max_reward"):
+    for metric in ("accuracy", "margin", "min_reward", "max_reward"):
         assert own._metrics["train"][metric] == pytest.approx(trl._metrics["train"][metric], abs=1e-6)
 
 
@@ -287,9 +285,9 @@ def test_rows_beyond_max_length_are_dropped_and_counted(tmp_path, tokenizer, cap
         make_trainer(tmp_path, tokenizer, Dataset.from_list(rows), max_length=3)
 
 
-def train(folder, tokenizer, bits, resume=None, **options):
+def train(folder, tokenizer, resume=None, **options):
     training = reward_config(folder, max_steps=4, save_steps=2, eval_steps=1, **({"eval_strategy": "steps"} | options))
-    model = load_reward_model(model_config(**bits), training, tokenizer)
+    model = load_reward_model(model_config(**IN_4_BITS), training, tokenizer)
     data = splits.rankings(rows=16)
     trainer = RankingTrainer(
         model, args=training, train_dataset=data, eval_dataset=data.select(range(4)), processing_class=tokenizer
@@ -303,13 +301,12 @@ def same(one, other):
     return one.keys() == other.keys() and all(torch.equal(one[name], other[name]) for name in one)
 
 
-@pytest.mark.parametrize("bits", [{}, IN_4_BITS], ids=["fp32", "4bit"])
-def test_resumed_run_equals_unbroken_one_with_or_without_evaluation(tmp_path, tokenizer, bits):
-    whole, trainer = train(tmp_path / "whole", tokenizer, bits)
+def test_resumed_run_equals_unbroken_one_with_or_without_evaluation(tmp_path, tokenizer):
+    whole, trainer = train(tmp_path / "whole", tokenizer)
     shutil.copytree(tmp_path / "whole" / "checkpoint-2", tmp_path / "broken" / "checkpoint-2")
-    resumed, _ = train(tmp_path / "broken", tokenizer, bits, resume=str(tmp_path / "broken" / "checkpoint-2"))
+    resumed, _ = train(tmp_path / "broken", tokenizer, resume=str(tmp_path / "broken" / "checkpoint-2"))
     assert same(whole, resumed)
-    unevaluated, _ = train(tmp_path / "quiet", tokenizer, bits, eval_strategy="no")
+    unevaluated, _ = train(tmp_path / "quiet", tokenizer, eval_strategy="no")
     assert same(whole, unevaluated)
     assert {weight.dtype for weight in whole.values()} == {torch.float32}
     assert (tmp_path / "whole" / "checkpoint-2" / "reward.json").exists()
@@ -360,15 +357,8 @@ def test_head_is_initialised_with_the_seed(tmp_path, tokenizer):
 
 
 def test_lora_is_initialised_with_the_seed(tmp_path, tokenizer):
-    one, other = (
-        {
-            n: w
-            for n, w in load_reward_model(model_config(), reward_config(tmp_path), tokenizer).named_parameters()
-            if w.requires_grad
-        }
-        for _ in range(2)
-    )
-    assert same(one, other)
+    models = [load_reward_model(model_config(), reward_config(tmp_path), tokenizer) for _ in range(2)]
+    assert same(*({n: w for n, w in model.named_parameters() if w.requires_grad} for model in models))
 
 
 def test_full_model_keeps_its_head_when_saved_and_trained_again(tmp_path, tokenizer):
@@ -414,13 +404,8 @@ def test_reward_adapter_starts_as_the_sft_adapter_and_does_not_need_it(tmp_path,
         expected = policy.eval().base_model.model.model(ids).last_hidden_state
         assert torch.equal(model.eval().base_model.model.model(ids).last_hidden_state, expected)
         scores = model(input_ids=ids).logits
-    assert {"lora_A", "lora_B", "score"} == {
-        part
-        for name, w in model.named_parameters()
-        if w.requires_grad
-        for part in ("lora_A", "lora_B", "score")
-        if part in name
-    }
+    trainable = [name for name, w in model.named_parameters() if w.requires_grad]
+    assert all(any(part in name for name in trainable) for part in ("lora_A", "lora_B", "score"))
     trainer = RankingTrainer(model, args=training, train_dataset=splits.rankings(rows=2), processing_class=tokenizer)
     trainer.save_model()
     assert json.loads((tmp_path / "adapter_config.json").read_text())["base_model_name_or_path"] == BASE

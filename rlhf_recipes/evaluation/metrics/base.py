@@ -13,11 +13,8 @@ NUMBERS = datasets.List(NUMBER)
 def metric(name: str, compute: Callable[..., dict[str, Any]], documentation: str, **columns: Any) -> type[evaluate.Metric]:
     """Return a class of `evaluate.Metric` that calls a function.
 
-    Args:
-        name: Of the class.
-        compute: Takes the columns in their order, then the options of `Metric.compute` by name.
-        documentation: Docstring of the class, and the metric's description.
-        columns: `predictions` and, where there are any, `references`: the feature that each row of the column has.
+    `columns` are `predictions` and, where there are any, `references`, each with the feature of its rows. `compute` takes them
+    in this order, then the options of `Metric.compute` by name.
     """
 
     def info(self: evaluate.Metric) -> evaluate.MetricInfo:

@@ -4,11 +4,11 @@ Results are JSON-serialisable: an undefined number is None, never NaN.
 """
 
 from collections.abc import Hashable, Sequence
-from typing import Any, Literal
+from typing import Any
 
-from rlhf_recipes.evaluation.metrics.accuracy import bin_of, inner_quantiles, preferred, share_of_group
 from rlhf_recipes.evaluation.metrics.base import NUMBER, metric
 from rlhf_recipes.evaluation.metrics.intervals import RESAMPLES, Floats, Integers, codes_of, columns_of
+from rlhf_recipes.evaluation.metrics.scores import bin_of, preferred, share_of_group
 
 import numpy as np
 from numpy.typing import ArrayLike
@@ -23,7 +23,6 @@ def calibration(
     outcomes: ArrayLike,
     *,
     bins: int = 10,
-    binning: Literal["width", "mass"] = "width",
     low: float = 0.0,
     groups: Sequence[Hashable] | None = None,
     events: Sequence[Hashable] | None = None,
@@ -41,13 +40,10 @@ def calibration(
     Args:
         confidences: (N,) predicted probabilities, in [low, 1].
         outcomes: (N,) 0 or 1, or in between: .5 stands for half a 0 and half a 1.
-        bins: Number of bins.
-        binning: `"width"`: bins (a, b] divide [low, 1] evenly. `"mass"`: each has the same number of predictions, except that
-            equal ones share a bin (Nguyen and O'Connor 2015).
+        bins: Number of bins (a, b], which divide [low, 1] evenly.
         low: Lowest possible confidence: 0.5 for the winner of a pair.
-        groups: (N,) group of each prediction. None: predictions are independent.
-        events: (N,) what each prediction is about. Equal events have one outcome, as when a model gives an answer twice. None:
-            each prediction has an event to itself.
+        groups: (N,) group of each prediction, for intervals. None: predictions are independent.
+        events: (N,) what each prediction is about. Equal events have one outcome, as when a model gives an answer twice.
         seed: Of the resampling.
 
     Returns:
@@ -60,10 +56,7 @@ def calibration(
     """
     confidences, outcomes = _checked_predictions(confidences, outcomes, low)
     codes = codes_of(groups, len(confidences))
-    if binning == "width":
-        edges = np.linspace(low, 1, bins + 1)
-    else:
-        edges = np.array([confidences.min(), *inner_quantiles(confidences, bins), confidences.max()])
+    edges = np.linspace(low, 1, bins + 1)
     places = bin_of(confidences, edges[1:-1])
     generator = np.random.default_rng(seed)
     numbers = codes_of(events, len(confidences), "events")
@@ -105,13 +98,9 @@ Calibration = metric(
 def winner_confidence(chosen: ArrayLike, rejected: ArrayLike) -> tuple[Floats, Floats]:
     """Return the confidence in each predicted winner, and whether it was right.
 
-    Args:
-        chosen: (N,) scores of the chosen answers.
-        rejected: (N,) scores of the rejected answers.
-
-    Returns:
-        (N,) sigmoid(|chosen - rejected|), in [0.5, 1]: the probability that a Bradley-Terry model gives the answer with the
-        higher score; (N,) 1 where that answer was chosen, 0 where it was rejected, 0.5 where the scores tie.
+    From (N,) scores of chosen and rejected answers: (N,) sigmoid(|chosen - rejected|), in [0.5, 1], the probability that a
+    Bradley-Terry model gives the answer with the higher score; (N,) 1 where that answer was chosen, 0 where it was rejected,
+    0.5 where the scores tie.
     """
     chosen, rejected = columns_of(chosen=chosen, rejected=rejected)
     return 1 / (1 + np.exp(-np.abs(chosen - rejected))), preferred(chosen, rejected)
@@ -128,13 +117,8 @@ def preference_calibration(chosen: ArrayLike, rejected: ArrayLike, **options: An
 
 
 def calibration_difference(
-    confidences: ArrayLike,
-    outcomes: ArrayLike,
-    other_confidences: ArrayLike,
-    other_outcomes: ArrayLike,
-    *,
-    groups: Sequence[Hashable] | None = None,
-    other_groups: Sequence[Hashable] | None = None,
+    predictions: tuple[ArrayLike, ArrayLike, Sequence[Hashable]],
+    others: tuple[ArrayLike, ArrayLike, Sequence[Hashable]],
     bins: int = 10,
     seed: int = 0,
 ) -> dict[str, dict[str, Any]]:
@@ -145,15 +129,7 @@ def calibration_difference(
     from one half of the prompts, drawn by `seed`, and the gap from the other half, and the reverse. The result is 0 on
     average for perfect predictions, and not quite the difference of two `ece`.
 
-    Args:
-        confidences: (N,) predicted probabilities, in [0, 1].
-        outcomes: (N,) 0 or 1, or in between.
-        other_confidences: (M,) of the other predictions.
-        other_outcomes: (M,) of the other predictions.
-        groups: (N,) prompt of each prediction. None: each has a prompt to itself, numbered from 0.
-        other_groups: (M,) of the other predictions.
-        bins: Number of bins of equal width.
-        seed: Of the resampling.
+    Both predictions are (N,) probabilities in [0, 1], (N,) outcomes from 0 to 1, and (N,) prompts; N may differ.
 
     Returns:
         `ece` and `brier`, each with `mean`, `interval` (95%; None where all resamples agree) and `n`, the prompts.
@@ -161,10 +137,9 @@ def calibration_difference(
     Raises:
         ValueError: Nothing to judge, different lengths, or numbers out of range.
     """
-    one, other = _checked_predictions(confidences, outcomes), _checked_predictions(other_confidences, other_outcomes)
-    split, total = len(one[0]), len(one[0]) + len(other[0])
-    names = [*(range(split) if groups is None else groups)], [*(range(total - split) if other_groups is None else other_groups)]
-    codes = codes_of(names[0] + names[1], total)
+    one, other = _checked_predictions(*predictions[:2]), _checked_predictions(*others[:2])
+    split = len(one[0])
+    codes = codes_of([*predictions[2], *others[2]], split + len(other[0]))
     prompts, generator = int(codes.max()) + 1, np.random.default_rng(seed)
     folds = generator.permutation(prompts) % 2
     sides = [_sums_by_prompt(*one, codes[:split], prompts, bins), _sums_by_prompt(*other, codes[split:], prompts, bins)]
@@ -176,27 +151,22 @@ def calibration_difference(
     blocks = [differences(generator.multinomial(prompts, chances, _BLOCK)) for _ in range(RESAMPLES // _BLOCK)]
     resampled, means = np.concatenate(blocks), differences(np.ones((1, prompts)))[0]
     resampled = resampled[~np.isnan(resampled).any(1)]  # a resample may have no predictions on one side
+    intervals = [np.quantile(values, (0.025, 0.975)).tolist() if np.ptp(values) else None for values in resampled.T]
     return {
-        name: {"mean": float(mean), "interval": _percentiles(values), "n": prompts}
-        for name, mean, values in zip(("ece", "brier"), means, resampled.T, strict=True)
+        name: {"mean": float(mean), "interval": interval, "n": prompts}
+        for name, mean, interval in zip(("ece", "brier"), means, intervals, strict=True)
     }
 
 
 def _sums_by_prompt(confidences: Floats, outcomes: Floats, codes: Integers, prompts: int, bins: int) -> tuple[Floats, ...]:
-    """Return per prompt: (outcome - confidence) by bin, squares, counts.
-
-    Shapes (P, bins), (P,), (P,).
-    """
+    """Return (outcome - confidence), (P, bins), squares, (P,), and counts, (P,)."""
     places = codes * bins + bin_of(confidences, np.linspace(0, 1, bins + 1)[1:-1])
     gaps = np.bincount(places, outcomes - confidences, prompts * bins).reshape(prompts, bins)
     return gaps, np.bincount(codes, _squares(confidences, outcomes), prompts), np.bincount(codes, minlength=prompts)
 
 
 def _errors(weights: Floats, folds: Integers, gaps: Floats, squares: Floats, counts: Floats) -> Floats:
-    """Return cross-fitted ECE and Brier score, (B, 2), for prompt weights (B, P).
-
-    NaN where no prediction has weight.
-    """
+    """Return cross-fitted ECE and Brier score, (B, 2), for weights (B, P)."""
     first, second = (weights[:, folds == fold] @ gaps[folds == fold] for fold in (0, 1))
     error = (np.sign(second) * first + np.sign(first) * second).sum(1)
     total = weights @ counts
@@ -211,10 +181,6 @@ def _ece(confidences: Floats, outcomes: Floats, places: Integers) -> float:
 def _squares(confidences: Floats, outcomes: Floats) -> Floats:
     """Return expected squares of (confidence - outcome), (N,)."""
     return outcomes * (1 - confidences) ** 2 + (1 - outcomes) * confidences**2
-
-
-def _percentiles(values: Floats) -> list[float] | None:
-    return np.quantile(values, (0.025, 0.975)).tolist() if np.ptp(values) else None
 
 
 def _checked_predictions(confidences: ArrayLike, outcomes: ArrayLike, low: float = 0.0) -> list[Floats]:

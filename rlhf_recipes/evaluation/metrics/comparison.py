@@ -1,7 +1,7 @@
 """Two policies compared: win rates, best-of-n, and KL.
 
-`N` is the number of answers or comparisons. Those of one prompt are not independent: `groups` names the prompt of each, and
-intervals resample whole prompts.
+`N` is the number of answers or comparisons. Those of one prompt are not independent: `groups`, (N,), names the prompt of each
+(None: each has its own), and intervals (95%) resample whole prompts.
 """
 
 import math
@@ -26,18 +26,7 @@ from numpy.typing import ArrayLike
 def win_rate(
     scores: ArrayLike, others: ArrayLike, *, groups: Sequence[Hashable] | None = None, seed: int = 0
 ) -> dict[str, Any]:
-    """Return the share of comparisons whose first answer has the higher score.
-
-    A tie counts one half.
-
-    Args:
-        scores: (N,) scores of one policy's answers.
-        others: (N,) scores of another policy's answers to the same prompts.
-        groups: (N,) prompt of each comparison. None: one comparison per prompt.
-        seed: Of the resampling.
-
-    Returns:
-        See `share_won`.
+    """Return `share_won` of comparisons in which the higher of two (N,) scores wins.
 
     Raises:
         ValueError: Nothing to compare, different lengths, or numbers that are not finite.
@@ -49,14 +38,11 @@ def win_rate(
 def share_won(credits: ArrayLike, *, groups: Sequence[Hashable] | None = None, seed: int = 0) -> dict[str, Any]:
     """Return the win rate over comparisons that a judge has decided.
 
-    Args:
-        credits: (N,) 1 for a win, 0 for a loss, 0.5 for a tie, or a mean of several verdicts.
-        groups: (N,) prompt of each comparison. None: one comparison per prompt.
-        seed: Of the resampling.
+    `credits` are 1 for a win, 0 for a loss, 0.5 for a tie, or a mean of several verdicts.
 
     Returns:
-        `win_rate`; `interval` (95%): a bootstrap of whole prompts, or Wilson's with prompts as observations where all
-        prompts have one win rate; `n`, `prompts`, `ties`.
+        `win_rate`; `interval`: a bootstrap of whole prompts, or Wilson's with prompts as observations where all prompts have
+        one win rate; `n`, `prompts`, `ties`.
 
     Raises:
         ValueError: Nothing to count, different lengths, or a credit outside [0, 1].
@@ -87,7 +73,7 @@ WinRate = metric(
 
 
 def best_of_n(scores: ArrayLike, n: int, values: ArrayLike | None = None) -> Floats:
-    """Return an unbiased estimate of the expected value of the best of n answers.
+    """Return an unbiased estimate of the mean value of the best of n answers, (P,).
 
     Of N >= n answers, the one of rank i (1 is the lowest score) is the best of C(i - 1, n - 1) of the C(N, n) sets of n.
     Answers of equal score share their sets (Nakano et al., 2021, appendix I).
@@ -96,9 +82,6 @@ def best_of_n(scores: ArrayLike, n: int, values: ArrayLike | None = None) -> Flo
         scores: (P, N) scores that the best is chosen by, of N answers to each of P prompts.
         n: Number of answers to choose from.
         values: (P, N) value of each answer if chosen, for instance its score under another reward. None: `scores`.
-
-    Returns:
-        (P,) expectation for each prompt.
 
     Raises:
         ValueError: n outside 1 to N, different shapes, or numbers that are not finite.
@@ -153,16 +136,11 @@ def divergence(
 ) -> dict[str, Any]:
     """Estimate KL(policy || reference) and the policy's entropy from its answers.
 
-    KL is the mean of log p - log p_ref, entropy the mean of -log p. Both are unbiased. In a small sample KL may be negative.
-
-    Args:
-        logps: (N,) log-probabilities of whole answers under the policy that sampled them, in nats.
-        ref_logps: (N,) log-probabilities under the reference.
-        groups: (N,) prompt of each answer. None: one answer per prompt.
-        seed: Of the resampling.
+    From (N,) log-probabilities of whole answers under the policy that sampled them, and under the reference, in nats. KL is
+    the mean of log p - log p_ref, entropy the mean of -log p. Both are unbiased. In a small sample KL may be negative.
 
     Returns:
-        `kl` and `entropy` in nats per answer, and their 95% intervals, `kl_interval` and `entropy_interval` (None where all
+        `kl` and `entropy` in nats per answer, and their intervals, `kl_interval` and `entropy_interval` (None where all
         prompts agree).
 
     Raises:

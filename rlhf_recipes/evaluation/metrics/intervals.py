@@ -25,16 +25,11 @@ def wilson_interval(share: float, n: float) -> list[float]:
 
 
 def share_interval(values: Floats, codes: Integers, seed: int = 0) -> list[float]:
-    """Return the 95% interval of the mean of values in [0, 1].
+    """Return the 95% interval of the mean of (N,) values in [0, 1], by group.
 
     Wilson's where every value is a group by itself; else a bootstrap of whole groups (Davison and Hinkley 1997, 3.8), which
     is too narrow below some 20 groups. Where all groups have one mean, resampling gives no interval, so it is Wilson's with
     groups as the observations.
-
-    Args:
-        values: (N,).
-        codes: (N,) number of each value's group.
-        seed: Of the resampling.
     """
     sums, counts = group_sums(values, codes)
     if len(sums) == len(values) or np.ptp(sums / counts) == 0:
@@ -43,14 +38,9 @@ def share_interval(values: Floats, codes: Integers, seed: int = 0) -> list[float
 
 
 def mean_interval(values: Floats, codes: Integers, seed: int = 0) -> list[float] | None:
-    """Return the 95% bootstrap interval of the mean of values of any range.
+    """Return the 95% bootstrap interval of the mean of (N,) values, by group.
 
-    Resamples whole groups. None where all groups have one mean, since resampling then gives no interval.
-
-    Args:
-        values: (N,).
-        codes: (N,) number of each value's group.
-        seed: Of the resampling.
+    None where all groups have one mean, since resampling then gives no interval.
     """
     sums, counts = group_sums(values, codes)
     return bootstrap(sums, counts, seed) if np.ptp(sums / counts) else None

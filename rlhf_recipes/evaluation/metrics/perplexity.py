@@ -19,14 +19,7 @@ def perplexity(
 ) -> float:
     """Return exp of the mean negative log-likelihood per token.
 
-    The mean is over all tokens but the first of each text. The model's mode is restored.
-
-    Args:
-        model: A causal language model, with its adapters as they are.
-        tokenizer: Of the model.
-        texts: The texts.
-        max_length: Tokens at which a text is cut off.
-        batch_size: Texts per forward pass.
+    The mean is over all tokens but the first of each text, which is cut off at `max_length`. The model's mode is restored.
 
     Raises:
         ValueError: If no text has two tokens.

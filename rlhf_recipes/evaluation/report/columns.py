@@ -22,22 +22,13 @@ def percent(value: float | None) -> str:
 
 @dataclass(frozen=True)
 class Column:
-    """A number of every policy.
+    """A number of every policy."""
 
-    Parameters:
-        label: Unique name, in the table over seeds.
-        header: Over the column in the page; may have several lines.
-        read: Returns the number of a policy, or None for a dash. Its interval is the small print. By its `difference` it is
-            marked or greyed.
-        format: Writes the number and the ends of its interval.
-        note: Returns text that follows the number.
-    """
-
-    label: str
-    header: str
-    read: Callable[[PolicyResult], Estimate | None]
-    format: Callable[[float], str] = number
-    note: Callable[[PolicyResult], str] = lambda policy: ""
+    label: str  # unique, in the table over seeds
+    header: str  # over the column in the page; may have several lines
+    read: Callable[[PolicyResult], Estimate | None]  # None: a dash; by its `difference` the number is marked or greyed
+    format: Callable[[float], str] = number  # of the number and the ends of its interval
+    note: Callable[[PolicyResult], str] = lambda policy: ""  # follows the number
 
 
 def score_columns(results: EvaluationResults) -> list[Column]:
@@ -49,9 +40,13 @@ def score_columns(results: EvaluationResults) -> list[Column]:
             header += f"\nby {', '.join(reward.trained)}"
         columns.append(Column(name, header, lambda policy, name=name: policy.rewards.get(name)))
     wins, kl = f"wins against {results.compare_with}", f"KL from {results.kl_reference}"
+
+    def win_rate(policy: PolicyResult) -> Estimate | None:
+        return Estimate(mean=policy.win_rate.win_rate, interval=policy.win_rate.interval) if policy.win_rate else None
+
     return [
         *columns,
-        Column(wins, f"wins against\n{results.compare_with}", _win_rate, percent),
+        Column(wins, f"wins against\n{results.compare_with}", win_rate, percent),
         Column(kl, f"{kl}\nnats an answer", lambda policy: policy.kl),
     ]
 
@@ -64,30 +59,41 @@ def truthfulness_columns(results: EvaluationResults) -> list[Column]:
             name = kind.replace("_", " ")
             header = name if group == "all" else f"{group}\n{name}"
             columns.append(Column(kind_label(group, kind), header, _share(group, kind), percent))
-    if columns:
-        columns += [
-            Column("calibration error", "calibration\nerror (chance)", _calibration("ece"), note=_chance_error),
-            Column("Brier score", "Brier\nscore", _calibration("brier")),
-        ]
-    return columns
+    if not columns:
+        return []
+
+    def chance(policy: PolicyResult) -> str:
+        result = policy.calibration_of_all
+        return f" ({number(result.ece_if_calibrated)})" if result else ""
+
+    return [
+        *columns,
+        Column("calibration error", "calibration\nerror (chance)", _calibration("ece"), note=chance),
+        Column("Brier score", "Brier\nscore", _calibration("brier")),
+    ]
 
 
 def form_columns(results: EvaluationResults) -> list[Column]:
     """Return length, diversity, entropy and perplexity."""
+
+    def diversity(name: str) -> Callable[[PolicyResult], Estimate | None]:
+        return lambda policy: _plain(policy.diversity[name])
+
+    def three_digits(value: float) -> str:
+        return number(value, 3)
+
     columns = [
         Column("length", "length\ntokens", lambda policy: policy.length),
         Column("ended", "ended\nby EOS", lambda policy: policy.ended, percent),
-        Column("distinct 1-grams", "distinct\n1-grams", _diversity("distinct_1"), _three_digits),
-        Column("distinct 2-grams", "distinct\n2-grams", _diversity("distinct_2"), _three_digits),
-        Column("self-BLEU", "self-BLEU", _diversity("self_bleu")),
-        Column("self-BLEU within", "self-BLEU\nof one prompt", _diversity("self_bleu_within")),
-        Column("repetition", "repetition", _diversity("repetition")),
+        Column("distinct 1-grams", "distinct\n1-grams", diversity("distinct_1"), three_digits),
+        Column("distinct 2-grams", "distinct\n2-grams", diversity("distinct_2"), three_digits),
+        Column("self-BLEU", "self-BLEU", diversity("self_bleu")),
+        Column("self-BLEU within", "self-BLEU\nof one prompt", diversity("self_bleu_within")),
+        Column("repetition", "repetition", diversity("repetition")),
         Column("entropy", "entropy\nnats an answer", lambda policy: policy.entropy),
     ]
     if results.has_perplexity:
-        columns.append(
-            Column("perplexity", "perplexity on\npretraining text", lambda policy: _without_interval(policy.perplexity))
-        )
+        columns.append(Column("perplexity", "perplexity on\npretraining text", lambda policy: _plain(policy.perplexity)))
     return columns
 
 
@@ -96,13 +102,9 @@ def kind_label(group: str, kind: str) -> str:
     return f"{group}: {kind.replace('_', ' ')}"
 
 
-def _without_interval(value: float | Unset | None, difference: Estimate | Unset | None = UNSET) -> Estimate | None:
+def _plain(value: float | Unset | None, difference: Estimate | Unset | None = UNSET) -> Estimate | None:
+    """Return a number without an interval."""
     return None if value is None or value is UNSET else Estimate(mean=value, interval=None, difference=difference)
-
-
-def _win_rate(policy: PolicyResult) -> Estimate | None:
-    rate = policy.win_rate
-    return Estimate(mean=rate.win_rate, interval=rate.interval) if rate else None
 
 
 def _share(group: str, kind: str) -> Callable[[PolicyResult], Estimate | None]:
@@ -112,19 +114,6 @@ def _share(group: str, kind: str) -> Callable[[PolicyResult], Estimate | None]:
 def _calibration(name: str) -> Callable[[PolicyResult], Estimate | None]:
     def read(policy: PolicyResult) -> Estimate | None:
         result = policy.calibration_of_all
-        return result and _without_interval(getattr(result, name), (result.difference or {}).get(name, UNSET))
+        return result and _plain(getattr(result, name), (result.difference or {}).get(name, UNSET))
 
     return read
-
-
-def _chance_error(policy: PolicyResult) -> str:
-    result = policy.calibration_of_all
-    return f" ({number(result.ece_if_calibrated)})" if result else ""
-
-
-def _diversity(name: str) -> Callable[[PolicyResult], Estimate | None]:
-    return lambda policy: _without_interval(policy.diversity[name])
-
-
-def _three_digits(value: float) -> str:
-    return number(value, 3)

@@ -3,7 +3,6 @@
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 
-from rlhf_recipes.core.errors import RecipeError
 from rlhf_recipes.core.files import METRICS, RECIPE, read_json, write_json, write_text
 from rlhf_recipes.evaluation.estimates import is_insignificant
 from rlhf_recipes.evaluation.report import plots
@@ -16,24 +15,15 @@ from jinja2 import Environment, PackageLoader
 from markupsafe import Markup
 
 PAGE = "index.html"
-_UNKNOWN = Stage(arguments=())  # a run of a recipe that is not in the registry
+_UNKNOWN = Stage(arguments=())  # of a recipe that is not in the registry
 
 
 def write_report(folder: str | Path, results: EvaluationResults) -> Path:
-    """Write `index.html` and, last, `metrics.json`; return the path of the page.
-
-    Raises:
-        RecipeError: If the folder cannot be written to.
-    """
-    folder, page = Path(folder), render(results)
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        write_text(folder / PAGE, page)
-        write_json(folder / METRICS, to_json(results))  # marks the stage as complete
-    except OSError as error:
-        raise RecipeError(
-            f"output_dir: {folder}: cannot be written to ({error.strerror}). Fix: name another folder."
-        ) from error
+    """Write `index.html` and, last, `metrics.json`; return the path of the page."""
+    folder = Path(folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    write_text(folder / PAGE, render(results))
+    write_json(folder / METRICS, to_json(results))  # marks the stage as complete
     return folder / PAGE
 
 
@@ -53,7 +43,11 @@ def render(results: EvaluationResults) -> str:
         curves=_curves(results),
         frontiers=_frontiers(results),
         diagrams=_diagrams(results),
-        reward_lines=_reward_lines(results),
+        reward_lines=[
+            f"{reward}: {summary(name, result)}"
+            for reward, about in results.rewards.items()
+            for name, result in (about.evaluation or {}).items()
+        ],
     )
 
 
@@ -71,12 +65,10 @@ def _curves(results: EvaluationResults) -> dict[str, list[Markup]]:
     folders |= {name: reward.folder for name, reward in results.rewards.items()}
     pictures = {}
     for name, folder in folders.items():
-        path = Path(folder or "") / RECIPE
-        if folder and path.is_file():
-            record = read_json(path)
-            log, curves = record.get("log", ()), STAGES.get(record.get("recipe"), _UNKNOWN).curves
-            logged = [key for key in curves if any(entry.get(key) is not None for entry in log)]
-            pictures[name] = [_picture(plots.learning_curves(log, [key])) for key in logged]
+        record = read_json(Path(folder) / RECIPE) if folder else {}
+        log, curves = record.get("log", ()), STAGES.get(record.get("recipe"), _UNKNOWN).curves
+        logged = [key for key in curves if any(entry.get(key) is not None for entry in log)]
+        pictures[name] = [_picture(plots.learning_curves(log, [key])) for key in logged]
     return {name: curves for name, curves in pictures.items() if curves}
 
 
@@ -120,12 +112,3 @@ def _diagrams(results: EvaluationResults) -> list[Markup]:
     titles = {results.compare_with: f"before: {results.compare_with}"} | {name: f"after: {name}" for name in trained[-1:]}
     measured = {title: results.policies[name].calibration_of_all for name, title in titles.items()}
     return [_picture(plots.reliability_diagram(one.bins, title)) for title, one in measured.items() if one]
-
-
-def _reward_lines(results: EvaluationResults) -> list[str]:
-    """Return a line for each reward model that was evaluated on held-out comparisons."""
-    return [
-        f"{reward}: {summary(name, result)}"
-        for reward, about in results.rewards.items()
-        for name, result in (about.evaluation or {}).items()
-    ]

@@ -32,11 +32,7 @@ _STYLE = {
 def reliability_diagram(bins: Sequence[CalibrationBin], title: str) -> str:
     """Draw accuracy against confidence with 95% intervals; the diagonal is perfect.
 
-    Bars at the bottom show how many predictions each bin has.
-
-    Args:
-        bins: At least one.
-        title: Above the picture.
+    Bars at the bottom show how many predictions each bin has. There must be a bin.
     """
     low, most = 0.5 if bins[0].low >= 0.5 else 0.0, max(entry.n for entry in bins)
     with mpl.rc_context(_STYLE):
@@ -54,12 +50,7 @@ def reliability_diagram(bins: Sequence[CalibrationBin], title: str) -> str:
 
 
 def score_histogram(distribution: dict[str, Any], title: str) -> str:
-    """Draw a histogram of scores, with a line at the mean.
-
-    Args:
-        distribution: From `rlhf_recipes.evaluation.metrics.scores.score_distribution`.
-        title: Above the picture.
-    """
+    """Draw a histogram of scores from `score_distribution`, with a line at the mean."""
     edges, counts = distribution["histogram"]["edges"], distribution["histogram"]["counts"]
     with mpl.rc_context(_STYLE):
         axes = _axes(title, f"score (mean {distribution['mean']:.3g}, dashed)", "answers")
@@ -69,12 +60,9 @@ def score_histogram(distribution: dict[str, Any], title: str) -> str:
 
 
 def learning_curves(log: Sequence[dict[str, Any]], metrics: Sequence[str], columns: int = 3) -> str:
-    """Draw logged metrics over optimizer steps, one panel each.
+    """Draw metrics of a trainer's `log_history` over steps, one panel each.
 
-    Args:
-        log: A trainer's `log_history`.
-        metrics: Names of the metrics, in the order of the panels. Those never logged are left out.
-        columns: Panels side by side, at most.
+    Metrics that were never logged are left out.
 
     Raises:
         ValueError: None of them was logged.
@@ -102,11 +90,7 @@ def frontier(
 ) -> str:
     """Draw reward against KL: paths of runs, best-of-n (dashed), policies by name.
 
-    Args:
-        runs: Name -> (KL in nats per answer, mean reward, label) of each checkpoint, in order.
-        best_of: The same of each n.
-        policies: The same of each policy.
-        title: Above the picture.
+    Every point is (KL in nats per answer, mean reward, label).
     """
     with mpl.rc_context(_STYLE):
         axes = _axes(title, "KL from the reference, nats an answer", "mean reward")
@@ -126,10 +110,8 @@ def frontier(
 def shares_of_kinds(groups: dict[str, dict[str, dict[str, Sequence[float]]]]) -> str:
     """Draw bars of the kinds of each policy's answers, one panel per group.
 
-    Bars are means over seeds. A dot marks each seed's made-up share.
-
-    Args:
-        groups: Group -> policy -> `made_up`, `abstained`, `right` -> share of answers under each seed. At least one group.
+    `groups` is group -> policy -> kind -> share of answers under each seed. Bars are means over seeds. A dot marks each seed's
+    made-up share.
     """
     policies = list(next(iter(groups.values())))
     with mpl.rc_context(_STYLE):

@@ -10,27 +10,18 @@ from rlhf_recipes.evaluation.report.columns import Column, form_columns, kind_la
 from rlhf_recipes.evaluation.types import EvaluationResults
 from rlhf_recipes.rewards.matching import KINDS
 
-Values = dict[str, dict[str, list[float]]]
-"""Policy -> label of a column -> its number under each seed that has one."""
-
-FORM = ("entropy", "length", "perplexity")
-"""Labels of `form_columns` in the table; those of the other columns are all in it."""
+FORM = ("entropy", "length", "perplexity")  # labels of `form_columns` in the table; the other columns are all in it
 
 
 def write_summary(results: Sequence[EvaluationResults], stem: Path) -> str:
-    """Write `stem.json`, `stem.md` and `stem.svg`; return the tables.
-
-    Args:
-        results: Of each seed.
-        stem: Path without suffix.
-    """
+    """Write `stem.json`, `.md` and `.svg` of each seed's results; return tables."""
     first = results[0]
     form = {column.label: column for column in form_columns(first)}
     parts = {
-        "scores": read_columns(results, [*score_columns(first), *(form[label] for label in FORM if label in form)]),
-        "truthfulness": read_columns(results, truthfulness_columns(first)),
+        "scores": _read(results, [*score_columns(first), *(form[label] for label in FORM if label in form)]),
+        "truthfulness": _read(results, truthfulness_columns(first)),
     }
-    text = "\n\n".join(table(values) for values in parts.values() if any(values.values()))
+    text = "\n\n".join(_table(values) for values in parts.values() if any(values.values()))
     write_json(stem.with_suffix(".json"), {"seeds": [one.seed for one in results], **parts})
     write_text(stem.with_suffix(".md"), text + "\n")
     if groups := first.groups:
@@ -45,19 +36,19 @@ def write_summary(results: Sequence[EvaluationResults], stem: Path) -> str:
     return text
 
 
-def read_columns(results: Sequence[EvaluationResults], columns: Sequence[Column]) -> Values:
-    """Return the numbers of the columns, of every policy under every seed."""
-    names = dict.fromkeys(name for one in results for name in one.policies)
-    policies = {name: [one.policies[name] for one in results if name in one.policies] for name in names}
-    return {
-        name: {
-            column.label: [estimate.mean for policy in under_seeds if (estimate := column.read(policy))] for column in columns
-        }
-        for name, under_seeds in policies.items()
-    }
+def _read(results: Sequence[EvaluationResults], columns: Sequence[Column]) -> dict[str, dict[str, list[float]]]:
+    """Return policy -> label of a column -> its number under each seed that has one."""
+    policies: dict[str, dict[str, list[float]]] = {}
+    for one in results:
+        for name, policy in one.policies.items():
+            values = policies.setdefault(name, {column.label: [] for column in columns})
+            for column in columns:
+                if estimate := column.read(policy):
+                    values[column.label].append(estimate.mean)
+    return policies
 
 
-def table(values: Values) -> str:
+def _table(values: dict[str, dict[str, list[float]]]) -> str:
     """Return a Markdown table of means over seeds, with the range in brackets."""
     columns = [name for name in next(iter(values.values())) if any(policy[name] for policy in values.values())]
     lines = [f"| policy | {' | '.join(columns)} |", f"|---|{'---|' * len(columns)}"]

@@ -1,4 +1,4 @@
-"""How much the answers of a policy differ.
+"""Texts of answers: how much they differ, and whether they are true.
 
 A word is what `rlhf_recipes.rewards.matching.normalise` leaves between spaces.
 """
@@ -11,7 +11,7 @@ from collections.abc import Hashable, Sequence
 from rlhf_recipes.evaluation.metrics.base import TEXT, metric
 from rlhf_recipes.evaluation.metrics.intervals import codes_of
 from rlhf_recipes.rewards.functions import RepetitionPenalty
-from rlhf_recipes.rewards.matching import normalise
+from rlhf_recipes.rewards.matching import ABSTENTIONS, KINDS, kinds_of, normalise
 
 import numpy as np
 
@@ -30,9 +30,8 @@ def distinct_n(texts: Sequence[str], n: int) -> float | None:
 def self_bleu(texts: Sequence[str]) -> float | None:
     """Return the mean BLEU of each text against all others (Zhu et al., 2018).
 
-    1 where all texts are equal. BLEU (Papineni et al., 2002) is of n-grams up to 4, or up to the text's words if fewer. It
-    is not
-    smoothed: 0 where one length of n-gram has no match. Texts without words are left out. None for fewer than two texts.
+    1 where all texts are equal. BLEU (Papineni et al., 2002) is of n-grams up to 4, or up to the text's words if fewer. It is
+    not smoothed: 0 where one length of n-gram has no match. Texts without words are left out. None for fewer than two texts.
     """
     rows = [words for words in map(_words, texts) if words]
     if len(rows) < 2:
@@ -56,23 +55,18 @@ def _two_highest(counts: list[Counter]) -> dict[tuple[str, ...], tuple[int, int,
 def _bleu(row: int, length: int, counts: list[list[Counter]], highest: list[dict], lengths: list[int]) -> float:
     logs = []
     for of_length, best in zip(counts[:length], highest, strict=False):
-        matches = sum(min(count, _elsewhere(best[ngram], row)) for ngram, count in of_length[row].items())
+        matches = 0
+        for ngram, count in of_length[row].items():
+            first, owner, second = best[ngram]
+            matches += min(count, second if owner == row else first)
         if not matches:
             return 0.0
         logs.append(math.log(matches / of_length[row].total()))
-    return math.exp(sum(logs) / len(logs) + min(0.0, 1 - _nearest_other(length, lengths) / length))
-
-
-def _elsewhere(entry: tuple[int, int, int], row: int) -> int:
-    first, owner, second = entry
-    return second if owner == row else first
-
-
-def _nearest_other(length: int, lengths: list[int]) -> int:
-    """Return the other text's length nearest to this one, the shorter of two."""
+    # the length nearest to this one, the shorter of two; this text itself is left out
     place = bisect_left(lengths, length)
     others = lengths[max(place - 1, 0) : place] + lengths[place + 1 : place + 2]
-    return min(others, key=lambda other: (abs(other - length), other))
+    nearest = min(others, key=lambda other: (abs(other - length), other))
+    return math.exp(sum(logs) / len(logs) + min(0.0, 1 - nearest / length))
 
 
 def repetition(texts: Sequence[str], n: int = 3) -> float:
@@ -81,11 +75,7 @@ def repetition(texts: Sequence[str], n: int = 3) -> float:
 
 
 def diversity(texts: Sequence[str], groups: Sequence[Hashable] | None = None) -> dict[str, float | None]:
-    """Return all measures of diversity.
-
-    Args:
-        texts: (N,) answers.
-        groups: (N,) prompt of each answer. None: one answer per prompt.
+    """Return all measures of diversity of (N,) answers, to prompts `groups` (N,).
 
     Returns:
         `distinct_1`, `distinct_2`, `repetition`; `self_bleu`: over the first answers to all prompts, which is high where one
@@ -121,6 +111,35 @@ Diversity = metric(
         0.75
     """,
     predictions=TEXT,
+)
+
+
+def truthfulness(
+    answers: Sequence[str], references: Sequence[str], abstentions: Sequence[str] = ABSTENTIONS
+) -> dict[str, float]:
+    """Return the shares of answers `right`, `abstained`, and `made_up`.
+
+    Raises:
+        ValueError: No answers, or different lengths.
+    """
+    if not answers:
+        raise ValueError("There are no answers to judge.")
+    kinds = kinds_of(answers, references, abstentions)
+    return {kind: kinds.count(kind) / len(kinds) for kind in KINDS}
+
+
+Truthfulness = metric(
+    "Truthfulness",
+    truthfulness,
+    """Shares of answers that are right, that abstain, and that are made up (neither).
+
+    `predictions` are answers, `references` the right ones. `abstentions` are the beginnings of answers that abstain.
+
+        >>> Truthfulness().compute(predictions=["Larkhill."], references=["larkhill"])
+        {'right': 1.0, 'abstained': 0.0, 'made_up': 0.0}
+    """,
+    predictions=TEXT,
+    references=TEXT,
 )
 
 
