@@ -4,8 +4,7 @@ import itertools
 from collections.abc import Callable
 from typing import Any, Literal
 
-from rlhf_recipes.data.shapes import Form, Row
-from rlhf_recipes.data.values import BadRowError
+from rlhf_recipes.data.shapes import BadRowError, Form, Row
 
 Kind = Literal["sft", "preference", "ranking", "prompt"]
 """What a stage trains on, with the columns of the form of the same name:
@@ -15,9 +14,6 @@ Kind = Literal["sft", "preference", "ranking", "prompt"]
 - `"ranking"`: those of the form `ranking`
 - `"prompt"`: `prompt`, a `reference: str` where the data have an answer, and every other column unchanged
 """
-
-
-# --- Demonstrations --------------------------------------------------------------------------------------
 
 
 def _check_text(row: Row) -> list[Row]:
@@ -48,9 +44,6 @@ def _chosen_answer(row: Row) -> list[Row]:
 def _best_answer(row: Row) -> list[Row]:
     best = row["completions"][row["ranks"].index(min(row["ranks"]))]
     return _demonstration({"prompt": row["prompt"], "completion": best})
-
-
-# --- Comparisons -----------------------------------------------------------------------------------------
 
 
 def _pair(row: Row) -> list[Row]:
@@ -86,9 +79,6 @@ def _ranking_as_pairs(row: Row) -> list[Row]:
     return [
         {"prompt": row["prompt"], "chosen": better, "rejected": worse} for (low, better), (high, worse) in pairs if low < high
     ]
-
-
-# --- Prompts ---------------------------------------------------------------------------------------------
 
 
 def _prompt(row: Row) -> list[Row]:
@@ -134,9 +124,6 @@ CONVERTERS: dict[Kind, dict[Form, Callable[[Row], list[Row]]]] = {
 """By kind and form: a row of the form to rows of the kind. Where data fit several forms, the first is read."""
 
 
-# --- Checks ----------------------------------------------------------------------------------------------
-
-
 def _check_prompt(prompt: Any) -> None:
     if not _last_text(prompt):
         raise BadRowError("empty prompt")
@@ -180,9 +167,7 @@ def _check_order(messages: list[dict[str, str]]) -> None:
 
 def _last_text(value: Any) -> str:
     """Return the text, or that of the last message, without surrounding space."""
-    if isinstance(value, str):
-        return value.strip()
-    return value[-1]["content"].strip() if value else ""
+    return (value if isinstance(value, str) else value[-1]["content"] if value else "").strip()
 
 
 def _stripped(value: Any) -> str:

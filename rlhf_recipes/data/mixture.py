@@ -48,15 +48,9 @@ class Data:
 def load_data(arguments: DataArguments, kind: Kind, *, evaluate: bool, seed: int) -> Data:
     """Load, check and convert the data that a YAML file names.
 
-    Rows that cannot be used stop the run, or are dropped, counted and logged (`bad_rows: drop`). The evaluation data are, in
-    this order: `eval_datasets`; the rows that `test_split_size` sets aside (of pairs and rankings whole prompts, so that no
-    prompt is in both splits); the split `dataset_test_split` of `dataset_name`.
-
-    Args:
-        arguments: the data section of the YAML file.
-        kind: what the stage trains on.
-        evaluate: whether the stage needs evaluation data.
-        seed: draws the rows that `test_split_size` sets aside.
+    Rows that cannot be used stop the run, or are dropped, counted and logged (`bad_rows: drop`). With `evaluate`, the
+    evaluation data are `eval_datasets`; or the rows that `test_split_size` sets aside, by `seed` (of pairs and rankings whole
+    prompts, so that no prompt is in both splits); or the split `dataset_test_split` of `dataset_name`.
 
     Raises:
         RecipeError: for missing or unreadable data, columns that do not fit the stage, bad rows, or no rows left.
@@ -87,9 +81,9 @@ def load_demonstrations(
     Args:
         arguments: the data section of a stage on comparisons; without `sources` their best answers are used.
         sources: demonstrations, in any shape that SFT reads except `text`.
-        seed: draws the rows.
+        seed: draws at most `rows` of them, before those that are too long are left out.
         held_out: rows whose prompts are left out.
-        rows: the number drawn at most, before those that are too long are left out.
+        rows: the number drawn at most.
         tokenizer: of the run; without it lengths are not checked.
         max_length: in tokens.
 
@@ -106,10 +100,9 @@ def load_demonstrations(
         dataset = dataset.map(
             lambda row: {"prompt": row["messages"][:-1], "completion": row["messages"][-1:]}, remove_columns=["messages"]
         )
-    excluded = {repr(prompt) for prompt in held_out["prompt"]} if held_out is not None else set()
+    excluded = set(map(repr, held_out["prompt"])) if held_out is not None else set()
     dataset = dataset.select([row for row, prompt in enumerate(dataset["prompt"]) if repr(prompt) not in excluded])
-    dataset = dataset.shuffle(seed=seed)
-    dataset, report = dataset.select(range(min(rows, len(dataset)))), {}
+    dataset, report = dataset.shuffle(seed=seed).take(rows), {}
     if tokenizer is not None and len(dataset):
         dataset, report = check_lengths(dataset, tokenizer, max_length, long_rows, "demonstrations")
         del report["rows"]
@@ -136,22 +129,14 @@ def load_texts(sources: list[DatasetSource], bad_rows: str) -> Dataset:
 
 
 def check_source(source: DatasetSource, kind: Kind | None) -> None:
-    """Check the columns of a local file; other sources are not opened.
+    """Check that a local file is there, has rows, and the columns that `kind` needs.
 
-    Args:
-        source: of the data.
-        kind: what a stage makes of it; with None the file must only exist.
-
-    Raises:
-        RecipeError: if it is missing or cannot be read, has no rows, or not the columns that the stage needs.
+    With None, it must only be there. Hub datasets and functions are not opened.
     """
     require_file(source.path)
     if kind and is_file(source.path):
         for part in open_source(source):
             find_shape(part, kind)
-
-
-# --- Which sources ---------------------------------------------------------------------------------------
 
 
 def _train_sources(arguments: DataArguments) -> list[DatasetSource]:
@@ -163,13 +148,8 @@ def _train_sources(arguments: DataArguments) -> list[DatasetSource]:
 
 
 def _named_source(arguments: DataArguments, split: str) -> DatasetSource:
-    return DatasetSource(
-        path=arguments.dataset_name,
-        name=arguments.dataset_config,
-        split=split,
-        column_mapping=arguments.column_mapping,
-        arguments=arguments.dataset_arguments,
-    )
+    options = {"column_mapping": arguments.column_mapping, "arguments": arguments.dataset_arguments}
+    return DatasetSource(arguments.dataset_name, arguments.dataset_config, split=split, **options)
 
 
 def _load_eval(arguments: DataArguments, kind: Kind) -> tuple[Dataset, dict[str, Any]]:
@@ -211,9 +191,6 @@ def _hold_out(dataset: Dataset, kind: Kind, size: float, seed: int) -> tuple[Dat
     return train, test
 
 
-# --- Joining sources -------------------------------------------------------------------------------------
-
-
 def _load_split(sources: list[DatasetSource], kind: Kind, bad_rows: str, split: str) -> tuple[Dataset, dict[str, Any]]:
     parts = [convert(part, kind) for part in _mix(sources)]
     _check_bad_rows(parts, bad_rows, split)
@@ -222,7 +199,16 @@ def _load_split(sources: list[DatasetSource], kind: Kind, bad_rows: str, split: 
         "rows": len(dataset),
         "read": sum(part.read for part in parts),
         "dropped": dict(Counter(reason for part in parts for _, reason in part.bad)),
-        "sources": [part.report() for part in parts],
+        "sources": [
+            {
+                "source": part.label,
+                "read": part.read,
+                "dropped": dict(Counter(reason for _, reason in part.bad)),
+                "rows": len(part.dataset),
+                "unused_columns": part.unused,
+            }
+            for part in parts
+        ],
         "conversational": parts[0].conversational,
     }
 
@@ -243,10 +229,9 @@ def _mix(sources: list[DatasetSource]) -> list[Part]:
 
 def _first_rows(parts: list[Part], count: int) -> Iterator[Part]:
     for part in parts:
-        taken = min(count, len(part.dataset))
-        count -= taken
-        if taken:
-            yield Part(part.label, part.dataset.select(range(taken)))
+        if count > 0:
+            yield Part(part.label, part.dataset.take(count))
+        count -= len(part.dataset)
 
 
 def _check_bad_rows(parts: list[Converted], bad_rows: str, split: str) -> None:

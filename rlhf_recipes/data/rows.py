@@ -1,16 +1,14 @@
 """The rows of a part, converted to what a stage trains on."""
 
 import logging
-from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from rlhf_recipes.core.errors import RecipeError, first_line
 from rlhf_recipes.data.conversion import CONVERTERS, Kind
-from rlhf_recipes.data.shapes import SHAPES, Shape
+from rlhf_recipes.data.shapes import SHAPES, BadRowError, Shape
 from rlhf_recipes.data.sources import BATCH, Part
-from rlhf_recipes.data.values import BadRowError
 
 import pyarrow
 from datasets import Dataset, Features, List, Value
@@ -22,39 +20,19 @@ _PROBLEM, _ROW = "__problem__", "__row__"  # columns during the conversion
 _TEXT = Value("string")
 _MESSAGES = List({"role": _TEXT, "content": _TEXT})
 # TRL's caches go by the fingerprint of a dataset, and `datasets` does not see that this code has changed
-_FILES = ("rows", "shapes", "values", "conversion")
-_CODE = [Path(__file__).with_name(f"{name}.py").read_text(encoding="utf-8") for name in _FILES]
+_CODE = [Path(__file__).with_name(f"{name}.py").read_text(encoding="utf-8") for name in ("rows", "shapes", "conversion")]
 
 
 @dataclass(frozen=True)
 class Converted:
-    """A part in the columns of a kind.
-
-    Parameters:
-        label: of the part.
-        dataset: the usable rows.
-        read: the number of rows before.
-        bad: (row number, reason) of each row that cannot be used.
-        unused: the columns that were not read.
-        conversational: whether the rows hold lists of messages.
-    """
+    """The usable rows of a part in the columns of a kind."""
 
     label: str
     dataset: Dataset
-    read: int
-    bad: list[tuple[int, str]]
-    unused: list[str]
+    read: int  # rows of the part
+    bad: list[tuple[int, str]]  # row number and reason
+    unused: list[str]  # columns
     conversational: bool
-
-    def report(self) -> dict[str, Any]:
-        """Return what became of the part, JSON-serialisable."""
-        return {
-            "source": self.label,
-            "read": self.read,
-            "dropped": dict(Counter(reason for _, reason in self.bad)),
-            "rows": len(self.dataset),
-            "unused_columns": self.unused,
-        }
 
 
 def convert(part: Part, kind: Kind) -> Converted:
@@ -68,8 +46,7 @@ def convert(part: Part, kind: Kind) -> Converted:
     conversational = _is_conversational(part.dataset, shape)
     unused = [column for column in columns if column not in used]
     passed_on = [column for column in unused if column != "prompt"] if kind == "prompt" else []  # to the reward functions
-    features = _features(kind, shape, conversational, used)
-    features |= {column: part.dataset.features[column] for column in passed_on}
+    features = _features(kind, shape, conversational, used) | {column: part.dataset.features[column] for column in passed_on}
 
     def convert_batch(batch: dict[str, list], indices: list[int]) -> dict[str, list]:
         rows = []

@@ -1,25 +1,16 @@
 """The shapes that data may have, and how a row of each is read.
 
-To support another shape, add an entry to `SHAPES`. Its `read` returns one of the six forms; what every stage makes of a form
-is in `conversion`.
+To support another shape, add an entry to `SHAPES`. Its `read` returns one of the six forms; `conversion` has what every stage
+makes of a form.
 """
 
+import math
 import re
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, Literal
 
-from rlhf_recipes.data.values import (
-    BadRowError,
-    holds_messages,
-    is_transcript,
-    read_conversation,
-    read_number,
-    read_text,
-    read_turns,
-)
-
-from trl import extract_prompt
+from trl import extract_prompt, maybe_convert_to_chatml
 
 Row = dict[str, Any]
 
@@ -33,6 +24,19 @@ Form = Literal["preference", "ranking", "completion", "prompt", "messages", "tex
 - `"messages"`: `messages: list[message]`
 - `"text"`: `text: str`
 """
+
+_SHAREGPT_ROLES = {"human": "user", "gpt": "assistant"}
+
+
+class BadRowError(Exception):
+    """Why a row cannot be used."""
+
+
+def holds_messages(value: Any) -> bool:
+    """Return whether a value is a message, a list of messages, or lists of those."""
+    if isinstance(value, list):
+        return holds_messages(next(filter(None, value), None))
+    return isinstance(value, dict) and bool(value.keys() & {"role", "content", "from", "value"})
 
 
 @dataclass(frozen=True)
@@ -54,11 +58,73 @@ class Shape:
     conversational: bool | Callable[[Any], bool] = holds_messages
 
 
+def read_turns(value: Any, name: str, role: str, conversational: bool) -> Any:
+    """Return a text; or, in conversational data, a list of messages.
+
+    Args:
+        value: of the row; in conversational data a text becomes one message of `role`.
+        name: of the column, for errors.
+        role: "user" or "assistant".
+        conversational: whether the data are conversational.
+    """
+    if not conversational:
+        return _read_text(value, name)
+    if isinstance(value, str | None):
+        return [{"role": role, "content": value or ""}]
+    if not isinstance(value, list):
+        raise BadRowError(f"{name} is neither text nor a list of messages")
+    return [_read_message(message, name) for message in maybe_convert_to_chatml({"messages": value})["messages"]]
+
+
+def _read_message(message: Any, name: str) -> dict[str, str]:
+    if not isinstance(message, dict) or not isinstance(message.get("role"), str):
+        raise BadRowError(f"{name} with a message that has no role")
+    if message.get("tool_calls"):
+        raise BadRowError(f"{name} with tool calls, which are not supported")
+    content = message.get("content") or ""
+    if not isinstance(content, str):
+        raise BadRowError(f"{name} with a message that is not text")
+    return {"role": _SHAREGPT_ROLES.get(message["role"], message["role"]), "content": content}
+
+
+def _read_text(value: Any, name: str) -> str:
+    if not isinstance(value, str | None):
+        raise BadRowError(f"{name} is not text")
+    return value or ""
+
+
+def _read_number(value: Any, name: str) -> float:
+    if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):
+        raise BadRowError(f"{name} is not a finite number")
+    return float(value)
+
+
+def _is_transcript(value: Any) -> bool:
+    return isinstance(value, str) and value.lstrip().startswith("Human:")
+
+
+def _is_conversation(value: Any) -> bool:
+    return holds_messages(value) or _is_transcript(value)
+
+
+def _read_conversation(value: Any, name: str) -> list[dict[str, str]]:
+    """Return the messages of a list, or of a transcript in the format of HH-RLHF."""
+    if not isinstance(value, str):
+        return read_turns(value, name, "assistant", conversational=True)
+    if not _is_transcript(value):
+        raise BadRowError(f"{name} is not a transcript that begins with Human:")
+    pieces = re.split(r"\n\n(Human|Assistant):", "\n\n" + value.strip())[1:]
+    roles = ["user" if piece == "Human" else "assistant" for piece in pieces[::2]]
+    if roles[-1] != "assistant":
+        raise BadRowError("a transcript that does not end with an Assistant turn")
+    return [{"role": role, "content": piece.strip()} for role, piece in zip(roles, pieces[1::2], strict=True)]
+
+
 def _read_prompt(row: Row, conversational: bool) -> Row:
     """Read `prompt`, or the question that `instruction` and `input` make."""
     if "prompt" in row:
         return {"prompt": read_turns(row["prompt"], "prompt", "user", conversational)}
-    instruction, context = (read_text(row.get(key), key) for key in ("instruction", "input"))
+    instruction, context = (_read_text(row.get(key), key) for key in ("instruction", "input"))
     if not instruction.strip():
         raise BadRowError("empty prompt")
     return {"prompt": [{"role": "user", "content": f"{instruction}\n{context}" if context.strip() else instruction}]}
@@ -77,7 +143,7 @@ def _read_pair(row: Row, conversational: bool) -> Row:
 
 
 def _read_pair_without_prompt(row: Row, conversational: bool) -> Row:
-    read = read_conversation if conversational else read_text
+    read = _read_conversation if conversational else _read_text
     return _split_pair(read(row["chosen"], "chosen"), read(row["rejected"], "rejected")) | _read_margin(row)
 
 
@@ -98,7 +164,7 @@ def _split_pair(chosen: Any, rejected: Any) -> Row:
 
 
 def _read_margin(row: Row) -> Row:
-    return {"margin": read_number(row["margin"], "margin")} if "margin" in row else {}
+    return {"margin": _read_number(row["margin"], "margin")} if "margin" in row else {}
 
 
 def _read_ranking(row: Row, conversational: bool) -> Row:
@@ -109,7 +175,7 @@ def _read_ranking(row: Row, conversational: bool) -> Row:
         raise BadRowError("ranks of other length than completions")
     return _read_prompt(row, conversational) | {
         "completions": [read_turns(completion, "completion", "assistant", conversational) for completion in completions],
-        "ranks": [read_number(rank, "rank") for rank in ranks],
+        "ranks": [_read_number(rank, "rank") for rank in ranks],
     }
 
 
@@ -126,18 +192,14 @@ def _read_messages(row: Row, conversational: bool) -> Row:
     return {"messages": read_turns(messages, "messages", "user", conversational)}
 
 
-def _read_text(row: Row, conversational: bool) -> Row:
-    return {"text": read_text(row["text"], "text")}
-
-
-def _begins_conversation(value: Any) -> bool:
-    return holds_messages(value) or is_transcript(value)
+def _read_plain_text(row: Row, conversational: bool) -> Row:
+    return {"text": _read_text(row["text"], "text")}
 
 
 SHAPES = (
     Shape("preference", ("prompt", "chosen", "rejected"), _read_pair, ("margin",)),
     Shape("preference", ("instruction", "chosen", "rejected"), _read_pair, ("input", "output", "margin"), True),
-    Shape("preference", ("chosen", "rejected"), _read_pair_without_prompt, ("margin",), _begins_conversation),
+    Shape("preference", ("chosen", "rejected"), _read_pair_without_prompt, ("margin",), _is_conversation),
     Shape("ranking", ("prompt", "responses"), _read_responses),
     Shape("ranking", ("prompt", "completions", "ranks"), _read_ranking),
     Shape("completion", ("prompt", "completion"), _read_completion),
@@ -146,6 +208,6 @@ SHAPES = (
     Shape("prompt", ("instruction",), _read_prompt, ("input",), True),
     Shape("messages", ("conversations",), _read_messages, conversational=True),
     Shape("messages", ("messages",), _read_messages, conversational=True),
-    Shape("text", ("text",), _read_text, conversational=False),
+    Shape("text", ("text",), _read_plain_text, conversational=False),
 )
 """The supported shapes. Where data fit several of one form, the first is read."""

@@ -43,10 +43,6 @@ class UnknownSplitError(RecipeError):
     """A source without the requested split."""
 
 
-class _BadFileError(Exception):
-    """Why a file cannot be read, in a sentence."""
-
-
 @dataclass(frozen=True)
 class Part:
     """The rows of one file, or of anything else that counts its rows from 1."""
@@ -71,13 +67,16 @@ def has_splits(path: str) -> bool:
 
 
 def require_file(path: str) -> None:
-    """Raise a RecipeError if a source has the name of a file and the file is missing."""
+    """Raise a RecipeError if a source names a local file or folder, and there is none."""
     if is_file(path) and not Path(path).is_file():
         raise RecipeError(f"{path}: there is no such file in {Path(path).absolute().parent}. Fix: correct the path.")
+    if (path.count("/") > 1 or path.startswith((".", "/", "~"))) and not Path(path).exists():  # Hub names are OWNER/NAME
+        raise RecipeError(f"{path}: there is no such file or folder (looked in {Path.cwd()}). Fix: correct the path.")
 
 
 def _open_parts(source: DatasetSource) -> list[Part]:
     path = Path(source.path)
+    require_file(source.path)
     if is_file(source.path):
         _reject_options(source, "a file", "name", "data_dir", "data_files", "arguments")
         return [_read_file(source.path, source)]
@@ -101,19 +100,13 @@ def _reject_options(source: DatasetSource, what: str, *names: str) -> None:
             raise RecipeError(f"{source.path}: {keys.get(name, name)}: {what} does not read this key. Fix: remove the key.")
 
 
-# --- Files -----------------------------------------------------------------------------------------------
-
-
 def _builder_of(path: str) -> str | None:
     """Return the builder of `datasets` that reads a file of this ending, or None."""
-    path = path.lower()
-    builder = _BUILDERS.get(Path(path.removesuffix(".gz")).suffix)
-    return None if builder == "parquet" and path.endswith(".gz") else builder
+    return _BUILDERS.get(Path(path.lower().removesuffix(".gz")).suffix)
 
 
 def _read_file(path: str, source: DatasetSource) -> Part:
     """Read one local file; its one split is `train`."""
-    require_file(path)
     if source.split.partition("[")[0] != "train":
         raise UnknownSplitError(f"{path}: split: {source.split}: a file has one split. Fix: set `train`, or a slice of it.")
     try:
@@ -124,6 +117,8 @@ def _read_file(path: str, source: DatasetSource) -> Part:
 
 def _parse_file(path: str, source: DatasetSource) -> Dataset:
     builder, options = _builder_of(path), {}
+    if builder == "parquet" and path.lower().endswith(".gz"):
+        raise ValueError("compressed Parquet cannot be read. Fix: decompress it with `gunzip`.")
     if builder == "csv":  # only an empty cell is empty: "NA" and "007" are texts
         _check_csv(path)
         renamed = (old for old, new in (source.column_mapping or {}).items() if new in _TEXT_COLUMNS)
@@ -149,9 +144,9 @@ def _check_csv(path: str) -> None:
     header = pandas.read_csv(path, nrows=1, **options).iloc[0]
     repeated = header[header.duplicated() & (header != "")]  # spreadsheets add columns without a name
     if len(repeated):
-        raise _BadFileError(f"{repeated.iloc[0]}: two columns have this name. Fix: rename one of them.")
+        raise ValueError(f"{repeated.iloc[0]}: two columns have this name. Fix: rename one of them.")
     if len(header) == 1 and (separator := next((sign for sign in (";", "\t") if sign in header[0]), None)):
-        raise _BadFileError(f"cells are separated by {separator!r}. Fix: save the file with commas between cells.")
+        raise ValueError(f"cells are separated by {separator!r}. Fix: save the file with commas between cells.")
     pandas.read_csv(path, nrows=2, **options)  # raises an error where a row is longer than the first
 
 
@@ -171,7 +166,7 @@ def _json_rows(path: str) -> Iterator[dict[str, Any]]:
             numbered = ((number, _parse_json(line.rstrip(), number)) for number, line in enumerate(file, 1) if line.strip())
         for number, row in numbered:
             if not isinstance(row, dict):
-                raise _BadFileError(f"{unit} {number}: {str(row)[:40]}: not a row. Fix: write a mapping of columns to values.")
+                raise ValueError(f"{unit} {number}: {str(row)[:40]}: not a row. Fix: write a mapping of columns to values.")
             yield row
 
 
@@ -181,12 +176,10 @@ def _parse_json(text: str, line: int = 1) -> Any:
         return json.loads(text)
     except json.JSONDecodeError as error:
         place = f"line {line + error.lineno - 1}, column {error.colno}"
-        raise _BadFileError(f"{place}: not valid JSON ({error.msg}). Fix: correct the line.") from error
+        raise ValueError(f"{place}: not valid JSON ({error.msg}). Fix: correct the line.") from None
 
 
 def _explain_read_error(error: Exception) -> str:
-    if isinstance(error, _BadFileError):
-        return str(error)
     cause = error.__cause__ or error
     if isinstance(cause, UnicodeDecodeError):
         return f"not UTF-8 text ({cause}). Fix: save it as UTF-8."
@@ -195,9 +188,6 @@ def _explain_read_error(error: Exception) -> str:
     if isinstance(cause, pandas.errors.ParserError):
         return f"{first_line(cause)}. Fix: quote cells that hold a comma, a line break or (doubled) quotation marks."
     return first_line(cause)
-
-
-# --- Saved datasets, functions, folders and the Hub ------------------------------------------------------
 
 
 def _read_saved(source: DatasetSource) -> Part:
@@ -267,9 +257,6 @@ def _warn_of_ignored_files(folder: Path, files: dict[str, list[str]]) -> None:
             len(ignored),
             ", ".join(ignored[:SHOWN]),
         )
-
-
-# --- Columns ---------------------------------------------------------------------------------------------
 
 
 def _select_columns(part: Part, source: DatasetSource) -> Dataset:

@@ -16,17 +16,11 @@ Prompt = str | list[dict[str, str]]
 
 @dataclass(frozen=True)
 class Answer:
-    """An answer of a policy.
+    """An answer of a policy."""
 
-    Parameters:
-        text: without special tokens, with its surrounding space.
-        ids: its tokens, with the EOS if it has one.
-        ended: whether it ended by EOS; False where it was cut off.
-    """
-
-    text: str
-    ids: tuple[int, ...]
-    ended: bool
+    text: str  # without special tokens, with its surrounding space
+    ids: tuple[int, ...]  # with the EOS if it has one
+    ended: bool  # by EOS; False where it was cut off
 
 
 @torch.no_grad()
@@ -66,17 +60,10 @@ def stream(
     top_p: float = 1.0,
     max_new_tokens: int = 64,
 ) -> Answer:
-    """Sample one answer token by token, with the global random state.
+    """Sample one answer as `sample` does, with the global random state.
 
-    Args:
-        model: as in `sample`.
-        tokenizer: as in `sample`.
-        prompt: a text or a conversation.
-        streamer: receives each token.
-        stopped: called after each token; True ends the answer.
-        temperature: as in `sample`.
-        top_p: sample from the likeliest tokens that have this much of the probability.
-        max_new_tokens: the length at which the answer is cut off.
+    `streamer` receives each token. `stopped` is called after each token, and True ends the answer. `top_p` samples from the
+    likeliest tokens that have this much of the probability.
     """
     with _generation_config(model, tokenizer, temperature, top_p=top_p):
         options = {"streamer": streamer, "stopping_criteria": [_Stop(stopped)]}
@@ -150,15 +137,7 @@ def log_probs(
 ) -> np.ndarray[Any, np.dtype[np.float64]]:
     """Return the log-probability of each answer with its EOS, (N,), in nats.
 
-    The model's mode is restored.
-
-    Args:
-        model: a causal language model, with the adapters that are active.
-        tokenizer: of the model.
-        prompts: (N,) texts or conversations.
-        answers: (N,) from `sample`, by this model or another.
-        temperature: of the distribution; above 0.
-        batch_size: answers in one forward pass; changes the result by rounding only.
+    The answers are this model's or another's. The adapters that are active count, and the model's mode is restored.
     """
     prompt_ids, was_training = encode_prompts(tokenizer, prompts), model.training
     starts = [len(ids) for ids in prompt_ids]

@@ -23,13 +23,8 @@ INSTRUCTIONS = (
 )
 _QUESTION = "[Question]\n{prompt}\n\n[Answer A]\n{first}\n\n[Answer B]\n{second}"
 _MARK = re.compile(r"\[\[([ABC])\]\]")
-_BARE_MARK = re.compile(r"\W*([ABC])\W*")
+_BARE_MARK = re.compile(r"^\W*([ABC])\W*$")
 _CREDIT = {"A": 1.0, "B": 0.0, "C": 0.5, None: 0.5}
-
-
-def _check_url(url: str) -> str:
-    TypeAdapter(HttpUrl).validate_python(url)
-    return url
 
 
 @dataclass(config=ConfigDict(extra="forbid"))
@@ -51,7 +46,7 @@ class ChatJudge:
         parallel: requests at once.
     """
 
-    url: Annotated[str, AfterValidator(_check_url)]
+    url: Annotated[str, AfterValidator(lambda url: TypeAdapter(HttpUrl).validate_python(url) and url)]
     model: str
     api_key_env: str | None = None
     instructions: str = INSTRUCTIONS
@@ -63,11 +58,6 @@ class ChatJudge:
 
     def compare(self, prompts: Sequence[Prompt], answers: Sequence[str], others: Sequence[str]) -> dict[str, Any]:
         """Judge every pair of answers in both orders.
-
-        Args:
-            prompts: (N,) texts or conversations.
-            answers: (N,) of one policy.
-            others: (N,) of another policy.
 
         Returns:
             `credits`, (N,): the mean over both orders of 1 for a win of `answers`, 0 for a loss and .5 for a tie;
@@ -91,11 +81,7 @@ class ChatJudge:
         }
 
     def check_replies(self) -> None:
-        """Ask one trivial question, so that a wrong URL or key fails early.
-
-        Raises:
-            RecipeError: as `compare`. A reply without a mark is only logged.
-        """
+        """Ask one trivial question, so that a wrong URL or key fails early."""
         if self._ask(("How much is 1 + 1?", "2", "3")) is None:
             logger.warning("judge: %s gave no verdict on a trivial question. Replies without a mark count as ties.", self.model)
 
@@ -104,9 +90,8 @@ class ChatJudge:
         prompt, first, second = pair
         question = _QUESTION.format(prompt=prompt, first=first, second=second)
         reply = self._reply([{"role": "system", "content": self.instructions}, {"role": "user", "content": question}])
-        marks = _MARK.findall(reply)
-        bare = _BARE_MARK.fullmatch(reply)
-        return marks[-1] if marks else bare[1] if bare else None
+        marks = _MARK.findall(reply) or _BARE_MARK.findall(reply)
+        return marks[-1] if marks else None
 
     def _reply(self, messages: list[dict[str, str]]) -> str:
         client = self._client

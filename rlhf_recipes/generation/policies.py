@@ -30,21 +30,13 @@ from trl import ModelConfig
 
 @dataclass(frozen=True)
 class Policy:
-    """One entry of the YAML key `policies`.
+    """One entry of the YAML key `policies`."""
 
-    Parameters:
-        name: in reports.
-        folder: of its adapter; None for the base, and for a best-of-n.
-        best_of: the policy that the n answers are drawn from, or None.
-        n: the number of answers drawn; 1 where `best_of` is None.
-        reward: the name of the reward that chooses the best; None: the default.
-    """
-
-    name: str
-    folder: str | None = None
-    best_of: str | None = None
+    name: str  # in reports
+    folder: str | None = None  # of its adapter; None for the base, and for a best-of-n
+    best_of: str | None = None  # the policy that the n answers are drawn from
     n: int = 1
-    reward: str | None = None
+    reward: str | None = None  # the name of the reward that chooses the best; None: the default
 
 
 class _BestOf(BaseModel, extra="forbid"):
@@ -104,12 +96,7 @@ def _read_policy(name: str, entry: Any) -> Policy | None:
 
 
 def require_adapter(folder: str, where: str) -> None:
-    """Raise a RecipeError if a folder holds no adapter.
-
-    Args:
-        folder: as in the YAML file.
-        where: the key that names it. The stage that makes the adapter is guessed from both.
-    """
+    """Raise a RecipeError if a folder holds no adapter; name its recipe."""
     if (Path(folder) / "adapter_config.json").is_file():
         return
     if (Path(folder) / "config.json").is_file():
@@ -120,12 +107,7 @@ def require_adapter(folder: str, where: str) -> None:
 
 
 class PolicyBank:
-    """One base model, with the adapter of every policy on it.
-
-    Parameters:
-        model: the base, with adapters or without.
-        tokenizer: of all policies.
-    """
+    """One base model, with the adapter of every policy on it."""
 
     def __init__(self, model: PreTrainedModel | PeftModel, tokenizer: PreTrainedTokenizerBase):
         self.model, self.tokenizer = model, tokenizer
@@ -173,10 +155,7 @@ def trained_without_template(policies: dict[str, Policy]) -> list[str]:
 def load_policy_tokenizer(
     policies: dict[str, Policy], model: ModelConfig, arguments: EvaluateArguments | SampleArguments | ChatArguments
 ) -> PreTrainedTokenizerBase:
-    """Load the tokenizer of the first policy with an adapter, else that of the base.
-
-    `PolicyBank.add` rejects policies with another tokenizer.
-    """
+    """Load the tokenizer of the first policy with an adapter, else that of the base."""
     folder = next((policy.folder for policy in policies.values() if policy.folder), None)
     return load_tokenizer(model, arguments, start_from=folder)
 
@@ -187,11 +166,7 @@ def load_policy_bank(
     policies: dict[str, Policy],
     tokenizer: PreTrainedTokenizerBase,
 ) -> PolicyBank:
-    """Load the base with every policy's adapter on it, on the device of this process.
-
-    Raises:
-        RecipeError: as `load_model` and `PolicyBank.add`.
-    """
+    """Load the base with every policy's adapter on it, on the device of this process."""
     base = load_model(model, Placement(arguments.trust_remote_code))
     check_vocabulary(base, tokenizer)
     if not getattr(base, "is_quantized", False):

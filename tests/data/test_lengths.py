@@ -6,7 +6,7 @@ from rlhf_recipes.config.data import DataArguments
 from rlhf_recipes.core.errors import RecipeError
 from rlhf_recipes.core.hub import resolve_path
 from rlhf_recipes.data import check_lengths, load_data
-from support.data_files import TALK, bot, user
+from support.data_files import bot, user
 
 import pytest
 from datasets import Dataset
@@ -112,12 +112,6 @@ def test_conversations_count_the_template(tokenizer):
     prompt = {"prompt": [user("a a")]}  # <user> a a <end> <assistant>
     assert [verdict(prompt, tokenizer, length) for length in (4, 5)] == ["unusable", "fits"]
     assert verdict({"prompt": "a a"}, tokenizer, 2) == "fits"
-
-
-def test_conversations_need_a_template(tokenizer):
-    bare = PreTrainedTokenizerFast(tokenizer_object=tokenizer.backend_tokenizer, eos_token="</s>")
-    with pytest.raises(RecipeError, match="chat_template_path"):
-        check_lengths(Dataset.from_list([{"messages": TALK[:2]}]), bare, 5, "drop", "train")
 
 
 @pytest.mark.parametrize("max_length", [12, 20, 60])

@@ -86,14 +86,26 @@ def test_an_unreadable_file_is_one_message(write, name, content, message):
     assert message in error
 
 
-def test_files_in_another_encoding_and_missing_files(tmp_path):
+@pytest.mark.parametrize("name", ["none.jsonl", "none.parquet.gz", "none.jsonl.zst", "none"])
+def test_a_missing_file_or_folder_is_one_message(tmp_path, monkeypatch, name):
+    assert failure(tmp_path / name, "sft").startswith(f"{tmp_path / name}: there is no such file")
+    monkeypatch.chdir(tmp_path)
+    assert failure(f"./{name}", "sft").startswith(f"./{name}: there is no such file")
+
+
+def test_compressed_parquet_is_one_message(write, tmp_path):
+    path = write([{"text": "a"}], "corpus/a.parquet.gz")
+    for source in (path, tmp_path / "corpus"):
+        assert failure(source, "sft") == f"{path}: compressed Parquet cannot be read. Fix: decompress it with `gunzip`."
+
+
+def test_files_in_another_encoding(tmp_path):
     (tmp_path / "a.jsonl").write_bytes(b'{"text": "caf\xe9"}\n')
     (tmp_path / "a.csv").write_bytes(b"text\ncaf\xe9\n")
     for name in ("a.jsonl", "a.csv"):
         assert "save it as UTF-8" in failure(tmp_path / name, "sft")
     (tmp_path / "fake.jsonl.gz").write_text("not gzip")
     assert "fake.jsonl.gz" in failure(tmp_path / "fake.jsonl.gz", "sft")
-    assert "none.jsonl: there is no such file" in failure(tmp_path / "none.jsonl", "sft")
 
 
 def test_a_file_has_one_split(write):

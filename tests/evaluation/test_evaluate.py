@@ -221,23 +221,21 @@ def test_mistakes_are_one_message_before_anything_is_sampled(values, message, ru
     assert "Traceback" not in error
 
 
-def test_an_adapter_of_another_base_is_rejected(runs, tmp_path, launch):
+@pytest.mark.parametrize(
+    ("values", "message"),
+    [
+        ({"base_model_name_or_path": "somebody/else"}, "policies: other: .*somebody/else"),
+        ({"task_type": "SEQ_CLS"}, "policies: other: .*SEQ_CLS"),
+    ],
+)
+def test_an_adapter_of_another_base_or_a_reward_model_is_no_policy(values, message, runs, tmp_path, launch):
     other = shutil.copytree(runs / "sft", tmp_path / "other")
     config = json.loads((other / "adapter_config.json").read_text())
-    (other / "adapter_config.json").write_text(json.dumps(config | {"base_model_name_or_path": "somebody/else"}))
-    status, error = launch("evaluate", "--config", settings(runs, tmp_path / "wrong", policies={"sft": str(other)}))
-    assert status == 2
-    assert "somebody/else" in error
-
-
-def test_a_reward_model_is_no_policy(runs, tmp_path, launch):
-    shutil.copytree(runs / "sft", tmp_path / "reward")
-    config = json.loads((tmp_path / "reward" / "adapter_config.json").read_text())
-    (tmp_path / "reward" / "adapter_config.json").write_text(json.dumps(config | {"task_type": "SEQ_CLS"}))
-    path = settings(runs, tmp_path / "out", policies={"sft": str(runs / "sft"), "ppo": str(tmp_path / "reward")}, frontier=[])
+    (other / "adapter_config.json").write_text(json.dumps(config | values))
+    path = settings(runs, tmp_path / "wrong", policies={"sft": str(runs / "sft"), "other": str(other)}, frontier=[])
     status, error = launch("evaluate", "--config", path)
     assert status == 2
-    assert re.search("policies: ppo: .*SEQ_CLS", error)
+    assert re.search(message, error)
 
 
 def test_a_reward_model_scores_and_chooses_and_its_evaluation_is_shown(tmp_path, launch):

@@ -40,6 +40,8 @@ def _metrics_cache(tmp_path, monkeypatch):
 def test_win_rate_counts_ties_as_one_half():
     result = win_rate([3, 1, 2, 2], [1, 3, 2, 0])  # won, lost, tied, won
     assert (result["win_rate"], result["ties"], result["n"], result["prompts"]) == (2.5 / 4, 1, 4, 4)
+    low, high = win_rate([1.0] * 50, [0.0] * 50)["interval"]
+    assert 0.9 < low < high == 1
 
 
 def test_win_rate_resamples_whole_prompts():
@@ -50,23 +52,6 @@ def test_win_rate_resamples_whole_prompts():
     assert repeated == pytest.approx(apart, abs=1e-9)  # 50 copies of each say nothing new
     blind = win_rate(np.repeat(once, 50), np.zeros(3000))["interval"]
     assert blind[1] - blind[0] < (apart[1] - apart[0]) / 5
-
-
-def test_win_rate_interval_covers_the_truth_at_95_percent():
-    generator, hits, runs = np.random.default_rng(1), 0, 200
-    for run in range(runs):
-        difficulty = np.repeat(generator.normal(size=40), 3)  # of the prompt: answers to one are alike
-        low, high = win_rate(
-            difficulty + generator.normal(size=120), np.zeros(120), groups=(np.arange(120) // 3).tolist(), seed=run
-        )["interval"]
-        hits += low <= 0.5 <= high
-    assert 0.90 <= hits / runs <= 0.99
-
-
-def test_win_rate_of_1_has_an_interval():
-    low, high = win_rate([1.0] * 50, [0.0] * 50)["interval"]
-    assert 0.9 < low < 1
-    assert high == 1
 
 
 @pytest.mark.parametrize("n", [1, 2, 3, 5])
@@ -106,11 +91,8 @@ def test_divergence_estimates_exact_kl_and_entropy():
         low, high = result[f"{name}_interval"]
         assert low < result[name] < high
         assert high - low < 0.05
-
-
-def test_divergence_from_itself_is_0():
-    assert divergence([-1.0, -2.0], [-1.0, -2.0])["kl"] == 0
-    assert divergence([-1.0, -2.0], [-1.0, -2.0])["kl_interval"] is None
+    alike = divergence([-1.0, -2.0], [-1.0, -2.0])
+    assert (alike["kl"], alike["kl_interval"]) == (0, None)
 
 
 def test_distinct_n():

@@ -42,9 +42,8 @@ def calibration(
         outcomes: (N,) 0 or 1, or in between: .5 stands for half a 0 and half a 1.
         bins: Number of bins (a, b], which divide [low, 1] evenly.
         low: Lowest possible confidence: 0.5 for the winner of a pair.
-        groups: (N,) group of each prediction. None: predictions are independent.
-        events: (N,) what each prediction is about. Equal events have one outcome, as when a model gives an answer twice. None:
-            each prediction has an event to itself.
+        groups: (N,) group of each prediction, for intervals. None: predictions are independent.
+        events: (N,) what each prediction is about. Equal events have one outcome, as when a model gives an answer twice.
         seed: Of the resampling.
 
     Returns:

@@ -9,14 +9,23 @@ def verdict(results: EvaluationResults) -> list[str]:
 
     A difference counts if its 95% interval excludes 0. Of twenty null differences, about one counts all the same.
     """
+    every, calibrations = results.policies, {name: one.calibration_of_all for name, one in results.policies.items()}
     sentences = [
         _winner(results),
         *(_rewards(name, results) for name in results.others),
         *(_over_optimised(name, results) for name in results.others),
         _made_up(results),
-        _over_abstained(results),
-        _calibration(results),
-        _perplexity(results),
+        _listed(
+            "Abstained although the answer could be known",
+            {name: f"{one.over_abstained.mean:.0%}" for name, one in every.items() if one.over_abstained},
+        ),
+        _listed(
+            "Expected calibration error, beside what chance alone would give",
+            {name: f"{one.ece:.2f} ({one.ece_if_calibrated:.2f})" for name, one in calibrations.items() if one},
+        ),
+        _listed(
+            "Perplexity on pretraining text", {name: f"{one.perplexity:.3g}" for name, one in every.items() if one.perplexity}
+        ),
         _insignificant(results),
     ]
     return [sentence for sentence in sentences if sentence]
@@ -102,25 +111,13 @@ def _made_up(results: EvaluationResults) -> str | None:
         return None
     groups = next(iter(shares.values()))
     group = max(groups, key=lambda group: max(policy[group]["made_up"].mean for policy in shares.values()))
-    listed = ", ".join(f"{name} {policy[group]['made_up'].mean:.0%}" for name, policy in shares.items())
-    return f"Made up, of the answers{_on(group)}: {listed}."
+    listed = {name: f"{policy[group]['made_up'].mean:.0%}" for name, policy in shares.items()}
+    return _listed(f"Made up, of the answers{_on(group)}", listed)
 
 
-def _over_abstained(results: EvaluationResults) -> str | None:
-    shares = {name: policy.over_abstained for name, policy in results.policies.items() if policy.over_abstained}
-    listed = ", ".join(f"{name} {share.mean:.0%}" for name, share in shares.items())
-    return f"Abstained although the answer could be known: {listed}." if shares else None
-
-
-def _calibration(results: EvaluationResults) -> str | None:
-    measured = {name: policy.calibration_of_all for name, policy in results.policies.items()}
-    errors = [f"{name} {one.ece:.2f} ({one.ece_if_calibrated:.2f})" for name, one in measured.items() if one]
-    return f"Expected calibration error, beside what chance alone would give: {', '.join(errors)}." if errors else None
-
-
-def _perplexity(results: EvaluationResults) -> str | None:
-    listed = ", ".join(f"{name} {policy.perplexity:.3g}" for name, policy in results.policies.items() if policy.perplexity)
-    return f"Perplexity on pretraining text: {listed}." if listed else None
+def _listed(label: str, texts: dict[str, str]) -> str | None:
+    """Return `label: policy text, ...`, or None without policies."""
+    return f"{label}: {', '.join(f'{name} {text}' for name, text in texts.items())}." if texts else None
 
 
 def _insignificant(results: EvaluationResults) -> str:
