@@ -3,6 +3,7 @@
 import contextlib
 import itertools
 import logging
+from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -11,7 +12,7 @@ from typing import Any
 from rlhf_recipes.core.errors import RecipeError, first_line
 from rlhf_recipes.data.conversion import CONVERTERS, Kind
 from rlhf_recipes.data.shapes import SHAPES, BadRowError, Row, Shape, add_system, is_list_as_text, is_transcript, parse_list
-from rlhf_recipes.data.sources import BATCH, Part
+from rlhf_recipes.data.sources import BATCH, SHOWN, Part
 
 import pyarrow
 from datasets import Dataset, Features, Json, List, Value
@@ -139,6 +140,28 @@ def find_shape(part: Part, kind: Kind) -> Shape:
         f"{part.label}: the columns are {', '.join(columns)}, but a stage on {kind} data needs one of: {wanted}. "
         f"Fix: rename columns with `column_mapping`.{hint}"
     )
+
+
+def reject_bad_rows(bad: list[tuple[str, str]], read: int, bad_rows: str, split: str) -> None:
+    """Stop with, or log, the rows that cannot be used; stop where no row is left.
+
+    Args:
+        bad: what names the row, and why it cannot be used; a pair for each row.
+        read: the number of rows, with the usable ones.
+        bad_rows: "error" or "drop".
+        split: names the data in messages.
+    """
+    first = "; ".join(f"{row}: {reason}" for row, reason in bad[:SHOWN])
+    counts = ", ".join(f"{count} {reason}" for reason, count in Counter(reason for _, reason in bad).most_common())
+    summary = f"{len(bad)} of {read} rows of the {split} data ({counts})"
+    if len(bad) == read:
+        raise RecipeError(f"No rows are left: {summary} cannot be used. {first}" if bad else f"The {split} data have no rows.")
+    if bad and bad_rows == "error":
+        raise RecipeError(
+            f"{summary} cannot be used. {first}. Fix: correct them, or set `bad_rows: drop` to drop and count them."
+        )
+    if bad:
+        logger.warning("Dropped %s: %s%s", summary, first, "; ..." if len(bad) > SHOWN else "")
 
 
 def _is_filled(dataset: Dataset, columns: Sequence[str]) -> bool:

@@ -5,7 +5,7 @@ import json
 from rlhf_recipes.config.data import DataArguments
 from rlhf_recipes.core.errors import RecipeError
 from rlhf_recipes.core.hub import resolve_path
-from rlhf_recipes.data import check_lengths, load_data
+from rlhf_recipes.data import check_rendered, load_data
 from support.data_files import bot, user
 
 import pytest
@@ -33,9 +33,9 @@ def words(count):
 
 def test_no_limit_checks_nothing(tokenizer):
     dataset = Dataset.from_dict({"text": [words(100)]})
-    assert check_lengths(dataset, tokenizer, None, "error", "train") == (
+    assert check_rendered(dataset, "sft", tokenizer, None, "error", "train") == (
         dataset,
-        {"rows": 1, "truncated": 0, "unusable": 0, "dropped": 0},
+        {"rows": 1, "dropped": {}, "longer_than_max_length": {"truncated": 0, "unusable": 0, "dropped": 0}},
     )
 
 
@@ -59,7 +59,7 @@ def test_plain_prompts_after_training_on_conversations_are_warned_of(tmp_path, c
     (tmp_path / "pairs.csv").write_text("prompt,chosen,rejected\nWhere?,Here.,There.\n")
     arguments = DataArguments(dataset_name=str(tmp_path / "pairs.csv"), column_mapping=mapping or None)
     data = load_data(arguments, "preference", evaluate=False, seed=0)
-    data.filter_by_length(AutoTokenizer.from_pretrained(stage), 64, "truncate")
+    data.check_rendered(AutoTokenizer.from_pretrained(stage), 64, "truncate")
     assert ("was trained on conversations" in caplog.text) == warned
 
 
@@ -68,7 +68,7 @@ def test_demonstrations_in_plain_text_are_warned_of(write, tokenizer, caplog, ma
     """The fix in the message is one."""
     path = write([{"prompt": "Where?", "completion": "Here."}])
     data = load_data(DataArguments(dataset_name=str(path), column_mapping=mapping or None), "sft", evaluate=False, seed=0)
-    data.filter_by_length(tokenizer, None, "truncate")
+    data.check_rendered(tokenizer, None, "truncate")
     assert ("without the chat template" in caplog.text) == (not mapping)
 
 
@@ -77,41 +77,46 @@ def test_truncated_and_unusable_rows_are_told_apart(tokenizer, caplog):
     lengths = [(3, 5), (3, 6), (3, 7), (9, 1), (10, 1), (11, 1)]
     rows = [{"prompt": words(prompt), "completion": " " + words(completion)} for prompt, completion in lengths]
     dataset = Dataset.from_list(rows)
-    kept, report = check_lengths(dataset, tokenizer, 10, "truncate", "train")
-    assert report == {"rows": 4, "truncated": 2, "unusable": 2, "dropped": 2}
+    kept, report = check_rendered(dataset, "sft", tokenizer, 10, "truncate", "train")
+    assert report == {"rows": 4, "dropped": {}, "longer_than_max_length": {"truncated": 2, "unusable": 2, "dropped": 2}}
     assert kept.to_list() == rows[:4]
     assert "train: of 6 rows, 2 lose the end" in caplog.text
-    kept, report = check_lengths(dataset, tokenizer, 10, "drop", "train")
+    kept, report = check_rendered(dataset, "sft", tokenizer, 10, "drop", "train")
     assert kept.to_list() == rows[:2]
-    assert report["dropped"] == 4
+    assert report["longer_than_max_length"]["dropped"] == 4
     with pytest.raises(RecipeError, match=r"train: of 6 rows.*'a a a a a.*long_rows"):
-        check_lengths(dataset, tokenizer, 10, "error", "train")
+        check_rendered(dataset, "sft", tokenizer, 10, "error", "train")
     with pytest.raises(RecipeError, match="no row is left"):
-        check_lengths(dataset, tokenizer, 2, "drop", "train")
+        check_rendered(dataset, "sft", tokenizer, 2, "drop", "train")
 
 
-def verdict(row, tokenizer, max_length):
+def verdict(row, kind, tokenizer, max_length):
     """`fits`, `truncated` or `unusable`, for one row."""
     try:
-        report = check_lengths(Dataset.from_list([row]), tokenizer, max_length, "truncate", "train")[1]
+        report = check_rendered(Dataset.from_list([row]), kind, tokenizer, max_length, "truncate", "train")[1]
     except RecipeError:
         return "unusable"
-    return "truncated" if report["truncated"] else "fits"
+    return "truncated" if report["longer_than_max_length"]["truncated"] else "fits"
 
 
 def test_a_pair_cut_to_the_same_tokens_is_unusable(tokenizer):
     row = {"prompt": "a a", "chosen": " a a a b", "rejected": " a a a a"}
-    assert [verdict(row, tokenizer, length) for length in (2, 5, 6, 7)] == ["unusable", "unusable", "truncated", "fits"]
+    assert [verdict(row, "preference", tokenizer, length) for length in (2, 5, 6, 7)] == [
+        "unusable",
+        "unusable",
+        "truncated",
+        "fits",
+    ]
     ranking = {"prompt": "a a", "completions": [" a b", " b b b", " b b a"], "ranks": [0, 1, 2]}
-    assert [verdict(ranking, tokenizer, length) for length in (4, 5, 6)] == ["unusable", "truncated", "fits"]
+    assert [verdict(ranking, "ranking", tokenizer, length) for length in (4, 5, 6)] == ["unusable", "truncated", "fits"]
 
 
 def test_conversations_count_the_template(tokenizer):
     row = {"messages": [user("a a"), bot("b b b")]}  # <user> a a <end> <assistant> b b b <end>
-    assert [verdict(row, tokenizer, length) for length in (5, 6, 8, 9)] == ["unusable", "truncated", "truncated", "fits"]
+    assert [verdict(row, "sft", tokenizer, length) for length in (5, 6, 8, 9)] == ["unusable", "truncated", "truncated", "fits"]
     prompt = {"prompt": [user("a a")]}  # <user> a a <end> <assistant>
-    assert [verdict(prompt, tokenizer, length) for length in (4, 5)] == ["unusable", "fits"]
-    assert verdict({"prompt": "a a"}, tokenizer, 2) == "fits"
+    assert [verdict(prompt, "prompt", tokenizer, length) for length in (4, 5)] == ["unusable", "fits"]
+    assert verdict({"prompt": "a a"}, "prompt", tokenizer, 2) == "fits"
 
 
 @pytest.mark.parametrize("max_length", [12, 20, 60])
@@ -124,7 +129,7 @@ def test_the_shortcut_agrees_with_tokenising_everything(tokenizer, kind, max_len
     else:
         lengths = [len(tokenizer(row["text"])["input_ids"]) + 1 for row in rows]
     fitting = [row for row, length in zip(rows, lengths, strict=True) if length <= max_length]
-    assert check_lengths(Dataset.from_list(rows), tokenizer, max_length, "drop", "x")[0].to_list() == fitting
+    assert check_rendered(Dataset.from_list(rows), "sft", tokenizer, max_length, "drop", "x")[0].to_list() == fitting
 
 
 def test_short_rows_are_not_tokenised(tokenizer, monkeypatch):
@@ -133,6 +138,6 @@ def test_short_rows_are_not_tokenised(tokenizer, monkeypatch):
 
     monkeypatch.setattr(PreTrainedTokenizerFast, "_encode_plus", refuse)
     short = Dataset.from_list([{"text": words(10)}])
-    assert check_lengths(short, tokenizer, 100, "error", "train")[0] is short
+    assert check_rendered(short, "sft", tokenizer, 100, "error", "train")[0] is short
     with pytest.raises(AssertionError, match="tokenised"):
-        check_lengths(Dataset.from_list([{"text": words(60)}]), tokenizer, 100, "error", "train")
+        check_rendered(Dataset.from_list([{"text": words(60)}]), "sft", tokenizer, 100, "error", "train")
