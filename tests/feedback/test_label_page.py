@@ -336,6 +336,26 @@ def test_hostile_text_is_shown_as_text(serve, visit):
     assert "secret" not in page.content()
 
 
+def test_code_and_other_scripts_are_readable_and_unchanged(open_page):
+    code, cut_off = "So:\n\n```python\nfor x in y:\n    pass\n```\n\nDone, `x`.", "```\na = 1"
+    answers = (code, cut_off, "\u0635\u0628\u0627\u062d", "plain ```")
+    _, page = open_page([group(1, answers)])
+    assert sorted(page.locator("#answers .text").evaluate_all("boxes => boxes.map(box => box.textContent)")) == sorted(answers)
+    assert sorted(page.locator("code").all_text_contents()) == ["```\na = 1", "```python\nfor x in y:\n    pass\n```"]
+    directions = page.locator("#answers .text").evaluate_all("boxes => boxes.map(box => getComputedStyle(box).direction)")
+    assert directions.count("rtl") == 1
+
+
+@pytest.mark.parametrize("length", [1, 300])
+def test_the_last_turn_and_the_buttons_are_in_sight(open_page, length):
+    prompt = [{"role": role, "content": f"{role} " * length} for role in ("user", "assistant")]
+    _, page = open_page([Group("g", [*prompt, {"role": "user", "content": "And now?"}], ["a", "b"])])
+    box, last = (page.locator(place).bounding_box() for place in ("#prompt", ".turn:last-child"))
+    assert box["y"] <= last["y"] <= last["y"] + last["height"] <= box["y"] + box["height"]
+    footer = page.locator("footer").bounding_box()
+    assert footer["y"] + footer["height"] == page.viewport_size["height"]
+
+
 def test_empty_answers_are_unusable_and_equal_ones_are_shown_once(open_page):
     site, page = open_page([group(1, ("a", "", "b", "a "))])
     assert sorted(shown(page)) == ["(empty: the model ended at once)", "a", "b"]
