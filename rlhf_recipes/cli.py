@@ -5,11 +5,10 @@ import sys
 from collections.abc import Iterator
 from pathlib import Path
 
-from rlhf_recipes.config.checks import TRACKERS
 from rlhf_recipes.config.current import CURRENT_RUN, CurrentRun
 from rlhf_recipes.core.errors import RecipeError, causes, failed_write, first_line, lack_of_memory
-from rlhf_recipes.memory.out_of_memory import explain_out_of_memory
-from rlhf_recipes.training.resume import newest_checkpoint
+
+# What imports PyTorch is imported where it is needed: recipes/label.py starts without it
 
 
 @contextlib.contextmanager
@@ -42,6 +41,8 @@ def exit_on_recipe_error() -> Iterator[None]:
 def _message(error: Exception, run: CurrentRun | None) -> str | None:
     """Return the message of an error that the user can fix, None for any other."""
     if exhausted := lack_of_memory(error):
+        from rlhf_recipes.memory.out_of_memory import explain_out_of_memory
+
         return ". ".join([explain_out_of_memory(exhausted, run, _when(run)), *_kept(run)])
     if isinstance(error, RecipeError):
         return str(error)
@@ -67,6 +68,8 @@ def _kept(run: CurrentRun | None, resume: str | None = None) -> list[str]:
     """
     if run is None or run.trainer is None:
         return []
+    from rlhf_recipes.training.resume import newest_checkpoint
+
     folder = Path(run.trainer.args.output_dir)
     newest = newest_checkpoint(folder)
     if newest is None:
@@ -79,6 +82,8 @@ def _kept(run: CurrentRun | None, resume: str | None = None) -> list[str]:
 
 def _tracker_complaint(error: BaseException) -> str | None:
     """Return the message of a tracker that stopped a training, or None."""
+    from rlhf_recipes.config.checks import TRACKERS
+
     for cause in causes(error):
         package = type(cause).__module__.partition(".")[0]
         if package in TRACKERS:

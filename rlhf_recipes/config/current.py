@@ -3,9 +3,10 @@
 from contextvars import ContextVar
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from transformers import Trainer
+if TYPE_CHECKING:  # recipes/label.py starts without PyTorch
+    from transformers import Trainer
 
 
 @dataclass
@@ -24,14 +25,14 @@ class CurrentRun:
     config: Path
     source: str
     values: dict[str, Any]
-    trainer: Trainer | None = None
+    trainer: "Trainer | None" = None
 
 
 CURRENT_RUN: ContextVar[CurrentRun | None] = ContextVar("current_run", default=None)
 """Set by the parser; one process may run several recipes in turn."""
 
 
-def set_trainer(trainer: Trainer | None) -> None:
+def set_trainer(trainer: "Trainer | None") -> None:
     """Make the trainer known to messages about the end of the run; None releases it."""
     if run := CURRENT_RUN.get():
         run.trainer = trainer

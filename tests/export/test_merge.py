@@ -355,14 +355,6 @@ def test_hub_base_is_in_the_metadata(tmp_path):
     assert (card.data.base_model, card.data.library_name) == ("Qwen/Qwen3-0.6B-Base", "peft")
 
 
-def test_cards_of_stages_name_their_base(launch, tmp_path):
-    options = ("--max_steps", 1, "--eval_strategy", "no", "--save_strategy", "no", "--per_device_train_batch_size", 4)
-    assert launch("sft", *options, "--dataset_arguments", '{"rows": 8}', "--output_dir", tmp_path / "sft")[0] == 0
-    text = (tmp_path / "sft" / "README.md").read_text()
-    assert "A policy: an adapter on base" in text
-    assert "None" not in text
-
-
 # --- The Hub ---------------------------------------------------------------------------------------------
 
 
@@ -418,11 +410,3 @@ def test_damaged_generation_config_is_named(merge, policy, tmp_path):
     assert status == 2
     assert f"adapter: {broken}: generation_config.json: " in error
     assert not left(output)
-
-
-def test_unreachable_hub_is_one_message_and_the_model_stays(merge, policy):
-    status, error, output = merge(policy, "--push_to_hub", "true", "--hub_model_id", "someone/mine")
-    assert status == 2
-    assert "push_to_hub: someone/mine: " in error
-    assert f"run `hf upload someone/mine {output} " in error
-    assert (output / "model.safetensors").is_file()

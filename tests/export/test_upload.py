@@ -41,7 +41,10 @@ def test_finished_result_is_uploaded_once(launch, uploads, tmp_path):
     assert str(tmp_path) not in files["recipe.json"].decode()
     assert record["recipe"] == "sft"
     assert record["arguments"]["SFTConfig"]["push_to_hub"] is True
-    assert '"me/mine"' in (output / "README.md").read_text()
+    card = (output / "README.md").read_text()
+    assert '"me/mine"' in card
+    assert "A policy: an adapter on base" in card
+    assert "None" not in card
 
 
 def test_members_of_an_ensemble_are_uploaded(launch, uploads, tmp_path, monkeypatch):

@@ -13,7 +13,7 @@ import pytest
 class Site:
     """A store with its server in this process."""
 
-    def __init__(self, path, groups, password=""):
+    def __init__(self, path, groups, password="", delay=0.2):
         self.store = Store(path, overlap=1.0)
         self.execute = self.store._database.execute
         self.execute("PRAGMA synchronous = OFF")  # faster; tests need not survive a power cut
@@ -21,7 +21,7 @@ class Site:
         self.listener = listen("127.0.0.1", 0, password)
         self.url = url_of(self.listener)
         self.port = self.listener.getsockname()[1]
-        self.server = make_server(self.store, password, names=["labels.example"], delay=0.2)
+        self.server = make_server(self.store, password, names=["labels.example"], delay=delay)
         self.thread = threading.Thread(target=self.server.run, kwargs={"sockets": [self.listener]})
         self.thread.start()
 
@@ -36,11 +36,11 @@ class Site:
 
 @pytest.fixture
 def serve(tmp_path):
-    """`serve(groups, password)` starts a site, which ends with the test."""
+    """`serve(groups, password, delay)` starts a site, which ends with the test."""
     with contextlib.ExitStack() as sites:
 
-        def start(groups, password=""):
-            site = Site(tmp_path / "labels.sqlite", groups, password)
+        def start(*options, **more):
+            site = Site(tmp_path / "labels.sqlite", *options, **more)
             sites.callback(site.close)
             return site
 

@@ -1,8 +1,10 @@
 """Labels as files: datasets, export and import; the agreement of labellers; the command line of recipes/label.py."""
 
 import json
+import os
 import socket
 import sqlite3
+import subprocess
 import sys
 import tomllib
 from pathlib import Path
@@ -136,8 +138,8 @@ def test_an_import_restores_an_export(labelled, tmp_path):
 
 def test_undo_after_an_import_follows_the_times(store, tmp_path):
     store.add([group(1), group(2)])
-    label(store, "anna", "g2", 1, 2, 3, at="2026-01-01T00:00:00.000+00:00")
-    label(store, "anna", "g1", 1, 2, 3, at="2026-01-02T00:00:00.000+00:00")
+    for identity, day in (("g2", 1), ("g1", 2)):
+        label(store, "anna", identity, 1, 2, 3, at=f"2026-01-0{day}T00:00:00.000+00:00")
     export_labels(store, tmp_path)
     with Store(tmp_path / "fresh.sqlite") as fresh:
         import_labels(fresh, tmp_path / "labels.jsonl")
@@ -284,6 +286,25 @@ def test_agreement_equals_a_count_by_hand(store):
     assert result.lines()[0].startswith("Agreement: 67% [")
 
 
+@pytest.mark.parametrize("conversational", [False, True])
+@pytest.mark.parametrize("groups_of_a_prompt", [1, 5])
+def test_agreement_resamples_prompts_however_many_groups_they_have(conversational, groups_of_a_prompt):
+    """Judgements of one prompt are alike: five groups of a prompt say no more than one."""
+    contents, prompts = [], [f"Question {number}?" for number in range(40)]
+    if conversational:
+        prompts = [[{"role": "system", "content": "Be short."}, {"role": "user", "content": prompt}] for prompt in prompts]
+    for number, prompt in enumerate(prompts):
+        for k in range(groups_of_a_prompt):
+            one = Group(f"{number}-{k}", prompt, ["a", "b"])
+            labels = [Label(one.id, "anna", [1, 2]), Label(one.id, "berta", [1, 2] if number % 4 else [2, 1])]
+            contents.append((one, labels))
+    result = agreement(contents)
+    assert (result.prompts, result.compared) == (40, 40 * groups_of_a_prompt)
+    assert result.share == pytest.approx(0.75)
+    low, high = result.interval
+    assert high - low == pytest.approx(2 * 1.96 * (0.75 * 0.25 / 40) ** 0.5, rel=0.1)
+
+
 def test_agreement_without_judgements_or_with_ties_only(store):
     store.add([group(1, ("a", "b")), group(2, ("a", "b"))])
     label(store, "anna", "g1", 1, 1)
@@ -316,6 +337,37 @@ def test_the_recipe_exports_and_imports(files, launch):
     assert launch("label", "--data", "groups.jsonl", "--agreement") == (0, "")
 
 
+LIST_IMPORTS = """
+import atexit, runpy, sys
+from rlhf_recipes.feedback.labels import server
+server.serve = lambda *_: None
+atexit.register(lambda: print("imported:", *{"torch", "transformers", "trl", "datasets"} & sys.modules.keys()))
+sys.argv.pop(0)
+runpy.run_path(sys.argv[0], run_name="__main__")
+"""
+
+
+@pytest.mark.parametrize(
+    ("options", "status"),
+    [((), 0), (("--agreement", "--export", "out"), 0), (("--overlap", "2"), 2)],
+    ids=["page", "export", "error"],
+)
+def test_the_recipe_runs_without_pytorch(files, options, status):
+    """PyTorch takes 10 seconds and half a GiB."""
+    with Store("groups.labels.sqlite") as store:
+        store.add(read_groups(Path("groups.jsonl")))
+        for name in ("anna", "berta"):
+            label(store, name, "g", 2, 1)
+    recipe = (ROOT / "recipes" / "label.py", "--data", "groups.jsonl", "--port", "0", *options)
+    environment = os.environ | {"PYTHONPATH": str(ROOT)}
+    result = subprocess.run([sys.executable, "-c", LIST_IMPORTS, *recipe], capture_output=True, text=True, env=environment)
+    assert (result.returncode, result.stdout.splitlines()[-1]) == (status, "imported:"), result.stderr
+
+
+WEAK = {"SHORT": "12345", "BLANK": " " * 8, "MOSTLY_BLANK": "  secret   ", "TABS": "\t" * 9, "INVISIBLE": "\u200b" * 8}
+WEAK |= {"WIDE_BLANK": "\u3000" * 8, "NOT_TEXT": "secretsecret\udcff"}
+
+
 @pytest.mark.parametrize(
     ("options", "message"),
     [
@@ -328,11 +380,12 @@ def test_the_recipe_exports_and_imports(files, launch):
         (["--data", "groups.jsonl", "--port", "99999"], "--port: 99999"),
         (["--data", "groups.jsonl", "--port", "-1"], "--port: -1"),
         (["--data", "groups.jsonl", "--password-env", "NONE_SUCH"], "NONE_SUCH"),
-        (["--data", "groups.jsonl", "--password-env", "SHORT"], "--password-env: the password has 5"),
+        *((["--data", "groups.jsonl", "--password-env", name], "--password-env: too weak a password") for name in WEAK),
     ],
 )
 def test_a_mistake_of_the_user_is_one_message_and_changes_nothing(files, launch, monkeypatch, options, message):
-    monkeypatch.setenv("SHORT", "12345")
+    for name, password in WEAK.items():
+        monkeypatch.setenv(name, password)
     status, error = launch("label", *options)
     assert (status, error.count("\n")) == (2, 1)
     assert error.startswith("error: ")

@@ -1,16 +1,19 @@
 """The server of the labelling page over plain HTTP: what it rejects, and what it does not reveal."""
 
+import asyncio
+import contextlib
 import http.client
 import json
 import re
-import threading
+import socket
 import time
 
 from rlhf_recipes.feedback.labels import Group
 from rlhf_recipes.feedback.labels.app import PAGE, shown_order
-from rlhf_recipes.feedback.labels.guard import MAX_BODY, SECURITY_HEADERS
+from rlhf_recipes.feedback.labels.guard import MAX_BODY, SECURITY_HEADERS, OriginGuard
 
 import pytest
+from starlette.exceptions import HTTPException
 
 GROUP = Group("g1", "Question 1?", ["one", "two", "three", "four"], [f"secret-{number}" for number in range(4)])
 
@@ -22,7 +25,7 @@ def request(site, path="/", method="GET", body=None, **headers):
     headers = {name.replace("_", "-"): value for name, value in headers.items() if value is not None}
     connection.putrequest(method, path, skip_host=True, skip_accept_encoding=True)
     content = body if isinstance(body, bytes | None) else json.dumps(body).encode()
-    if content is not None and "transfer-encoding" not in headers:
+    if content is not None:
         headers = {"content-type": "application/json", "content-length": str(len(content))} | headers
     for name, value in headers.items():
         connection.putheader(name, value)
@@ -97,7 +100,6 @@ def test_other_host_names_are_rejected(serve, host, status):
         ({"sec_fetch_site": "cross-site"}, 403),
         ({"content_type": "text/plain"}, 422),  # a form of another site can send this without a preflight request
         ({"content_type": "application/json; charset=utf-8"}, 200),
-        ({"transfer_encoding": "chunked"}, 411),
     ],
 )
 def test_requests_of_other_sites_are_rejected(serve, headers, status):
@@ -182,15 +184,93 @@ def test_ranks_are_in_the_order_shown_and_sources_stay_secret(serve):
     assert task["completions"] == shown
 
 
-def test_wrong_passwords_delay_each_other(serve):
-    site = serve([GROUP], password="correct horse")
-    start = time.monotonic()
-    guesses = [threading.Thread(target=sign_in, args=(site,), kwargs={"password": "wrong"}) for _ in range(3)]
-    for guess in guesses:
-        guess.start()
-    for guess in guesses:
-        guess.join()
-    assert time.monotonic() - start >= 3 * 0.2
+def test_a_wrong_password_waits_and_holds_no_right_one_back(serve, caplog):
+    site = serve([GROUP], password="correct horse", delay=3.0)
+    start, body = time.monotonic(), b'{"name": "eve", "password": "wrong"}'
+    head = f"POST /api/session HTTP/1.1\r\nhost: localhost\r\ncontent-type: application/json\r\ncontent-length: {len(body)}"
+    with contextlib.ExitStack() as guesses:
+        waiting = [guesses.enter_context(connect(site)) for _ in range(30)]
+        for one in waiting:
+            one.sendall(f"{head}\r\n\r\n".encode() + body)
+        assert sign_in(site, password="correct horse")[0] == 200, "one after the other, they would take 90 seconds"
+        assert all(b"401 Unauthorized" in one.recv(1000) for one in waiting)
+    assert time.monotonic() - start >= 3.0
+    assert "10 wrong passwords, the last one from 127.0.0.1" in caplog.text
+
+
+# --- What is not a request of the page ----------------------------------------------------------------------------------
+
+
+def connect(site):
+    return socket.create_connection(("127.0.0.1", site.port), timeout=20)
+
+
+def exchange(site, *parts):
+    """Send bytes until the server closes the connection; return the number sent and the reply."""
+    sent, reply = 0, b""
+    with connect(site) as connection, contextlib.suppress(ConnectionError):
+        for part in parts:
+            connection.sendall(part)
+            sent += len(part)
+        while more := connection.recv(65536):
+            reply += more
+    return sent, reply
+
+
+@pytest.mark.parametrize("method", ["POST", "GET", "DELETE"])
+@pytest.mark.parametrize("length", ["", "content-length: 2\r\n"], ids=["alone", "with a length"])
+def test_a_chunked_body_is_not_read(serve, method, length):
+    site = serve([GROUP])
+    head = f"{method} /api/session HTTP/1.1\r\nhost: localhost\r\n{length}transfer-encoding: chunked\r\n\r\n".encode()
+    _, reply = exchange(site, head)
+    assert (reply.split()[1], reply.partition(b"\r\n\r\n")[2][:10]) == (b"411", b'{"detail":')
+    chunk = b"100000\r\n" + b" " * 2**20 + b"\r\n"
+    sent, _ = exchange(site, head, *[chunk] * 64)
+    assert sent < 32 * 2**20, "what the buffers of both sockets hold"
+
+
+@pytest.mark.parametrize("length", ["9" * 20, str(MAX_BODY + 1)])
+@pytest.mark.parametrize("method", ["POST", "GET"])
+def test_a_long_body_is_refused_before_it_is_read(serve, method, length):
+    head = f"{method} / HTTP/1.1\r\nhost: localhost\r\ncontent-length: {length}\r\n\r\n"
+    assert exchange(serve([GROUP]), head.encode())[1].split()[1] == b"413"
+
+
+def test_no_more_than_the_limit_is_read_whatever_the_headers_say():
+    read = []
+
+    async def app(scope, receive, send):
+        while (message := await receive())["more_body"]:
+            read.append(len(message["body"]))
+
+    async def receive():
+        return {"type": "http.request", "body": b" " * 2**16, "more_body": True}
+
+    scope = {"type": "http", "method": "POST", "headers": [(b"host", b"localhost"), (b"content-length", b"2")]}
+    with pytest.raises(HTTPException) as caught:
+        asyncio.run(OriginGuard(app)(scope, receive, None))
+    assert caught.value.status_code == 413
+    assert sum(read) == MAX_BODY
+
+
+@pytest.mark.parametrize(
+    "body",
+    [b"[" * 100_000, b'{"name":' * 30_000, b"1" * 5000, b'{"name": -' + b"9" * 5000 + b"}", b'{"name": "\xff"}'],
+    ids=["lists", "objects", "number", "negative number", "not UTF-8"],
+)
+def test_json_that_cannot_be_read_is_one_detail(serve, body):
+    status, headers, text = request(serve([GROUP]), "/api/session", "POST", body)
+    assert (status, text, headers["x-frame-options"]) == (400, '{"detail":"body: JSON that cannot be read"}', "DENY")
+
+
+@pytest.mark.parametrize(
+    "head",
+    ["GARBAGE", "GET / HTTP/1.1", "GET / HTTP/1.1\r\nhost: a\r\ncontent-length: x", "GET / HTTP/1.1\r\nhost: a\r\nhost: b"],
+)
+def test_what_is_not_http_is_one_detail(serve, head):
+    head, _, text = exchange(serve([GROUP]), f"{head}\r\n\r\n".encode())[1].decode().partition("\r\n\r\n")
+    assert (head.split()[1], json.loads(text)) == ("400", {"detail": "Invalid HTTP request received."})
+    assert "x-frame-options: DENY" in head
 
 
 def test_the_page_loads_nothing_from_elsewhere_and_evaluates_nothing():

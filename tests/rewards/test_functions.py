@@ -4,9 +4,6 @@ import math
 import pickle
 
 from rlhf_recipes.core.errors import RecipeError
-from rlhf_recipes.core.hub import resolve_path
-from rlhf_recipes.evaluation.metrics.texts import Truthfulness
-from rlhf_recipes.models.tokenizer import load_tokenizer
 from rlhf_recipes.rewards.functions import (
     Abstention,
     LengthPenalty,
@@ -16,15 +13,12 @@ from rlhf_recipes.rewards.functions import (
     normalised_match,
 )
 from rlhf_recipes.rewards.matching import kinds_of, normalise
-from rlhf_recipes.rewards.protocol import TRL_KEYWORDS, checked_reward
+from rlhf_recipes.rewards.protocol import checked_reward
 from rlhf_recipes.rewards.reward_funcs import load_rewards
-from rlhf_recipes.tiny import splits
 
 import numpy as np
 import pytest
 import torch
-from transformers import AutoModelForCausalLM
-from trl import GRPOConfig, GRPOTrainer, ModelConfig
 from trl.trainer.utils import get_callable_name, is_async_callable
 
 BASE = "rlhf_recipes.tiny.base"
@@ -97,13 +91,6 @@ def test_abstention_reports_shares_of_rows_with_a_reference():
     # known: right, abstained, wrong, and one without a reference
     assert report(known=[True, True, False, True, None, True, False]) == pytest.approx(shares | {"abstention/over": 1 / 3})
     assert report(known=[True] * 7, truths=[None] * 7) == {}
-
-
-def test_abstention_agrees_with_the_metric():
-    completions = ["Larkhill", "I do not know.", "I do not know Larkhill", "Mossgate", "know", " larkhill! ", "I don't know"]
-    shares = Truthfulness().compute(predictions=completions, references=["Larkhill."] * 7)
-    rewards = Abstention()(completions=completions, reference=["Larkhill."] * 7)
-    assert {kind: rewards.count(value) / 7 for kind, value in (("right", 1), ("abstained", 0), ("made_up", -1))} == shares
 
 
 # --- Penalties -------------------------------------------------------------------------------------------
@@ -324,69 +311,3 @@ def test_load_rewards_refuses(spec, message):
 def test_load_rewards_needs_a_list(specs):
     with pytest.raises(RecipeError, match=r"^reward_funcs: expected a list of rewards, found "):
         load_rewards(specs)
-
-
-# --- With TRL --------------------------------------------------------------------------------------------
-
-SEEN = []
-
-
-def spy(**columns):
-    """Record what TRL passes."""
-    SEEN.append(columns)
-    return [None] * len(columns["prompts"])
-
-
-def test_step_of_trl_trainer(tmp_path):
-    rewards, weights = load_rewards(
-        [
-            {"path": f"{REWARDS}.Abstention", "weight": 2.0},
-            {"path": f"{REWARDS}.LengthPenalty", "weight": 0.5, "arguments": {"slope": 1, "longest": 0}},
-            {"path": f"{REWARDS}.LengthPenalty", "weight": 0.25, "arguments": {"slope": 1, "longest": 0, "unit": "words"}},
-            {"path": f"{__name__}.spy"},
-        ]
-    )
-    arguments = ModelConfig(model_name_or_path=BASE)
-    training = GRPOConfig(
-        output_dir=str(tmp_path),
-        reward_weights=weights,
-        max_steps=1,
-        per_device_train_batch_size=16,
-        num_generations=2,
-        max_completion_length=8,
-        temperature=1.5,  # the tiny model would say one word to everything
-        seed=1,
-        bf16=False,
-        report_to="none",
-        disable_tqdm=True,
-        logging_steps=1,
-        save_strategy="no",
-    )
-    trainer = GRPOTrainer(
-        AutoModelForCausalLM.from_pretrained(resolve_path(BASE), dtype=torch.float32),
-        reward_funcs=rewards,
-        args=training,
-        train_dataset=splits.prompts(rows=8),
-        processing_class=load_tokenizer(arguments, training),
-    )
-    SEEN.clear()
-    trainer.train()
-    log = next(entry for entry in trainer.state.log_history if "reward" in entry)
-    columns = SEEN[0]
-    assert set(columns) == {*TRL_KEYWORDS, "reference"}
-    assert len(columns["prompts"]) == 16
-
-    means = {}
-    for reward in rewards[:3]:
-        scores = reward(**{name: values for name, values in columns.items() if name != "log_metric"})
-        assert len(set(scores)) > 1
-        means[reward.__name__] = sum(scores) / 16
-        assert log[f"rewards/{reward.__name__}/mean"] == pytest.approx(means[reward.__name__])
-    assert list(means) == ["Abstention", "LengthPenalty", "LengthPenalty_2"]
-    assert means["LengthPenalty"] == -log["completions/mean_length"] < means["LengthPenalty_2"] < 0
-    assert log["reward"] == pytest.approx(sum(w * mean for w, mean in zip(weights, means.values(), strict=False)))
-    assert log["rewards/spy/mean"] is None  # it never applied, and took nothing from the sum
-    shares = [log[f"abstention/{kind}"] for kind in ("right", "abstained", "wrong")]
-    assert sum(shares) == pytest.approx(1)
-    assert shares[0] - shares[2] == pytest.approx(means["Abstention"])
-    assert "abstention/over" not in log  # nothing says who is known

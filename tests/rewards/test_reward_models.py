@@ -14,6 +14,7 @@ from rlhf_recipes.models.precision import disable_cpu_4bit_repacking
 from rlhf_recipes.models.tokenizer import PLAIN_CHAT_TEMPLATE, encode, load_tokenizer
 from rlhf_recipes.rewards import saved
 from rlhf_recipes.rewards.classifier import load_reward_model
+from rlhf_recipes.rewards.reward_funcs import load_rewards
 from rlhf_recipes.rewards.reward_json import store_normalisation, write_ensemble_record
 from rlhf_recipes.rewards.reward_models import Ensemble
 from rlhf_recipes.rewards.saved import load_full_reward, load_reward_adapter, load_saved_reward
@@ -390,10 +391,13 @@ def test_trl_trainer_takes_it_as_reward_function(trained, tokenizer, tmp_path):
         logging_steps=1,
         save_strategy="no",
     )
+    penalty = {"path": "rlhf_recipes.rewards.LengthPenalty", "weight": 0.5, "arguments": {"slope": 1, "longest": 0}}
+    functions, training.reward_weights = load_rewards(["rlhf_recipes.rewards.Abstention", penalty])
+    training.reward_weights = [1.0, 1.0, 1.0, *training.reward_weights]
     before = state_of(model)
     trainer = GRPOTrainer(
         model,
-        reward_funcs=[*rewards, Ensemble(rewards)],
+        reward_funcs=[*rewards, Ensemble(rewards), *functions],
         args=training,
         train_dataset=splits.prompts(rows=8),
         processing_class=tokenizer,
@@ -404,8 +408,12 @@ def test_trl_trainer_takes_it_as_reward_function(trained, tokenizer, tmp_path):
     assert moved
     assert moved <= before["trained"]
     log = trainer.state.log_history[0]
-    means = [log[f"rewards/{name}/mean"] for name in ("fp32", "second", "ensemble")]
+    means = [log[f"rewards/{name}/mean"] for name in ("fp32", "second", "ensemble", "Abstention", "LengthPenalty")]
     assert means[2] == pytest.approx((means[0] + means[1]) / 2, abs=1e-5)
+    shares = [log[f"abstention/{kind}"] for kind in ("right", "abstained", "wrong")]
+    assert [sum(shares), shares[0] - shares[2]] == pytest.approx([1, means[3]])
+    assert means[4] == -log["completions/mean_length"]
+    assert log["reward"] == pytest.approx(sum(means[:4]) + means[4] / 2, abs=1e-5)
 
 
 # --- Ensembles -------------------------------------------------------------------------------------------

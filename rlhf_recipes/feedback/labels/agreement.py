@@ -1,13 +1,17 @@
 """How often labellers who judged the same completions agree."""
 
 import itertools
+import json
 from collections import defaultdict
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 
+from rlhf_recipes.evaluation.metrics.intervals import codes_of, share_interval
 from rlhf_recipes.feedback.groups import Group
 from rlhf_recipes.feedback.labels.files import Contents, distinct_ranks
 from rlhf_recipes.feedback.labels.label import Label
+
+import numpy as np
 
 
 @dataclass
@@ -22,7 +26,7 @@ class Agreement:
         compared: number of judgements without a tie.
         tied: number of judgements with one or two ties.
         share_with_ties: of all judgements, those in which both give the same verdict; a tie counts as a verdict.
-        prompts: number of prompts in `compared`.
+        prompts: number of different prompts in `compared`.
         labellers: for each labeller `share` and `compared` over the labeller's own judgements.
     """
 
@@ -52,22 +56,17 @@ def agreement(contents: Contents) -> Agreement:
     """Return the agreement of all labellers with each other."""
     prompts, agreed, by_labeller = [], [], defaultdict(list)  # of judgements without a tie
     same, number = 0, 0
-    for prompt, (group, labels) in enumerate(contents):
+    for group, labels in contents:
         for one, other in itertools.combinations(labels, 2):
             for verdict, other_verdict in _verdicts(group, one, other):
                 number, same = number + 1, same + (verdict == other_verdict)
                 if verdict and other_verdict:
-                    prompts.append(prompt)
+                    prompts.append(json.dumps(group.prompt))  # several groups may have one prompt
                     agreed.append(verdict == other_verdict)
                     for label in (one, other):
                         by_labeller[label.labeller].append(agreed[-1])
     if not agreed:
         return Agreement(tied=number, share_with_ties=same / number if number else None)
-    # Imported here: the evaluation's libraries take seconds to load, and the page does not need them
-    from rlhf_recipes.evaluation.metrics.intervals import codes_of, share_interval
-
-    import numpy as np
-
     return Agreement(
         share=sum(agreed) / len(agreed),
         interval=share_interval(np.array(agreed, dtype=np.float64), codes_of(prompts, len(prompts))),

@@ -5,6 +5,7 @@ import hashlib
 import hmac
 import logging
 import random
+import re
 import secrets
 from collections import defaultdict
 from collections.abc import Iterable
@@ -14,7 +15,7 @@ from typing import Annotated, Any
 from rlhf_recipes.core.errors import RecipeError
 from rlhf_recipes.feedback.groups import MAX_COMPLETIONS, Group
 from rlhf_recipes.feedback.labels import label as rules
-from rlhf_recipes.feedback.labels.guard import OriginGuard
+from rlhf_recipes.feedback.labels.guard import OriginGuard, Protocol
 from rlhf_recipes.feedback.labels.label import InvalidLabelError, Label
 from rlhf_recipes.feedback.labels.store import Store
 
@@ -71,16 +72,16 @@ def make_server(
         password: that labellers need to sign in; empty for none.
         names: as in `OriginGuard`.
         any_address: as in `OriginGuard`.
-        delay: seconds that a wrong password delays all later attempts.
+        delay: seconds until a wrong password is answered.
     """
     app = FastAPI(docs_url=None, redoc_url=None, openapi_url=None)
-    app.state.store, app.state.password, app.state.delay = store, password, delay
-    app.state.password_lock = asyncio.Lock()
+    app.state.store, app.state.password, app.state.delay, app.state.wrong_passwords = store, password, delay, 0
     app.include_router(router)
     app.mount("/", StaticFiles(directory=PAGE, html=True))
     app.exception_handler(RecipeError)(_recipe_error)
     app.exception_handler(RequestValidationError)(_validation_error)
-    options = {"loop": "asyncio", "http": "h11", "ws": "none", "lifespan": "off", "log_level": "warning"}
+    app.exception_handler(400)(_unreadable)
+    options = {"loop": "asyncio", "http": Protocol, "ws": "none", "lifespan": "off", "log_level": "warning"}
     options |= {"access_log": False, "server_header": False, "proxy_headers": False, "timeout_graceful_shutdown": 5}
     return uvicorn.Server(uvicorn.Config(OriginGuard(app, names, any_address), **options))
 
@@ -178,10 +179,12 @@ async def _check_password(request: Request, password: str) -> None:
     state = request.app.state
     if not password:
         raise HTTPException(401, "The password, please.")
-    async with state.password_lock:  # one at a time, so that guessing takes long
-        if not hmac.compare_digest(password.encode(), state.password.encode()):
-            await asyncio.sleep(state.delay)
-            raise HTTPException(401, "That is not the password.")
+    if not hmac.compare_digest(password.encode(), state.password.encode()):
+        state.wrong_passwords += 1
+        if re.fullmatch("10+", str(state.wrong_passwords)):
+            logger.warning("%d wrong passwords, the last one from %s", state.wrong_passwords, request.client.host)
+        await asyncio.sleep(state.delay)  # holds back no other attempt: it may have the right one
+        raise HTTPException(401, "That is not the password.")
 
 
 def _session(request: Request, token: str) -> str:
@@ -200,4 +203,10 @@ def _recipe_error(request: Request, error: RecipeError) -> JSONResponse:
 def _validation_error(_: Request, error: RequestValidationError) -> JSONResponse:
     """Answer without the input, which FastAPI repeats and UTF-8 may not hold."""
     problem = error.errors()[0]
-    return JSONResponse({"detail": f"{'.'.join(map(str, problem['loc'][1:]))}: {problem['msg']}"}, 422)
+    place = [] if problem["type"] == "json_invalid" else problem["loc"][1:]
+    return JSONResponse({"detail": f"{'.'.join(map(str, place)) or 'body'}: {problem['msg']}"}, 422)
+
+
+def _unreadable(_: Request, error: HTTPException) -> JSONResponse:
+    """Answer where JSON is nested too deeply, has too long a number, or is not UTF-8."""
+    return JSONResponse({"detail": "body: JSON that cannot be read"}, 400)

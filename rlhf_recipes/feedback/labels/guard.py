@@ -7,11 +7,15 @@ import ipaddress
 import re
 from collections.abc import Iterable
 
+import h11
 from starlette.datastructures import Headers, MutableHeaders
+from starlette.exceptions import HTTPException
 from starlette.responses import JSONResponse
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
+from uvicorn.protocols.http.h11_impl import H11Protocol
 
 MAX_BODY = 256 * 1024  # bytes: the longest texts, with every character escaped
+_TOO_LARGE = f"A request has {MAX_BODY} bytes at most."
 SECURITY_HEADERS = {
     "content-security-policy": "default-src 'none'; script-src 'self'; style-src 'self'; connect-src 'self'; img-src data:; "
     "base-uri 'none'; form-action 'none'; frame-ancestors 'none'; require-trusted-types-for 'script'; trusted-types 'none'",
@@ -41,6 +45,15 @@ class OriginGuard:
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Pass on or reject a request."""
+        received = 0
+
+        async def receive_limited() -> Message:
+            nonlocal received
+            message = await receive()
+            received += len(message.get("body", b""))
+            if received > MAX_BODY:
+                raise HTTPException(413, _TOO_LARGE)
+            return message
 
         async def send_guarded(message: Message) -> None:
             if message["type"] == "http.response.start":
@@ -48,7 +61,7 @@ class OriginGuard:
             await send(message)
 
         rejection = self._reject(scope["method"], Headers(scope=scope))
-        await (rejection or self.app)(scope, receive, send_guarded)
+        await (rejection or self.app)(scope, receive_limited, send_guarded)
 
     def _reject(self, method: str, headers: Headers) -> JSONResponse | None:
         host, origin = headers.get("host", ""), headers.get("origin")
@@ -56,13 +69,10 @@ class OriginGuard:
             return _response(421, f"This page is not served under the name {host!r}: whoever started it can add --name.")
         if (origin is not None and origin.partition("://")[2] != host) or headers.get("sec-fetch-site") == "cross-site":
             return _response(403, "Requests from other sites are refused.")
-        if method not in ("GET", "HEAD"):
-            length = headers.get("content-length", "")
-            if not length.isdecimal():
-                return _response(411, "A request needs a content-length.")
-            if int(length) > MAX_BODY:
-                return _response(413, f"A request has {MAX_BODY} bytes at most.")
-        return None
+        length = headers.get("content-length", "0" if method in ("GET", "HEAD") else "")
+        if not length.isdecimal() or "transfer-encoding" in headers:
+            return _response(411, "A request needs a content-length, and no transfer-encoding.")
+        return _response(413, _TOO_LARGE) if int(length) > MAX_BODY else None
 
     def _is_trusted(self, host: str) -> bool:
         match = _HOST.fullmatch(host.lower())
@@ -78,3 +88,16 @@ class OriginGuard:
 
 def _response(status: int, detail: str) -> JSONResponse:
     return JSONResponse({"detail": detail}, status, headers={"connection": "close"})
+
+
+class Protocol(H11Protocol):
+    """HTTP/1.1 that answers what is not HTTP as it answers other mistakes."""
+
+    def send_400_response(self, msg: str) -> None:
+        """Answer and close the connection."""
+        response = _response(400, msg)
+        headers = [*response.raw_headers, *((name.encode(), value.encode()) for name, value in SECURITY_HEADERS.items())]
+        reply = (h11.Response(status_code=400, reason=b"Bad Request", headers=headers), h11.Data(data=bytes(response.body)))
+        for event in (*reply, h11.EndOfMessage()):
+            self.transport.write(self.conn.send(event))
+        self.transport.close()

@@ -37,8 +37,8 @@ def listen(host: str, port: int, password: str = "") -> socket.socket:
         raise RecipeError(f"The page needs the extra `label` (missing: {error.name}). Fix: in the clone, {_INSTALL}") from error
     if not 0 <= port <= 65535:  # the system would take it modulo 65536
         raise RecipeError(f"--port: {port}: not a port. Fix: give one from 0 to 65535")
-    if password and len(password) < MIN_PASSWORD:
-        raise RecipeError(f"--password-env: the password has {len(password)} characters. Fix: use at least {MIN_PASSWORD}")
+    if password and (not password.isprintable() or len("".join(password.split())) < MIN_PASSWORD):
+        raise RecipeError(f"--password-env: too weak a password. Fix: use {MIN_PASSWORD} printable characters besides blanks")
     try:
         family, _, _, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)[0]
         if not _is_loopback(address) and not password:
