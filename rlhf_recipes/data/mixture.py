@@ -123,7 +123,7 @@ def load_demonstrations(
 
 
 def load_texts(sources: list[DatasetSource], bad_rows: str, tokenizer: PreTrainedTokenizerBase) -> Dataset:
-    """Load pretraining text, in the column `text`, without a BOS that the tokenizer adds.
+    """Load pretraining text, in the column `text`, without BOS where one is added.
 
     Raises:
         RecipeError: as `load_data`; without a source, or for data in another shape.
@@ -133,7 +133,7 @@ def load_texts(sources: list[DatasetSource], bad_rows: str, tokenizer: PreTraine
     dataset, _ = _load_split(sources, "sft", bad_rows, "pretraining text")
     if "text" not in dataset.column_names:
         raise RecipeError("ptx_dataset: the data are conversations or answers. Fix: name plain text, in a column `text`.")
-    return strip_bos(dataset, tokenizer)
+    return strip_bos(dataset, "text", tokenizer)
 
 
 def check_source(source: DatasetSource, kind: Kind | None) -> None:

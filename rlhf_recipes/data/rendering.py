@@ -1,4 +1,4 @@
-"""Rows as the tokenizer and its chat template render them: what is left out, and what is too long."""
+"""Rows as the tokenizer and its chat template render them."""
 
 import itertools
 import logging
@@ -58,7 +58,7 @@ def check_rendered(
         RecipeError: for bad or long rows under `"error"`, no rows left, or conversations that the chat template rejects.
     """
     _warn_of_plain_prompts(dataset, tokenizer, where)
-    dataset = strip_bos(dataset, tokenizer)
+    dataset = strip_bos(dataset, next(name for name in _COLUMNS[kind] if name in dataset.column_names), tokenizer)
     template = _training_template(tokenizer) if assistant_only_loss else None
     checks = _check(dataset, kind, _Renderer(tokenizer, template, kind == "prompt", where), max_length)
     bad = [(_beginning(dataset[row], kind), check.problem) for row, check in enumerate(checks) if check.problem]
@@ -105,19 +105,15 @@ def drop_overlong_mode(long_rows: str) -> str:
     return "error" if long_rows == "error" else "drop"
 
 
-def strip_bos(dataset: Dataset, tokenizer: PreTrainedTokenizerBase) -> Dataset:
-    """Take off the BOS of texts to which the tokenizer adds another one."""
+def strip_bos(dataset: Dataset, column: str, tokenizer: PreTrainedTokenizerBase) -> Dataset:
+    """Take off the BOS of texts in a column, if the tokenizer adds another one."""
     bos = tokenizer.bos_token
-    if bos is None or tokenizer("", verbose=False)["input_ids"][:1] != [tokenizer.bos_token_id]:
+    if bos is None or tokenizer("")["input_ids"][:1] != [tokenizer.bos_token_id] or not isinstance(dataset[0][column], str):
         return dataset
-    for column in {"text", "prompt"} & {*dataset.column_names}:
-        if any(isinstance(text, str) and text.startswith(bos) for text in dataset[column]):
-            dataset = dataset.map(
-                lambda row, column=column: {column: row[column].removeprefix(bos)},
-                features=dataset.features,
-                load_from_cache_file=False,
-            )
-    return dataset
+    if not any(text.startswith(bos) for text in dataset[column]):
+        return dataset
+    options = {"features": dataset.features, "load_from_cache_file": False}
+    return dataset.map(lambda row: {column: row[column].removeprefix(bos)}, **options)
 
 
 def _warn_of_plain_prompts(dataset: Dataset, tokenizer: PreTrainedTokenizerBase, where: str) -> None:
@@ -239,7 +235,7 @@ class _Renderer:
 
 
 def _find_problem(row: dict[str, Any], prompt: Any, sequences: list[Any], texts: list[str]) -> tuple[str, bool]:
-    """Return why a rendered row is bad (or ""), and whether a part of the turns before the answer is left out."""
+    """Return why a rendered row is bad ("": good), and whether it lost earlier turns."""
     lost_context = False
     for sequence, text in zip(sequences, texts, strict=True) if not isinstance(sequences[0], str) else ():
         for place in _left_out(sequence, text):
@@ -257,7 +253,10 @@ def _find_problem(row: dict[str, Any], prompt: Any, sequences: list[Any], texts:
 
 
 def _left_out(messages: list[dict[str, str]], text: str) -> Iterable[int]:
-    """Yield the places of messages whose content is not all in a rendered conversation, but for space."""
+    """Yield the places of messages that a rendered conversation lacks a part of.
+
+    Space does not count.
+    """
     text, start = "".join(text.split()), 0
     for place, message in enumerate(messages):
         content = "".join(message["content"].split())

@@ -121,7 +121,7 @@ def convert(part: Part, kind: Kind) -> Converted:
 
 
 def find_shape(part: Part, kind: Kind) -> Shape:
-    """Return the first shape for `kind` that has all its columns in the part, and in half of its rows.
+    """Return the first shape for `kind` whose columns half of the rows have.
 
     Raises:
         RecipeError: if there is none, or there are no rows.
@@ -176,7 +176,7 @@ def _mostly(tests: Iterable[bool]) -> bool:
 
 
 def _values(dataset: Dataset, column: str) -> Iterator[Any]:
-    """Yield what tells what a column holds: its values but empty ones, or the first of a typed list."""
+    """Yield the values of a column that are not empty; of a column of lists the first."""
     values = filter(None, dataset[column])
     return values if isinstance(dataset.features[column], Value | Json) else itertools.islice(values, 1)
 

@@ -44,7 +44,7 @@ def holds_messages(value: Any) -> bool:
 
 
 def is_list_as_text(value: Any, column: str) -> bool:
-    """Return whether a value is a text where `column` should have a list, as CSV files have."""
+    """Return whether a value is a list written as text, as CSV files have."""
     if not isinstance(value, str) or not value.strip():
         return False
     pattern = _TEXTS_AS_TEXT if column == "reference" else _MESSAGES_AS_TEXT
@@ -158,7 +158,7 @@ def _read_conversation(value: Any, name: str) -> list[dict[str, str]]:
 
 
 def _read_prompt(row: Row, conversational: bool) -> Row:
-    """Read `prompt`, or the question that `instruction` and `input` make, after Alpaca's `history`."""
+    """Read `prompt`, or Alpaca's `instruction` and `input`, after its `history`."""
     if "prompt" in row:
         return {"prompt": read_turns(row["prompt"], "prompt", "user", conversational)}
     instruction, context = (_read_text(row.get(key), key) for key in ("instruction", "input"))
