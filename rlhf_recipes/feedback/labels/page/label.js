@@ -138,7 +138,7 @@ async function signIn(known) {
     $("sign-in-error").textContent = error.message;
     if (error.status === 401) {
       $("password-field").hidden = false;
-      $("password").focus();
+      $("password").select();
     } else if (error.status === 409) {
       $("sign-in-error").textContent = `${error.message}. Is that you? If not, add something to your name.`;
       $("known").textContent = `Yes, I am ${name}`;
