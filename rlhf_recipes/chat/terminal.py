@@ -22,7 +22,7 @@ Write = Callable[[str], None]
 
 
 class Writer(TextStreamer):
-    """Passes on complete words, without the template's own text and control characters."""
+    """Passes on complete words, without template text and control characters."""
 
     def __init__(self, tokenizer: PreTrainedTokenizerBase, write: Write, prompt: list[dict[str, str]]):
         super().__init__(tokenizer, skip_prompt=True, skip_special_tokens=True)

@@ -166,7 +166,7 @@ def template_text(tokenizer: PreTrainedTokenizerBase, prompt: Any) -> tuple[str,
 
 
 def answer_text(tokenizer: PreTrainedTokenizerBase, prompt: Any, text: str, ids: Sequence[int] | None = None) -> str:
-    """Return a sampled text without what the chat template itself writes around an answer.
+    """Return a sampled text without what the chat template itself writes.
 
     Args:
         tokenizer: of the policy.
@@ -189,7 +189,7 @@ def answer_messages(
     completions: Sequence[Any],
     ids: Sequence[Sequence[int]] | None = None,
 ) -> list[Any]:
-    """Return TRL's completions (texts, or lists of messages) with `answer_text` as content."""
+    """Return TRL's completions, texts or messages, with `answer_text` as content."""
     result = []
     for row, (prompt, completion) in enumerate(zip(prompts, completions, strict=True)):
         if isinstance(completion, str) or not completion:
