@@ -98,9 +98,9 @@ def check_rewards(rewards: Tensor, names: list[str], are_models: list[bool], pro
 
 
 def check_fused_head(model: nn.Module, ids: Tensor, temperature: float, exact: bool) -> None:
-    """Refuse a model whose LM head TRL's fused head does not stand for, as with ModernBERT's decoder.
+    """Refuse a model whose LM head TRL's fused head does not stand for.
 
-    `ids` are (1, T) of a rollout; `exact` is for fp32.
+    ModernBERT's decoder is one. `ids` are (1, T) of a rollout; `exact` is for fp32.
     """
     logps = (model(input_ids=ids, use_cache=False).logits[:, :-1].float() / temperature).log_softmax(-1)
     fused = model(input_ids=ids, labels=ids, fused_lm_head=True).log_probs

@@ -225,7 +225,7 @@ class GenerationRecorder:
         return self._logits.gather(1, tokens) - self._logits.logsumexp(1, keepdim=True)
 
     def check(self, completions: list[list[int]]) -> None:
-        """Refuse completions that were not sampled token by token from the logits of `forward`."""
+        """Refuse completions that were not sampled token by token from `forward`."""
         rows = torch.cat(self._tokens, dim=1).tolist() if self._tokens else [[]] * len(completions)
         same = (row[: len(ids) - 1] == ids[:-1] for row, ids in zip(rows, completions, strict=False))
         if self._logits is None or len(self._logits) != len(completions) or not all(same):
