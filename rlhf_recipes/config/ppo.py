@@ -1,6 +1,7 @@
 """Arguments of `recipes/ppo.py`: TRL's GRPO arguments, and those of PPO."""
 
 import logging
+import math
 from dataclasses import dataclass
 
 from rlhf_recipes.config import option
@@ -146,8 +147,15 @@ class PPOConfig(GRPOConfig):
         for name in ("gamma", "lam"):
             if not 0 <= getattr(self, name) <= 1:
                 raise ValueError(f"{name}: {getattr(self, name)} is no discount. Fix: between 0 and 1")
-        if not self.temperature > 0:
-            raise ValueError(f"temperature: {self.temperature}: PPO learns from samples. Fix: above 0, such as 1")
+        for name, valid, fix in (
+            ("temperature", 0 < self.temperature < math.inf, "above 0, such as 1: PPO learns from samples"),
+            ("top_p", 0 < self.top_p <= 1, "above 0 and at most 1"),
+            ("top_k", self.top_k >= 0, "0 for none, or more"),
+            ("min_p", self.min_p is None or 0 <= self.min_p <= 1, "between 0 and 1, or null"),
+            ("repetition_penalty", self.repetition_penalty > 0, "above 0; 1 is none"),
+        ):
+            if not valid:
+                raise ValueError(f"{name}: {getattr(self, name)} cannot be sampled with. Fix: {fix}")
         if self.use_score_norm and not self.use_score_scaling:
             raise ValueError("use_score_norm: it needs the scale. Fix: `use_score_scaling: true`")
         if self.kl_target is not None and not self.kl_coef:
