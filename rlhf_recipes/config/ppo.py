@@ -1,5 +1,6 @@
 """Arguments of `recipes/ppo.py`: TRL's GRPO arguments, and those of PPO."""
 
+import dataclasses
 import logging
 import math
 from dataclasses import dataclass
@@ -12,8 +13,6 @@ from rlhf_recipes.config.policy import PolicyArguments
 from trl import GRPOConfig
 
 logger = logging.getLogger(__name__)
-CRITICS = ("shared", "adapter", "model")
-KL_ESTIMATORS = ("k1", "k3")
 LOSSES = ("dapo", "bnpo", "grpo", "dr_grpo")
 """TRL's names for ways to average the clipped loss over tokens."""
 
@@ -71,12 +70,13 @@ class PPOConfig(GRPOConfig):
     # GRPO's, with other defaults
     num_generations: int = option(1, "Completions for each prompt. One is enough, since the critic is the baseline.")
     num_iterations: int = option(4, "Passes over each batch of completions (`num_ppo_epochs` in TRL's PPO).")
+    loss_type: str = option("dapo", "How TRL averages the clipped loss over tokens.", LOSSES)
     learning_rate: float = option(1e-5, "Learning rate of the policy.")
     disable_dropout: bool = option(True, "Turn dropout off; with it the ratio of PPO would not start at 1.")
 
     # The KL penalty
     kl_coef: float = option(0.05, "Price of a nat of KL from the reference, in units of the score; 0 for no reference.")
-    kl_estimator: str = option("k1", "Estimator of the KL: k1 has the right optimum, k3 another.", KL_ESTIMATORS)
+    kl_estimator: str = option("k1", "Estimator of the KL: k1 has the right optimum, k3 another.", ("k1", "k3"))
     kl_target: float | None = option(None, "KL of a completion, in nats, to adapt `kl_coef` to; null keeps `kl_coef` fixed.")
     kl_horizon: float = option(10_000, "Completions over which `kl_coef` adapts; larger is slower. Needs `kl_target`.")
 
@@ -100,7 +100,7 @@ class PPOConfig(GRPOConfig):
         "shared",
         "shared: a head on the policy's hidden states, detached, without another pass. adapter: an adapter with a head on the "
         "same base. model: a second model, without LoRA. The last two start from a reward model if there is one.",
-        CRITICS,
+        ("shared", "adapter", "model"),
     )
     vf_coef: float = option(0.1, "Weight of the value loss. It matters for `max_grad_norm` only.")
     cliprange_value: float | None = option(0.2, "How far a value may move in an iteration; null for no limit.")
@@ -135,9 +135,10 @@ class PPOConfig(GRPOConfig):
         for name, (value, problem) in _NOT_PPO.items():
             if getattr(self, name) != value:
                 raise ValueError(f"{name}: {getattr(self, name)}: {problem}")
-        for name, choices in (("critic", CRITICS), ("kl_estimator", KL_ESTIMATORS), ("loss_type", LOSSES)):
-            if getattr(self, name) not in choices:
-                raise ValueError(f"{name}: {getattr(self, name)!r} is unknown. Fix: one of {', '.join(choices)}")
+        for field in dataclasses.fields(self):
+            value, choices = getattr(self, field.name), field.metadata.get("choices")
+            if choices and value is not None and value not in choices:
+                raise ValueError(f"{field.name}: {value!r} is unknown. Fix: one of {', '.join(choices)}")
         for name, least in (("kl_coef", 0), ("vf_coef", 0), ("ptx_coef", 0), ("num_iterations", 1), ("ptx_max_length", 2)):
             if getattr(self, name) < least:
                 raise ValueError(f"{name}: {getattr(self, name)} is too small. Fix: {least} or more")
