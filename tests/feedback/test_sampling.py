@@ -182,6 +182,7 @@ def test_a_full_disk_keeps_earlier_parts(tmp_path, monkeypatch):
         (("--policies", "{}"), "policies: "),
         (("--policies", '{"a": null, "b": {"best_of": {"policy": "a", "n": 2}}}'), "policies: b: cannot sample from best-of-n"),
         (("--policies", '{"a": null}', "--num_completions", "1"), "num_completions: 1"),
+        (("--policies", '{"a": null}', "--num_completions", "65"), "num_completions: 65"),  # no file of groups holds them
         (("--policies", '{"a": null}', "--temperature", "0"), "temperature: 0.0"),
     ],
 )
