@@ -1,4 +1,4 @@
-"""The LM head, where the largest tensors of a pass arise: logits are (tokens, vocabulary)."""
+"""The LM head, whose logits, (tokens, vocabulary), are the largest tensors."""
 
 from rlhf_recipes.models.backbone import base_of
 
@@ -11,7 +11,7 @@ _TOKENS = 256  # whose log-probabilities are computed at once, in fp32
 
 
 def keep_head_inputs_contiguous(model: nn.Module) -> None:
-    """Copy the states that reach the LM head where they are a slice of a larger tensor.
+    """Copy the states that reach the LM head if they are a slice.
 
     For such a slice PyTorch copies a frozen head once for each row on a CPU: seconds, and GiBs, a pass.
     """
