@@ -189,9 +189,9 @@ def _parse(value: Any, column: str) -> Any:
     return parse_list(value, column) if is_list_as_text(value, column) else value
 
 
-def _as_list(reference: Any) -> list[str]:
-    parsed = _parse(reference or [], "reference")
-    return list(map(str, parsed)) if isinstance(parsed, list) else [parsed]
+def _as_list(reference: Any) -> list[str] | None:
+    parsed = _parse(reference, "reference")
+    return list(map(str, parsed)) if isinstance(parsed, list) else None if parsed is None else [parsed]
 
 
 def _is_conversational(dataset: Dataset, shape: Shape, texts: set[str]) -> bool:

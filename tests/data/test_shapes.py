@@ -199,6 +199,7 @@ def as_text(row, write_value=json.dumps):
         (RESPONSES, "preference"),
         (INSTRUCTION | HISTORY, "sft"),
         ({"prompt": TALK, "answer": "a"}, "prompt"),
+        ({"prompt": "List the staff.", "completion": '[{"name": "Ann", "role": "cook"}]'}, "sft"),  # no messages
     ],
 )
 def test_lists_written_as_json_are_read(write, ending, row, kind):
