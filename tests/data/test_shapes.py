@@ -167,8 +167,11 @@ def test_a_reference_may_be_several(write, reference):
 
 
 def test_ignored_keys_of_messages_are_named(write, caplog):
-    load(write([{"messages": [user("a"), bot("b") | {"reasoning_content": "because"}]}]), "sft")
-    assert "reasoning_content" in caplog.text
+    row = {"messages": [user("a"), bot("b") | {"reasoning_content": "because"}]}
+    for written in (row, as_text(row)):
+        caplog.clear()
+        load(write([written]), "sft")
+        assert "reasoning_content" in caplog.text
 
 
 def test_a_changed_conversion_changes_the_fingerprint(write, monkeypatch):
