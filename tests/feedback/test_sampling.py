@@ -101,7 +101,7 @@ def test_what_the_template_writes_is_no_part_of_an_answer(bank, monkeypatch, own
 def test_a_prompt_that_ends_with_an_answer_is_refused_before_sampling(bank):
     prompt = [{"role": "user", "content": "Where?"}, {"role": "assistant", "content": "In"}]
     rows = Dataset.from_dict({"prompt": [prompt[:1], prompt]})
-    with pytest.raises(RecipeError, match="ends with the assistant's turn: .*Where"):
+    with pytest.raises(RecipeError, match=r"ends with the assistant's turn: .*Where"):
         next(sample_groups(bank, ["base"], rows, arguments()))
 
 
