@@ -146,6 +146,8 @@ class PPOConfig(GRPOConfig):
         for name in ("gamma", "lam"):
             if not 0 <= getattr(self, name) <= 1:
                 raise ValueError(f"{name}: {getattr(self, name)} is no discount. Fix: between 0 and 1")
+        if not self.temperature > 0:
+            raise ValueError(f"temperature: {self.temperature}: PPO learns from samples. Fix: above 0, such as 1")
         if self.use_score_norm and not self.use_score_scaling:
             raise ValueError("use_score_norm: it needs the scale. Fix: `use_score_scaling: true`")
         if self.kl_target is not None and not self.kl_coef:

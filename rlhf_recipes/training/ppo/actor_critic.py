@@ -85,7 +85,7 @@ class ActorCriticTrainer(TrainerMixin, GRPOTrainer):
         )
         # All roles come before TRL sees the model, since it wraps, casts and places it
         reference = make_reference(model, fresh_adapter=peft_config is not None) if args.kl_coef > 0 else None
-        rewards = load_rewards_onto(model, reward_funcs, tokenizer, args)
+        rewards = load_rewards_onto(model, reward_funcs, reward_processing_classes, tokenizer, args)
         self.critic = make_critic(args.critic, model, rewards)
         self.kl = KLController(args.kl_coef, args.kl_target, args.kl_horizon)
         self.score_scaling = ScoreScaling(args.use_score_scaling, args.use_score_norm, args.score_clip)
@@ -103,6 +103,8 @@ class ActorCriticTrainer(TrainerMixin, GRPOTrainer):
             rollout_func=check_rollout_func(rollout_func) if rollout_func else None,
             **options,
         )
+        if self.aux_loss_enabled and not hasattr(self.model.config.get_text_config(), "num_experts"):
+            raise RecipeError("router_aux_loss_coef: TRL does not know this family's load-balancing loss. Fix: set it to 0")
         send_policy_alone(self)
         self.reference_adapter = None if isinstance(reference, nn.Module) else reference
         if isinstance(reference, nn.Module):
@@ -186,12 +188,13 @@ class ActorCriticTrainer(TrainerMixin, GRPOTrainer):
         size = self.args.rollout_batch_size or len(prompt_ids)
         completions = []
         for start in range(0, len(prompt_ids), size):
-            recorder = contextlib.nullcontext()
+            recorder = GenerationRecorder(self.accelerator.unwrap_model(self.model), self.temperature, self.critic)
+            with recorder if self._records_generation else contextlib.nullcontext():
+                part = super()._generate_single_turn(prompt_ids[start : start + size], *rest, **options)[0]
             if self._records_generation:
-                recorder = GenerationRecorder(self.accelerator.unwrap_model(self.model), self.temperature, self.critic)
+                recorder.check(part)
                 self._recorders.append(recorder)
-            with recorder:
-                completions += super()._generate_single_turn(prompt_ids[start : start + size], *rest, **options)[0]
+            completions += part
         return completions, None
 
     @property

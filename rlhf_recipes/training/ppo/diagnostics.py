@@ -97,6 +97,21 @@ def check_rewards(rewards: Tensor, names: list[str], are_models: list[bool], pro
         )
 
 
+def check_fused_head(model: nn.Module, ids: Tensor, temperature: float, exact: bool) -> None:
+    """Refuse a model whose LM head TRL's fused head does not stand for.
+
+    ModernBERT's decoder is one. `ids` are (1, T) of a rollout; `exact` is for fp32.
+    """
+    logps = (model(input_ids=ids, use_cache=False).logits[:, :-1].float() / temperature).log_softmax(-1)
+    fused = model(input_ids=ids, labels=ids, fused_lm_head=True).log_probs
+    gap = (logps.gather(2, ids[:, 1:, None])[..., 0] - fused).abs().mean().item()
+    if not gap <= rounding_tolerance(ids.size(1), exact):
+        raise RecipeError(
+            f"step 0: model_name_or_path: TRL computes other log-probabilities than the model, by {gap:.3g} nats a token: "
+            "its LM head is more than one linear layer. Fix: use another base model"
+        )
+
+
 def check_reference(gap: Moments, exact: bool) -> None:
     """Refuse to start where policy and reference differ.
 
