@@ -30,7 +30,7 @@ References = list[str | list[str] | None] | None
 
 
 def pair_with_references(completions: list[Text], reference: References, name: str) -> list[tuple[str, list[str]]]:
-    """Return each completion's last text and the answers that its reference accepts.
+    """Return each completion's last text, and the answers that are accepted.
 
     Raises:
         RecipeError: if the data have no column `reference`, or one that holds neither texts nor lists of texts.
@@ -43,7 +43,7 @@ def pair_with_references(completions: list[Text], reference: References, name: s
 
 
 def exact_match(completions: list[Text], reference: References = None, **columns: Any) -> list[float | None]:
-    """Score 1 if the completion equals an accepted reference up to outer space, else 0.
+    """Score 1 if the completion equals an accepted answer up to outer space, else 0.
 
     For answers with one spelling: numbers, labels, code.
     """
@@ -52,7 +52,7 @@ def exact_match(completions: list[Text], reference: References = None, **columns
 
 
 def normalised_match(completions: list[Text], reference: References = None, **columns: Any) -> list[float | None]:
-    """Score 1 if the completion equals an accepted reference after `normalise`, else 0.
+    """Score 1 if the completion equals an accepted answer after `normalise`, else 0.
 
     For short answers in words. Case, spacing and punctuation at the ends do not matter, as in the metric of truthfulness.
     """

@@ -58,7 +58,7 @@ class Similarity:
             raise RecipeError("Similarity: needs sentence-transformers. Fix: pip install --editable '.[similarity]'")
 
     def __call__(self, completions: list[Text], reference: References = None, **columns: Any) -> list[float | None]:
-        """Return scores (B,), and None where a row has no reference; the best of several counts."""
+        """Return scores (B,), by the nearest reference; None for rows without one."""
         rows = pair_with_references(completions, reference, "Similarity")
         pairs = [(text, truth) for text, accepted in rows for truth in accepted if text]
         compare = self._cross_encode if self.kind == "cross-encoder" else self._embed
