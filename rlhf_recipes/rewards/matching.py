@@ -39,7 +39,7 @@ def _read_list(text: str) -> list[str]:
 
 
 def kinds_of(answers: Sequence[str], references: Sequence[Any], abstentions: Sequence[str] = ABSTENTIONS) -> list[str]:
-    """Return which of `KINDS` each answer is, by the answers that its reference accepts."""
+    """Return which of `KINDS` each answer is, by what its reference accepts."""
     beginnings = tuple(normalise(phrase) for phrase in abstentions)
     return [judge(answer, accepted_answers(one), beginnings) for answer, one in zip(answers, references, strict=True)]
 
