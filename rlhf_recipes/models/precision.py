@@ -40,7 +40,7 @@ def check_4bit_shapes(model: torch.nn.Module, path: str) -> None:
 
 
 def check_quantised_share(model: torch.nn.Module, key: str, path: str) -> None:
-    """Refuse a model of which most weights are not quantised, and warn of many that are not.
+    """Refuse a model if most weights are not quantised; warn if many are not.
 
     bitsandbytes quantises plain linear layers only: neither experts, which are tensors of three dimensions, nor Falcon's own
     class. Embeddings and the LM head are not counted: it leaves them alone in every model.

@@ -158,8 +158,18 @@ def with_generation(**options):
 
 
 @pytest.mark.parametrize(
-    "make", [own_loop, lambda: with_generation(num_beams=2), lambda: with_generation(prefill_chunk_size=2)]
+    "options", [{"num_beams": 2}, {"no_repeat_ngram_size": 1}, {"guidance_scale": 9.0}, {"typical_p": 0.1}]
 )
+def test_generation_config_of_the_model_does_not_change_what_is_sampled(tmp_path, options):
+    completions = []
+    for model in (make_model(), with_generation(**options)):
+        trainer = make_trainer(tmp_path, model, kind=Remembering, max_steps=2)
+        trainer.train()
+        completions.append(trainer.batches[0]["completion_ids"].tolist())
+    assert completions[0] == completions[1]
+
+
+@pytest.mark.parametrize("make", [own_loop, lambda: with_generation(prefill_chunk_size=2)])
 @pytest.mark.parametrize("critic", ["shared", "model"])
 def test_generation_around_forward_is_refused_with_the_option_that_helps(tmp_path, make, critic):
     with pytest.raises(RecipeError, match=r"sampler_logps: .*`sampler_logps: false`"):
@@ -524,7 +534,9 @@ def test_prompts_with_images_are_refused(tmp_path):
         ({"value_learning_rate": 0.0}, "value_learning_rate: 0.0 "),
         ({"num_iterations": 0}, "num_iterations: 0 "),
         ({"ptx_max_length": 1}, "ptx_max_length: 1 "),
-        *(({"temperature": value}, f"temperature: {value}: .*above 0") for value in (0.0, -1.0, math.nan)),
+        *(({"temperature": value}, f"temperature: {value} .*above 0") for value in (0.0, -1.0, math.nan, math.inf)),
+        *(({name: value}, f"{name}: {value} ") for name, value in (("top_p", 0.0), ("top_k", -1), ("min_p", 2.0))),
+        ({"repetition_penalty": 0.0}, "repetition_penalty: 0.0 "),
         ({"gamma": 1.1}, "gamma: 1.1 "),
         ({"use_vllm": True, "rollout_batch_size": 4}, "rollout_batch_size: "),
     ],

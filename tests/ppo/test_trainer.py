@@ -593,6 +593,14 @@ def test_weight_decay_of_the_critic(tmp_path):
         assert trainer.critic.head.bias.item() == 3.0
 
 
+@pytest.mark.parametrize("options", [{"max_steps": 3}, {"max_steps": -1, "num_train_epochs": 1}])
+def test_run_of_nothing_but_value_warmup_is_refused(tmp_path, options):
+    trainer = make_trainer(tmp_path, with_adapter(make_model()), value_warmup_steps=4, **options)
+    with pytest.raises(RecipeError, match="value_warmup_steps: 4: "):
+        trainer.train()
+    assert trainer.state.global_step == 0
+
+
 def test_unchanged_policy_is_an_error(tmp_path):
     with pytest.raises(RecipeError, match=r"4 steps have not changed .*`learning_rate` \(0\)"):
         make_trainer(tmp_path, with_adapter(make_model()), learning_rate=0.0, value_learning_rate=0.1, max_steps=4).train()

@@ -38,6 +38,10 @@ from transformers import AutoTokenizer, BitsAndBytesConfig, PreTrainedModel, Pre
 from trl import GRPOTrainer
 from trl.trainer.utils import add_fused_lm_head, get_config_model_id
 
+PLAIN_SAMPLING = {"num_beams": 1, "num_return_sequences": 1, "no_repeat_ngram_size": 0, "min_new_tokens": 0, "min_length": 0}
+PLAIN_SAMPLING |= {"typical_p": 1.0, "epsilon_cutoff": 0.0, "eta_cutoff": 0.0, "guidance_scale": 1.0}
+"""In place of what a base's `generation_config.json` says: completions come from the policy itself."""
+
 
 class ActorCriticTrainer(TrainerMixin, GRPOTrainer):
     """Roles, forward passes and checkpoints of `PPOTrainer`.
@@ -105,6 +109,10 @@ class ActorCriticTrainer(TrainerMixin, GRPOTrainer):
         )
         if self.aux_loss_enabled and not hasattr(self.model.config.get_text_config(), "num_experts"):
             raise RecipeError("router_aux_loss_coef: TRL does not know this family's load-balancing loss. Fix: set it to 0")
+        if hasattr(self, "generation_config"):
+            for option, value in PLAIN_SAMPLING.items():
+                if getattr(self.generation_config, option) is None:
+                    setattr(self.generation_config, option, value)
         send_policy_alone(self)
         self.reference_adapter = None if isinstance(reference, nn.Module) else reference
         if isinstance(reference, nn.Module):

@@ -63,8 +63,15 @@ class DiagnosticsCallback(TrainerCallback):
                     *(state.global_step, entry.metric, value, entry.low, entry.high, entry.advice),
                 )
 
-    def on_train_begin(self, args: Any, state: TrainerState, control: Any, model: nn.Module, **kwargs: Any) -> None:
-        """Remember the weights of the policy."""
+    def on_train_begin(
+        self, args: TrainingArguments, state: TrainerState, control: Any, model: nn.Module, **kwargs: Any
+    ) -> None:
+        """Remember the weights of the policy, which must be due to change."""
+        if 0 < state.max_steps <= args.value_warmup_steps:
+            raise RecipeError(
+                f"value_warmup_steps: {args.value_warmup_steps}: the critic alone would learn in all {state.max_steps} steps. "
+                "Fix: fewer, or train longer"
+            )
         self._before, self._first_step = _digests(model), state.global_step
 
     def on_train_end(self, args: TrainingArguments, state: TrainerState, control: Any, model: nn.Module, **kwargs: Any) -> None:
