@@ -11,7 +11,7 @@ from pathlib import Path
 
 from rlhf_recipes.cli import exit_on_recipe_error
 from rlhf_recipes.core.files import check_writable
-from rlhf_recipes.data import check_lengths, drop_overlong_mode, load_texts
+from rlhf_recipes.data import check_rendered, drop_overlong_mode, load_texts
 from rlhf_recipes.evaluation.collect import collect_results
 from rlhf_recipes.evaluation.frontier import measure_frontier
 from rlhf_recipes.evaluation.measurement import Measurement, check_choosers, check_names, choose_judge, sample_policy
@@ -36,8 +36,10 @@ def main() -> None:
     # Data: prompts that no stage was trained on
     rows = held_out_prompts(data_args, evaluate_args)
     tokenizer = load_policy_tokenizer(policies, model_args, evaluate_args)
-    rows, _ = check_lengths(rows, tokenizer, evaluate_args.max_prompt_length, drop_overlong_mode(data_args.long_rows), "eval")
-    texts = load_texts(evaluate_args.ptx_dataset, data_args.bad_rows) if evaluate_args.ptx_dataset else None
+    rows, _ = check_rendered(
+        rows, "prompt", tokenizer, evaluate_args.max_prompt_length, drop_overlong_mode(data_args.long_rows), "eval"
+    )
+    texts = load_texts(evaluate_args.ptx_dataset, data_args.bad_rows, tokenizer) if evaluate_args.ptx_dataset else None
     print(f"{len(rows)} prompts, {len(policies)} policies: {', '.join(policies)}", flush=True)
 
     # Roles: every policy and every reward model as an adapter on one base

@@ -27,7 +27,8 @@ def main() -> None:
         data = load_data(data_args, "sft", evaluate=training_args.eval_strategy != "no", seed=training_args.seed)
         tokenizer = load_tokenizer(model_args, training_args)
         splits = training_args.packing and training_args.packing_strategy != "bfd"  # long rows too, so that none is cut
-        data = data.filter_by_length(tokenizer, None if splits else training_args.max_length, data_args.long_rows)
+        max_length = None if splits else training_args.max_length
+        data = data.check_rendered(tokenizer, max_length, data_args.long_rows, training_args.assistant_only_loss)
         PartialState().print(f"{len(data.train)} rows to train on, {len(data.eval or ())} to evaluate on")
         if "messages" in data.train.column_names and not training_args.assistant_only_loss:
             PartialState().print(
