@@ -161,7 +161,7 @@ def _compare_with_references(
 
 
 def contains(text: str, reference: Any) -> bool:
-    """Return whether an answer contains one that the reference accepts, as whole words."""
+    """Return whether an answer contains an accepted one, as whole words."""
     accepted = filter(None, (re.escape(normalise(one)) for one in accepted_answers(reference)))
     return any(re.search(rf"(?<!\w){words}(?!\w)", normalise(text)) for words in accepted)
 

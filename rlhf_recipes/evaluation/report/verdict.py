@@ -134,7 +134,7 @@ def _listed(label: str, texts: dict[str, str]) -> str | None:
 
 
 def _warn(label: str, shares: dict[str, float], meaning: str) -> str | None:
-    """Return `_listed` with what it means, if it concerns a twentieth of the answers of any policy."""
+    """Return `_listed` and its meaning, of the policies that it concerns."""
     concerned = {name: f"{share:.0%}" for name, share in shares.items() if share >= WORTH_A_WARNING}
     return f"{_listed(label, concerned)} {meaning}" if concerned else None
 
