@@ -108,8 +108,8 @@ def failed_write(error: BaseException) -> tuple[str, str] | None:
     for cause in causes(error):
         if isinstance(cause, OSError) and cause.errno in _NOT_WRITTEN:
             return os.strerror(cause.errno), str(cause.filename or "")
-        # safetensors puts the code into its text, PyTorch leaves it out
-        code = re.search(r"\(os error (\d+)\)", str(cause)) if type(cause).__name__ == "SafetensorError" else None
+        # safetensors and tokenizers put the code into their text, PyTorch leaves it out
+        code = re.search(r"\(os error (\d+)\)", str(cause))
         if code and int(code[1]) in _NOT_WRITTEN:
             return os.strerror(int(code[1])), ""
         if isinstance(cause, RuntimeError) and any(sign in str(cause) for sign in _NOT_WRITTEN_BY_TORCH):
