@@ -9,7 +9,7 @@ with the tokenizer, the chat template and `recipe.json`, which holds the argumen
 
 from rlhf_recipes.cli import exit_on_recipe_error
 from rlhf_recipes.data import load_data
-from rlhf_recipes.models.loading import load_model
+from rlhf_recipes.models.loading import load_policy
 from rlhf_recipes.models.tokenizer import load_tokenizer
 from rlhf_recipes.stages import parse_arguments
 from rlhf_recipes.training.run import Run
@@ -35,7 +35,7 @@ def main() -> None:
             )
 
         # Model: the base, and with `use_peft` a fresh adapter on it
-        model = load_model(model_args, training_args)
+        model = load_policy(model_args, training_args, None, tokenizer)
         trainer = SFTTrainer(
             model,
             args=run.trainer_args,

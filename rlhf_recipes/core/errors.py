@@ -60,7 +60,7 @@ def error_context(place: str, *errors: type[Exception], fix: str = "") -> Iterat
 @contextlib.contextmanager
 def as_recipe_error(stage: str) -> Iterator[None]:
     """Turn a trainer's rejection of its arguments or data into a `RecipeError`."""
-    with error_context(stage, ValueError, ImportError, TemplateError):
+    with error_context(stage, ValueError, ImportError, TemplateError, NotImplementedError):
         try:
             yield
         except (RuntimeError, OSError) as error:  # TRL's for rows and vLLM, Transformers' for trackers

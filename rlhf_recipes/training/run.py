@@ -72,6 +72,7 @@ class Run:
         recorder = RunRecorder()
         trainer.add_callback(recorder)
         trainer.run_arguments = result_arguments(self.arguments)
+        trainer.check_before_training()
         self._remove_earlier()
         begin_tracking(trainer.args)
         trainer.train(resume_from_checkpoint=self.checkpoint)
