@@ -204,12 +204,13 @@ class Chat:
     def _stream(self, side: Side, message: str, limit: int, write: Write, stopped: Callable[[], bool]) -> Answer:
         if stopped():
             return Answer("", (), False)
+        prompt = self._messages(side.turns, message)
         with self.bank.use_policy(side.policy) as model:
             return stream(
                 model,
                 self.bank.tokenizer,
-                self._messages(side.turns, message),
-                Writer(self.bank.tokenizer, write),
+                prompt,
+                Writer(self.bank.tokenizer, write, prompt),
                 stopped,
                 temperature=self.arguments.temperature,
                 top_p=self.arguments.top_p,

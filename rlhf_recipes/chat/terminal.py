@@ -6,6 +6,9 @@ import sys
 from collections.abc import Callable, Iterator
 from typing import Any
 
+from rlhf_recipes.models.tokenizer import answer_text, template_text
+
+import torch
 from rich.console import Console
 from rich.text import Text
 from transformers import PreTrainedTokenizerBase, TextStreamer
@@ -19,15 +22,27 @@ Write = Callable[[str], None]
 
 
 class Writer(TextStreamer):
-    """Passes on complete words, without leading space and control characters."""
+    """Passes on complete words, without template text and control characters."""
 
-    def __init__(self, tokenizer: PreTrainedTokenizerBase, write: Write):
+    def __init__(self, tokenizer: PreTrainedTokenizerBase, write: Write, prompt: list[dict[str, str]]):
         super().__init__(tokenizer, skip_prompt=True, skip_special_tokens=True)
-        self.write, self.started = write, False
+        self.write, self.started, self.prompt, self.held, self.ids = write, False, prompt, "", []
+        own = tokenizer(template_text(tokenizer, prompt)[0], add_special_tokens=False)["input_ids"]
+        self.own = tokenizer.decode(own, skip_special_tokens=True).strip()
+
+    def put(self, value: torch.Tensor) -> None:
+        """Take the next tokens; the first are the prompt."""
+        if not self.next_tokens_are_prompt:
+            self.ids += value.flatten().tolist()
+        super().put(value)
 
     def on_finalized_text(self, text: str, stream_end: bool = False) -> None:
         """Write a piece of the answer."""
-        text = text if self.started else text.lstrip()
+        if not self.started:
+            self.held += text
+            if self.own.startswith(self.held.strip()) and not stream_end:
+                return  # perhaps the template's own text
+            text = answer_text(self.tokenizer, self.prompt, self.held, self.ids).lstrip()
         if text:
             self.started = True
             self.write(text.translate(_CONTROLS))

@@ -5,6 +5,8 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from rlhf_recipes.models.tokenizer import answer_text
+
 import numpy as np
 import torch
 from peft import PeftModel
@@ -18,7 +20,7 @@ Prompt = str | list[dict[str, str]]
 class Answer:
     """An answer of a policy."""
 
-    text: str  # without special tokens, with its surrounding space
+    text: str  # without special tokens and what the chat template itself writes around an answer
     ids: tuple[int, ...]  # with the EOS if it has one
     ended: bool  # by EOS; False where it was cut off
 
@@ -111,10 +113,11 @@ def _answer_batch(
     inputs = tokenizer.pad({"input_ids": sequences}, padding_side="left", return_tensors="pt").to(model.device)
     output = model.generate(**inputs, max_new_tokens=max_new_tokens, **options)[:, inputs["input_ids"].shape[1] :].tolist()
     answers = []
-    for ids in output:
+    for prompt, ids in zip(prompts, output, strict=True):
         ended = tokenizer.eos_token_id in ids
         ids = ids[: ids.index(tokenizer.eos_token_id) + 1] if ended else ids
-        answers.append(Answer(tokenizer.decode(ids, skip_special_tokens=True), tuple(ids), ended))
+        text = answer_text(tokenizer, prompt, tokenizer.decode(ids, skip_special_tokens=True), ids)
+        answers.append(Answer(text, tuple(ids), ended))
     return answers
 
 

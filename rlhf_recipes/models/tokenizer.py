@@ -1,6 +1,8 @@
-"""Load tokenizers, encode prompts with completions, and compare two tokenizers."""
+"""Load tokenizers, encode prompts with completions, and read answers."""
 
 import logging
+import os
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -145,13 +147,58 @@ def encode(tokenizer: PreTrainedTokenizerBase, prompt: Any, completion: Any) -> 
     return tokenizer.apply_chat_template([*prompt, *completion], tokenize=True, return_dict=True)["input_ids"]
 
 
-def template_gap(tokenizer: PreTrainedTokenizerBase) -> str:
-    """Return the blank text between generation prompt and answer, or ""."""
-    question, answer = {"role": "user", "content": "question"}, {"role": "assistant", "content": "answer"}
-    prompt = tokenizer.apply_chat_template([question], tokenize=False, add_generation_prompt=True)
-    conversation = tokenizer.apply_chat_template([question, answer], tokenize=False)
-    gap = conversation.removeprefix(prompt).partition("answer")[0]
-    return gap if conversation.startswith(prompt) and gap.isspace() else ""
+def template_text(tokenizer: PreTrainedTokenizerBase, prompt: Any) -> tuple[str, str]:
+    """Return what the chat template itself writes before and after an answer.
+
+    Before: from the generation prompt to the content, as Qwen3's empty `<think>`. After: from the content to EOS. A policy is
+    taught both, and samples both. A prompt that is a text has neither.
+    """
+    if isinstance(prompt, str):
+        return "", ""
+    content = "Content5150"
+    turns = [*prompt, {"role": "assistant", "content": content}]
+    generation_prompt = tokenizer.apply_chat_template(list(prompt), tokenize=False, add_generation_prompt=True)
+    conversation = tokenizer.apply_chat_template(turns, tokenize=False)
+    # Some templates open a thought in the generation prompt only: what comes after the common part counts
+    common = os.path.commonprefix([generation_prompt, conversation])  # noqa: RUF071 - texts
+    before, _, after = conversation[len(common) :].rpartition(content)
+    return before, after.partition(tokenizer.eos_token)[0]
+
+
+def answer_text(tokenizer: PreTrainedTokenizerBase, prompt: Any, text: str, ids: Sequence[int] | None = None) -> str:
+    """Return a sampled text without what the chat template itself writes.
+
+    Args:
+        tokenizer: of the policy.
+        prompt: a text, or a list of messages.
+        text: sampled, without special tokens.
+        ids: the sampled tokens, which show special tokens that the template wrote.
+    """
+    before, after = template_text(tokenizer, prompt)
+    own = tokenizer(before, add_special_tokens=False)["input_ids"] if before else []
+    if own and ids is not None and [*ids[: len(own)]] == own:
+        before = tokenizer.decode(own, skip_special_tokens=True)
+    if not text.startswith(before) and before.strip() and text.lstrip().startswith(before.strip()):
+        text, before = text.lstrip(), before.strip()  # an empty answer, or other space
+    return text.removeprefix(before).removesuffix(after if after.strip() else "")
+
+
+def answer_messages(
+    tokenizer: PreTrainedTokenizerBase,
+    prompts: Sequence[Any],
+    completions: Sequence[Any],
+    ids: Sequence[Sequence[int]] | None = None,
+) -> list[Any]:
+    """Return TRL's completions, texts or messages, with `answer_text` as content."""
+    result = []
+    for row, (prompt, completion) in enumerate(zip(prompts, completions, strict=True)):
+        if isinstance(completion, str) or not completion:
+            result.append(completion)
+            continue
+        first, *others = completion
+        content = answer_text(tokenizer, prompt, first.get("content") or "", ids[row] if ids else None)
+        result.append([{**first, "content": content}, *others])
+    return result
 
 
 def check_tokenizer(folder: Path, tokenizer: PreTrainedTokenizerBase) -> None:

@@ -9,7 +9,7 @@ from typing import Any, Literal
 from rlhf_recipes.core.errors import RecipeError
 from rlhf_recipes.models.backbone import backbone, forward_backbone
 from rlhf_recipes.models.roles import use_adapter
-from rlhf_recipes.models.tokenizer import encode, template_gap
+from rlhf_recipes.models.tokenizer import answer_messages, encode
 from rlhf_recipes.rewards.reward_json import Normalisation, store_normalisation
 
 import torch
@@ -70,10 +70,8 @@ class Scorer(ABC):
 
         Prompts are texts, or lists of messages, and completions of the same kind.
         """
-        sequences = [
-            encode(self.tokenizer, prompt, self._without_gap(completion))
-            for prompt, completion in zip(prompts, completions, strict=True)
-        ]
+        completions = answer_messages(self.tokenizer, prompts, completions, kwargs.get("completion_ids"))
+        sequences = [encode(self.tokenizer, *pair) for pair in zip(prompts, completions, strict=True)]
         order = sorted(range(len(sequences)), key=lambda row: len(sequences[row]))  # similar lengths: little padding
         scores = [0.0] * len(sequences)
         for start in range(0, len(order), self.batch_size):
@@ -84,13 +82,6 @@ class Scorer(ABC):
             for row, score in zip(rows, batch.tolist(), strict=True):
                 scores[row] = score
         return scores
-
-    def _without_gap(self, completion: Any) -> Any:
-        """Remove the space that the template itself puts before an answer."""
-        if isinstance(completion, str) or not completion:
-            return completion
-        first, *others = completion
-        return [{**first, "content": (first.get("content") or "").removeprefix(template_gap(self.tokenizer))}, *others]
 
 
 @dataclass(eq=False)

@@ -156,7 +156,7 @@ def test_a_conversation_that_is_too_long_is_refused_before_the_model_fails(talk)
 
 def test_control_characters_are_replaced():
     written = []
-    writer = Writer(AutoTokenizer.from_pretrained(BASE), written.append)
+    writer = Writer(AutoTokenizer.from_pretrained(BASE), written.append, [{"role": "user", "content": QUESTION}])
     for text in ("  ", " a\x1b[2J\x9b", "\tb\n\x07"):
         writer.on_finalized_text(text)
     assert "".join(written) == "a\ufffd[2J\ufffd\tb\n\ufffd"

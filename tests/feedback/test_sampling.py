@@ -10,7 +10,7 @@ from unittest.mock import ANY
 from rlhf_recipes.config.sample import SampleArguments
 from rlhf_recipes.core.errors import RecipeError
 from rlhf_recipes.feedback import sampling
-from rlhf_recipes.feedback.sampling import GroupFile, part_size, sample_groups
+from rlhf_recipes.feedback.sampling import GroupFile, sample_groups
 from rlhf_recipes.generation.policies import Policy, load_policy_bank
 from rlhf_recipes.tiny import splits
 
@@ -84,25 +84,6 @@ def test_missing_completions_are_sampled_again(bank):
     )
     assert sum(once) < sum(often)
     assert max(often) == 4
-
-
-def test_an_interrupted_run_resumes_to_the_same_file(bank, tmp_path):
-    rows, options = splits.prompts(rows=7), arguments(num_completions=3)
-    assert part_size(options) == 2
-    complete, resumed = (GroupFile(tmp_path / name, {"seed": 0}) for name in ("complete", "resumed"))
-    for part in sample_groups(bank, ["base"], rows, options):
-        complete.append(part)
-    for part, _ in zip(sample_groups(bank, ["base"], rows, options), range(2), strict=False):
-        resumed.append(part)
-    with resumed.path.open("a") as file:
-        file.write('{"prompt": [{"role": "us')  # killed in the middle of a line
-    again = GroupFile(tmp_path / "resumed", {"seed": 0})
-    assert again.prompts == 4
-    for part in sample_groups(bank, ["base"], rows, options, done=again.prompts):
-        again.append(part)
-    assert again.path.read_bytes() == complete.path.read_bytes()
-    assert (again.prompts, again.groups) == (complete.prompts, complete.groups)
-    assert [json.loads(line)["prompt"] for line in complete.path.read_text().splitlines()] == rows["prompt"]
 
 
 def test_a_prompt_with_one_completion_is_left_out_and_counted(tmp_path):
@@ -188,7 +169,7 @@ def test_a_mistake_of_the_user_is_one_message(launch, tmp_path, options, message
     assert message in error
 
 
-def test_the_recipe_writes_groups_and_resumes(launch, tmp_path, monkeypatch):
+def test_an_interrupted_recipe_resumes_to_the_same_file(launch, tmp_path, monkeypatch):
     parts, sample_part = [], sampling._sample_part
     monkeypatch.setattr(sampling, "_sample_part", lambda *args: parts.append(args[-1]) or sample_part(*args))
     options = ("--policies", '{"base": null}', "--dataset_arguments", '{"rows": 6}', "--temperature", 3, "--batch_size", 8)
@@ -202,6 +183,8 @@ def test_the_recipe_writes_groups_and_resumes(launch, tmp_path, monkeypatch):
     monkeypatch.setattr(GroupFile, "append", lambda file, part: append(file, part) if not file.prompts else sys.exit(9))
     assert launch("sample", *options, "--output_dir", resumed)[0] == 9
     monkeypatch.setattr(GroupFile, "append", append)
+    with (resumed / "groups.jsonl").open("a") as file:
+        file.write('{"prompt": [{"role": "us')  # killed in the middle of a line
     for expected in ([2, 4], []):  # complete parts are not sampled again
         parts.clear()
         assert launch("sample", *options, "--output_dir", resumed) == (0, ANY)

@@ -10,6 +10,7 @@ from rlhf_recipes.core.errors import RecipeError
 from rlhf_recipes.models.kernels import check_vllm, compile_layers, without_compilation
 from rlhf_recipes.models.precision import preserve_param_dtypes
 from rlhf_recipes.models.roles import use_adapter
+from rlhf_recipes.models.tokenizer import answer_messages
 from rlhf_recipes.rewards.protocol import checked_reward
 from rlhf_recipes.training.ppo.checkpoint import load_ppo_state, save_ppo_state
 from rlhf_recipes.training.ppo.critic import CriticOptimizer, make_critic
@@ -226,6 +227,7 @@ class ActorCriticTrainer(TrainerMixin, GRPOTrainer):
     def _calculate_rewards(self, inputs: Any, prompts: Any, completions: Any, completion_ids_list: Any) -> Tensor:
         """Return, and keep, the rewards of all processes, (N, functions)."""
         try:
+            completions[:] = answer_messages(self.processing_class, prompts, completions, completion_ids_list)  # logged too
             self._rewards = super()._calculate_rewards(inputs, prompts, completions, completion_ids_list)
             first_row = self.accelerator.process_index * len(prompts)
             models = [isinstance(reward, nn.Module) for reward in self.reward_funcs]

@@ -59,6 +59,14 @@ function element(tag, content = "", attributes = {}) {
   return made;
 }
 
+// Text of a model: never HTML. Code between lines of ``` is set in a font for code, and nothing is left out
+function written(content, attributes = {}) {
+  const made = element("div", "", {dir: "auto", ...attributes});
+  const parts = content.split(/^(```[^]*?(?:\n```[^\n]*|(?![^])))/m); // the code of a cut-off answer has no end
+  made.append(...parts.filter(Boolean).map((part) => (part.startsWith("```") ? element("code", part) : part)));
+  return made;
+}
+
 // The server
 
 class Refusal extends Error {
@@ -130,7 +138,7 @@ async function signIn(known) {
     $("sign-in-error").textContent = error.message;
     if (error.status === 401) {
       $("password-field").hidden = false;
-      $("password").focus();
+      $("password").select();
     } else if (error.status === 409) {
       $("sign-in-error").textContent = `${error.message}. Is that you? If not, add something to your name.`;
       $("known").textContent = `Yes, I am ${name}`;
@@ -266,7 +274,7 @@ function drawTask() {
   $("prompt").replaceChildren(...task.prompt.map(({role, content}) => {
     const turn = element("div", "", {class: "turn"});
     if (role) turn.append(element("span", role, {class: "role"}));
-    turn.append(element("span", content));
+    turn.append(written(content));
     return turn;
   }));
   $("answers-title").textContent = isPair() ? "Which answer is better?" : "Rank the answers";
@@ -280,13 +288,15 @@ function drawTask() {
     if (box.scrollHeight > box.clientHeight + 1) box.tabIndex = 0;
     else box.removeAttribute("tabindex");
   }
+  const last = $("prompt").lastElementChild; // what is answered; earlier turns are above it
+  $("prompt").scrollTop = task.prompt.length > 1 ? last.offsetTop - $("prompt").firstElementChild.offsetTop : 0;
 }
 
 function drawAnswer(text, answer) {
   const item = element("li", "", {"aria-labelledby": `answer-${answer}`});
   const title = element("h3");
   title.append(element("span", `Answer ${answer + 1}`, {id: `answer-${answer}`}), element("span", "", {class: "place"}));
-  const body = element("div", text || "(empty: the model ended at once)", {
+  const body = written(text || "(empty: the model ended at once)", {
     class: text ? "text" : "text empty", role: "group", "aria-labelledby": `answer-${answer}`,
   });
   const choices = element("div", "", {class: "choices"});
