@@ -20,7 +20,13 @@ _COLUMNS = ("text", "messages", "prompt", "completion", "chosen", "rejected", "c
 
 
 def check_lengths(
-    dataset: Dataset, tokenizer: PreTrainedTokenizerBase, max_length: int | None, long_rows: str, where: str
+    dataset: Dataset,
+    tokenizer: PreTrainedTokenizerBase,
+    max_length: int | None,
+    long_rows: str,
+    where: str,
+    positions: int | None = None,
+    new_tokens: int = 0,
 ) -> tuple[Dataset, dict[str, int]]:
     """Find rows that have more than `max_length` tokens as TRL encodes them.
 
@@ -35,12 +41,15 @@ def check_lengths(
         max_length: in tokens; None: no limit.
         long_rows: `"truncate"`, `"drop"` (both sorts) or `"error"`.
         where: names the data in messages (`"train"`).
+        positions: those of the model, if they end; None: they do not.
+        new_tokens: longest completion that is sampled, which needs positions too.
 
     Returns:
         The rows that stay, and the counts `rows`, `truncated`, `unusable`, `dropped`.
 
     Raises:
-        RecipeError: for long rows under `"error"`, no rows left, or conversations that the chat template rejects.
+        RecipeError: for long rows under `"error"`, no rows left, conversations that the chat template rejects, or rows beyond
+            the positions of the model.
     """
     _warn_of_plain_prompts(dataset, tokenizer, where)
     verdicts, sizes = _measure(dataset, tokenizer, max_length, where)
@@ -68,7 +77,35 @@ def check_lengths(
             tokenizer.name_or_path,
         )
     report = {"rows": len(keep), "truncated": truncated, "unusable": unusable, "dropped": len(dataset) - len(keep)}
-    return dataset if len(keep) == len(dataset) else dataset.select(keep), report
+    kept = dataset if len(keep) == len(dataset) else dataset.select(keep)
+    check_positions(kept, tokenizer, max_length, where, positions, new_tokens)
+    return kept, report
+
+
+def check_positions(
+    dataset: Dataset,
+    tokenizer: PreTrainedTokenizerBase,
+    max_length: int | None,
+    where: str,
+    positions: int | None,
+    new_tokens: int = 0,
+    key: str = "max_length",
+) -> None:
+    """Refuse rows that are longer than the model has positions, as `check_lengths`.
+
+    `key` is the option that sets `max_length`.
+    """
+    if positions is None or (max_length is not None and max_length + new_tokens <= positions):
+        return
+    verdicts, _ = _measure(dataset, tokenizer, max(positions - new_tokens, 0), where)
+    if not any(verdicts):
+        return
+    limit, fix = f"{key}: {max_length}", f"set `{key}: {positions}`"
+    if new_tokens:
+        limit = f"max_completion_length: {new_tokens}"
+        fix = f"set `max_prompt_length` and `max_completion_length` to {positions} in all"
+    rows = f"{len(verdicts) - verdicts.count('')} of {len(dataset)} rows need more"
+    raise RecipeError(f"{limit}: the model has positions for {positions} tokens; {where}: {rows}. Fix: {fix}")
 
 
 def drop_overlong_mode(long_rows: str) -> str:

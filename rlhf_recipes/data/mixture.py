@@ -34,13 +34,21 @@ class Data:
     eval: Dataset | None
     report: dict[str, Any]
 
-    def filter_by_length(self, tokenizer: PreTrainedTokenizerBase, max_length: int | None, long_rows: str) -> "Data":
+    def filter_by_length(
+        self,
+        tokenizer: PreTrainedTokenizerBase,
+        max_length: int | None,
+        long_rows: str,
+        positions: int | None = None,
+        new_tokens: int = 0,
+    ) -> "Data":
         """Return the data after `check_lengths`, with its counts in the report."""
         report = {split: dict(counts) for split, counts in self.report.items()}
         splits: dict[str, Dataset | None] = {"train": self.train, "eval": self.eval}
         for split, dataset in splits.items():
             if dataset is not None:
-                splits[split], counts = check_lengths(dataset, tokenizer, max_length, long_rows, split)
+                limits = max_length, long_rows, split, positions, new_tokens
+                splits[split], counts = check_lengths(dataset, tokenizer, *limits)
                 report[split] |= {"rows": counts.pop("rows"), "longer_than_max_length": counts}
         return Data(**splits, report=report)
 
@@ -62,7 +70,7 @@ def load_data(arguments: DataArguments, kind: Kind, *, evaluate: bool, seed: int
         train, held_out = _hold_out(train, kind, arguments.test_split_size, seed)
         reports["train"]["rows"] = len(train)
         reports["eval"] = {"rows": len(held_out), "test_split_size": arguments.test_split_size, "seed": seed}
-    elif evaluate:
+    elif evaluate or arguments.eval_datasets:
         held_out, reports["eval"] = _load_eval(arguments, kind)
     return Data(train=train, eval=held_out, report=reports)
 
@@ -75,6 +83,7 @@ def load_demonstrations(
     rows: int = 1000,
     tokenizer: PreTrainedTokenizerBase | None = None,
     max_length: int | None = None,
+    positions: int | None = None,
 ) -> tuple[Dataset, dict[str, Any]]:
     """Load demonstrations to scale rewards by, and their counts.
 
@@ -86,6 +95,7 @@ def load_demonstrations(
         rows: the number drawn at most.
         tokenizer: of the run; without it lengths are not checked.
         max_length: in tokens.
+        positions: as in `check_lengths`.
 
     Raises:
         RecipeError: as `load_data`; for plain text; for long rows under `long_rows: error`; for fewer than two rows.
@@ -104,7 +114,7 @@ def load_demonstrations(
     dataset = dataset.select([row for row, prompt in enumerate(dataset["prompt"]) if repr(prompt) not in excluded])
     dataset, report = dataset.shuffle(seed=seed).take(rows), {}
     if tokenizer is not None and len(dataset):
-        dataset, report = check_lengths(dataset, tokenizer, max_length, long_rows, "demonstrations")
+        dataset, report = check_lengths(dataset, tokenizer, max_length, long_rows, "demonstrations", positions)
         del report["rows"]
     if len(dataset) < 2:
         raise RecipeError(

@@ -28,6 +28,12 @@ def position_limit(arguments: ModelConfig) -> int | None:
         raise
     except Exception:  # `load_model` says why
         return None
+    return positions_of(model)
+
+
+def positions_of(model: nn.Module) -> int | None:
+    """Return how many positions a model has if they end, as `position_limit`."""
+    config = model.config.get_text_config()
     tables = [name for name, module in model.named_modules() if isinstance(module, nn.Embedding)]
     tables += [name for name, _ in model.named_buffers()]  # GPT-J's are not learned
     if any("pos" in (last := name.rpartition(".")[2]) or last == "wpe" for name in tables):

@@ -13,7 +13,7 @@ from typing import Any
 from rlhf_recipes.core.errors import RecipeError, as_recipe_error, did_you_mean
 from rlhf_recipes.core.files import read_json, write_json
 from rlhf_recipes.models.adapters import check_adapter_complete
-from rlhf_recipes.models.positions import check_packing
+from rlhf_recipes.models.positions import check_packing, positions_of
 from rlhf_recipes.models.precision import keep_adapter_in_fp32, preserve_param_dtypes
 from rlhf_recipes.models.roles import POLICY, save_single_adapter
 from rlhf_recipes.models.weights import ADAPTER, iterate_weights, read_weights
@@ -63,24 +63,28 @@ class TrainerMixin:
             RecipeError: with the key.
         """
         args = self.args
+        if hasattr(self, "reward_funcs"):  # PPO repeats and samples its rows
+            return
         rows, batch = len(self.train_dataset), args.train_batch_size * args.world_size
-        if args.dataloader_drop_last and rows < batch and not self._samples:
+        if args.dataloader_drop_last and rows < batch:
             raise RecipeError(
-                f"dataloader_drop_last: {rows} rows are less than a batch of {batch}, so no step would be trained. Fix: set it to "
+                f"dataloader_drop_last: {rows} rows are less than a batch of {batch}: no step would be trained. Fix: set it to "
                 "false, or a smaller `per_device_train_batch_size`"
             )
-        wanted, whole = args.metric_for_best_model, not (self.is_fsdp_enabled or self.is_deepspeed_enabled)
-        if args.eval_strategy != "no" and wanted is not None and whole and not self._samples:
+        wrapped, limit = getattr(args, "packing", False) and not self.padding_free, positions_of(self.model)
+        if wrapped and limit is not None and args.max_length > limit:
+            raise RecipeError(
+                f"max_length: {args.max_length}: packed rows are as long, and the model has {limit} positions. Fix: set "
+                f"`max_length: {limit}`"
+            )
+        wanted, sharded = args.metric_for_best_model, self.is_fsdp_enabled or self.is_deepspeed_enabled
+        if args.eval_strategy != "no" and wanted not in (None, "loss", "eval_loss") and not sharded:
             self._check_metric(wanted, {"eval_loss", *self._evaluation_metrics()})
-
-    @property
-    def _samples(self) -> bool:
-        return hasattr(self, "reward_funcs")
 
     def _evaluation_metrics(self) -> set[str]:
         """Return the names that TRL logs in an evaluation, found by its first batch."""
         training = self.model.training
-        with torch.random.fork_rng(enabled=True):  # iterating draws a seed
+        with torch.random.fork_rng():  # iterating draws a seed
             batch = next(iter(self.get_eval_dataloader()))
             self.model.eval()
             self.prediction_step(self.model, batch, prediction_loss_only=True)
