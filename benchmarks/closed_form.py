@@ -15,6 +15,7 @@ Terry have it of the scores (logarithms of whole numbers there); its optimum is 
 
 import argparse
 import itertools
+import json
 import tempfile
 import time
 from dataclasses import dataclass, replace
@@ -246,8 +247,7 @@ def main() -> None:
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2, 3, 4])
     parser.add_argument("--steps", type=int, default=400)
     parser.add_argument("--lengths", type=int, nargs="+", default=[1, 2])
-    parser.add_argument("--critic", default="shared", choices=["shared", "model"])
-    parser.add_argument("--kl_estimator", default="k1", choices=["k1", "k3"])
+    parser.add_argument("--arguments", type=json.loads, default={}, help='of the trainer, as JSON: {"kl_estimator": "k3"}')
     parser.add_argument("--dpo", action="store_true", help="train by DPO, on answers of one token")
     options = parser.parse_args()
     disable_progress_bars()
@@ -257,9 +257,9 @@ def main() -> None:
         for seed in options.seeds:
             task = make_task(seed, length)
             if options.dpo:
-                result = train_by_dpo(task, seed, options.steps)
+                result = train_by_dpo(task, seed, options.steps, **options.arguments)
             else:
-                result = train(task, seed, length, options.steps, critic=options.critic, kl_estimator=options.kl_estimator)
+                result = train(task, seed, length, options.steps, **options.arguments)
             cells = [str(length), str(len(task.answers)), str(seed)]
             cells += [f"{value:.4f}" for value in (result.start, result.end, result.best)]
             cells += [f"{100 * result.closed:.2f}%", f"{result.distance_at_start:.3f}", f"{result.distance:.3f}"]

@@ -26,7 +26,7 @@ from rlhf_recipes.memory.plan import GIB
 from rlhf_recipes.models.backbone import backbone
 from rlhf_recipes.models.precision import disable_cpu_4bit_repacking
 from rlhf_recipes.models.roles import copy_adapter, use_adapter
-from rlhf_recipes.training import run as runs
+from rlhf_recipes.training.trainers import TrainerMixin
 
 import bitsandbytes
 import torch
@@ -85,13 +85,13 @@ class Clock(TrainerCallback):
 
 def measure(recipe: str, config: str) -> dict[str, float]:
     """Run a recipe; return seconds of its counted steps and its peak in bytes."""
-    clock, train = Clock(), runs.train
+    clock, train = Clock(), TrainerMixin.train
 
-    def timed(trainer: Any, checkpoint: str | None) -> None:
+    def timed(trainer: TrainerMixin, *arguments: Any, **options: Any) -> Any:
         trainer.add_callback(clock)
-        train(trainer, checkpoint)
+        return train(trainer, *arguments, **options)
 
-    runs.train = timed
+    TrainerMixin.train = timed
     sys.argv = [f"{recipe}.py", "--config", config]
     runpy.run_path(str(ROOT / "recipes" / f"{recipe}.py"), run_name="__main__")
     peak = torch.cuda.max_memory_allocated() if torch.cuda.is_available() else peak_memory()

@@ -1,6 +1,8 @@
 """Arguments of `recipes/ppo.py`: TRL's GRPO arguments, and those of PPO."""
 
+import dataclasses
 import logging
+import math
 from dataclasses import dataclass
 
 from rlhf_recipes.config import option
@@ -11,8 +13,6 @@ from rlhf_recipes.config.policy import PolicyArguments
 from trl import GRPOConfig
 
 logger = logging.getLogger(__name__)
-CRITICS = ("shared", "adapter", "model")
-KL_ESTIMATORS = ("k1", "k3")
 LOSSES = ("dapo", "bnpo", "grpo", "dr_grpo")
 """TRL's names for ways to average the clipped loss over tokens."""
 
@@ -70,12 +70,13 @@ class PPOConfig(GRPOConfig):
     # GRPO's, with other defaults
     num_generations: int = option(1, "Completions for each prompt. One is enough, since the critic is the baseline.")
     num_iterations: int = option(4, "Passes over each batch of completions (`num_ppo_epochs` in TRL's PPO).")
+    loss_type: str = option("dapo", "How TRL averages the clipped loss over tokens.", LOSSES)
     learning_rate: float = option(1e-5, "Learning rate of the policy.")
     disable_dropout: bool = option(True, "Turn dropout off; with it the ratio of PPO would not start at 1.")
 
     # The KL penalty
     kl_coef: float = option(0.05, "Price of a nat of KL from the reference, in units of the score; 0 for no reference.")
-    kl_estimator: str = option("k1", "Estimator of the KL: k1 has the right optimum, k3 another.", KL_ESTIMATORS)
+    kl_estimator: str = option("k1", "Estimator of the KL: k1 has the right optimum, k3 another.", ("k1", "k3"))
     kl_target: float | None = option(None, "KL of a completion, in nats, to adapt `kl_coef` to; null keeps `kl_coef` fixed.")
     kl_horizon: float = option(10_000, "Completions over which `kl_coef` adapts; larger is slower. Needs `kl_target`.")
 
@@ -99,7 +100,7 @@ class PPOConfig(GRPOConfig):
         "shared",
         "shared: a head on the policy's hidden states, detached, without another pass. adapter: an adapter with a head on the "
         "same base. model: a second model, without LoRA. The last two start from a reward model if there is one.",
-        CRITICS,
+        ("shared", "adapter", "model"),
     )
     vf_coef: float = option(0.1, "Weight of the value loss. It matters for `max_grad_norm` only.")
     cliprange_value: float | None = option(0.2, "How far a value may move in an iteration; null for no limit.")
@@ -134,9 +135,10 @@ class PPOConfig(GRPOConfig):
         for name, (value, problem) in _NOT_PPO.items():
             if getattr(self, name) != value:
                 raise ValueError(f"{name}: {getattr(self, name)}: {problem}")
-        for name, choices in (("critic", CRITICS), ("kl_estimator", KL_ESTIMATORS), ("loss_type", LOSSES)):
-            if getattr(self, name) not in choices:
-                raise ValueError(f"{name}: {getattr(self, name)!r} is unknown. Fix: one of {', '.join(choices)}")
+        for field in dataclasses.fields(self):
+            value, choices = getattr(self, field.name), field.metadata.get("choices")
+            if choices and value is not None and value not in choices:
+                raise ValueError(f"{field.name}: {value!r} is unknown. Fix: one of {', '.join(choices)}")
         for name, least in (("kl_coef", 0), ("vf_coef", 0), ("ptx_coef", 0), ("num_iterations", 1), ("ptx_max_length", 2)):
             if getattr(self, name) < least:
                 raise ValueError(f"{name}: {getattr(self, name)} is too small. Fix: {least} or more")
@@ -146,6 +148,15 @@ class PPOConfig(GRPOConfig):
         for name in ("gamma", "lam"):
             if not 0 <= getattr(self, name) <= 1:
                 raise ValueError(f"{name}: {getattr(self, name)} is no discount. Fix: between 0 and 1")
+        for name, valid, fix in (
+            ("temperature", 0 < self.temperature < math.inf, "above 0, such as 1: PPO learns from samples"),
+            ("top_p", 0 < self.top_p <= 1, "above 0 and at most 1"),
+            ("top_k", self.top_k >= 0, "0 for none, or more"),
+            ("min_p", self.min_p is None or 0 <= self.min_p <= 1, "between 0 and 1, or null"),
+            ("repetition_penalty", self.repetition_penalty > 0, "above 0; 1 is none"),
+        ):
+            if not valid:
+                raise ValueError(f"{name}: {getattr(self, name)} cannot be sampled with. Fix: {fix}")
         if self.use_score_norm and not self.use_score_scaling:
             raise ValueError("use_score_norm: it needs the scale. Fix: `use_score_scaling: true`")
         if self.kl_target is not None and not self.kl_coef:

@@ -13,6 +13,7 @@ from typing import Any
 from rlhf_recipes.core.errors import RecipeError, as_recipe_error, did_you_mean
 from rlhf_recipes.core.files import read_json, write_json
 from rlhf_recipes.models.adapters import check_adapter_complete
+from rlhf_recipes.models.dropout import disable_dropout
 from rlhf_recipes.models.positions import check_packing, positions_of
 from rlhf_recipes.models.precision import keep_adapter_in_fp32, preserve_param_dtypes
 from rlhf_recipes.models.roles import POLICY, save_single_adapter
@@ -34,6 +35,7 @@ class TrainerMixin:
     """Mixin: `class DPOTrainer(TrainerMixin, trl.DPOTrainer)`.
 
     - Weights keep their types. TRL casts what it trains on a quantised base to bf16.
+    - `disable_dropout` reaches dropout that is a number in the configuration, too.
     - A checkpoint holds one adapter, though several share the base. TRL writes no model card beside it.
     - A resumed run logs what the unbroken one does: tokens, averages and losses are saved with each checkpoint.
     - A damaged checkpoint is one message.
@@ -50,6 +52,8 @@ class TrainerMixin:
         with as_recipe_error(self._name.lower()), types:
             super().__init__(model, *args, **kwargs)
         keep_adapter_in_fp32(self)
+        if getattr(self.args, "disable_dropout", False):
+            disable_dropout(self.model)
         if getattr(self, "padding_free", False):
             check_packing(self.model, self.data_collator, "packing" if self.args.packing else "padding_free")
 

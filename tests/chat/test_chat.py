@@ -121,6 +121,28 @@ def test_answers_are_shown_word_by_word(talk):
     assert "".join(pieces).startswith("base: ")
 
 
+def test_what_the_template_writes_is_not_shown(bank, talk, monkeypatch):
+    """As Qwen3's empty thought."""
+    chat, say = talk(REWARDS)
+    tokenizer = bank.tokenizer
+    template = tokenizer.chat_template.replace("' ' + message['content']", "' Guess: ' + message['content']")
+    monkeypatch.setattr(tokenizer, "chat_template", template)
+
+    def generate(input_ids, streamer, **_):
+        ids = tokenizer(" Guess: Guess: Rome.", add_special_tokens=False)["input_ids"]
+        written = torch.tensor([*ids, tokenizer.eos_token_id])
+        for value in (input_ids, *written[:, None]):
+            streamer.put(value)
+        streamer.end()
+        return torch.cat([input_ids, written[None]], dim=1)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(bank.model, "generate", generate)
+        assert say(QUESTION) == "base: Guess: Rome.\n"
+    assert chat._messages(chat.sides[0].turns, "?")[1]["content"] == "Guess: Rome."
+    assert re.search(r"right +1.000", say("/score Guess: Rome."))
+
+
 def test_sampling_follows_the_seed(talk):
     once, again, other = ([talk(temperature=3.0, seed=seed)[1](QUESTION) for _ in range(1)] for seed in (1, 1, 2))
     assert once == again != other

@@ -51,7 +51,8 @@ def kto(tmp_path, monkeypatch):
     for path, text in (("recipes/kto.py", recipe), ("configs/tiny/kto.yaml", config)):
         (tmp_path / path).parent.mkdir(parents=True)
         (tmp_path / path).write_text(text)
-    pipeline = {"output_dir": "runs", "stages": [{"name": "kto", "config": "configs/tiny/kto.yaml"}]}
+    entry = {"name": "kto", "config": "configs/tiny/kto.yaml", "arguments": {"start_from": None}}  # without SFT first
+    pipeline = {"output_dir": "runs", "stages": [entry]}
     (tmp_path / "pipeline.yaml").write_text(yaml.safe_dump(pipeline))
     monkeypatch.chdir(tmp_path)
 

@@ -10,6 +10,8 @@ from unittest.mock import ANY
 from rlhf_recipes.config.sample import SampleArguments
 from rlhf_recipes.core.errors import RecipeError
 from rlhf_recipes.feedback import sampling
+from rlhf_recipes.feedback.groups import GroupRow
+from rlhf_recipes.feedback.ranking import read_labeler
 from rlhf_recipes.feedback.sampling import GroupFile, sample_groups
 from rlhf_recipes.generation.policies import Policy, load_policy_bank
 from rlhf_recipes.tiny import splits
@@ -74,6 +76,26 @@ def test_several_policies_write_equally_many(bank):
 def test_plain_prompts_have_plain_completions(bank):
     (group,) = all_groups(bank, ["base"], Dataset.from_dict({"prompt": ["Zaza lives in"]}), arguments(num_completions=2))
     assert all(isinstance(text, str) for text in group["completions"])
+
+
+@pytest.mark.parametrize("own", [" Guess: ", " [ ] To: "])
+def test_what_the_template_writes_is_no_part_of_an_answer(bank, monkeypatch, own):
+    """As Qwen3's empty thought. Answers that differ in it alone are one answer."""
+    tokenizer, answers = bank.tokenizer, [f"{own}Mossgate.", " Mossgate.", f"{own}Rome.", f" Rome,{own}Rome."]
+    template = tokenizer.chat_template.replace("' ' + message['content']", f"'{own}' + message['content']")
+    monkeypatch.setattr(tokenizer, "chat_template", template)
+
+    def generate(input_ids, **_):
+        written = [[*tokenizer(answer, add_special_tokens=False)["input_ids"], tokenizer.eos_token_id] for answer in answers]
+        return torch.cat([input_ids, tokenizer.pad({"input_ids": written}, return_tensors="pt")["input_ids"]], dim=1)
+
+    monkeypatch.setattr(bank.model, "generate", generate)
+    rows = Dataset.from_list([{"prompt": [{"role": "user", "content": "Where?"}], "reference": "Mossgate."}])
+    (row,) = all_groups(bank, ["base"], rows, arguments(num_completions=4, max_attempts=1))
+    assert {text.strip() for text in texts(row)} == {"Mossgate.", "Rome.", f"Rome,{own}Rome."}
+    group = GroupRow.model_validate(row).group()
+    (ranking,) = read_labeler({"path": "rlhf_recipes.rewards.normalised_match"}, 0)([group])
+    assert ranking["ranks"] == [1 if text == "Mossgate." else 2 for text in group.texts()]
 
 
 def test_missing_completions_are_sampled_again(bank):

@@ -5,6 +5,7 @@ import contextlib
 import json
 import math
 import shutil
+from pathlib import Path
 
 from rlhf_recipes import PPOConfig, PPOTrainer
 from rlhf_recipes.core.errors import RecipeError
@@ -25,6 +26,7 @@ from support.small_ppo import (
     logged,
     lora,
     make_args,
+    make_family,
     make_model,
     make_tokenizer,
     make_trainer,
@@ -42,7 +44,13 @@ import torch
 from datasets import Dataset, IterableDataset
 from peft import PeftModel
 from safetensors.torch import load_file
-from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer, BitsAndBytesConfig
+from transformers import (
+    AutoModelForCausalLM,
+    AutoModelForSequenceClassification,
+    AutoTokenizer,
+    BitsAndBytesConfig,
+    LlamaForCausalLM,
+)
 from trl import GRPOTrainer
 
 
@@ -113,6 +121,7 @@ def renamed_policy():
         (make_model, {"critic": "adapter"}, "critic: adapter: .*`use_peft: true`"),
         (lambda: with_adapter(make_model()), {"critic": "model"}, "critic: model: "),
         (make_model, {"data": prompts(0)}, "train_dataset: no prompts"),
+        (lambda: make_family("granitemoe"), {}, "router_aux_loss_coef: .*set it to 0"),
     ],
 )
 def test_unsuitable_model_or_data_is_refused(tmp_path, make, options, message):
@@ -121,6 +130,65 @@ def test_unsuitable_model_or_data_is_refused(tmp_path, make, options, message):
 
 
 # --- Prompts, generations, rollouts -----------------------------------------------------------------------
+
+
+class OwnLoop(LlamaForCausalLM):
+    """A model whose `generate` never calls `forward`."""
+
+    def generate(self, input_ids, attention_mask, generation_config, **options):
+        for _ in range(generation_config.max_new_tokens):
+            logits = self.lm_head(self.model(input_ids, attention_mask=attention_mask).last_hidden_state[:, -1])
+            input_ids = torch.cat([input_ids, logits.softmax(-1).multinomial(1)], dim=1)
+            attention_mask = torch.nn.functional.pad(attention_mask, (0, 1), value=1)
+        return input_ids
+
+
+def own_loop():
+    model = make_model()
+    model.__class__ = OwnLoop
+    return model
+
+
+def with_generation(**options):
+    """Make a model whose `generation_config.json` has these options."""
+    model = make_model()
+    for name, value in options.items():
+        setattr(model.generation_config, name, value)
+    return model
+
+
+@pytest.mark.parametrize(
+    "options", [{"num_beams": 2}, {"no_repeat_ngram_size": 1}, {"guidance_scale": 9.0}, {"typical_p": 0.1}]
+)
+def test_generation_config_of_the_model_does_not_change_what_is_sampled(tmp_path, options):
+    completions = []
+    for model in (make_model(), with_generation(**options)):
+        trainer = make_trainer(tmp_path, model, kind=Remembering, max_steps=2)
+        trainer.train()
+        completions.append(trainer.batches[0]["completion_ids"].tolist())
+    assert completions[0] == completions[1]
+
+
+@pytest.mark.parametrize("make", [own_loop, lambda: with_generation(prefill_chunk_size=2)])
+@pytest.mark.parametrize("critic", ["shared", "model"])
+def test_generation_around_forward_is_refused_with_the_option_that_helps(tmp_path, make, critic):
+    with pytest.raises(RecipeError, match=r"sampler_logps: .*`sampler_logps: false`"):
+        make_trainer(tmp_path, make(), critic=critic).train()
+    make_trainer(tmp_path, make(), critic=critic, sampler_logps=False).train()
+
+
+def test_lm_head_of_more_than_one_layer_is_refused(tmp_path):
+    with pytest.raises(RecipeError, match="step 0: model_name_or_path: TRL computes other log-probabilities"):
+        make_trainer(tmp_path, make_family("modernbert-decoder"), sampler_logps=False).train()
+
+
+@pytest.mark.parametrize(("critic", "checkpointing"), [("shared", True), ("adapter", False)])
+def test_mixture_of_experts_balances_its_load(tmp_path, critic, checkpointing):
+    model = with_adapter(make_family("qwen3_moe"))
+    trainer = make_trainer(tmp_path, model, critic=critic, gradient_checkpointing=checkpointing, max_steps=4)
+    trainer.train()
+    assert min(logged(trainer, "aux_loss")) > 1
+    assert logged(trainer, "kl")[0] == pytest.approx(0, abs=1e-5)
 
 
 def test_rewards_receive_conversations(sft, rewards, tmp_path):
@@ -240,6 +308,13 @@ def test_ensemble_in_a_folder_is_one_reward(sft, rewards, base, tmp_path, combin
 def test_batch_size_of_reward_models(sft, rewards, tmp_path, key, size):
     trainer = make_trainer(tmp_path, sft, str(rewards[0]), **{key: size})
     assert trainer.reward_funcs[0].reward.batch_size == size
+
+
+@pytest.mark.parametrize(("first", "name"), [([], str), ([count_words], SavedReward), ([count_words], Path)])
+def test_tokenizer_of_a_reward_by_name_is_refused(sft, rewards, tmp_path, first, name):
+    init = {"reward_processing_classes": [None] * len(first) + [make_tokenizer()]}
+    with pytest.raises(RecipeError, match=r"reward_processing_classes: the reward .*reward-0.* Fix: None"):
+        make_trainer(tmp_path, sft, [*first, name(str(rewards[0]))], init=init)
 
 
 def test_reward_adapter_needs_a_frozen_base(rewards, tmp_path):
@@ -459,6 +534,9 @@ def test_prompts_with_images_are_refused(tmp_path):
         ({"value_learning_rate": 0.0}, "value_learning_rate: 0.0 "),
         ({"num_iterations": 0}, "num_iterations: 0 "),
         ({"ptx_max_length": 1}, "ptx_max_length: 1 "),
+        *(({"temperature": value}, f"temperature: {value} .*above 0") for value in (0.0, -1.0, math.nan, math.inf)),
+        *(({name: value}, f"{name}: {value} ") for name, value in (("top_p", 0.0), ("top_k", -1), ("min_p", 2.0))),
+        ({"repetition_penalty": 0.0}, "repetition_penalty: 0.0 "),
         ({"gamma": 1.1}, "gamma: 1.1 "),
         ({"use_vllm": True, "rollout_batch_size": 4}, "rollout_batch_size: "),
     ],

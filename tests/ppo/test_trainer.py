@@ -21,6 +21,7 @@ from support.small_ppo import (
     logged,
     lora,
     make_args,
+    make_family,
     make_model,
     make_tokenizer,
     make_trainer,
@@ -39,7 +40,8 @@ import pytest
 import torch
 from datasets import Dataset
 from peft import LoraConfig, get_peft_model
-from transformers import AutoModelForCausalLM, GPT2Config, GPT2LMHeadModel, LlamaForSequenceClassification, TrainerCallback
+from transformers import AutoModelForCausalLM, LlamaForCausalLM, LlamaForSequenceClassification, TrainerCallback
+from transformers.modeling_outputs import CausalLMOutputWithPast
 
 SHARED, ADAPTER, MODEL = {"critic": "shared"}, {"critic": "adapter"}, {"critic": "model"}
 
@@ -455,8 +457,9 @@ def test_dropout_stops_the_run(tmp_path, kl_coef, message):
         make_trainer(tmp_path, model, disable_dropout=False, kl_coef=kl_coef).train()
 
 
-def test_dropout_is_off_by_default(tmp_path):
-    make_trainer(tmp_path, with_adapter(make_model(), lora_dropout=0.5), max_steps=4).train()
+@pytest.mark.parametrize("rates", [{}, {"attention_dropout": 0.5}], ids=["lora", "configuration"])
+def test_dropout_is_off_by_default(tmp_path, rates):
+    make_trainer(tmp_path, with_adapter(make_model(**rates), lora_dropout=0.5), max_steps=4).train()
 
 
 def test_reference_that_differs_from_the_policy_stops_the_run(tmp_path):
@@ -590,6 +593,14 @@ def test_weight_decay_of_the_critic(tmp_path):
         assert trainer.critic.head.bias.item() == 3.0
 
 
+@pytest.mark.parametrize("options", [{"max_steps": 3}, {"max_steps": -1, "num_train_epochs": 1}])
+def test_run_of_nothing_but_value_warmup_is_refused(tmp_path, options):
+    trainer = make_trainer(tmp_path, with_adapter(make_model()), value_warmup_steps=4, **options)
+    with pytest.raises(RecipeError, match="value_warmup_steps: 4: "):
+        trainer.train()
+    assert trainer.state.global_step == 0
+
+
 def test_unchanged_policy_is_an_error(tmp_path):
     with pytest.raises(RecipeError, match=r"4 steps have not changed .*`learning_rate` \(0\)"):
         make_trainer(tmp_path, with_adapter(make_model()), learning_rate=0.0, value_learning_rate=0.1, max_steps=4).train()
@@ -600,10 +611,27 @@ def test_unchanged_policy_is_an_error(tmp_path):
 
 def gpt2():
     """A model with absolute positions, which must be counted from the first token of a padded prompt."""
-    torch.manual_seed(0)
-    config = GPT2Config(vocab_size=32, n_positions=64, n_embd=32, n_layer=2, n_head=4, bos_token_id=None, eos_token_id=EOS)
-    config.initializer_range = 0.2
-    return GPT2LMHeadModel(config).eval()
+    return make_family("gpt2")
+
+
+def opt():
+    """A model that goes around its backbone's `forward`, with narrow states below the LM head."""
+    return make_family("opt")
+
+
+class Around(LlamaForCausalLM):
+    """A model that calls its backbone past the hooks, as code that comes with models may."""
+
+    def forward(self, input_ids=None, attention_mask=None, past_key_values=None, position_ids=None, **options):
+        outputs = self.model.forward(input_ids, attention_mask, position_ids, past_key_values, use_cache=True)
+        logits = self.lm_head(outputs.last_hidden_state)
+        return CausalLMOutputWithPast(logits=logits, past_key_values=outputs.past_key_values)
+
+
+def around():
+    model = make_model()
+    model.__class__ = Around
+    return model
 
 
 @pytest.mark.parametrize(("make", "critic"), [(make_model, "shared"), (gpt2, "shared"), (gpt2, "adapter"), (gpt2, "model")])
@@ -636,7 +664,7 @@ def test_numbers_of_a_row_do_not_depend_on_its_batch(tmp_path, make, critic):
 
 def ending_soon(model):
     """Make EOS likely."""
-    head = torch.nn.Linear(32, 32, bias=True)
+    head = torch.nn.Linear(model.lm_head.in_features, 32, bias=True)
     head.weight = model.lm_head.weight
     head.bias = torch.nn.Parameter(2.5 * torch.eye(32)[EOS], requires_grad=False)
     model.lm_head = head
@@ -650,6 +678,9 @@ def ending_soon(model):
         (gpt2, {"critic": "shared", "steps_per_generation": 2, "pad_to_multiple_of": 16}),
         (make_model, {"critic": "adapter", "steps_per_generation": 2}),
         (gpt2, {"critic": "shared", "num_generations": 2}),
+        (opt, {"critic": "shared"}),
+        (around, {"critic": "shared", "steps_per_generation": 2}),
+        (opt, {"critic": "adapter"}),
     ],
 )
 def test_recorded_logps_and_values_are_those_of_another_pass(tmp_path, make, options):

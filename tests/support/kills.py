@@ -25,7 +25,7 @@ from pathlib import Path
 
 from rlhf_recipes.core.files import RECIPE
 from rlhf_recipes.pipeline.running import LOCK
-from rlhf_recipes.stages import training_stages
+from rlhf_recipes.stages import pipeline_stages, training_stages
 from support import ROOT, run_recipe
 
 # Imported before forking
@@ -33,7 +33,7 @@ import datasets
 import peft  # noqa: F401
 from trl import DPOTrainer, RewardTrainer, SFTTrainer  # noqa: F401
 
-RECIPES = ("sft", "reward", "dpo", "ppo", "sample", "rank", "evaluate", "merge")
+RECIPES = (*pipeline_stages(), "merge")
 LIMIT = 120.0  # seconds; no stage here takes as long
 
 

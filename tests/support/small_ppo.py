@@ -13,6 +13,7 @@ from datasets import Dataset
 from peft import LoraConfig, get_peft_model
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import (
+    AutoConfig,
     AutoModelForCausalLM,
     AutoModelForSequenceClassification,
     BitsAndBytesConfig,
@@ -56,7 +57,6 @@ def make_tokenizer():
 
 def make_model(seed=0, **options):
     torch.manual_seed(seed)
-    sizes = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4}
     config = LlamaConfig(
         vocab_size=WORDS,
         max_position_embeddings=64,
@@ -64,9 +64,31 @@ def make_model(seed=0, **options):
         eos_token_id=EOS,
         bos_token_id=None,
         initializer_range=0.2,  # far from uniform, so that every mistake shows
-        **{**sizes, **options},
+        **{**SIZES, **options},
     )
     return LlamaForCausalLM(config).eval()
+
+
+SIZES = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4}
+EXPERTS = {**SIZES, "num_key_value_heads": 2, "num_experts_per_tok": 2}
+FAMILIES = {
+    "gpt2": {"n_embd": 32, "n_layer": 2, "n_head": 4},
+    "granitemoe": {**EXPERTS, "num_local_experts": 4},
+    "mixtral": {**EXPERTS, "num_local_experts": 4},
+    "modernbert-decoder": SIZES,
+    "opt": {**SIZES, "ffn_dim": 64, "word_embed_proj_dim": 16, "do_layer_norm_before": False},
+    "qwen3_moe": {**EXPERTS, "num_experts": 4, "moe_intermediate_size": 32, "head_dim": 8},
+}
+"""Sizes of small models of other families; those not here take `SIZES`."""
+
+
+def make_family(kind, **options):
+    """Make a small random model of another family."""
+    torch.manual_seed(0)
+    tokens = {"vocab_size": WORDS, "pad_token_id": PAD, "eos_token_id": EOS, "bos_token_id": EOS}
+    values = {"max_position_embeddings": 64, "initializer_range": 0.2, "init_std": 0.2, **tokens}
+    config = AutoConfig.for_model(kind, **{**values, **FAMILIES.get(kind, SIZES), **options})
+    return AutoModelForCausalLM.from_config(config).float().eval()
 
 
 def lora(**options):

@@ -26,7 +26,7 @@ def settings(recipe, **values):
 
 
 def small(folder):
-    """Return the configuration of each small stage, by its name."""
+    """Return the configuration of each small stage, by its name; tests kill and resume each."""
     policies = {"sft": str(folder / "whole" / "sft")}
     texts = write_rows(folder, "sft", splits.demonstrations(rows=24))
     rankings = write_rows(folder, "rankings", splits.rankings(rows=16, k=3))

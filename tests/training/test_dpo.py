@@ -2,6 +2,7 @@
 
 import inspect
 import json
+import math
 import re
 from importlib import import_module
 
@@ -83,6 +84,13 @@ def test_policy_starts_as_the_reference_which_stays_frozen(policy, tmp_path):
             assert weight.dtype == torch.float32
             torch.testing.assert_close(before[name.replace(".default.", ".ref.")], weight, rtol=0, atol=0)
     assert logged(trainer, "loss")[-1] < logged(trainer, "loss")[0]
+
+
+def test_configured_dropout_is_off(tmp_path):
+    trainer = make_trainer(tmp_path, with_adapter(make_model(attention_dropout=0.5)), max_steps=1)
+    trainer.train()
+    assert logged(trainer, "loss")[0] == pytest.approx(math.log(2), abs=1e-4)
+    assert logged(trainer, "rewards/chosen")[0] == pytest.approx(0, abs=1e-5)
 
 
 def test_base_is_the_reference_of_a_fresh_adapter(tmp_path):

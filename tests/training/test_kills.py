@@ -10,6 +10,7 @@ import re
 import subprocess
 import sys
 
+from rlhf_recipes.stages import pipeline_stages
 from support import ROOT
 from support.small_stages import small, without_times
 
@@ -21,7 +22,7 @@ from safetensors.torch import load_file
 pytestmark = pytest.mark.kill
 KILLS = int(os.environ.get("RLHF_RECIPES_KILLS", "1"))
 SEED = os.environ.get("RLHF_RECIPES_KILLS_SEED", "0")
-STAGES = ("sft", "reward", "dpo", "ppo", "sample", "rank", "evaluate", "merge", "pipeline")
+STAGES = (*pipeline_stages(), "merge", "pipeline")
 
 
 @pytest.fixture(scope="module")

@@ -232,13 +232,14 @@ class Store:
     def _add(self, group: Group) -> None:
         content = json.dumps(group.row(), ensure_ascii=False)
         known = self._database.one("SELECT content FROM groups WHERE id = ?", group.id)
-        if known and known[0] != content:
+        if known == (content,):
+            return
+        if known:
             raise RecipeError(f"id: '{group.id}' is in {self.path}, with other content. Fix: rename it, or use another --store")
         other = self._database.one("SELECT content FROM groups LIMIT 1")
         if other and self._parse_group(other[0]).conversational != group.conversational:
             raise RecipeError(f"{self.path}: holds either texts or messages, not both. Fix: use another --store")
-        if not known:
-            self._database.execute("INSERT INTO groups (id, content) VALUES (?, ?)", group.id, content)
+        self._database.execute("INSERT INTO groups (id, content) VALUES (?, ?)", group.id, content)
 
     def _current(self, label: Label) -> tuple | None:
         query = f"{_LABEL} WHERE g.id = ? AND l.labeller = ? AND l.withdrawn IS NULL"

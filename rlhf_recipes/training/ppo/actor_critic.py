@@ -38,6 +38,10 @@ from transformers import AutoTokenizer, BitsAndBytesConfig, PreTrainedModel, Pre
 from trl import GRPOTrainer
 from trl.trainer.utils import add_fused_lm_head, get_config_model_id
 
+PLAIN_SAMPLING = {"num_beams": 1, "num_return_sequences": 1, "no_repeat_ngram_size": 0, "min_new_tokens": 0, "min_length": 0}
+PLAIN_SAMPLING |= {"typical_p": 1.0, "epsilon_cutoff": 0.0, "eta_cutoff": 0.0, "guidance_scale": 1.0}
+"""In place of what a base's `generation_config.json` says: completions come from the policy itself."""
+
 
 class ActorCriticTrainer(TrainerMixin, GRPOTrainer):
     """Roles, forward passes and checkpoints of `PPOTrainer`.
@@ -85,7 +89,7 @@ class ActorCriticTrainer(TrainerMixin, GRPOTrainer):
         )
         # All roles come before TRL sees the model, since it wraps, casts and places it
         reference = make_reference(model, fresh_adapter=peft_config is not None) if args.kl_coef > 0 else None
-        rewards = load_rewards_onto(model, reward_funcs, tokenizer, args)
+        rewards = load_rewards_onto(model, reward_funcs, reward_processing_classes, tokenizer, args)
         self.critic = make_critic(args.critic, model, rewards)
         self.kl = KLController(args.kl_coef, args.kl_target, args.kl_horizon)
         self.score_scaling = ScoreScaling(args.use_score_scaling, args.use_score_norm, args.score_clip)
@@ -103,6 +107,12 @@ class ActorCriticTrainer(TrainerMixin, GRPOTrainer):
             rollout_func=check_rollout_func(rollout_func) if rollout_func else None,
             **options,
         )
+        if self.aux_loss_enabled and not hasattr(self.model.config.get_text_config(), "num_experts"):
+            raise RecipeError("router_aux_loss_coef: TRL does not know this family's load-balancing loss. Fix: set it to 0")
+        if hasattr(self, "generation_config"):
+            for option, value in PLAIN_SAMPLING.items():
+                if getattr(self.generation_config, option) is None:
+                    setattr(self.generation_config, option, value)
         send_policy_alone(self)
         self.reference_adapter = None if isinstance(reference, nn.Module) else reference
         if isinstance(reference, nn.Module):
@@ -186,12 +196,13 @@ class ActorCriticTrainer(TrainerMixin, GRPOTrainer):
         size = self.args.rollout_batch_size or len(prompt_ids)
         completions = []
         for start in range(0, len(prompt_ids), size):
-            recorder = contextlib.nullcontext()
+            recorder = GenerationRecorder(self.accelerator.unwrap_model(self.model), self.temperature, self.critic)
+            with recorder if self._records_generation else contextlib.nullcontext():
+                part = super()._generate_single_turn(prompt_ids[start : start + size], *rest, **options)[0]
             if self._records_generation:
-                recorder = GenerationRecorder(self.accelerator.unwrap_model(self.model), self.temperature, self.critic)
+                recorder.check(part)
                 self._recorders.append(recorder)
-            with recorder:
-                completions += super()._generate_single_turn(prompt_ids[start : start + size], *rest, **options)[0]
+            completions += part
         return completions, None
 
     @property

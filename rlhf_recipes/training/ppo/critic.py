@@ -9,6 +9,7 @@ from typing import Any
 from rlhf_recipes.config.ppo import PPOConfig
 from rlhf_recipes.core.errors import RecipeError
 from rlhf_recipes.models.backbone import backbone, base_of, forward_backbone
+from rlhf_recipes.models.dropout import disable_dropout
 from rlhf_recipes.models.roles import POLICY, copy_adapter, use_adapter
 from rlhf_recipes.models.weights import read_weights
 from rlhf_recipes.rewards.reward_models import Ensemble, RewardModel, ScalarHead, Scorer
@@ -19,7 +20,6 @@ from peft import PeftModel
 from safetensors.torch import save_file
 from torch import Tensor, nn
 from transformers import PreTrainedModel, Trainer
-from trl.trainer.utils import disable_dropout_in_model
 
 ADAPTER = "critic"
 """Name of the critic's adapter on the shared base."""
@@ -52,7 +52,7 @@ class Critic:
             return
         self.model.to(device)
         if args.disable_dropout:
-            disable_dropout_in_model(self.model)
+            disable_dropout(self.model)
         if args.gradient_checkpointing:
             self.model.gradient_checkpointing_enable(args.gradient_checkpointing_kwargs)
 
@@ -189,11 +189,13 @@ def make_critic(kind: str, model: PreTrainedModel | PeftModel, rewards: list[Any
 
 def _make_head(model: nn.Module, start: RewardModel | None = None) -> ScalarHead:
     """Make a head that predicts 0, or the normalised scores of a reward model."""
-    head = ScalarHead(base_of(start.model if start else model).config.get_text_config().hidden_size, bias=True)
+    # of OPT-350m's kind, the states that its LM head reads are narrower than `hidden_size`
+    lm_head = base_of(model).get_output_embeddings()
+    head = ScalarHead(start.head.in_features if start else lm_head.in_features, bias=True)
     nn.init.zeros_(head.weight)
     nn.init.zeros_(head.bias)
     if start is not None:
         mean, std = (start.normalisation.mean, start.normalisation.std) if start.normalisation else (0.0, 1.0)
         head.weight.data.copy_(start.head.weight.data / std)
         head.bias.data.fill_(-mean / std)
-    return head.to(backbone(model).get_input_embeddings().weight.device)
+    return head.to(lm_head.weight.device)

@@ -63,8 +63,15 @@ class DiagnosticsCallback(TrainerCallback):
                     *(state.global_step, entry.metric, value, entry.low, entry.high, entry.advice),
                 )
 
-    def on_train_begin(self, args: Any, state: TrainerState, control: Any, model: nn.Module, **kwargs: Any) -> None:
-        """Remember the weights of the policy."""
+    def on_train_begin(
+        self, args: TrainingArguments, state: TrainerState, control: Any, model: nn.Module, **kwargs: Any
+    ) -> None:
+        """Remember the weights of the policy, which must be due to change."""
+        if 0 < state.max_steps <= args.value_warmup_steps:
+            raise RecipeError(
+                f"value_warmup_steps: {args.value_warmup_steps}: the critic alone would learn in all {state.max_steps} steps. "
+                "Fix: fewer, or train longer"
+            )
         self._before, self._first_step = _digests(model), state.global_step
 
     def on_train_end(self, args: TrainingArguments, state: TrainerState, control: Any, model: nn.Module, **kwargs: Any) -> None:
@@ -94,6 +101,21 @@ def check_rewards(rewards: Tensor, names: list[str], are_models: list[bool], pro
         raise RecipeError(
             f"the reward {names[column]} returned {rewards[row, column].item()} for completion {row} of the batch, prompt "
             f"{prompts.get(row)!r:.300}. Fix: return finite numbers"
+        )
+
+
+def check_fused_head(model: nn.Module, ids: Tensor, temperature: float, exact: bool) -> None:
+    """Refuse a model whose LM head TRL's fused head does not stand for.
+
+    ModernBERT's decoder is one. `ids` are (1, T) of a rollout; `exact` is for fp32.
+    """
+    logps = (model(input_ids=ids, use_cache=False).logits[:, :-1].float() / temperature).log_softmax(-1)
+    fused = model(input_ids=ids, labels=ids, fused_lm_head=True).log_probs
+    gap = (logps.gather(2, ids[:, 1:, None])[..., 0] - fused).abs().mean().item()
+    if not gap <= rounding_tolerance(ids.size(1), exact):
+        raise RecipeError(
+            f"step 0: model_name_or_path: TRL computes other log-probabilities than the model, by {gap:.3g} nats a token: "
+            "its LM head is more than one linear layer. Fix: use another base model"
         )
 
 

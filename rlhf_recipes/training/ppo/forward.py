@@ -9,6 +9,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
+from rlhf_recipes.core.errors import RecipeError
 from rlhf_recipes.models.backbone import backbone, base_of
 from rlhf_recipes.training.ppo.critic import Critic, completion_states, positions, shift_hidden_states
 
@@ -184,13 +185,16 @@ class GenerationRecorder:
         self.model, self.temperature, self.critic = model, temperature, critic
         self._hidden: Tensor | None = None
         self._logits: Tensor | None = None
+        self._tokens: list[Tensor] = []
         self._logps: list[Tensor] = []
         self._values: list[Tensor] = []
 
     def __enter__(self) -> "GenerationRecorder":
+        base = base_of(self.model)
         self._handles = [
-            backbone(self.model).register_forward_hook(self._keep_states),
-            base_of(self.model).register_forward_hook(self._record_step, with_kwargs=True),
+            backbone(base).register_forward_hook(self._keep_states),
+            base.get_output_embeddings().register_forward_pre_hook(self._keep_head_input),
+            base.register_forward_hook(self._record_step, with_kwargs=True),
         ]
         return self
 
@@ -201,15 +205,37 @@ class GenerationRecorder:
     def _keep_states(self, module: nn.Module, arguments: Any, outputs: Any) -> None:
         self._hidden = outputs.last_hidden_state[:, -1:]
 
+    def _keep_head_input(self, module: nn.Module, arguments: tuple) -> None:
+        if self._hidden is None:  # OPT and BART call a part of the backbone
+            self._hidden = arguments[0][:, -1:]
+
     def _record_step(self, module: nn.Module, arguments: Any, options: dict[str, Any], outputs: Any) -> None:
+        ids = options.get("input_ids")
+        if ids is None or (self.critic.shares_backbone and self._hidden is None):
+            self._refuse()
         if self._logits is not None:  # this step reads the token that was sampled from the logits of the last one
-            self._logps.append(self._logps_of(options["input_ids"][:, -1:]))
+            self._tokens.append(ids[:, -1:])
+            self._logps.append(self._logps_of(ids[:, -1:]))
         self._logits = outputs.logits[:, -1].float() / self.temperature
         if self.critic.shares_backbone:
             self._values.append(self.critic(self._hidden, None, None, 1))
+        self._hidden = None
 
     def _logps_of(self, tokens: Tensor) -> Tensor:
         return self._logits.gather(1, tokens) - self._logits.logsumexp(1, keepdim=True)
+
+    def check(self, completions: list[list[int]]) -> None:
+        """Refuse completions that were not sampled token by token from `forward`."""
+        rows = torch.cat(self._tokens, dim=1).tolist() if self._tokens else [[]] * len(completions)
+        same = (row[: len(ids) - 1] == ids[:-1] for row, ids in zip(rows, completions, strict=False))
+        if self._logits is None or len(self._logits) != len(completions) or not all(same):
+            self._refuse()
+
+    def _refuse(self) -> None:
+        raise RecipeError(
+            f"sampler_logps: `generate` of {type(base_of(self.model)).__name__} does not sample token by token from `forward`. "
+            "Fix: `sampler_logps: false`"
+        )
 
     def read(self, completion_ids: Tensor) -> tuple[Tensor, Tensor | None]:
         """Return log-probabilities and values, (B, T); those of padding are arbitrary."""

@@ -9,6 +9,7 @@ from rlhf_recipes.core.errors import RecipeError
 from rlhf_recipes.models.precision import disable_cpu_4bit_repacking
 from rlhf_recipes.models.roles import NO_ADAPTER, POLICY, copy_adapter
 from rlhf_recipes.rewards.reward_funcs import SavedReward
+from rlhf_recipes.rewards.reward_models import Scorer
 from rlhf_recipes.rewards.saved import load_saved_reward
 
 from peft import PeftConfig, PeftModel, get_peft_model
@@ -68,16 +69,32 @@ def make_reference(model: PreTrainedModel | PeftModel, fresh_adapter: bool) -> P
 
 
 def load_rewards_onto(
-    model: PreTrainedModel | PeftModel, reward_funcs: Any, tokenizer: PreTrainedTokenizerBase, args: PPOConfig
+    model: PreTrainedModel | PeftModel,
+    reward_funcs: Any,
+    reward_processing_classes: Any,
+    tokenizer: PreTrainedTokenizerBase,
+    args: PPOConfig,
 ) -> list[Any]:
     """Return the rewards as a list, with saved reward models on the policy's base."""
-    rewards = []
-    for reward in [] if reward_funcs is None else reward_funcs if isinstance(reward_funcs, list) else [reward_funcs]:
+    rewards, tokenizers = _as_list(reward_funcs), _as_list(reward_processing_classes)
+    for reward, own in zip(rewards, tokenizers, strict=False):
+        if own is not None and isinstance(reward, str | Path | SavedReward | Scorer):
+            raise RecipeError(
+                f"reward_processing_classes: the reward {getattr(reward, '__name__', reward)} reads the policy's tokens. Fix: "
+                "None there, or load the sequence classifier and pass it as the reward"
+            )
+    loaded = []
+    for reward in rewards:
         if isinstance(reward, str | Path):
             reward = SavedReward(str(reward))
         if isinstance(reward, SavedReward):
             size = args.local_rollout_forward_batch_size or args.per_device_train_batch_size
             options = (reward.combine, reward.uncertainty_coef, size)
             reward = load_saved_reward(reward.folder, model, tokenizer, *options)
-        rewards.append(reward)
-    return rewards
+        loaded.append(reward)
+    return loaded
+
+
+def _as_list(values: Any) -> list[Any]:
+    """Return arguments that TRL takes alone or in a list as a list."""
+    return [] if values is None else values if isinstance(values, list) else [values]

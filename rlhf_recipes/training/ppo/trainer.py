@@ -24,9 +24,10 @@ One iteration, in the order in which it runs. TRL calls the methods; the numbers
 from typing import Any, ClassVar
 
 from rlhf_recipes.models.kernels import eager_mode
+from rlhf_recipes.models.roles import use_adapter
 from rlhf_recipes.training.ppo import maths
 from rlhf_recipes.training.ppo.actor_critic import ActorCriticTrainer
-from rlhf_recipes.training.ppo.diagnostics import check_ratio, check_reference
+from rlhf_recipes.training.ppo.diagnostics import check_fused_head, check_ratio, check_reference
 from rlhf_recipes.training.ppo.rollout import IterationProgress, Rollout, TokenBatch, global_moments, rollout_metrics
 
 import torch
@@ -95,6 +96,7 @@ class PPOTrainer(ActorCriticTrainer):
                     values = self.critic_values(tokens, size)
             ref_logps = self.reference_logps(tokens, size) if self.has_reference else policy.logps
         if training and not (self.state.global_step or self.policy_trained):
+            self._check_fused_head(tokens)
             check_reference(global_moments((policy.logps - ref_logps).abs(), mask), exact=self.is_exact)
 
         # 3. One score for each completion: the weighted sum of its rewards, less the penalty for a missing EOS, scaled
@@ -138,6 +140,12 @@ class PPOTrainer(ActorCriticTrainer):
         if training:
             self.kl.update(completion_kl.mean, int(completion_kl.count))
         return rollout
+
+    @torch.no_grad()
+    def _check_fused_head(self, tokens: TokenBatch) -> None:
+        ids = tokens.input_ids[0][tokens.attention_mask[0].bool()][None, -16:]
+        with use_adapter(self.accelerator.unwrap_model(self.model), None), self.accelerator.autocast():
+            check_fused_head(self.model, ids, self.temperature, self.is_exact)
 
     def compute_advantages(self, rewards: Tensor, values: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:
         """Return advantages and returns, (B, T) each. Override it for another estimator.
