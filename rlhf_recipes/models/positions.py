@@ -1,4 +1,4 @@
-"""What a model does with positions: where learned ones end, and whether packed rows stay apart."""
+"""Positions of a model: where learned ones end, and what keeps packed rows apart."""
 
 from collections.abc import Callable
 from typing import Any
