@@ -27,7 +27,8 @@ def main() -> None:
         # Data: pairs, and rankings as all of their pairs
         data = load_data(data_args, "preference", evaluate=training_args.eval_strategy != "no", seed=training_args.seed)
         tokenizer = load_tokenizer(model_args, training_args, policy_args, start_from=policy_args.start_from)
-        data = data.filter_by_length(tokenizer, training_args.max_length, data_args.long_rows, position_limit(model_args))
+        data = data.check_rendered(tokenizer, training_args.max_length, data_args.long_rows)
+        data.check_positions(tokenizer, training_args.max_length, position_limit(model_args))
         PartialState().print(f"{len(data.train)} pairs to train on, {len(data.eval or ())} to evaluate on")
 
         # Roles: the policy from the SFT adapter; the trainer adds its copy as reference

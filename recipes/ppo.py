@@ -29,12 +29,12 @@ def main() -> None:
         # Data: prompts, and the columns that reward functions read
         data = load_data(data_args, "prompt", evaluate=training_args.eval_strategy != "no", seed=training_args.seed)
         tokenizer = load_tokenizer(model_args, training_args, ppo_args, start_from=ppo_args.start_from)
-        positions, sampled = position_limit(model_args), training_args.max_completion_length
-        long_rows = drop_overlong_mode(data_args.long_rows)
-        data = data.filter_by_length(tokenizer, ppo_args.max_prompt_length, long_rows, positions, sampled)
-        texts = load_texts(ppo_args.ptx_dataset, data_args.bad_rows) if training_args.ptx_coef else None
+        data = data.check_rendered(tokenizer, ppo_args.max_prompt_length, drop_overlong_mode(data_args.long_rows))
+        limit = position_limit(model_args)
+        data.check_positions(tokenizer, ppo_args.max_prompt_length, limit, training_args.max_completion_length)
+        texts = load_texts(ppo_args.ptx_dataset, data_args.bad_rows, tokenizer) if training_args.ptx_coef else None
         if texts is not None:
-            check_positions(texts, tokenizer, training_args.ptx_max_length, "ptx_dataset", positions, key="ptx_max_length")
+            check_positions(texts, "sft", tokenizer, training_args.ptx_max_length, "ptx_dataset", limit, key="ptx_max_length")
         PartialState().print(f"{len(data.train)} prompts to train on, {len(data.eval or ())} to evaluate on")
 
         # Roles: policy and reference from the SFT adapter; reward models and critic join them in the trainer

@@ -28,8 +28,9 @@ def main() -> None:
         data = load_data(data_args, "sft", evaluate=training_args.eval_strategy != "no", seed=training_args.seed)
         tokenizer = load_tokenizer(model_args, training_args)
         splits = training_args.packing and training_args.packing_strategy != "bfd"  # long rows too, so that none is cut
-        longest = None if splits else training_args.max_length
-        data = data.filter_by_length(tokenizer, longest, data_args.long_rows, position_limit(model_args))
+        max_length = None if splits else training_args.max_length
+        data = data.check_rendered(tokenizer, max_length, data_args.long_rows, training_args.assistant_only_loss)
+        data.check_positions(tokenizer, max_length, position_limit(model_args))
         PartialState().print(f"{len(data.train)} rows to train on, {len(data.eval or ())} to evaluate on")
         if "messages" in data.train.column_names and not training_args.assistant_only_loss:
             PartialState().print(

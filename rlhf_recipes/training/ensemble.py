@@ -43,13 +43,14 @@ def load_comparisons(
     Rows with an answer beyond `max_length` are left out, as by TRL's trainer: half an answer cannot be judged.
 
     Raises:
-        RecipeError: as `load_data`, `load_tokenizer` and `check_lengths`.
+        RecipeError: as `load_data`, `load_tokenizer` and `check_rendered`.
     """
     kind = "ranking" if arguments.train_on == "rankings" else "preference"
     data = load_data(data_args, kind, evaluate=training.eval_strategy != "no", seed=training.seed)
     tokenizer = load_tokenizer(model_args, training, start_from=arguments.start_from)
-    limits = training.max_length, drop_overlong_mode(data_args.long_rows), position_limit(model_args)
-    return data.filter_by_length(tokenizer, *limits), tokenizer
+    data = data.check_rendered(tokenizer, training.max_length, drop_overlong_mode(data_args.long_rows))
+    data.check_positions(tokenizer, training.max_length, position_limit(model_args))
+    return data, tokenizer
 
 
 class EnsembleRun(Run):

@@ -64,7 +64,7 @@ class Run:
 
         Args:
             trainer: one of ours, made with `trainer_args`.
-            report: what `load_data` and `filter_by_length` report, for the record.
+            report: what `load_data` and `check_rendered` report, for the record.
         """
         self.trainer = trainer
         set_trainer(trainer)

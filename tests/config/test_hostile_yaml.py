@@ -150,7 +150,7 @@ def test_loading(config, data):
         data_args, training, model_args = parse_arguments(ROOT / "recipes" / "sft.py", argv=["--config", str(config)])
         rows = load_data(data_args, "sft", evaluate=False, seed=training.seed)
         tokenizer = load_tokenizer(model_args, training)
-        rows = rows.filter_by_length(tokenizer, training.max_length, data_args.long_rows)
+        rows = rows.check_rendered(tokenizer, training.max_length, data_args.long_rows)
         return load_policy(model_args, training, None, tokenizer), rows
 
     loaded, _ = hostile.outcome(load)
