@@ -98,6 +98,13 @@ def test_what_the_template_writes_is_no_part_of_an_answer(bank, monkeypatch, own
     assert ranking["ranks"] == [1 if text == "Mossgate." else 2 for text in group.texts()]
 
 
+def test_a_prompt_that_ends_with_an_answer_is_refused_before_sampling(bank):
+    prompt = [{"role": "user", "content": "Where?"}, {"role": "assistant", "content": "In"}]
+    rows = Dataset.from_dict({"prompt": [prompt[:1], prompt]})
+    with pytest.raises(RecipeError, match=r"ends with the assistant's turn: .*Where"):
+        next(sample_groups(bank, ["base"], rows, arguments()))
+
+
 def test_missing_completions_are_sampled_again(bank):
     rows, options = splits.prompts(rows=16), {"num_completions": 4, "temperature": 1.0}
     once, often = (
