@@ -72,8 +72,6 @@ def convert(part: Part, kind: Kind) -> Converted:
     if not conversational:
         _warn_of_conversations(part, [column for column in read if column not in texts])
     features = _features(kind, shape, conversational, used) | {column: part.dataset.features[column] for column in passed_on}
-    if lists := "reference" in passed_on and _is_list_as_text(part.dataset, "reference"):
-        features["reference"] = List(_TEXT)
 
     def read_row(values: Row) -> list[Row]:
         values |= {name: _parse(values[name], name) for name in texts}
@@ -85,8 +83,6 @@ def convert(part: Part, kind: Kind) -> Converted:
         for place, index in enumerate(indices):
             kept = {column: batch[column][place] for column in passed_on} | {_ROW: index + 1}
             try:
-                if lists:
-                    kept["reference"] = _as_list(kept["reference"])
                 rows += [converted | kept for converted in read_row({name: batch[name][place] for name in used})]
             except BadRowError as problem:
                 rows.append({_PROBLEM: str(problem), _ROW: index + 1})
@@ -190,15 +186,10 @@ def _parse(value: Any, column: str) -> Any:
 
 
 def _parsed(values: Iterable[Any], column: str, texts: set[str]) -> Iterator[Any]:
-    """Yield the values of a column, those of `texts` parsed, but for those that cannot be."""
+    """Yield the values of a column, parsed if in `texts`, and if they can be."""
     for value in values:
         with contextlib.suppress(BadRowError):
             yield _parse(value, column) if column in texts else value
-
-
-def _as_list(reference: Any) -> list[str] | None:
-    parsed = _parse(reference, "reference")
-    return list(map(str, parsed)) if isinstance(parsed, list) else None if parsed is None else [parsed]
 
 
 def _is_conversational(dataset: Dataset, shape: Shape, texts: set[str]) -> bool:

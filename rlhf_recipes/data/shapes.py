@@ -29,7 +29,6 @@ Form = Literal["preference", "ranking", "completion", "prompt", "messages", "tex
 _SHAREGPT_ROLES = {"human": "user", "gpt": "assistant"}
 _LIST_COLUMNS = ("messages", "conversations", "completions", "ranks", "responses", "history")
 _BEGINS_LIST = re.compile(r"\s*(?:array\()?\[\s*\{")
-_TEXTS_AS_TEXT = re.compile(r"\s*\[\s*['\"]")
 _MESSAGE_KEYS = (("role", "content"), ("from", "value"))
 
 
@@ -48,15 +47,8 @@ def is_list_as_text(value: Any, column: str) -> bool:
     """Return whether a value is a list written as text, as CSV files have."""
     if not isinstance(value, str) or not value.strip():
         return False
-    if column in _LIST_COLUMNS:
-        return True
-    return _TEXTS_AS_TEXT.match(value) is not None if column == "reference" else _is_messages_as_text(value)
-
-
-def _is_messages_as_text(value: str) -> bool:
-    """Return whether a text is a list of messages, in JSON or another way of writing."""
-    if not _BEGINS_LIST.match(value):
-        return False
+    if column in _LIST_COLUMNS or not _BEGINS_LIST.match(value):
+        return column in _LIST_COLUMNS
     try:
         first = json.loads(value)[0]
     except (ValueError, RecursionError):  # as Python or NumPy write it
