@@ -44,7 +44,7 @@ def main() -> None:
 
     # Roles: every policy and every reward model as an adapter on one base
     bank = load_policy_bank(model_args, evaluate_args, policies, tokenizer)
-    rewards = load_named_rewards(evaluate_args.rewards, bank, evaluate_args.batch_size)
+    rewards = load_named_rewards(evaluate_args.rewards, bank, evaluate_args.batch_size, rows)
     judge = choose_judge(evaluate_args, rewards)
     measurement = Measurement(bank, rows, rewards, evaluate_args)
     check_choosers(policies, measurement)

@@ -33,7 +33,7 @@ def main() -> None:
         PartialState().print(f"{len(data.train)} prompts to train on, {len(data.eval or ())} to evaluate on")
 
         # Roles: policy and reference from the SFT adapter; reward models and critic join them in the trainer
-        rewards, run.trainer_args.reward_weights = load_rewards(ppo_args.reward_funcs)
+        rewards, run.trainer_args.reward_weights = load_rewards(ppo_args.reward_funcs, data.train, data.eval)
         model = load_policy(model_args, training_args, ppo_args.start_from, tokenizer)
         trainer = PPOTrainer(
             model,

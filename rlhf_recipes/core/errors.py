@@ -17,6 +17,11 @@ _NO_MEMORY = (
     "CUBLAS_STATUS_ALLOC_FAILED",
     "No executable batch size",
 )
+# PEFT's, for the weights of experts in a mixture, which are no linear layers
+_REMEDIES = {
+    "ParamWrapper does not work with lora_dropout": "set `lora_dropout: 0`, since LoRA on experts has no dropout",
+    "ParamWrapper does not work with use_dora": "set `use_dora: false`, since LoRA on experts has no such variant",
+}
 _NOT_WRITTEN = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EACCES, errno.EPERM)
 _NOT_WRITTEN_BY_TORCH = ("PytorchStreamWriter failed writing", "file write failed", "unexpected pos", "cannot be opened")
 
@@ -53,8 +58,9 @@ def error_context(place: str, *errors: type[Exception], fix: str = "") -> Iterat
     except RecipeError as error:
         raise RecipeError(f"{place}: {error}") from error
     except errors as error:
-        remedy = f". Fix: {fix}" if fix else ""
-        raise RecipeError(f"{place}: {one_line(error)}{remedy}") from error
+        fix = fix or next((remedy for sign, remedy in _REMEDIES.items() if sign in str(error)), "")
+        reason = f"{one_line(error).rstrip('.')}. Fix: {fix}" if fix else one_line(error)
+        raise RecipeError(f"{place}: {reason}") from error
 
 
 @contextlib.contextmanager

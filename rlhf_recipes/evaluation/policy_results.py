@@ -16,7 +16,7 @@ from rlhf_recipes.evaluation.types import UNSET, BestOf, CalibrationBin, Calibra
 from rlhf_recipes.generation.judges import ChatJudge
 from rlhf_recipes.generation.policies import Policy
 from rlhf_recipes.models.backbone import base_of
-from rlhf_recipes.rewards.matching import KINDS, kinds_of
+from rlhf_recipes.rewards.matching import KINDS, accepted_answers, kinds_of
 
 import numpy as np
 from datasets import Dataset
@@ -130,10 +130,10 @@ def _compare_with_references(
 ) -> dict[str, Any]:
     """Return `truthfulness`, `over_abstained` and `calibration`, by group."""
     arguments = measurement.arguments
-    has_reference = np.array([bool((text or "").strip()) for text in measurement.rows["reference"]])
+    has_reference = np.array([bool(accepted_answers(one)) for one in measurement.rows["reference"]])
     groups = {name: rows & has_reference for name, rows in groups_of(measurement.rows, arguments.group_by).items()}
     groups = {name: rows for name, rows in groups.items() if rows.any()}
-    references = [text or "" for text in measurement.repeated("reference", arguments.num_answers)]
+    references = measurement.repeated("reference", arguments.num_answers)
 
     def judged(one: PolicySamples) -> _Judged:
         kinds = np.array(kinds_of(one.texts, references, arguments.abstentions)).reshape(-1, arguments.num_answers)

@@ -108,6 +108,8 @@ def test_groups():
         (True, ["There are two ways to do it, and this is the first."], True),
         (False, ["Paris."], False),
         (True, [None, " "], False),
+        (None, [["Paris", "City of Paris"], None], True),
+        (True, [[" "], []], False),
     ],
 )
 def test_only_short_references_are_compared_by_default(wanted, references, compared):
@@ -115,8 +117,9 @@ def test_only_short_references_are_compared_by_default(wanted, references, compa
     assert Measurement(None, rows, {}, EvaluateArguments(truthfulness=wanted)).compares_references == compared
 
 
-def test_truthfulness_and_calibration_by_group():
-    rows = Dataset.from_dict({"prompt": ["q"] * 4, "reference": ["a", "b", "c", "d"], "known": [True, True, False, False]})
+@pytest.mark.parametrize("reference", [["a", "b", "c", "d"], [["x", "a"], ["b"], ["c", "cc"], ["D."]]])
+def test_truthfulness_and_calibration_by_group(reference):
+    rows = Dataset.from_dict({"prompt": ["q"] * 4, "reference": reference, "known": [True, True, False, False]})
     logps = np.log([[0.9], [0.5], [0.2], [0.6]])
     samples = PolicySamples(answers_of("a", "I do not know.", "wrong", "d"), {}, logps, logps - 0.25)
     result = measure_policy(measurement_of(rows=rows, group_by="known"), Policy("x"), samples, None)
@@ -262,12 +265,16 @@ def test_repeated_prompts_are_kept_once(tmp_path, capsys):
     file.write_text("\n".join(json.dumps({"prompt": prompt, "reference": answer}) for prompt, answer in answers))
     rows = held_out_prompts(DataArguments(dataset_name=str(file)), EvaluateArguments())
     assert rows["reference"] == ["A", "B"]
+    answers = [("Who?", ["A", "B"]), ("Who?", ["A"]), ("Who?", ["A", "B"])]
+    file.write_text("\n".join(json.dumps({"prompt": prompt, "reference": answer}) for prompt, answer in answers))
+    rows = held_out_prompts(DataArguments(dataset_name=str(file)), EvaluateArguments())
+    assert rows["reference"] == [["A", "B"], ["A"]]
 
 
 @pytest.mark.parametrize(
     ("row", "options", "message"),
     [
-        ({"reference": 42}, {}, r"reference: .* 42 in row 1"),
+        ({"reference": 42}, {}, r"reference: row 1: 42 is neither a text nor a list of texts"),
         ({"topic": ["a"]}, {"group_by": "topic"}, r"group_by: .*'topic' holds \['a'\] in row 1"),
     ],
 )
