@@ -66,7 +66,7 @@ def error_context(place: str, *errors: type[Exception], fix: str = "") -> Iterat
 @contextlib.contextmanager
 def as_recipe_error(stage: str) -> Iterator[None]:
     """Turn a trainer's rejection of its arguments or data into a `RecipeError`."""
-    with error_context(stage, ValueError, ImportError, TemplateError):
+    with error_context(stage, ValueError, ImportError, TemplateError, NotImplementedError):
         try:
             yield
         except (RuntimeError, OSError) as error:  # TRL's for rows and vLLM, Transformers' for trackers
@@ -114,8 +114,8 @@ def failed_write(error: BaseException) -> tuple[str, str] | None:
     for cause in causes(error):
         if isinstance(cause, OSError) and cause.errno in _NOT_WRITTEN:
             return os.strerror(cause.errno), str(cause.filename or "")
-        # safetensors puts the code into its text, PyTorch leaves it out
-        code = re.search(r"\(os error (\d+)\)", str(cause)) if type(cause).__name__ == "SafetensorError" else None
+        # safetensors and tokenizers put the code into their text, PyTorch leaves it out
+        code = re.search(r"\(os error (\d+)\)", str(cause))
         if code and int(code[1]) in _NOT_WRITTEN:
             return os.strerror(int(code[1])), ""
         if isinstance(cause, RuntimeError) and any(sign in str(cause) for sign in _NOT_WRITTEN_BY_TORCH):

@@ -10,7 +10,7 @@ from typing import Any
 from rlhf_recipes.config.data import DataArguments, DatasetSource
 from rlhf_recipes.core.errors import RecipeError, first_line
 from rlhf_recipes.data.conversion import Kind
-from rlhf_recipes.data.rendering import check_rendered, drop_overlong_mode, strip_bos
+from rlhf_recipes.data.rendering import check_positions, check_rendered, drop_overlong_mode, strip_bos
 from rlhf_recipes.data.rows import Converted, convert, find_shape, reject_bad_rows
 from rlhf_recipes.data.sources import Part, UnknownSplitError, has_splits, is_file, open_source, require_file
 
@@ -52,6 +52,14 @@ class Data:
                 report[split] |= counts | {"dropped": dict(dropped)}
         return replace(self, **splits, report=report)
 
+    def check_positions(
+        self, tokenizer: PreTrainedTokenizerBase, max_length: int | None, positions: int | None, new_tokens: int = 0
+    ) -> None:
+        """Refuse rows for which the model has too few positions, as `check_positions`."""
+        for split, dataset in (("train", self.train), ("eval", self.eval)):
+            if dataset is not None:
+                check_positions(dataset, self.kind, tokenizer, max_length, split, positions, new_tokens)
+
 
 def load_data(arguments: DataArguments, kind: Kind, *, evaluate: bool, seed: int) -> Data:
     """Load, check and convert the data that a YAML file names.
@@ -70,7 +78,7 @@ def load_data(arguments: DataArguments, kind: Kind, *, evaluate: bool, seed: int
         train, held_out = _hold_out(train, kind, arguments.test_split_size, seed)
         reports["train"]["rows"] = len(train)
         reports["eval"] = {"rows": len(held_out), "test_split_size": arguments.test_split_size, "seed": seed}
-    elif evaluate:
+    elif evaluate or arguments.eval_datasets:
         held_out, reports["eval"] = _load_eval(arguments, kind)
     return Data(train, held_out, reports, kind, arguments.bad_rows)
 
@@ -83,6 +91,7 @@ def load_demonstrations(
     rows: int = 1000,
     tokenizer: PreTrainedTokenizerBase | None = None,
     max_length: int | None = None,
+    positions: int | None = None,
 ) -> tuple[Dataset, dict[str, Any]]:
     """Load demonstrations to scale rewards by, and their counts.
 
@@ -94,6 +103,7 @@ def load_demonstrations(
         rows: the number drawn at most.
         tokenizer: of the run; without it lengths are not checked.
         max_length: in tokens.
+        positions: as in `check_positions`.
 
     Raises:
         RecipeError: as `load_data`; for plain text; for long rows under `long_rows: error`; for fewer than two rows.
@@ -114,6 +124,7 @@ def load_demonstrations(
     if tokenizer is not None and len(dataset):
         options = {"bad_rows": arguments.bad_rows}
         dataset, report = check_rendered(dataset, "sft", tokenizer, max_length, long_rows, "demonstrations", **options)
+        check_positions(dataset, "sft", tokenizer, max_length, "demonstrations", positions)
     if len(dataset) < 2:
         raise RecipeError(
             f"demonstrations: {len(dataset)} rows have no standard deviation. Fix: name more. Rows with held-out prompts and "

@@ -100,6 +100,44 @@ def check_rendered(
     return dataset if len(keep) == len(dataset) else dataset.select(keep), report
 
 
+def check_positions(
+    dataset: Dataset,
+    kind: Kind,
+    tokenizer: PreTrainedTokenizerBase,
+    max_length: int | None,
+    where: str,
+    positions: int | None,
+    new_tokens: int = 0,
+    key: str = "max_length",
+) -> None:
+    """Refuse rows for which the model has too few positions.
+
+    Args:
+        dataset: after `check_rendered`.
+        kind: as in `check_rendered`.
+        tokenizer: as in `check_rendered`.
+        max_length: as in `check_rendered`.
+        where: as in `check_rendered`.
+        positions: those of the model, if they end; None: they do not.
+        new_tokens: longest completion that is sampled, which needs positions too.
+        key: the option that sets `max_length`.
+
+    Raises:
+        RecipeError: with what to set.
+    """
+    if positions is None or (max_length is not None and max_length + new_tokens <= positions):
+        return
+    checks = _check(dataset, kind, _Renderer(tokenizer, None, kind == "prompt", where), max(positions - new_tokens, 0))
+    if not (beyond := sum(bool(check.verdict) for check in checks)):
+        return
+    limit, fix = f"{key}: {max_length}", f"set `{key}: {positions}`"
+    if new_tokens:
+        limit = f"max_completion_length: {new_tokens}"
+        fix = f"set `max_prompt_length` and `max_completion_length` to {positions} in all"
+    rows = f"{where}: {beyond} of {len(dataset)} rows need more"
+    raise RecipeError(f"{limit}: the model has positions for {positions} tokens; {rows}. Fix: {fix}")
+
+
 def drop_overlong_mode(long_rows: str) -> str:
     """Return `long_rows` for data that cannot be cut: `"truncate"` becomes `"drop"`."""
     return "error" if long_rows == "error" else "drop"

@@ -249,7 +249,7 @@ def _label_store(values: Mapping[str, Any]) -> Path | None:
     """Return the database of `labeller: {store: FILE}`."""
     labeller = values.get("labeller")
     store = labeller.get("store") if isinstance(labeller, dict) else None
-    return Path(store).expanduser() if isinstance(store, str) else None
+    return Path(store) if isinstance(store, str) else None
 
 
 @dataclass(frozen=True)

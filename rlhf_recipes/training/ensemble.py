@@ -18,6 +18,7 @@ from rlhf_recipes.core.files import PENDING, RECIPE, REWARD, REWARD_EVALUATION, 
 from rlhf_recipes.data import Data, drop_overlong_mode, load_data
 from rlhf_recipes.export.upload import publish
 from rlhf_recipes.models.loading import load_model, release_memory
+from rlhf_recipes.models.positions import position_limit
 from rlhf_recipes.models.tokenizer import load_tokenizer
 from rlhf_recipes.rewards.reward_json import write_ensemble_record
 from rlhf_recipes.rewards.reward_models import RewardModel
@@ -47,7 +48,9 @@ def load_comparisons(
     kind = "ranking" if arguments.train_on == "rankings" else "preference"
     data = load_data(data_args, kind, evaluate=training.eval_strategy != "no", seed=training.seed)
     tokenizer = load_tokenizer(model_args, training, start_from=arguments.start_from)
-    return data.check_rendered(tokenizer, training.max_length, drop_overlong_mode(data_args.long_rows)), tokenizer
+    data = data.check_rendered(tokenizer, training.max_length, drop_overlong_mode(data_args.long_rows))
+    data.check_positions(tokenizer, training.max_length, position_limit(model_args))
+    return data, tokenizer
 
 
 class EnsembleRun(Run):

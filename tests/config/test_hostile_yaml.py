@@ -8,6 +8,7 @@ from functools import cache
 from pathlib import Path
 
 from rlhf_recipes.config.data import DatasetSource
+from rlhf_recipes.core.paths import expand_paths
 from rlhf_recipes.core.yaml import read_yaml, to_yaml
 from rlhf_recipes.data import load_data
 from rlhf_recipes.models.loading import load_policy
@@ -86,7 +87,7 @@ def test_wrong_values(config, recipe, data):
     content = hostile.replaced(valid(recipe), path, data.draw(values))
     read, message = parse(recipe, config, content)
     if message is None:
-        assert same(read[path[0]], content[path[0]]), (path[0], read[path[0]])
+        assert same(read[path[0]], expand_paths(content)[path[0]]), (path[0], read[path[0]])
     else:
         assert path[0] in message, message
 
