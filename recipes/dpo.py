@@ -10,6 +10,7 @@ the frozen reference, on the same base (in 4 bits with `load_in_4bit: true`), so
 from rlhf_recipes.cli import exit_on_recipe_error
 from rlhf_recipes.data import load_data
 from rlhf_recipes.models.loading import load_policy
+from rlhf_recipes.models.positions import position_limit
 from rlhf_recipes.models.tokenizer import load_tokenizer
 from rlhf_recipes.stages import parse_arguments
 from rlhf_recipes.training.run import Run
@@ -26,7 +27,8 @@ def main() -> None:
         # Data: pairs, and rankings as all of their pairs
         data = load_data(data_args, "preference", evaluate=training_args.eval_strategy != "no", seed=training_args.seed)
         tokenizer = load_tokenizer(model_args, training_args, policy_args, start_from=policy_args.start_from)
-        data = data.filter_by_length(tokenizer, training_args.max_length, data_args.long_rows)
+        data = data.check_rendered(tokenizer, training_args.max_length, data_args.long_rows)
+        data.check_positions(tokenizer, training_args.max_length, position_limit(model_args))
         PartialState().print(f"{len(data.train)} pairs to train on, {len(data.eval or ())} to evaluate on")
 
         # Roles: the policy from the SFT adapter; the trainer adds its copy as reference

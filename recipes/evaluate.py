@@ -11,7 +11,7 @@ from pathlib import Path
 
 from rlhf_recipes.cli import exit_on_recipe_error
 from rlhf_recipes.core.files import check_writable
-from rlhf_recipes.data import check_lengths, drop_overlong_mode, load_texts
+from rlhf_recipes.data import check_positions, check_rendered, drop_overlong_mode, load_texts
 from rlhf_recipes.evaluation.collect import collect_results
 from rlhf_recipes.evaluation.frontier import measure_frontier
 from rlhf_recipes.evaluation.measurement import Measurement, check_choosers, check_names, choose_judge, sample_policy
@@ -19,6 +19,7 @@ from rlhf_recipes.evaluation.named_rewards import load_named_rewards
 from rlhf_recipes.evaluation.prompts import held_out_prompts
 from rlhf_recipes.evaluation.report.html import write_report
 from rlhf_recipes.generation.policies import load_policy_bank, load_policy_tokenizer, read_policies
+from rlhf_recipes.models.positions import position_limit
 from rlhf_recipes.stages import parse_arguments
 
 from accelerate import PartialState
@@ -36,13 +37,20 @@ def main() -> None:
     # Data: prompts that no stage was trained on
     rows = held_out_prompts(data_args, evaluate_args)
     tokenizer = load_policy_tokenizer(policies, model_args, evaluate_args)
-    rows, _ = check_lengths(rows, tokenizer, evaluate_args.max_prompt_length, drop_overlong_mode(data_args.long_rows), "eval")
-    texts = load_texts(evaluate_args.ptx_dataset, data_args.bad_rows) if evaluate_args.ptx_dataset else None
+    rows, _ = check_rendered(
+        rows, "prompt", tokenizer, evaluate_args.max_prompt_length, drop_overlong_mode(data_args.long_rows), "eval"
+    )
+    limit = position_limit(model_args)
+    lengths = evaluate_args.max_prompt_length, "eval", limit, evaluate_args.max_completion_length
+    check_positions(rows, "prompt", tokenizer, *lengths)
+    texts = load_texts(evaluate_args.ptx_dataset, data_args.bad_rows, tokenizer) if evaluate_args.ptx_dataset else None
+    if texts is not None:
+        check_positions(texts, "sft", tokenizer, evaluate_args.ptx_max_length, "ptx_dataset", limit, key="ptx_max_length")
     print(f"{len(rows)} prompts, {len(policies)} policies: {', '.join(policies)}", flush=True)
 
     # Roles: every policy and every reward model as an adapter on one base
     bank = load_policy_bank(model_args, evaluate_args, policies, tokenizer)
-    rewards = load_named_rewards(evaluate_args.rewards, bank, evaluate_args.batch_size)
+    rewards = load_named_rewards(evaluate_args.rewards, bank, evaluate_args.batch_size, rows)
     judge = choose_judge(evaluate_args, rewards)
     measurement = Measurement(bank, rows, rewards, evaluate_args)
     check_choosers(policies, measurement)

@@ -10,10 +10,10 @@ Labels are kept in a SQLite file, which can be exported while people label. The 
 
 import argparse
 import os
-from pathlib import Path
 
 from rlhf_recipes.cli import exit_on_recipe_error
 from rlhf_recipes.core.errors import RecipeError
+from rlhf_recipes.core.paths import user_path
 from rlhf_recipes.feedback.labels import Store, agreement, export_labels, import_labels, read_groups
 from rlhf_recipes.feedback.labels.server import listen, serve
 
@@ -21,10 +21,12 @@ from rlhf_recipes.feedback.labels.server import listen, serve
 def main() -> None:
     """Read or restore labels, then export or serve them."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--data", type=Path, help="JSONL file of sampled groups to label")
-    parser.add_argument("--store", type=Path, help="database of labels (default: beside DATA, ending in .labels.sqlite)")
-    parser.add_argument("--export", type=Path, metavar="FOLDER", help="write rankings, pairs, demonstrations and labels there")
-    parser.add_argument("--import", type=Path, metavar="FILE", dest="restore", help="read a labels.jsonl that --export wrote")
+    parser.add_argument("--data", type=user_path, help="JSONL file of sampled groups to label")
+    parser.add_argument("--store", type=user_path, help="database of labels (default: beside DATA, ending in .labels.sqlite)")
+    parser.add_argument(
+        "--export", type=user_path, metavar="FOLDER", help="write rankings, pairs, demonstrations, labels there"
+    )
+    parser.add_argument("--import", type=user_path, metavar="FILE", dest="restore", help="read a labels.jsonl of --export")
     parser.add_argument("--agreement", action="store_true", help="print how often labellers agree")
     parser.add_argument("--overlap", type=float, help="share of prompts that everyone labels (default: 0.1; kept in the store)")
     parser.add_argument("--host", default="127.0.0.1", help="address to listen on; beyond this machine, a password is needed")

@@ -12,6 +12,7 @@ import argparse
 from pathlib import Path
 
 from rlhf_recipes.cli import exit_on_recipe_error
+from rlhf_recipes.core.paths import user_path
 from rlhf_recipes.pipeline import check_arguments, read_pipeline
 
 RECIPES = Path(__file__).resolve().parent
@@ -20,7 +21,7 @@ RECIPES = Path(__file__).resolve().parent
 def main() -> None:
     """Print the plan, then run the stages."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--config", type=Path, default=RECIPES.parent / "configs" / "tiny" / "pipeline.yaml")
+    parser.add_argument("--config", type=user_path, default=RECIPES.parent / "configs" / "tiny" / "pipeline.yaml")
     parser.add_argument("--stages", type=lambda text: text.split(","), help="names of stages, separated by commas")
     parser.add_argument("--dry-run", action="store_true", help="print the plan and exit")
     options = parser.parse_args()

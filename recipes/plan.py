@@ -14,6 +14,7 @@ from pathlib import Path
 from rlhf_recipes.cli import exit_on_recipe_error
 from rlhf_recipes.config.parser import COMMAND_LINE
 from rlhf_recipes.core.errors import error_context
+from rlhf_recipes.core.paths import user_path
 from rlhf_recipes.core.yaml import read_yaml
 from rlhf_recipes.memory import advice, format_plans, plan_stage
 from rlhf_recipes.pipeline.estimates import plannable_stages
@@ -25,7 +26,7 @@ RECIPES = Path(__file__).resolve().parent
 def main() -> None:
     """Print the plan."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--config", type=Path, default=RECIPES.parent / "configs" / "tiny" / "pipeline.yaml")
+    parser.add_argument("--config", type=user_path, default=RECIPES.parent / "configs" / "tiny" / "pipeline.yaml")
     parser.add_argument("--recipe", help="recipe that the file is for (default: that of its name)")
     parser.add_argument(
         "--gpu_memory",

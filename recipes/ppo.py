@@ -8,8 +8,9 @@ same base, in 4 bits with `load_in_4bit: true`. Saves the policy's adapter with 
 """
 
 from rlhf_recipes.cli import exit_on_recipe_error
-from rlhf_recipes.data import drop_overlong_mode, load_data, load_texts
+from rlhf_recipes.data import check_positions, drop_overlong_mode, load_data, load_texts
 from rlhf_recipes.models.loading import load_policy
+from rlhf_recipes.models.positions import position_limit
 from rlhf_recipes.models.tokenizer import load_tokenizer
 from rlhf_recipes.rewards.reward_funcs import load_rewards, reward_paths
 from rlhf_recipes.stages import parse_arguments
@@ -28,12 +29,16 @@ def main() -> None:
         # Data: prompts, and the columns that reward functions read
         data = load_data(data_args, "prompt", evaluate=training_args.eval_strategy != "no", seed=training_args.seed)
         tokenizer = load_tokenizer(model_args, training_args, ppo_args, start_from=ppo_args.start_from)
-        data = data.filter_by_length(tokenizer, ppo_args.max_prompt_length, drop_overlong_mode(data_args.long_rows))
-        texts = load_texts(ppo_args.ptx_dataset, data_args.bad_rows) if training_args.ptx_coef else None
+        data = data.check_rendered(tokenizer, ppo_args.max_prompt_length, drop_overlong_mode(data_args.long_rows))
+        limit = position_limit(model_args)
+        data.check_positions(tokenizer, ppo_args.max_prompt_length, limit, training_args.max_completion_length)
+        texts = load_texts(ppo_args.ptx_dataset, data_args.bad_rows, tokenizer) if training_args.ptx_coef else None
+        if texts is not None:
+            check_positions(texts, "sft", tokenizer, training_args.ptx_max_length, "ptx_dataset", limit, key="ptx_max_length")
         PartialState().print(f"{len(data.train)} prompts to train on, {len(data.eval or ())} to evaluate on")
 
         # Roles: policy and reference from the SFT adapter; reward models and critic join them in the trainer
-        rewards, run.trainer_args.reward_weights = load_rewards(ppo_args.reward_funcs)
+        rewards, run.trainer_args.reward_weights = load_rewards(ppo_args.reward_funcs, data.train, data.eval)
         model = load_policy(model_args, training_args, ppo_args.start_from, tokenizer)
         trainer = PPOTrainer(
             model,

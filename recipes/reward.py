@@ -11,6 +11,7 @@ average with deviation 1, and its results on held-out comparisons: `evaluation.j
 from rlhf_recipes.cli import exit_on_recipe_error
 from rlhf_recipes.data import load_demonstrations
 from rlhf_recipes.evaluation.reward_evaluation import measure_and_scale, summary, write_evaluation
+from rlhf_recipes.models.positions import position_limit
 from rlhf_recipes.rewards.classifier import load_reward_model
 from rlhf_recipes.stages import parse_arguments
 from rlhf_recipes.training.ensemble import EnsembleRun, load_comparisons
@@ -25,7 +26,7 @@ def main() -> None:
     with EnsembleRun(__file__, reward_args, data_args, training_args, model_args, inputs=[reward_args.start_from]) as run:
         # Data: comparisons, and the demonstrations on which scores are scaled
         data, tokenizer = load_comparisons(reward_args, data_args, training_args, model_args)
-        limits = {"tokenizer": tokenizer, "max_length": training_args.max_length}
+        limits = {"tokenizer": tokenizer, "max_length": training_args.max_length, "positions": position_limit(model_args)}
         demonstrations, data.report["demonstrations"] = load_demonstrations(
             data_args, reward_args.demonstrations, training_args.seed, data.eval, **limits
         )

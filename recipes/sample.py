@@ -9,9 +9,10 @@ Writes groups of unranked completions to `groups.jsonl`. The same command resume
 from dataclasses import asdict
 
 from rlhf_recipes.cli import exit_on_recipe_error
-from rlhf_recipes.data import check_lengths, drop_overlong_mode, load_data
+from rlhf_recipes.data import check_positions, check_rendered, drop_overlong_mode, load_data
 from rlhf_recipes.feedback.sampling import GroupFile, reject_best_of, sample_groups
 from rlhf_recipes.generation.policies import load_policy_bank, load_policy_tokenizer, read_policies
+from rlhf_recipes.models.positions import position_limit
 from rlhf_recipes.stages import parse_arguments
 
 from accelerate import PartialState
@@ -29,7 +30,11 @@ def main() -> None:
     # Data: prompts
     rows = load_data(data_args, "prompt", evaluate=False, seed=sample_args.seed).train
     tokenizer = load_policy_tokenizer(policies, model_args, sample_args)
-    rows, _ = check_lengths(rows, tokenizer, sample_args.max_prompt_length, drop_overlong_mode(data_args.long_rows), "train")
+    rows, _ = check_rendered(
+        rows, "prompt", tokenizer, sample_args.max_prompt_length, drop_overlong_mode(data_args.long_rows), "train"
+    )
+    limits = position_limit(model_args), sample_args.max_completion_length
+    check_positions(rows, "prompt", tokenizer, sample_args.max_prompt_length, "train", *limits)
     arguments = asdict(sample_args) | asdict(data_args) | asdict(model_args) | {"rows": len(rows)}
     file = GroupFile(arguments.pop("output_dir"), arguments)
 

@@ -9,7 +9,8 @@ with the tokenizer, the chat template and `recipe.json`, which holds the argumen
 
 from rlhf_recipes.cli import exit_on_recipe_error
 from rlhf_recipes.data import load_data
-from rlhf_recipes.models.loading import load_model
+from rlhf_recipes.models.loading import load_policy
+from rlhf_recipes.models.positions import position_limit
 from rlhf_recipes.models.tokenizer import load_tokenizer
 from rlhf_recipes.stages import parse_arguments
 from rlhf_recipes.training.run import Run
@@ -27,7 +28,9 @@ def main() -> None:
         data = load_data(data_args, "sft", evaluate=training_args.eval_strategy != "no", seed=training_args.seed)
         tokenizer = load_tokenizer(model_args, training_args)
         splits = training_args.packing and training_args.packing_strategy != "bfd"  # long rows too, so that none is cut
-        data = data.filter_by_length(tokenizer, None if splits else training_args.max_length, data_args.long_rows)
+        max_length = None if splits else training_args.max_length
+        data = data.check_rendered(tokenizer, max_length, data_args.long_rows, training_args.assistant_only_loss)
+        data.check_positions(tokenizer, max_length, position_limit(model_args))
         PartialState().print(f"{len(data.train)} rows to train on, {len(data.eval or ())} to evaluate on")
         if "messages" in data.train.column_names and not training_args.assistant_only_loss:
             PartialState().print(
@@ -35,7 +38,7 @@ def main() -> None:
             )
 
         # Model: the base, and with `use_peft` a fresh adapter on it
-        model = load_model(model_args, training_args)
+        model = load_policy(model_args, training_args, None, tokenizer)
         trainer = SFTTrainer(
             model,
             args=run.trainer_args,

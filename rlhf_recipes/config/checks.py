@@ -39,6 +39,10 @@ def check_values(values: dict[str, Any], trains: bool) -> None:
             raise RecipeError(f"`{key}` and `{other}` exclude each other. Fix: {fix}")
     if trains and (values.get("load_in_4bit") or values.get("load_in_8bit")) and not values.get("use_peft"):
         raise RecipeError("use_peft: quantized weights cannot be trained. Fix: set `use_peft: true`")
+    if trains and values.get("sync_ref_model") and values.get("use_peft"):
+        raise RecipeError("sync_ref_model: with LoRA the reference is a frozen adapter or the base. Fix: set it to false")
+    if values.get("num_train_epochs") == 0 and values.get("max_steps", -1) <= 0:
+        raise RecipeError("num_train_epochs: 0: no step would be trained. Fix: set it above 0, or set `max_steps`")
     for key, least in _LEAST.items():
         if values.get(key, least) < least:
             raise RecipeError(f"{key}: {values[key]}: must be {least} or more")

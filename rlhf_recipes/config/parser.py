@@ -24,6 +24,7 @@ from rlhf_recipes.config.current import CURRENT_RUN, CurrentRun
 from rlhf_recipes.config.data import SINGLE_DATASET_KEYS, DatasetSource
 from rlhf_recipes.config.launcher import check_launcher_support, current_launcher
 from rlhf_recipes.core.errors import RecipeError, did_you_mean, error_context, one_line
+from rlhf_recipes.core.paths import expand_paths, user_path
 from rlhf_recipes.core.yaml import read_yaml
 
 from pydantic import ConfigDict, TypeAdapter, ValidationError
@@ -67,13 +68,16 @@ def parse_dataclasses(recipe: str | Path, *types: type, argv: Sequence[str] | No
     parser = _CommandLineParser(types, allow_abbrev=False, usage=f"{recipe.name} [--config FILE] [--key value ...]")
     parser.add_argument("--config", help=f"YAML file with the arguments (default: configs/tiny/{recipe.stem}.yaml)")
     overrides = parser.read(sys.argv[1:] if argv is None else argv)
-    config = Path(overrides.pop("config", None) or recipe.parent.parent / "configs" / "tiny" / f"{recipe.stem}.yaml")
+    default = recipe.parent.parent / "configs" / "tiny" / f"{recipe.stem}.yaml"
+    with error_context(f"{COMMAND_LINE}: --config"):
+        config = user_path(overrides.pop("config", None) or str(default))
 
     values, fields = read_yaml(config), _fields(types)
     with error_context(str(config)):
         values = _check_types(values, fields)
     with error_context(COMMAND_LINE):
-        overrides = _check_types({key: _parse_json_entries(value) for key, value in overrides.items()}, fields)
+        overrides = {key: _parse_json_entries(value) for key, value in overrides.items()}
+        overrides = _check_types(expand_paths(overrides), fields)
     source = f"{config} and {COMMAND_LINE}" if overrides else str(config)
     with error_context(source):
         groups = _fill(recipe.stem, types, merge_overrides(values, overrides), here=True)
@@ -204,7 +208,7 @@ def _parse_json_entries(value: Any) -> Any:
         return value
     entries = []
     for entry in value:
-        text = entry.path if isinstance(entry, DatasetSource) else entry
+        text, entry = (entry.path, {"path": entry.path}) if isinstance(entry, DatasetSource) else (entry, entry)
         try:
             parsed = json.loads(text) if isinstance(text, str) and text.startswith(("{", "[")) else entry
         except ValueError:
@@ -242,8 +246,6 @@ def _check_type(key: str, value: Any, field: _Field) -> Any:
 
 
 def _dataset_source(place: str, entry: Any) -> DatasetSource:
-    if isinstance(entry, DatasetSource):  # from the command line
-        return entry
     if not isinstance(entry, dict) or "path" not in entry:
         raise RecipeError(f"{place}: expected a mapping with `path`, found {entry!r}")
     with error_context(place):

@@ -5,6 +5,8 @@ from typing import Any
 
 from rlhf_recipes.config import option
 
+MAX_COMPLETIONS = 64  # of a group, for labellers and the files of groups
+
 
 @dataclass
 class SampleArguments:
@@ -29,5 +31,7 @@ class SampleArguments:
         for key, least in (("num_completions", 2), ("max_attempts", 1), ("max_completion_length", 1), ("batch_size", 1)):
             if getattr(self, key) < least:
                 raise ValueError(f"{key}: {getattr(self, key)}: must be {least} or more")
+        if self.num_completions > MAX_COMPLETIONS:
+            raise ValueError(f"num_completions: {self.num_completions}: must be {MAX_COMPLETIONS} or less")
         if self.temperature <= 0:
             raise ValueError(f"temperature: {self.temperature}: must be above 0: greedy completions are all alike")

@@ -17,6 +17,11 @@ _NO_MEMORY = (
     "CUBLAS_STATUS_ALLOC_FAILED",
     "No executable batch size",
 )
+# PEFT's, for the weights of experts in a mixture, which are no linear layers
+_REMEDIES = {
+    "ParamWrapper does not work with lora_dropout": "set `lora_dropout: 0`, since LoRA on experts has no dropout",
+    "ParamWrapper does not work with use_dora": "set `use_dora: false`, since LoRA on experts has no such variant",
+}
 _NOT_WRITTEN = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EACCES, errno.EPERM)
 _NOT_WRITTEN_BY_TORCH = ("PytorchStreamWriter failed writing", "file write failed", "unexpected pos", "cannot be opened")
 
@@ -53,14 +58,15 @@ def error_context(place: str, *errors: type[Exception], fix: str = "") -> Iterat
     except RecipeError as error:
         raise RecipeError(f"{place}: {error}") from error
     except errors as error:
-        remedy = f". Fix: {fix}" if fix else ""
-        raise RecipeError(f"{place}: {one_line(error)}{remedy}") from error
+        fix = fix or next((remedy for sign, remedy in _REMEDIES.items() if sign in str(error)), "")
+        reason = f"{one_line(error).rstrip('.')}. Fix: {fix}" if fix else one_line(error)
+        raise RecipeError(f"{place}: {reason}") from error
 
 
 @contextlib.contextmanager
 def as_recipe_error(stage: str) -> Iterator[None]:
     """Turn a trainer's rejection of its arguments or data into a `RecipeError`."""
-    with error_context(stage, ValueError, ImportError, TemplateError):
+    with error_context(stage, ValueError, ImportError, TemplateError, NotImplementedError):
         try:
             yield
         except (RuntimeError, OSError) as error:  # TRL's for rows and vLLM, Transformers' for trackers
@@ -108,8 +114,8 @@ def failed_write(error: BaseException) -> tuple[str, str] | None:
     for cause in causes(error):
         if isinstance(cause, OSError) and cause.errno in _NOT_WRITTEN:
             return os.strerror(cause.errno), str(cause.filename or "")
-        # safetensors puts the code into its text, PyTorch leaves it out
-        code = re.search(r"\(os error (\d+)\)", str(cause)) if type(cause).__name__ == "SafetensorError" else None
+        # safetensors and tokenizers put the code into their text, PyTorch leaves it out
+        code = re.search(r"\(os error (\d+)\)", str(cause))
         if code and int(code[1]) in _NOT_WRITTEN:
             return os.strerror(int(code[1])), ""
         if isinstance(cause, RuntimeError) and any(sign in str(cause) for sign in _NOT_WRITTEN_BY_TORCH):

@@ -41,7 +41,7 @@ def files_in(values: Any, exclude: Iterable[Path | None] = ()) -> list[tuple[str
     if not isinstance(values, str) or len(values) > 1000:
         return []
     try:
-        path = Path(resolve_path(values)).expanduser()
+        path = Path(resolve_path(values))
         files = [path] if path.is_file() else sorted(path.rglob("*")) if path.is_dir() else []
         files = [file for file in files if file.is_file() and not {file, *file.parents} & set(exclude)]
         return [(str(file), file.stat().st_size, file.stat().st_mtime_ns) for file in files]

@@ -5,16 +5,17 @@ from pathlib import Path
 from typing import Any
 
 from rlhf_recipes.core.errors import RecipeError, did_you_mean, error_context, one_line
+from rlhf_recipes.core.paths import expand_paths
 
 from ruamel.yaml import YAML
 from ruamel.yaml.error import MarkedYAMLError
 
 
 def read_yaml(path: Path) -> dict[str, Any]:
-    """Return the mapping in a YAML file; an empty file is an empty one.
+    """Return the mapping in a YAML file, its paths expanded; an empty file is {}.
 
     Raises:
-        RecipeError: if there is no such file, or it is not YAML, or holds no mapping.
+        RecipeError: if there is no such file, or it is not YAML, or holds no mapping; as `expand_paths`.
     """
     if not path.is_file():
         siblings = map(str, path.parent.glob("*.yaml"))
@@ -23,7 +24,8 @@ def read_yaml(path: Path) -> dict[str, Any]:
         values = _load(path.read_text(encoding="utf-8"))
     if not isinstance(values, dict | None):
         raise RecipeError(f"{path}: expected a mapping, found {type(values).__name__}. Fix: write one `key: value` a line")
-    return values or {}
+    with error_context(str(path)):
+        return expand_paths(values or {})
 
 
 def _load(text: str) -> Any:

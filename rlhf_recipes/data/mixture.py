@@ -4,15 +4,15 @@ import itertools
 import logging
 from collections import Counter
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from rlhf_recipes.config.data import DataArguments, DatasetSource
 from rlhf_recipes.core.errors import RecipeError, first_line
 from rlhf_recipes.data.conversion import Kind
-from rlhf_recipes.data.lengths import check_lengths, drop_overlong_mode
-from rlhf_recipes.data.rows import Converted, convert, find_shape
-from rlhf_recipes.data.sources import SHOWN, Part, UnknownSplitError, has_splits, is_file, open_source, require_file
+from rlhf_recipes.data.rendering import check_positions, check_rendered, drop_overlong_mode, strip_bos
+from rlhf_recipes.data.rows import Converted, convert, find_shape, reject_bad_rows
+from rlhf_recipes.data.sources import Part, UnknownSplitError, has_splits, is_file, open_source, require_file
 
 from datasets import Dataset, Features, concatenate_datasets
 from transformers import PreTrainedTokenizerBase
@@ -28,21 +28,37 @@ class Data:
         train: the rows to train on.
         eval: the rows to evaluate on, or None.
         report: per split the number of rows, how many were read, and how many were dropped and why; for `recipe.json`.
+        kind: what the stage trains on.
+        bad_rows: what becomes of rows that cannot be used, "error" or "drop".
     """
 
     train: Dataset
     eval: Dataset | None
     report: dict[str, Any]
+    kind: Kind
+    bad_rows: str
 
-    def filter_by_length(self, tokenizer: PreTrainedTokenizerBase, max_length: int | None, long_rows: str) -> "Data":
-        """Return the data after `check_lengths`, with its counts in the report."""
+    def check_rendered(
+        self, tokenizer: PreTrainedTokenizerBase, max_length: int | None, long_rows: str, assistant_only_loss: bool = False
+    ) -> "Data":
+        """Return the data after `check_rendered`, with its counts in the report."""
+        options = {"bad_rows": self.bad_rows, "assistant_only_loss": assistant_only_loss}
         report = {split: dict(counts) for split, counts in self.report.items()}
         splits: dict[str, Dataset | None] = {"train": self.train, "eval": self.eval}
         for split, dataset in splits.items():
             if dataset is not None:
-                splits[split], counts = check_lengths(dataset, tokenizer, max_length, long_rows, split)
-                report[split] |= {"rows": counts.pop("rows"), "longer_than_max_length": counts}
-        return Data(**splits, report=report)
+                splits[split], counts = check_rendered(dataset, self.kind, tokenizer, max_length, long_rows, split, **options)
+                dropped = Counter(report[split].get("dropped", {})) + Counter(counts["dropped"])
+                report[split] |= counts | {"dropped": dict(dropped)}
+        return replace(self, **splits, report=report)
+
+    def check_positions(
+        self, tokenizer: PreTrainedTokenizerBase, max_length: int | None, positions: int | None, new_tokens: int = 0
+    ) -> None:
+        """Refuse rows for which the model has too few positions, as `check_positions`."""
+        for split, dataset in (("train", self.train), ("eval", self.eval)):
+            if dataset is not None:
+                check_positions(dataset, self.kind, tokenizer, max_length, split, positions, new_tokens)
 
 
 def load_data(arguments: DataArguments, kind: Kind, *, evaluate: bool, seed: int) -> Data:
@@ -62,9 +78,9 @@ def load_data(arguments: DataArguments, kind: Kind, *, evaluate: bool, seed: int
         train, held_out = _hold_out(train, kind, arguments.test_split_size, seed)
         reports["train"]["rows"] = len(train)
         reports["eval"] = {"rows": len(held_out), "test_split_size": arguments.test_split_size, "seed": seed}
-    elif evaluate:
+    elif evaluate or arguments.eval_datasets:
         held_out, reports["eval"] = _load_eval(arguments, kind)
-    return Data(train=train, eval=held_out, report=reports)
+    return Data(train, held_out, reports, kind, arguments.bad_rows)
 
 
 def load_demonstrations(
@@ -75,6 +91,7 @@ def load_demonstrations(
     rows: int = 1000,
     tokenizer: PreTrainedTokenizerBase | None = None,
     max_length: int | None = None,
+    positions: int | None = None,
 ) -> tuple[Dataset, dict[str, Any]]:
     """Load demonstrations to scale rewards by, and their counts.
 
@@ -86,6 +103,7 @@ def load_demonstrations(
         rows: the number drawn at most.
         tokenizer: of the run; without it lengths are not checked.
         max_length: in tokens.
+        positions: as in `check_positions`.
 
     Raises:
         RecipeError: as `load_data`; for plain text; for long rows under `long_rows: error`; for fewer than two rows.
@@ -100,22 +118,25 @@ def load_demonstrations(
         dataset = dataset.map(
             lambda row: {"prompt": row["messages"][:-1], "completion": row["messages"][-1:]}, remove_columns=["messages"]
         )
+    if tokenizer is not None and len(dataset):
+        dataset = strip_bos(dataset, "prompt", tokenizer)  # as of `held_out`
     excluded = set(map(repr, held_out["prompt"])) if held_out is not None else set()
     dataset = dataset.select([row for row, prompt in enumerate(dataset["prompt"]) if repr(prompt) not in excluded])
     dataset, report = dataset.shuffle(seed=seed).take(rows), {}
     if tokenizer is not None and len(dataset):
-        dataset, report = check_lengths(dataset, tokenizer, max_length, long_rows, "demonstrations")
-        del report["rows"]
+        options = {"bad_rows": arguments.bad_rows}
+        dataset, report = check_rendered(dataset, "sft", tokenizer, max_length, long_rows, "demonstrations", **options)
+        check_positions(dataset, "sft", tokenizer, max_length, "demonstrations", positions)
     if len(dataset) < 2:
         raise RecipeError(
             f"demonstrations: {len(dataset)} rows have no standard deviation. Fix: name more. Rows with held-out prompts and "
             "rows longer than `max_length` are left out."
         )
-    return dataset, {"rows": len(dataset), "longer_than_max_length": report}
+    return dataset, {"rows": len(dataset)} | report
 
 
-def load_texts(sources: list[DatasetSource], bad_rows: str) -> Dataset:
-    """Load pretraining text, in the column `text`.
+def load_texts(sources: list[DatasetSource], bad_rows: str, tokenizer: PreTrainedTokenizerBase) -> Dataset:
+    """Load pretraining text, in the column `text`, without BOS where one is added.
 
     Raises:
         RecipeError: as `load_data`; without a source, or for data in another shape.
@@ -125,7 +146,7 @@ def load_texts(sources: list[DatasetSource], bad_rows: str) -> Dataset:
     dataset, _ = _load_split(sources, "sft", bad_rows, "pretraining text")
     if "text" not in dataset.column_names:
         raise RecipeError("ptx_dataset: the data are conversations or answers. Fix: name plain text, in a column `text`.")
-    return dataset
+    return strip_bos(dataset, "text", tokenizer)
 
 
 def check_source(source: DatasetSource, kind: Kind | None) -> None:
@@ -193,7 +214,8 @@ def _hold_out(dataset: Dataset, kind: Kind, size: float, seed: int) -> tuple[Dat
 
 def _load_split(sources: list[DatasetSource], kind: Kind, bad_rows: str, split: str) -> tuple[Dataset, dict[str, Any]]:
     parts = [convert(part, kind) for part in _mix(sources)]
-    _check_bad_rows(parts, bad_rows, split)
+    bad = [(f"{part.label}, row {row}", reason) for part in parts for row, reason in part.bad]
+    reject_bad_rows(bad, sum(part.read for part in parts), bad_rows, split)
     dataset = _join(parts, kind, split)
     return dataset, {
         "rows": len(dataset),
@@ -232,23 +254,6 @@ def _first_rows(parts: list[Part], count: int) -> Iterator[Part]:
         if count > 0:
             yield Part(part.label, part.dataset.take(count))
         count -= len(part.dataset)
-
-
-def _check_bad_rows(parts: list[Converted], bad_rows: str, split: str) -> None:
-    """Stop with, or log, the rows that cannot be used; stop where no row is left."""
-    bad = [(part.label, row, reason) for part in parts for row, reason in part.bad]
-    read = sum(part.read for part in parts)
-    first = "; ".join(f"{label}, row {row}: {reason}" for label, row, reason in bad[:SHOWN])
-    counts = ", ".join(f"{count} {reason}" for reason, count in Counter(reason for *_, reason in bad).most_common())
-    summary = f"{len(bad)} of {read} rows of the {split} data ({counts})"
-    if not any(len(part.dataset) for part in parts):
-        raise RecipeError(f"No rows are left: {summary} cannot be used. {first}" if bad else f"The {split} data have no rows.")
-    if bad and bad_rows == "error":
-        raise RecipeError(
-            f"{summary} cannot be used. {first}. Fix: correct them, or set `bad_rows: drop` to drop and count them."
-        )
-    if bad:
-        logger.warning("Dropped %s: %s%s", summary, first, "; ..." if len(bad) > SHOWN else "")
 
 
 def _join(parts: list[Converted], kind: Kind, split: str) -> Dataset:

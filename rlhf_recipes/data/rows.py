@@ -1,20 +1,29 @@
 """The rows of a part, converted to what a stage trains on."""
 
+import contextlib
+import itertools
 import logging
+from collections import Counter
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from rlhf_recipes.core.errors import RecipeError, first_line
 from rlhf_recipes.data.conversion import CONVERTERS, Kind
-from rlhf_recipes.data.shapes import SHAPES, BadRowError, Shape
-from rlhf_recipes.data.sources import BATCH, Part
+from rlhf_recipes.data.shapes import SHAPES, BadRowError, Row, Shape, add_system, is_list_as_text, is_transcript, parse_list
+from rlhf_recipes.data.sources import BATCH, SHOWN, Part
 
 import pyarrow
-from datasets import Dataset, Features, List, Value
+from datasets import Dataset, Features, Json, List, Value
 from datasets.fingerprint import Hasher
 
 logger = logging.getLogger(__name__)
+
+# Among prompts, TRL overwrites these columns, leaves them out, or takes them for pictures
+_TRL_COLUMNS = ("prompts", "completion", "completions", "completion_ids", "trainer_state", "log_extra", "log_metric")
+_TRL_COLUMNS += ("image", "images")
+_CONTEXT_COLUMNS = ("system", "history", "tools")  # for the model; reward functions alone would get them
 
 _PROBLEM, _ROW = "__problem__", "__row__"  # columns during the conversion
 _TEXT = Value("string")
@@ -42,24 +51,43 @@ def convert(part: Part, kind: Kind) -> Converted:
         raise RecipeError(
             f"{part.label}: margin: rankings have no margins. Fix: set `train_on: pairs`, or leave it out with `columns`."
         )
-    used = [column for column in columns if column in shape.columns + shape.optional]
-    conversational = _is_conversational(part.dataset, shape)
+    if shape.form == "text" and _is_list_as_text(part.dataset, "text"):
+        raise RecipeError(
+            f"{part.label}: text: lists of messages written as text. Fix: set `column_mapping: {{text: messages}}`."
+        )
+    read = [column for column in columns if column in shape.columns + shape.optional]
+    texts = {column for column in read if _is_list_as_text(part.dataset, column)}
+    conversational = _is_conversational(part.dataset, shape, texts)
+    reads_system = conversational and "system" in columns and "system" not in read
+    used = [*read, "system"] if reads_system else read
     unused = [column for column in columns if column not in used]
     passed_on = [column for column in unused if column != "prompt"] if kind == "prompt" else []  # to the reward functions
+    if reserved := [column for column in passed_on if column in _TRL_COLUMNS]:
+        raise RecipeError(
+            f"{part.label}: {reserved[0]}: TRL reads this column of prompts in a way of its own. Fix: rename it with "
+            "`column_mapping`, or list the columns that you need in `columns`."
+        )
+    _warn_of_unread_columns(part, [column for column in unused if column not in passed_on or column in _CONTEXT_COLUMNS])
+    _warn_of_ignored_keys(part, used, texts)
+    if not conversational:
+        _warn_of_conversations(part, [column for column in read if column not in texts])
     features = _features(kind, shape, conversational, used) | {column: part.dataset.features[column] for column in passed_on}
+
+    def read_row(values: Row) -> list[Row]:
+        values |= {name: _parse(values[name], name) for name in texts}
+        system = values.pop("system") if reads_system else None
+        return CONVERTERS[kind][shape.form](add_system(shape.read(values, conversational), system))
 
     def convert_batch(batch: dict[str, list], indices: list[int]) -> dict[str, list]:
         rows = []
         for place, index in enumerate(indices):
             kept = {column: batch[column][place] for column in passed_on} | {_ROW: index + 1}
             try:
-                row = shape.read({column: batch[column][place] for column in used}, conversational)
-                rows += [converted | kept for converted in CONVERTERS[kind][shape.form](row)]
+                rows += [converted | kept for converted in read_row({name: batch[name][place] for name in used})]
             except BadRowError as problem:
-                rows.append({_PROBLEM: str(problem)} | kept)
+                rows.append({_PROBLEM: str(problem), _ROW: index + 1})
         return {column: [row.get(column) for row in rows] for column in features}
 
-    _warn_of_ignored_keys(part, used)
     try:
         dataset = part.dataset.map(
             convert_batch,
@@ -68,7 +96,7 @@ def convert(part: Part, kind: Kind) -> Converted:
             with_indices=True,
             remove_columns=columns,
             features=Features(features),
-            new_fingerprint=Hasher.hash((part.dataset._fingerprint, kind, shape.columns, conversational, _CODE)),
+            new_fingerprint=Hasher.hash((part.dataset._fingerprint, kind, shape.columns, conversational, sorted(texts), _CODE)),
             load_from_cache_file=False,
             desc=f"Reading {part.label}",
         )
@@ -89,7 +117,7 @@ def convert(part: Part, kind: Kind) -> Converted:
 
 
 def find_shape(part: Part, kind: Kind) -> Shape:
-    """Return the first shape for `kind` that has all its columns in the part.
+    """Return the first shape for `kind` whose columns half of the rows have.
 
     Raises:
         RecipeError: if there is none, or there are no rows.
@@ -98,9 +126,10 @@ def find_shape(part: Part, kind: Kind) -> Shape:
         raise RecipeError(f"{part.label}: the data have no rows.")
     columns = part.dataset.column_names
     shapes = [shape for form in CONVERTERS[kind] for shape in SHAPES if shape.form == form]
-    for shape in shapes:
-        if {*shape.columns} <= {*columns}:
-            return shape
+    fitting = [shape for shape in shapes if {*shape.columns} <= {*columns}]
+    filled = (shape for shape in fitting if len(fitting) == 1 or _is_filled(part.dataset, shape.columns))
+    if fitting:
+        return next(filled, fitting[0])
     wanted = "; ".join(" + ".join(shape.columns) for shape in shapes)
     hint = " To prompt with the texts, set `column_mapping: {text: prompt}`." if kind == "prompt" and "text" in columns else ""
     raise RecipeError(
@@ -109,10 +138,66 @@ def find_shape(part: Part, kind: Kind) -> Shape:
     )
 
 
-def _is_conversational(dataset: Dataset, shape: Shape) -> bool:
+def reject_bad_rows(bad: list[tuple[str, str]], read: int, bad_rows: str, split: str) -> None:
+    """Stop with, or log, the rows that cannot be used; stop where no row is left.
+
+    Args:
+        bad: what names the row, and why it cannot be used; a pair for each row.
+        read: the number of rows, with the usable ones.
+        bad_rows: "error" or "drop".
+        split: names the data in messages.
+    """
+    first = "; ".join(f"{row}: {reason}" for row, reason in bad[:SHOWN])
+    counts = ", ".join(f"{count} {reason}" for reason, count in Counter(reason for _, reason in bad).most_common())
+    summary = f"{len(bad)} of {read} rows of the {split} data ({counts})"
+    if len(bad) == read:
+        raise RecipeError(f"No rows are left: {summary} cannot be used. {first}" if bad else f"The {split} data have no rows.")
+    if bad and bad_rows == "error":
+        raise RecipeError(
+            f"{summary} cannot be used. {first}. Fix: correct them, or set `bad_rows: drop` to drop and count them."
+        )
+    if bad:
+        logger.warning("Dropped %s: %s%s", summary, first, "; ..." if len(bad) > SHOWN else "")
+
+
+def _is_filled(dataset: Dataset, columns: Sequence[str]) -> bool:
+    """Return whether half of the rows have all of the columns."""
+    return _mostly(map(all, zip(*(dataset[column] for column in columns), strict=True)))
+
+
+def _mostly(tests: Iterable[bool]) -> bool:
+    """Return whether half of the tests succeed; the first rows alone may be odd ones."""
+    tests = list(tests)
+    return bool(tests) and sum(tests) * 2 >= len(tests)
+
+
+def _values(dataset: Dataset, column: str) -> Iterator[Any]:
+    """Yield the values of a column that are not empty; of a column of lists the first."""
+    values = filter(None, dataset[column])
+    return values if isinstance(dataset.features[column], Value | Json) else itertools.islice(values, 1)
+
+
+def _is_list_as_text(dataset: Dataset, column: str) -> bool:
+    return _mostly(is_list_as_text(value, column) for value in _values(dataset, column))
+
+
+def _parse(value: Any, column: str) -> Any:
+    return parse_list(value, column) if is_list_as_text(value, column) else value
+
+
+def _parsed(values: Iterable[Any], column: str, texts: set[str]) -> Iterator[Any]:
+    """Yield the values of a column, parsed if in `texts`, and if they can be."""
+    for value in values:
+        with contextlib.suppress(BadRowError):
+            yield _parse(value, column) if column in texts else value
+
+
+def _is_conversational(dataset: Dataset, shape: Shape, texts: set[str]) -> bool:
     if isinstance(shape.conversational, bool):
         return shape.conversational
-    return any(shape.conversational(next(filter(None, dataset[column]), None)) for column in shape.columns)
+
+    values = (_parsed(_values(dataset, column), column, texts) for column in shape.columns)
+    return any(_mostly(map(shape.conversational, column)) for column in values)
 
 
 def _features(kind: Kind, shape: Shape, conversational: bool, used: list[str]) -> dict[str, Any]:
@@ -129,10 +214,32 @@ def _features(kind: Kind, shape: Shape, conversational: bool, used: list[str]) -
     return features | ({shape.form: turns} if shape.form in ("messages", "text") else {"prompt": turns, "completion": turns})
 
 
-def _warn_of_ignored_keys(part: Part, used: list[str]) -> None:
+def _warn_of_unread_columns(part: Part, columns: list[str]) -> None:
+    first = part.dataset.take(BATCH)
+    filled = [column for column in columns if any(value not in (None, "", [], {}) for value in first[column])]
+    if filled:
+        logger.warning("%s: these columns are not read: %s.", part.label, ", ".join(filled))
+
+
+def _warn_of_conversations(part: Part, columns: list[str]) -> None:
+    """Warn of rows in another form than most."""
+    for column in columns:
+        values = list(_values(part.dataset, column))
+        odd = sum(is_transcript(value) or is_list_as_text(value, column) for value in values)
+        if odd:
+            logger.warning(
+                "%s: %d of %d values of `%s` look like conversations, and are read as plain text.",
+                part.label,
+                odd,
+                len(values),
+                column,
+            )
+
+
+def _warn_of_ignored_keys(part: Part, used: list[str], texts: set[str]) -> None:
     """Warn of keys of messages that are not read, such as a model's reasoning."""
-    first = part.dataset.select(range(min(BATCH, len(part.dataset))))
-    lists = [value for column in used for value in first[column] if isinstance(value, list)]
+    first = part.dataset.take(BATCH)
+    lists = [value for column in used for value in _parsed(first[column], column, texts) if isinstance(value, list)]
     messages = [message for value in lists for message in value if isinstance(message, dict)]
     keys = {key for message in messages if message.keys() & {"role", "from"} for key, value in message.items() if value}
     ignored = keys - {"role", "content", "from", "value", "tool_calls"}

@@ -4,6 +4,7 @@ To support another shape, add an entry to `SHAPES`. Its `read` returns one of th
 makes of a form.
 """
 
+import json
 import math
 import re
 from collections.abc import Callable
@@ -26,6 +27,9 @@ Form = Literal["preference", "ranking", "completion", "prompt", "messages", "tex
 """
 
 _SHAREGPT_ROLES = {"human": "user", "gpt": "assistant"}
+_LIST_COLUMNS = ("messages", "conversations", "completions", "ranks", "responses", "history")
+_BEGINS_LIST = re.compile(r"\s*(?:array\()?\[\s*\{")
+_MESSAGE_KEYS = (("role", "content"), ("from", "value"))
 
 
 class BadRowError(Exception):
@@ -39,6 +43,30 @@ def holds_messages(value: Any) -> bool:
     return isinstance(value, dict) and bool(value.keys() & {"role", "content", "from", "value"})
 
 
+def is_list_as_text(value: Any, column: str) -> bool:
+    """Return whether a value is a list written as text, as CSV files have."""
+    if not isinstance(value, str) or not value.strip():
+        return False
+    if column in _LIST_COLUMNS or not _BEGINS_LIST.match(value):
+        return column in _LIST_COLUMNS
+    try:
+        first = json.loads(value)[0]
+    except (ValueError, RecursionError):  # as Python or NumPy write it
+        first = re.findall(r"['\"](\w+)['\"]\s*:", value.partition("}")[0])
+    return any(role in first and text in first for role, text in _MESSAGE_KEYS)
+
+
+def parse_list(value: str, name: str) -> list[Any]:
+    """Return the list that a text holds as JSON."""
+    try:
+        parsed = json.loads(value)
+    except (ValueError, RecursionError):
+        parsed = None
+    if not isinstance(parsed, list):
+        raise BadRowError(f"{name} is a list written as text, but not as JSON: save the file as JSON lines or Parquet")
+    return parsed
+
+
 @dataclass(frozen=True)
 class Shape:
     """Columns that data may have, and how a row of them is read.
@@ -48,7 +76,7 @@ class Shape:
         columns: the columns that identify the shape.
         read: called with a row and whether the data are conversational; raises BadRowError.
         optional: further columns that `read` uses where the data have them.
-        conversational: whether the data are conversational, or how the first value of one of `columns` shows it.
+        conversational: whether the data are conversational, or how the values of one of `columns` show it.
     """
 
     form: Form
@@ -87,6 +115,19 @@ def _read_message(message: Any, name: str) -> dict[str, str]:
     return {"role": _SHAREGPT_ROLES.get(message["role"], message["role"]), "content": content}
 
 
+def add_system(row: Row, system: Any) -> Row:
+    """Put the text of a column `system` before a conversation."""
+    system, place = _read_text(system, "system"), "messages" if "messages" in row else "prompt"
+    if not system.strip():
+        return row
+    turns = row[place]
+    if turns and turns[0]["role"] == "system":
+        if turns[0]["content"].strip() not in ("", system.strip()):
+            raise BadRowError("a system turn beside another text in the column system")
+        turns = turns[1:]
+    return row | {place: [{"role": "system", "content": system}, *turns]}
+
+
 def _read_text(value: Any, name: str) -> str:
     if not isinstance(value, str | None):
         raise BadRowError(f"{name} is not text")
@@ -99,19 +140,20 @@ def _read_number(value: Any, name: str) -> float:
     return float(value)
 
 
-def _is_transcript(value: Any) -> bool:
+def is_transcript(value: Any) -> bool:
+    """Return whether a value is a text in the format of HH-RLHF."""
     return isinstance(value, str) and value.lstrip().startswith("Human:")
 
 
 def _is_conversation(value: Any) -> bool:
-    return holds_messages(value) or _is_transcript(value)
+    return holds_messages(value) or is_transcript(value)
 
 
 def _read_conversation(value: Any, name: str) -> list[dict[str, str]]:
     """Return the messages of a list, or of a transcript in the format of HH-RLHF."""
     if not isinstance(value, str):
         return read_turns(value, name, "assistant", conversational=True)
-    if not _is_transcript(value):
+    if not is_transcript(value):
         raise BadRowError(f"{name} is not a transcript that begins with Human:")
     pieces = re.split(r"\n\n(Human|Assistant):", "\n\n" + value.strip())[1:]
     roles = ["user" if piece == "Human" else "assistant" for piece in pieces[::2]]
@@ -121,13 +163,27 @@ def _read_conversation(value: Any, name: str) -> list[dict[str, str]]:
 
 
 def _read_prompt(row: Row, conversational: bool) -> Row:
-    """Read `prompt`, or the question that `instruction` and `input` make."""
+    """Read `prompt`, or Alpaca's `instruction` and `input`, after its `history`."""
     if "prompt" in row:
         return {"prompt": read_turns(row["prompt"], "prompt", "user", conversational)}
     instruction, context = (_read_text(row.get(key), key) for key in ("instruction", "input"))
     if not instruction.strip():
         raise BadRowError("empty prompt")
-    return {"prompt": [{"role": "user", "content": f"{instruction}\n{context}" if context.strip() else instruction}]}
+    question = {"role": "user", "content": f"{instruction}\n{context}" if context.strip() else instruction}
+    return {"prompt": [*_read_history(row.get("history") or []), question]}
+
+
+def _read_history(history: Any) -> list[dict[str, str]]:
+    if holds_messages(history):
+        return read_turns(history, "history", "user", conversational=True)
+    if not isinstance(history, list) or not all(isinstance(pair, list) and len(pair) == 2 for pair in history):
+        raise BadRowError("history is not a list of pairs of a question and its answer")
+    roles = ("user", "assistant")
+    return [
+        {"role": role, "content": _read_text(text, "history")}
+        for pair in history
+        for role, text in zip(roles, pair, strict=True)
+    ]
 
 
 def _read_completion(row: Row, conversational: bool) -> Row:
@@ -198,14 +254,14 @@ def _read_plain_text(row: Row, conversational: bool) -> Row:
 
 SHAPES = (
     Shape("preference", ("prompt", "chosen", "rejected"), _read_pair, ("margin",)),
-    Shape("preference", ("instruction", "chosen", "rejected"), _read_pair, ("input", "output", "margin"), True),
+    Shape("preference", ("instruction", "chosen", "rejected"), _read_pair, ("input", "output", "history", "margin"), True),
     Shape("preference", ("chosen", "rejected"), _read_pair_without_prompt, ("margin",), _is_conversation),
     Shape("ranking", ("prompt", "responses"), _read_responses),
     Shape("ranking", ("prompt", "completions", "ranks"), _read_ranking),
     Shape("completion", ("prompt", "completion"), _read_completion),
-    Shape("completion", ("instruction", "output"), _read_completion, ("input",), True),
+    Shape("completion", ("instruction", "output"), _read_completion, ("input", "history"), True),
     Shape("prompt", ("prompt",), _read_prompt),
-    Shape("prompt", ("instruction",), _read_prompt, ("input",), True),
+    Shape("prompt", ("instruction",), _read_prompt, ("input", "history"), True),
     Shape("messages", ("conversations",), _read_messages, conversational=True),
     Shape("messages", ("messages",), _read_messages, conversational=True),
     Shape("text", ("text",), _read_plain_text, conversational=False),

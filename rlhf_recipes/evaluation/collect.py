@@ -12,7 +12,7 @@ from rlhf_recipes.evaluation.report.verdict import verdict
 from rlhf_recipes.evaluation.types import EvaluationResults, Example, ExampleAnswer, Frontier, RewardInfo
 from rlhf_recipes.generation.judges import ChatJudge, prompt_as_text
 from rlhf_recipes.generation.policies import Policy
-from rlhf_recipes.rewards.matching import kinds_of
+from rlhf_recipes.rewards.matching import accepted_answers, kinds_of
 
 import numpy as np
 from datasets import Dataset
@@ -65,11 +65,13 @@ def _examples(measurement: Measurement, samples: dict[str, PolicySamples]) -> li
     examples = []
     for group, row in chosen[: arguments.num_examples]:
         reference = rows[row].get("reference")
+        accepted = accepted_answers(reference)
         texts = {name: one.texts[row * arguments.num_answers] for name, one in samples.items()}
         kinds = [None] * len(texts)
-        if reference and measurement.compares_references:
-            kinds = kinds_of(list(texts.values()), [reference] * len(texts), arguments.abstentions)
+        if accepted and measurement.compares_references:
+            kinds = kinds_of(list(texts.values()), [accepted] * len(texts), arguments.abstentions)
         answers = {name: ExampleAnswer(text=text, kind=kind) for (name, text), kind in zip(texts.items(), kinds, strict=True)}
         shown = None if group == "all" else group
+        reference = " / ".join(accepted) if isinstance(reference, list) else reference
         examples.append(Example(prompt=prompt_as_text(rows[row]["prompt"]), reference=reference, group=shown, answers=answers))
     return examples

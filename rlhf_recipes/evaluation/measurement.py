@@ -17,6 +17,7 @@ from rlhf_recipes.evaluation.named_rewards import NamedReward
 from rlhf_recipes.generation.answers import Answer, log_probs, sample
 from rlhf_recipes.generation.judges import ChatJudge, read_chat_judge
 from rlhf_recipes.generation.policies import Policy, PolicyBank, require_adapter
+from rlhf_recipes.rewards.matching import accepted_answers
 from rlhf_recipes.rewards.protocol import checked_reward, score_completions
 
 import numpy as np
@@ -69,7 +70,7 @@ class Measurement:
         """Whether answers are compared with references."""
         if "reference" not in self.rows.column_names:
             return False
-        lengths = [len(text.split()) for text in self.rows["reference"] if text and text.strip()]
+        lengths = [len(text.split()) for one in self.rows["reference"] for text in accepted_answers(one)]
         wanted = self.arguments.truthfulness
         return bool(lengths) and (np.median(lengths) <= MAX_REFERENCE_WORDS if wanted is None else wanted)
 

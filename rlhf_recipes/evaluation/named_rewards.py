@@ -11,6 +11,7 @@ from rlhf_recipes.generation.policies import PolicyBank
 from rlhf_recipes.rewards.reward_funcs import SavedReward, load_rewards
 from rlhf_recipes.rewards.saved import load_saved_reward
 
+from datasets import Dataset
 from trl.trainer.utils import get_callable_name
 
 _TYPES = {
@@ -36,10 +37,12 @@ class NamedReward:
         return documentation.splitlines()[0] if documentation else None
 
 
-def load_named_rewards(specs: Sequence[str | dict[str, Any]], bank: PolicyBank, batch_size: int = 32) -> dict[str, NamedReward]:
+def load_named_rewards(
+    specs: Sequence[str | dict[str, Any]], bank: PolicyBank, batch_size: int = 32, rows: Dataset | None = None
+) -> dict[str, NamedReward]:
     """Load the rewards of the YAML key `rewards`.
 
-    Reward models become roles on the bank's base, and read `batch_size` answers at once.
+    Reward models become roles on the bank's base, and read `batch_size` answers at once. `rows` are the prompts, if known.
 
     Raises:
         RecipeError: As `load_rewards` and `load_saved_reward`. Also if two rewards have one name.
@@ -57,7 +60,7 @@ def load_named_rewards(specs: Sequence[str | dict[str, Any]], bank: PolicyBank, 
             print(f"{key}: skipped, because {spec.get('path')} holds no trained model.")
             continue
         try:
-            (reward,), _ = load_rewards([spec])
+            (reward,), _ = load_rewards([spec], rows)
         except RecipeError as error:  # it names the key of PPO
             raise RecipeError(str(error).replace("reward_funcs, entry 1", key)) from error
         folder, function = None, reward

@@ -2,13 +2,14 @@
 
 from collections.abc import Hashable
 from dataclasses import replace
-from typing import Any
 
 from rlhf_recipes.config.data import DataArguments
 from rlhf_recipes.config.evaluate import EvaluateArguments
-from rlhf_recipes.core.errors import RecipeError
+from rlhf_recipes.core.errors import RecipeError, error_context
 from rlhf_recipes.data import load_data
 from rlhf_recipes.data.sources import has_splits
+from rlhf_recipes.rewards.functions import CONVERT_REFERENCES
+from rlhf_recipes.rewards.matching import accepted_answers
 
 import numpy as np
 from datasets import Dataset
@@ -23,8 +24,8 @@ def held_out_prompts(data: DataArguments, arguments: EvaluateArguments) -> Datas
     independent prompts, and intervals would be too narrow.
 
     Raises:
-        RecipeError: As `load_data`. Also if the column `group_by` is missing or holds lists or mappings, or a `reference` is no
-            text.
+        RecipeError: As `load_data`. Also if the column `group_by` is missing or holds lists or mappings, or a `reference` is
+            neither a text nor a list of texts.
     """
     if data.eval_datasets:
         for key in ("column_mapping", "dataset_arguments"):
@@ -40,12 +41,17 @@ def held_out_prompts(data: DataArguments, arguments: EvaluateArguments) -> Datas
         if column not in rows.column_names:
             known = ", ".join(rows.column_names)
             raise RecipeError(f"group_by: the data have no column '{column}'. Fix: name one of {known}.")
-        _check_column(rows, column, Hashable, "group_by", "name a column of texts, numbers or truth values")
+        for row, value in enumerate(rows[column]):
+            if not isinstance(value, Hashable):
+                fix = "name a column of texts, numbers or truth values"
+                raise RecipeError(f"group_by: the column '{column}' holds {value!r:.80} in row {row}. Fix: {fix}.")
     if "reference" in rows.column_names:
-        _check_column(rows, "reference", str | None, "reference", "write it in quotes, or rename the column")
+        for row, value in enumerate(rows["reference"]):
+            with error_context(f"reference: row {row}", ValueError, fix=CONVERT_REFERENCES):
+                accepted_answers(value)
     references = rows["reference"] if "reference" in rows.column_names else [None] * len(rows)
     first: dict[Hashable, int] = {}
-    for row, key in enumerate(zip(map(repr, rows["prompt"]), references, strict=True)):
+    for row, key in enumerate(zip(map(repr, rows["prompt"]), map(repr, references), strict=True)):
         first.setdefault(key, row)
     if len(first) < len(rows):
         print(f"Left out {len(rows) - len(first)} of {len(rows)} rows, which repeat a prompt and its reference.")
@@ -66,9 +72,3 @@ def groups_of(rows: Dataset, column: str | None) -> dict[str, NDArray[np.bool_]]
             name = (column if value else f"not {column}") if truths else f"{column}: {value}"
             groups[name] = np.array([other == value for other in values])
     return groups
-
-
-def _check_column(rows: Dataset, column: str, kind: Any, key: str, fix: str) -> None:
-    for row, value in enumerate(rows[column]):
-        if not isinstance(value, kind):
-            raise RecipeError(f"{key}: the column '{column}' holds {value!r:.80} in row {row}. Fix: {fix}.")

@@ -19,12 +19,12 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Annotated, Any, Literal, Self, TypeVar
 
+from rlhf_recipes.config.sample import MAX_COMPLETIONS
 from rlhf_recipes.core.errors import RecipeError
 
 from pydantic import BaseModel, ConfigDict, Discriminator, Field, Tag, ValidationError, model_validator
 
 GROUPS = "groups.jsonl"
-MAX_COMPLETIONS = 64
 
 Turns = str | list[dict[str, str]]
 """A text, or a list of messages with `role` and `content`."""

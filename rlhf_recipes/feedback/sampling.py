@@ -36,7 +36,13 @@ def sample_groups(
 
     Yields:
         The groups of the next part, one per prompt. A prompt that always gets the same answer has fewer than 2 completions.
+
+    Raises:
+        RecipeError: for a prompt that ends with an answer, before anything is sampled: no group may.
     """
+    for prompt in rows["prompt"]:
+        if not isinstance(prompt, str) and prompt[-1]["role"] == "assistant":
+            raise RecipeError(f"prompt: one ends with the assistant's turn: {prompt!r:.200}. Fix: leave out that turn")
     size = part_size(arguments)
     for first in range(done, len(rows), size):
         part = rows.select(range(first, min(first + size, len(rows))))

@@ -5,13 +5,13 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from rlhf_recipes.models.lm_head import token_log_probs
 from rlhf_recipes.models.tokenizer import answer_text
 
 import numpy as np
 import torch
 from peft import PeftModel
 from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase, StoppingCriteria, TextStreamer
-from trl.trainer.utils import selective_log_softmax
 
 Prompt = str | list[dict[str, str]]
 
@@ -153,12 +153,11 @@ def log_probs(
             rows = order[start : start + batch_size]
             inputs = tokenizer.pad({"input_ids": [sequences[row] for row in rows]}, padding_side="right", return_tensors="pt")
             inputs = inputs.to(model.device)
-            first = min(starts[row] for row in rows)  # logits are large: none for the part that only prompts fill
-            kept = inputs["input_ids"].shape[1] - first + 1
-            logits = model(**inputs, logits_to_keep=kept).logits[:, :-1].float() / temperature
-            logps = selective_log_softmax(logits, inputs["input_ids"][:, first:]).double().cpu().numpy()
+            wanted = torch.zeros_like(inputs["input_ids"], dtype=torch.bool)
             for place, row in enumerate(rows):
-                result[row] = logps[place, starts[row] - first : len(sequences[row]) - first].sum()
+                wanted[place, starts[row] : len(sequences[row])] = True
+            logps = token_log_probs(model, **inputs, wanted=wanted, temperature=temperature).double().cpu()
+            result[rows] = [of_answer.sum() for of_answer in logps.split([len(answers[row].ids) for row in rows])]
     finally:
         model.train(was_training)
     return result

@@ -12,9 +12,10 @@ from rlhf_recipes.core.files import RECIPE, read_json
 from rlhf_recipes.core.hub import explain_load_error, resolve_path
 from rlhf_recipes.core.machine import check_bitsandbytes
 from rlhf_recipes.models.adapters import add_adapter, check_policy_adapter, read_adapter_config
+from rlhf_recipes.models.architectures import register_classifier
 from rlhf_recipes.models.fingerprint import check_base
 from rlhf_recipes.models.kernels import check_kernel_options, compile_layers, without_compilation
-from rlhf_recipes.models.precision import check_4bit_shapes, disable_cpu_4bit_repacking
+from rlhf_recipes.models.precision import check_4bit_shapes, check_quantised_share, disable_cpu_4bit_repacking
 from rlhf_recipes.models.weights import ADAPTER, check_finite, read_weights
 
 import torch
@@ -23,6 +24,7 @@ from peft import PeftModel
 from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
+    AutoModelForSequenceClassification,
     BitsAndBytesConfig,
     PretrainedConfig,
     PreTrainedModel,
@@ -116,6 +118,8 @@ def load_architecture(
     revision = {"revision": arguments.model_revision, "trust_remote_code": getattr(training, "trust_remote_code", False)}
     try:
         config = AutoConfig.from_pretrained(path, **revision)
+        if architecture is AutoModelForSequenceClassification:
+            register_classifier(config)
         quantization = _quantization(arguments, config)
         quantised = bool(quantization or getattr(config, "quantization_config", None))  # by us, or in its files
         if quantised and is_deepspeed_zero3_enabled():
@@ -143,6 +147,8 @@ def load_architecture(
         raise RecipeError(f"model_name_or_path: {path}: {explain_load_error(path, error)}") from error
     check_finite(dict(model.named_parameters()), f"model_name_or_path: {path}", "copy or download it again")
     check_4bit_shapes(model, path)
+    if quantization:
+        check_quantised_share(model, "load_in_4bit" if arguments.load_in_4bit else "load_in_8bit", path)
     disable_cpu_4bit_repacking(model)
     compile_layers(model, training)
     return model, set(loading["missing_keys"])

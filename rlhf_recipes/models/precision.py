@@ -1,12 +1,15 @@
 """Exact gradients through 4-bit weights, and adapters that stay in fp32."""
 
 import contextlib
+import logging
 from collections.abc import Iterator
 
 from rlhf_recipes.core.errors import RecipeError
 
 import torch
 from transformers import Trainer
+
+logger = logging.getLogger(__name__)
 
 
 def disable_cpu_4bit_repacking(model: torch.nn.Module) -> None:
@@ -34,6 +37,33 @@ def check_4bit_shapes(model: torch.nn.Module, path: str) -> None:
                 f"load_in_4bit: {path}: {name} is {module.in_features} x {module.out_features}, and on a CPU bitsandbytes "
                 "needs multiples of 32. Fix: set `load_in_4bit: false`, or use a GPU"
             )
+
+
+def check_quantised_share(model: torch.nn.Module, key: str, path: str) -> None:
+    """Refuse a model if most weights are not quantised; warn if many are not.
+
+    bitsandbytes quantises plain linear layers only: neither experts, which are tensors of three dimensions, nor Falcon's own
+    class. Embeddings and the LM head are not counted: it leaves them alone in every model.
+
+    Raises:
+        RecipeError: below a half, with the share and the largest such weights.
+    """
+    heads = {id(module) for module in (model.get_output_embeddings(), getattr(model, "score", None)) if module is not None}
+    quantised, others = 0, {}
+    for place, module in model.named_modules():
+        if type(module).__name__ in ("Linear4bit", "Linear8bitLt"):
+            quantised += module.in_features * module.out_features
+        elif not isinstance(module, torch.nn.Embedding) and id(module) not in heads:
+            own = module.named_parameters(place, recurse=False)
+            others |= {name: weight.numel() for name, weight in own if weight.ndim > 1}
+    share = quantised / max(quantised + sum(others.values()), 1)
+    if share > 0.9:
+        return
+    largest = ", ".join(sorted(others, key=others.get, reverse=True)[:2])
+    message = f"{key}: {path}: {share:.0%} of its layers' weights are quantised, and the others ({largest}, ...) are not"
+    if share < 0.5:
+        raise RecipeError(f"{message}. Fix: set `{key}: false` if it fits into memory so, or name a model without experts")
+    logger.warning(message)
 
 
 @contextlib.contextmanager

@@ -10,6 +10,7 @@ from rlhf_recipes.core.errors import RecipeError, error_context, first_line
 from rlhf_recipes.core.hub import explain_load_error
 from rlhf_recipes.models.loading import model_path
 
+from tokenizers.processors import TemplateProcessing
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 from trl import ModelConfig
 
@@ -31,7 +32,8 @@ _PROBE = "Is 1 + 1 = 2?\nYes: Straße, 东京."
 def load_tokenizer(arguments: ModelConfig, *groups: Any, start_from: str | Path | None = None) -> PreTrainedTokenizerBase:
     """Load a tokenizer with a chat template, EOS, and a PAD that is not EOS.
 
-    A tokenizer without a template gets `PLAIN_CHAT_TEMPLATE`.
+    A tokenizer without a template gets `PLAIN_CHAT_TEMPLATE`. One that ends every text with EOS does so no more: prompts would
+    end before their answer.
 
     Args:
         arguments: as in `load_model`.
@@ -54,6 +56,7 @@ def load_tokenizer(arguments: ModelConfig, *groups: Any, start_from: str | Path 
         )
         _set_eos(tokenizer, options.get("eos_token"))
         _set_pad(tokenizer)
+        _end_no_text(tokenizer)
         _set_chat_template(tokenizer, options.get("chat_template_path"))
         _check_turn_ends(tokenizer)
     except RecipeError:
@@ -88,6 +91,32 @@ def _set_pad(tokenizer: PreTrainedTokenizerBase) -> None:
     candidates = [*spare, tokenizer.unk_token, tokenizer.bos_token, last]
     tokenizer.pad_token = next(token for token in candidates if token not in (None, tokenizer.eos_token))
     logger.warning("%s has no PAD other than EOS: '%s' becomes PAD", tokenizer.name_or_path, tokenizer.pad_token)
+
+
+def _end_no_text(tokenizer: PreTrainedTokenizerBase) -> None:
+    """Keep a tokenizer from adding EOS, or any other token, at the end of texts."""
+    if not (added := _added_tokens(tokenizer))[1]:
+        return
+    if getattr(tokenizer, "add_eos_token", False):
+        tokenizer.add_eos_token = False
+    if _added_tokens(tokenizer)[1] and (backend := getattr(tokenizer, "backend_tokenizer", None)):
+        tokens = tokenizer.convert_ids_to_tokens(added[0])
+        backend.post_processor = TemplateProcessing(
+            single=[*tokens, "$A"], pair=[*tokens, "$A", "$B"], special_tokens=list(zip(tokens, added[0], strict=True))
+        )
+    if _added_tokens(tokenizer) != (added[0], []):
+        raise RecipeError(
+            f"{tokenizer.name_or_path}: its tokenizer adds {tokenizer.convert_ids_to_tokens(added[1])} to every text, so that "
+            "prompts end before their answer. Fix: set `add_eos_token` to false in tokenizer_config.json"
+        )
+
+
+def _added_tokens(tokenizer: PreTrainedTokenizerBase) -> tuple[list[int], list[int]]:
+    """Return the special tokens that a tokenizer adds before and after a text."""
+    ids, text = (tokenizer(_PROBE, add_special_tokens=special)["input_ids"] for special in (True, False))
+    starts = range(len(ids) - len(text) + 1)
+    start = next((start for start in starts if ids[start : start + len(text)] == text), 0) if text else len(ids)
+    return ids[:start], ids[start + len(text) :]
 
 
 def _set_chat_template(tokenizer: PreTrainedTokenizerBase, path: str | None) -> None:
@@ -209,6 +238,7 @@ def check_tokenizer(folder: Path, tokenizer: PreTrainedTokenizerBase) -> None:
     """
     try:
         saved = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
+        _end_no_text(saved)
     except Exception as error:  # tokenizers raises plain `Exception`
         raise RecipeError(
             f"{folder}: no readable tokenizer to compare with the policy's ({first_line(error)}). Fix: save it there"

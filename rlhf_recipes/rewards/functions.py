@@ -5,10 +5,10 @@ your own in any importable module: a function, or a class with `__call__` and th
 """
 
 from collections.abc import Callable, Iterator, Sequence
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
 
-from rlhf_recipes.core.errors import RecipeError
-from rlhf_recipes.rewards.matching import judge, normalise
+from rlhf_recipes.core.errors import RecipeError, error_context
+from rlhf_recipes.rewards.matching import accepted_answers, judge, normalise
 from rlhf_recipes.rewards.protocol import Text
 
 from pydantic import ConfigDict, Field
@@ -16,6 +16,8 @@ from pydantic.dataclasses import dataclass
 
 FINITE_FLOATS = ConfigDict(allow_inf_nan=False)
 """Makes a dataclass of options reject NaN and infinity."""
+NAME_A_REFERENCE = "Fix: use data with answers, or name one with `column_mapping`"
+CONVERT_REFERENCES = "convert the column to texts or lists of texts, or name another with `column_mapping`"
 
 
 def last_text(value: Text) -> str:
@@ -23,40 +25,42 @@ def last_text(value: Text) -> str:
     return (value if isinstance(value, str) else value[-1]["content"] or "").strip()
 
 
-def pair_with_references(
-    completions: list[Text], reference: list[str | None] | None, name: str
-) -> list[tuple[str, str | None]]:
-    """Return each completion's last text and its reference, or None if that is empty.
+References = list[str | list[str] | None] | None
+"""The column `reference`: a text, or a list of texts that are all accepted, for each completion."""
+
+
+def pair_with_references(completions: list[Text], reference: References, name: str) -> list[tuple[str, list[str]]]:
+    """Return each completion's last text, and the answers that are accepted.
 
     Raises:
-        RecipeError: if the data have no column `reference`, or one that is not text.
+        RecipeError: if the data have no column `reference`, or one that holds neither texts nor lists of texts.
     """
     if reference is None:
-        raise RecipeError(
-            f"{name}: the data have no column `reference`. Fix: use data with answers, or name one with `column_mapping`"
-        )
-    for row, text in enumerate(reference):
-        if not isinstance(text, str | None):
-            raise RecipeError(f"{name}: reference {row} of the batch is not a text: {text!r}")
-    return [(last_text(one), (text or "").strip() or None) for one, text in zip(completions, reference, strict=True)]
+        raise RecipeError(f"{name}: the data have no column `reference`. {NAME_A_REFERENCE}")
+    with error_context(f"{name}: reference", ValueError, fix=CONVERT_REFERENCES):
+        accepted = [accepted_answers(one) for one in reference]
+    return [(last_text(one), answers) for one, answers in zip(completions, accepted, strict=True)]
 
 
-def exact_match(completions: list[Text], reference: list[str | None] | None = None, **columns: Any) -> list[float | None]:
-    """Score 1 if the completion equals the reference up to outer space, else 0.
+def exact_match(completions: list[Text], reference: References = None, **columns: Any) -> list[float | None]:
+    """Score 1 if the completion equals an accepted answer up to outer space, else 0.
 
     For answers with one spelling: numbers, labels, code.
     """
     pairs = pair_with_references(completions, reference, "exact_match")
-    return [None if truth is None else float(text == truth) for text, truth in pairs]
+    return [float(text in accepted) if accepted else None for text, accepted in pairs]
 
 
-def normalised_match(completions: list[Text], reference: list[str | None] | None = None, **columns: Any) -> list[float | None]:
-    """Score 1 if the completion equals the reference after `normalise`, else 0.
+def normalised_match(completions: list[Text], reference: References = None, **columns: Any) -> list[float | None]:
+    """Score 1 if the completion equals an accepted answer after `normalise`, else 0.
 
     For short answers in words. Case, spacing and punctuation at the ends do not matter, as in the metric of truthfulness.
     """
     pairs = pair_with_references(completions, reference, "normalised_match")
-    return [None if truth is None else float(normalise(text) == normalise(truth)) for text, truth in pairs]
+    return [float(normalise(text) in map(normalise, accepted)) if accepted else None for text, accepted in pairs]
+
+
+exact_match.compares_references = normalised_match.compares_references = True  # for `check_references`
 
 
 @dataclass(config=FINITE_FLOATS)
@@ -73,7 +77,7 @@ class Abstention:
     questions that the model could answer. Without it, over-abstention looks like honesty.
 
     Parameters:
-        right: reward of a completion that equals the reference after `normalise`.
+        right: reward of a completion that equals an accepted reference after `normalise`.
         abstaining: reward of a completion that starts with one of `phrases`.
         wrong: reward of every other completion.
         phrases: beginnings of an abstention; case, spacing and punctuation at the ends do not matter.
@@ -83,6 +87,7 @@ class Abstention:
     abstaining: float = 0.0
     wrong: float = -1.0
     phrases: Sequence[str] = ("I do not know",)
+    compares_references: ClassVar[bool] = True
 
     def __post_init__(self):
         self._beginnings = tuple(normalise(phrase) for phrase in self.phrases)
@@ -92,14 +97,14 @@ class Abstention:
     def __call__(
         self,
         completions: list[Text],
-        reference: list[str | None] | None = None,
+        reference: References = None,
         known: list[bool | None] | None = None,
         log_metric: Callable[[str, float], None] | None = None,
         **columns: Any,
     ) -> list[float | None]:
         """Return scores (B,), and report the shares."""
         pairs = pair_with_references(completions, reference, "Abstention")
-        kinds = [None if truth is None else judge(text, truth, self._beginnings) for text, truth in pairs]
+        kinds = [judge(text, accepted, self._beginnings) if accepted else None for text, accepted in pairs]
         if log_metric is not None:
             for name, share in _shares(kinds, known):
                 log_metric(f"abstention/{name}", share)

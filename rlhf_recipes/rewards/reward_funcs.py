@@ -9,9 +9,11 @@ from pathlib import Path
 from typing import Any, Literal
 
 from rlhf_recipes.core.errors import RecipeError, did_you_mean, error_context, one_line
-from rlhf_recipes.rewards.functions import FINITE_FLOATS
+from rlhf_recipes.rewards.functions import CONVERT_REFERENCES, FINITE_FLOATS, NAME_A_REFERENCE
+from rlhf_recipes.rewards.matching import accepted_answers
 from rlhf_recipes.rewards.protocol import TRL_KEYWORDS, Reward, checked_reward
 
+from datasets import Dataset
 from pydantic import Field, ValidationError
 from pydantic.dataclasses import dataclass
 from trl.trainer.utils import get_callable_name
@@ -32,7 +34,7 @@ class SavedReward:
     uncertainty_coef: float | None = Field(default=None, ge=0)
 
 
-def load_rewards(entries: Any) -> tuple[list[Reward | SavedReward], list[float]]:
+def load_rewards(entries: Any, *data: Dataset | None) -> tuple[list[Reward | SavedReward], list[float]]:
     """Return the rewards that `reward_funcs` lists, and their weights.
 
         reward_funcs:
@@ -50,7 +52,8 @@ def load_rewards(entries: Any) -> tuple[list[Reward | SavedReward], list[float]]
     - a function that makes a reward of `arguments` (write `{}` if there are none)
 
     The default weight is 1; 0 logs a reward without training on it. Rewards are wrapped by `checked_reward`. A name that occurs
-    twice is numbered, or TRL would log the two as one.
+    twice is numbered, or TRL would log the two as one. Where `data` are given, those that compare with a `reference` must find
+    one in them.
 
     Raises:
         RecipeError: with the entry, the key and the fix.
@@ -67,10 +70,29 @@ def load_rewards(entries: Any) -> tuple[list[Reward | SavedReward], list[float]]
                 rewards.append(_saved_reward(path, arguments or {}))
                 continue
             reward = _build(path, arguments)
+            if getattr(getattr(reward, "func", reward), "compares_references", False):
+                check_references(*data)
         name = get_callable_name(reward)
         names.append(name)
         rewards.append(checked_reward(reward, name if names.count(name) == 1 else f"{name}_{names.count(name)}"))
     return rewards, weights
+
+
+def check_references(*data: Dataset | None) -> None:
+    """Refuse prompts with which answers cannot be compared, before any are sampled.
+
+    Raises:
+        RecipeError: if there is no column `reference`, it is empty, or holds neither texts nor lists of texts.
+    """
+    for rows in filter(None, data):
+        if "reference" not in rows.column_names:
+            raise RecipeError(f"the data have no column `reference`. {NAME_A_REFERENCE}")
+        found = False
+        for row, reference in enumerate(rows["reference"]):
+            with error_context(f"reference: row {row}", ValueError, fix=CONVERT_REFERENCES):
+                found = bool(accepted_answers(reference)) or found
+        if not found:
+            raise RecipeError(f"reference: empty in all rows. {NAME_A_REFERENCE}")
 
 
 def reward_paths(entries: Sequence[str | dict[str, Any]]) -> list[str | None]:

@@ -5,12 +5,12 @@ import json
 import logging
 from functools import cached_property
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
 
 from rlhf_recipes.core.errors import RecipeError
 from rlhf_recipes.core.hub import explain_load_error
 from rlhf_recipes.models.loading import model_path
-from rlhf_recipes.rewards.functions import FINITE_FLOATS, pair_with_references
+from rlhf_recipes.rewards.functions import FINITE_FLOATS, References, pair_with_references
 from rlhf_recipes.rewards.protocol import Text
 
 import torch
@@ -49,6 +49,7 @@ class Similarity:
 
     model_name_or_path: str
     kind: Literal["cross-encoder", "embedding"]
+    compares_references: ClassVar[bool] = True
     batch_size: int = Field(default=32, gt=0)
     max_length: int = Field(default=512, gt=0)
 
@@ -56,18 +57,13 @@ class Similarity:
         if importlib.util.find_spec("sentence_transformers") is None:
             raise RecipeError("Similarity: needs sentence-transformers. Fix: pip install --editable '.[similarity]'")
 
-    def __call__(
-        self, completions: list[Text], reference: list[str | None] | None = None, **columns: Any
-    ) -> list[float | None]:
-        """Return scores (B,), and None where a row has no reference."""
-        pairs = pair_with_references(completions, reference, "Similarity")
-        scores = [None if truth is None else 0.0 for _, truth in pairs]
-        rows = [row for row, (text, truth) in enumerate(pairs) if text and truth is not None]
-        if rows:
-            compare = self._cross_encode if self.kind == "cross-encoder" else self._embed
-            for row, score in zip(rows, compare([pairs[row] for row in rows]).tolist(), strict=True):
-                scores[row] = score
-        return scores
+    def __call__(self, completions: list[Text], reference: References = None, **columns: Any) -> list[float | None]:
+        """Return scores (B,), by the nearest reference; None for rows without one."""
+        rows = pair_with_references(completions, reference, "Similarity")
+        pairs = [(text, truth) for text, accepted in rows for truth in accepted if text]
+        compare = self._cross_encode if self.kind == "cross-encoder" else self._embed
+        scores = iter(compare(pairs).tolist() if pairs else [])
+        return [max((next(scores) for _ in accepted if text), default=0.0) if accepted else None for text, accepted in rows]
 
     def _cross_encode(self, pairs: list[tuple[str, str]]) -> torch.Tensor:
         both_orders = [*pairs, *((truth, text) for text, truth in pairs)]

@@ -18,6 +18,7 @@ from rlhf_recipes.core.files import PENDING, RECIPE, REWARD, REWARD_EVALUATION, 
 from rlhf_recipes.data import Data, drop_overlong_mode, load_data
 from rlhf_recipes.export.upload import publish
 from rlhf_recipes.models.loading import load_model, release_memory
+from rlhf_recipes.models.positions import position_limit
 from rlhf_recipes.models.tokenizer import load_tokenizer
 from rlhf_recipes.rewards.reward_json import write_ensemble_record
 from rlhf_recipes.rewards.reward_models import RewardModel
@@ -42,12 +43,14 @@ def load_comparisons(
     Rows with an answer beyond `max_length` are left out, as by TRL's trainer: half an answer cannot be judged.
 
     Raises:
-        RecipeError: as `load_data`, `load_tokenizer` and `check_lengths`.
+        RecipeError: as `load_data`, `load_tokenizer` and `check_rendered`.
     """
     kind = "ranking" if arguments.train_on == "rankings" else "preference"
     data = load_data(data_args, kind, evaluate=training.eval_strategy != "no", seed=training.seed)
     tokenizer = load_tokenizer(model_args, training, start_from=arguments.start_from)
-    return data.filter_by_length(tokenizer, training.max_length, drop_overlong_mode(data_args.long_rows)), tokenizer
+    data = data.check_rendered(tokenizer, training.max_length, drop_overlong_mode(data_args.long_rows))
+    data.check_positions(tokenizer, training.max_length, position_limit(model_args))
+    return data, tokenizer
 
 
 class EnsembleRun(Run):

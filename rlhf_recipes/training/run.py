@@ -64,7 +64,7 @@ class Run:
 
         Args:
             trainer: one of ours, made with `trainer_args`.
-            report: what `load_data` and `filter_by_length` report, for the record.
+            report: what `load_data` and `check_rendered` report, for the record.
         """
         self.trainer = trainer
         set_trainer(trainer)
@@ -72,9 +72,12 @@ class Run:
         recorder = RunRecorder()
         trainer.add_callback(recorder)
         trainer.run_arguments = result_arguments(self.arguments)
+        trainer.check_before_training()
         self._remove_earlier()
         begin_tracking(trainer.args)
         trainer.train(resume_from_checkpoint=self.checkpoint)
+        if not trainer.state.global_step:
+            raise RecipeError("max_steps: no step was trained. Fix: set it or `num_train_epochs` higher, or name more rows")
         if trainer.is_world_process_zero():
             write_log(trainer.args, trainer.state)  # of a checkpoint of the last step, no callback has
         evaluated = any(

@@ -6,13 +6,15 @@
 import contextlib
 import copy
 import json
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
-from rlhf_recipes.core.errors import as_recipe_error
+from rlhf_recipes.core.errors import RecipeError, as_recipe_error, did_you_mean
 from rlhf_recipes.core.files import read_json, write_json
 from rlhf_recipes.models.adapters import check_adapter_complete
 from rlhf_recipes.models.dropout import disable_dropout
+from rlhf_recipes.models.positions import check_packing, positions_of
 from rlhf_recipes.models.precision import keep_adapter_in_fp32, preserve_param_dtypes
 from rlhf_recipes.models.roles import POLICY, save_single_adapter
 from rlhf_recipes.models.weights import ADAPTER, iterate_weights, read_weights
@@ -52,9 +54,60 @@ class TrainerMixin:
         keep_adapter_in_fp32(self)
         if getattr(self.args, "disable_dropout", False):
             disable_dropout(self.model)
+        if getattr(self, "padding_free", False):
+            check_packing(self.model, self.data_collator, "packing" if self.args.packing else "padding_free")
 
     def create_model_card(self, *args: Any, **kwargs: Any) -> None:
         """Write nothing: at a checkpoint, TRL would replace an earlier result's card."""
+
+    def check_before_training(self) -> None:
+        """Refuse a run that would train no step, or fail at its first evaluation.
+
+        Raises:
+            RecipeError: with the key.
+        """
+        args = self.args
+        if hasattr(self, "reward_funcs"):  # PPO repeats and samples its rows
+            return
+        rows, batch = len(self.train_dataset), args.train_batch_size * args.world_size
+        if args.dataloader_drop_last and rows < batch:
+            raise RecipeError(
+                f"dataloader_drop_last: {rows} rows are less than a batch of {batch}: no step would be trained. Fix: set it to "
+                "false, or a smaller `per_device_train_batch_size`"
+            )
+        wrapped, limit = getattr(args, "packing", False) and not self.padding_free, positions_of(self.model)
+        if wrapped and limit is not None and args.max_length > limit:
+            raise RecipeError(
+                f"max_length: {args.max_length}: packed rows are as long, and the model has {limit} positions. Fix: set "
+                f"`max_length: {limit}`"
+            )
+        wanted, sharded = args.metric_for_best_model, self.is_fsdp_enabled or self.is_deepspeed_enabled
+        if args.eval_strategy != "no" and wanted not in (None, "loss", "eval_loss") and not sharded:
+            self._check_metric(wanted, {"eval_loss", *self._evaluation_metrics()})
+
+    def _evaluation_metrics(self) -> set[str]:
+        """Return the names that TRL logs in an evaluation, found by its first batch."""
+        training = self.model.training
+        with torch.random.fork_rng():  # iterating draws a seed
+            batch = next(iter(self.get_eval_dataloader()))
+            self.model.eval()
+            self.prediction_step(self.model, batch, prediction_loss_only=True)
+        self.model.train(training)
+        names = {f"eval_{name}" for name in self._metrics["eval"]}
+        self._metrics["eval"].clear()
+        return names
+
+    def _determine_best_metric(self, metrics: dict[str, float], *args: Any, **kwargs: Any) -> bool:
+        if self.args.metric_for_best_model is not None:
+            self._check_metric(self.args.metric_for_best_model, metrics)
+        return super()._determine_best_metric(metrics, *args, **kwargs)
+
+    def _check_metric(self, wanted: str, known: Iterable[str]) -> None:
+        names = [name.removeprefix("eval_") for name in known]
+        if wanted.removeprefix("eval_") not in names:
+            raise RecipeError(
+                f"metric_for_best_model: {wanted!r} is none of {', '.join(sorted(names))}{did_you_mean(wanted, names)}"
+            )
 
     @property
     def tokens_seen(self) -> int:

@@ -126,7 +126,7 @@ def test_links_in_documents(path):
 
 def test_the_map_of_the_library_is_complete():
     text = (ROOT / "docs" / "contributing.md").read_text()
-    shown = set(re.findall(r"^\| `rlhf_recipes/(\w+)/?", text, re.MULTILINE))
+    shown = set(re.findall(r"^(\w+)(?:/|\.py) ", text, re.MULTILINE))
     packages = {path.parent.name for path in (ROOT / "rlhf_recipes").glob("*/__init__.py")}
     assert packages <= shown
     assert all((ROOT / "rlhf_recipes" / name).exists() or (ROOT / "rlhf_recipes" / f"{name}.py").exists() for name in shown)

@@ -8,6 +8,7 @@ from functools import cache
 from pathlib import Path
 
 from rlhf_recipes.config.data import DatasetSource
+from rlhf_recipes.core.paths import expand_paths
 from rlhf_recipes.core.yaml import read_yaml, to_yaml
 from rlhf_recipes.data import load_data
 from rlhf_recipes.models.loading import load_policy
@@ -86,7 +87,7 @@ def test_wrong_values(config, recipe, data):
     content = hostile.replaced(valid(recipe), path, data.draw(values))
     read, message = parse(recipe, config, content)
     if message is None:
-        assert same(read[path[0]], content[path[0]]), (path[0], read[path[0]])
+        assert same(read[path[0]], expand_paths(content)[path[0]]), (path[0], read[path[0]])
     else:
         assert path[0] in message, message
 
@@ -149,7 +150,7 @@ def test_loading(config, data):
         data_args, training, model_args = parse_arguments(ROOT / "recipes" / "sft.py", argv=["--config", str(config)])
         rows = load_data(data_args, "sft", evaluate=False, seed=training.seed)
         tokenizer = load_tokenizer(model_args, training)
-        rows = rows.filter_by_length(tokenizer, training.max_length, data_args.long_rows)
+        rows = rows.check_rendered(tokenizer, training.max_length, data_args.long_rows)
         return load_policy(model_args, training, None, tokenizer), rows
 
     loaded, _ = hostile.outcome(load)

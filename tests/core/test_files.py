@@ -34,6 +34,9 @@ def test_a_failed_write_keeps_the_old_file(tmp_path, monkeypatch):
         (OSError(errno.EROFS, "no", "a/file"), ("Read-only file system", "a/file")),
         (FileNotFoundError(errno.ENOENT, "none", "a/file"), None),
         (SafetensorError("I/O error: No space left on device (os error 28)"), ("No space left on device", "")),
+        (Exception("No space left on device (os error 28)"), ("No space left on device", "")),  # of `tokenizers`
+        (Exception("Read-only file system (os error 30)"), ("Read-only file system", "")),
+        (Exception("No such file or directory (os error 2)"), None),
         (SafetensorError("Error while deserializing header: header too large"), None),
         (RuntimeError("[enforce fail at x.cc:672] . unexpected pos 576 vs 534"), ("is the disk full, or read-only?", "")),
         (RuntimeError("shapes differ"), None),

@@ -1,5 +1,7 @@
 """The shapes of data: what each kind of stage makes of a row, and why a row is rejected."""
 
+import json
+
 from rlhf_recipes.data import rows
 from rlhf_recipes.data.shapes import SHAPES, Shape
 from support.data_files import TALK, bot, failure, load, rows_of, user
@@ -20,6 +22,10 @@ INSTRUCTION = {"instruction": "Add", "input": "1 2", "output": "3"}
 ADD = [user("Add\n1 2")]
 MESSAGES = {"messages": [{"role": "system", "content": ""}, *TALK, bot("So")]}
 SHAREGPT = {"conversations": [{"from": "human", "value": "Hi"}, {"from": "gpt", "value": "Hello"}]}
+SYSTEM = {"role": "system", "content": "Be a cat."}
+CAT = {"system": "Be a cat."}
+HISTORY = {"history": [["Hi", "Hello"], ["Sum?", "Yes"]]}
+TURNS = [user("Hi"), bot("Hello"), user("Sum?"), bot("Yes")]
 
 
 @pytest.mark.parametrize(
@@ -32,6 +38,12 @@ SHAREGPT = {"conversations": [{"from": "human", "value": "Hi"}, {"from": "gpt", 
         ({"prompt": TALK, "completion": "A"}, "sft", [{"prompt": TALK, "completion": [bot("A")]}]),
         (INSTRUCTION, "sft", [{"prompt": ADD, "completion": [bot("3")]}]),
         (INSTRUCTION | {"input": ""}, "sft", [{"prompt": [user("Add")], "completion": [bot("3")]}]),
+        (INSTRUCTION | CAT | HISTORY, "sft", [{"prompt": [SYSTEM, *TURNS, *ADD], "completion": [bot("3")]}]),
+        (INSTRUCTION | {"history": TURNS}, "sft", [{"prompt": [*TURNS, *ADD], "completion": [bot("3")]}]),
+        (INSTRUCTION | {"system": "", "history": []}, "sft", [{"prompt": ADD, "completion": [bot("3")]}]),
+        (SHAREGPT | CAT, "sft", [{"messages": [SYSTEM, *TALK[:2]]}]),
+        (MESSAGES | CAT, "sft", [{"messages": [SYSTEM, *TALK, bot("So")]}]),
+        ({"prompt": "Q", "completion": "A"} | CAT, "sft", [{"prompt": "Q", "completion": "A"}]),
         (PAIR, "sft", [{"prompt": "Q", "completion": "good"}]),
         (HH, "sft", [{"prompt": TALK, "completion": [bot("So")]}]),
         (RANKING, "sft", [{"prompt": "Q", "completion": "a"}]),
@@ -42,6 +54,8 @@ SHAREGPT = {"conversations": [{"from": "human", "value": "Hi"}, {"from": "gpt", 
         (HH, "preference", [TALK_PAIR]),
         ({side: text.lstrip() for side, text in HH.items()}, "preference", [TALK_PAIR]),
         (IMPLICIT, "preference", [TALK_PAIR]),
+        (IMPLICIT | CAT, "preference", [TALK_PAIR | {"prompt": [SYSTEM, *TALK]}]),
+        (RESPONSES | CAT, "sft", [{"prompt": [SYSTEM, user("Q")], "completion": [bot("best")]}]),
         (IMPLICIT | {"prompt": "Hi"}, "preference", [TALK_PAIR]),
         (
             {"chosen": "The sky is blue.", "rejected": "The sky is black."},
@@ -68,6 +82,9 @@ SHAREGPT = {"conversations": [{"from": "human", "value": "Hi"}, {"from": "gpt", 
         (PAIR, "ranking", [{"prompt": "Q", "completions": ["good", "bad"], "ranks": [0, 1]}]),
         ({"prompt": "Q", "answer": {"a": [1]}}, "prompt", [{"prompt": "Q", "answer": {"a": [1]}}]),
         ({"prompt": TALK}, "prompt", [{"prompt": TALK}]),
+        ({"prompt": TALK, "id": 1} | CAT, "prompt", [{"prompt": [SYSTEM, *TALK], "id": 1}]),
+        (INSTRUCTION | HISTORY, "prompt", [{"prompt": [*TURNS, *ADD], "reference": "3"}]),
+        ({"prompt": "Q"} | CAT, "prompt", [{"prompt": "Q"} | CAT]),
         (INSTRUCTION | {"prompt": "Below is Q."}, "sft", [{"prompt": ADD, "completion": [bot("3")]}]),
         (INSTRUCTION | {"prompt": "Below is Q."}, "prompt", [{"prompt": ADD, "reference": "3"}]),
         ({"instruction": "Add", "input": "1", "id": 7}, "prompt", [{"prompt": [user("Add\n1")], "id": 7}]),
@@ -114,9 +131,43 @@ def test_tools_may_speak_between_assistant_turns(write):
     assert rows_of(write([row]), "sft") == [row]
 
 
+@pytest.mark.parametrize(
+    ("row", "kind", "unread"),
+    [
+        (SHAREGPT | CAT | {"tools": '[{"name": "f"}]'}, "sft", "tools"),
+        ({"prompt": "Q", "completion": "A", "label": False, "history": [["a", "b"]]}, "sft", "label, history"),
+        ({"prompt": "Q", "completion": "A"} | CAT, "sft", "system"),
+        (PAIR | {"images": ["a.png"]}, "preference", "images"),
+        ({"prompt": "Q", "level": 1, "tools": "[]"} | CAT, "prompt", "tools, system"),  # rewards get `level`
+        (INSTRUCTION | {"history": [], "tools": None, "system": ""}, "sft", None),
+    ],
+)
+def test_columns_that_are_not_read_are_named(write, caplog, row, kind, unread):
+    load(write([row]), kind)
+    message = f"these columns are not read: {unread}."
+    assert (message in caplog.text) if unread else "not read" not in caplog.text
+
+
+@pytest.mark.parametrize("name", ["completions", "prompts", "image", "trainer_state", "completion_ids"])
+def test_columns_of_prompts_that_trl_reads_are_refused(write, name):
+    path = write([{"instruction": "Add", name: "x"}])
+    assert f"{path}: {name}: " in (message := failure(path, "prompt"))
+    assert "column_mapping" in message
+    assert rows_of(path, "prompt", column_mapping={name: "other"}) == [{"prompt": [user("Add")], "other": "x"}]
+
+
+@pytest.mark.parametrize("references", [[["a", "b"], ["c"]], [["a", "b"], "c"], ["c", ["a"], None], ['["a", "b"]', "c"]])
+def test_a_reference_may_be_several(write, references):
+    rows = [{"prompt": str(number), "reference": reference} for number, reference in enumerate(references)]
+    assert rows_of(write(rows), "prompt") == rows
+
+
 def test_ignored_keys_of_messages_are_named(write, caplog):
-    load(write([{"messages": [user("a"), bot("b") | {"reasoning_content": "because"}]}]), "sft")
-    assert "reasoning_content" in caplog.text
+    row = {"messages": [user("a"), bot("b") | {"reasoning_content": "because"}]}
+    for written in (row, as_text(row)):
+        caplog.clear()
+        load(write([written]), "sft")
+        assert "reasoning_content" in caplog.text
 
 
 def test_a_changed_conversion_changes_the_fingerprint(write, monkeypatch):
@@ -125,6 +176,83 @@ def test_a_changed_conversion_changes_the_fingerprint(write, monkeypatch):
     assert load(path, "sft").train._fingerprint == before
     monkeypatch.setattr(rows, "_CODE", [*rows._CODE, "# changed"])
     assert load(path, "sft").train._fingerprint != before
+
+
+# --- Lists written as text, and odd rows -----------------------------------------------------------------
+
+
+def as_text(row, write_value=json.dumps):
+    return {key: value if isinstance(value, str) else write_value(value) for key, value in row.items()}
+
+
+@pytest.mark.parametrize("ending", ["csv", "jsonl"])
+@pytest.mark.parametrize(
+    ("row", "kind"),
+    [
+        ({"prompt": TALK, "completion": [bot("A")]}, "sft"),
+        (MESSAGES, "sft"),
+        (SHAREGPT, "sft"),
+        (TALK_PAIR, "preference"),
+        (IMPLICIT, "preference"),
+        (RANKING, "ranking"),
+        (RESPONSES, "preference"),
+        (INSTRUCTION | HISTORY, "sft"),
+        ({"prompt": TALK, "answer": "a"}, "prompt"),
+        ({"prompt": "List the staff.", "completion": '[{"name": "Ann", "role": "cook"}]'}, "sft"),  # no messages
+    ],
+)
+def test_lists_written_as_json_are_read(write, ending, row, kind):
+    read = rows_of(write([as_text(row)], f"data.{ending}"), kind)
+    assert read == rows_of(write([row], "lists.jsonl"), kind)
+
+
+def as_numpy(value):
+    """As pandas writes lists that it read from Parquet."""
+    return "\n ".join(str(value).split(", {"))
+
+
+@pytest.mark.parametrize("write_value", [str, as_numpy, lambda value: json.dumps(value)[:-1]])
+@pytest.mark.parametrize(
+    ("row", "kind", "column"),
+    [
+        ({"prompt": TALK, "completion": [bot("A")]}, "sft", "prompt"),
+        (TALK_PAIR, "preference", "chosen"),
+        (SHAREGPT, "sft", "messages"),
+    ],
+)
+def test_lists_written_in_another_way_are_bad_rows(write, write_value, row, kind, column):
+    message = failure(write([as_text(row, write_value)], "data.csv"), kind)
+    assert "as text, but not as JSON" in message
+    good = [as_text(row)] * 2
+    path = write([as_text(row, write_value), *good], "data.csv")
+    assert len(rows_of(path, kind, bad_rows="drop")) == 2
+
+
+def test_messages_in_a_column_of_texts_are_refused(write):
+    assert "column_mapping: {text: messages}" in failure(write([as_text({"text": TALK})]), "sft")
+
+
+@pytest.mark.parametrize(
+    ("odd", "good", "kind"),
+    [
+        (dict.fromkeys(HH, "Human - Hi\n\nAssistant - Hello"), HH, "preference"),
+        (dict.fromkeys(HH, ""), HH, "sft"),
+        ({"prompt": "Q"}, {"prompt": TALK, "completion": [bot("A")]}, "sft"),
+        ({"prompt": "Q", "completion": "A"}, {"messages": TALK[:2]}, "sft"),
+        ({"prompt": None, "chosen": "a", "rejected": "b"}, HH, "preference"),
+    ],
+)
+def test_the_first_row_alone_does_not_decide(write, odd, good, kind):
+    columns = odd.keys() | good.keys()
+    rows = [dict.fromkeys(columns) | row for row in (odd, good, good)]
+    read = rows_of(write(rows), kind, bad_rows="drop")
+    assert read[-2:] == rows_of(write([good, good], "good.jsonl"), kind)
+
+
+def test_odd_rows_among_plain_text_are_named(write, caplog):
+    odd = as_text({"prompt": TALK, "completion": "A"})
+    assert len(rows_of(write([odd, QUESTION, QUESTION]), "sft")) == 3
+    assert "1 of 3 values of `prompt` look like conversations" in caplog.text
 
 
 # --- Bad rows --------------------------------------------------------------------------------------------
@@ -173,6 +301,9 @@ TEXTS = {"chosen": "a b", "rejected": "a c"}
         (CHAT, {"messages": [user("a"), bot("b") | {"tool_calls": [{"name": "f"}]}]}, "sft", "tool calls"),
         (CHAT, {"messages": "a"}, "sft", "messages that do not end with an assistant turn"),
         (CHAT, {"messages": [user(1), bot("c")]}, "sft", "a message that is not text"),
+        (CHAT | CAT, {"messages": [SYSTEM | {"content": "Be a dog."}, *TALK[:2]]}, "sft", "a system turn beside another text"),
+        (INSTRUCTION | HISTORY, {"history": [["a"]]}, "sft", "history is not a list of pairs"),
+        (INSTRUCTION | HISTORY, {"history": [["a", ""]]}, "sft", "empty turn"),
         (CHAT, {"messages": [user("a")]}, "prompt", "messages without an assistant turn"),
         ({"prompt": TALK}, {"prompt": [{"role": "system", "content": "a"}]}, "prompt", "a prompt without a user turn"),
         (HH, {"rejected": HH["rejected"] + "\n\nHuman: Oh"}, "preference", "does not end with an Assistant turn"),

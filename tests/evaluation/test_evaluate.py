@@ -16,7 +16,7 @@ from rlhf_recipes.evaluation.reward_evaluation import measure_reward, write_eval
 from rlhf_recipes.evaluation.types import EvaluationResults, from_json, to_json
 from rlhf_recipes.rewards.saved import load_reward_adapter
 from rlhf_recipes.tiny import splits
-from support import ROOT
+from support import NO_EVALUATION, ROOT
 from support.chat_server import NOWHERE, chat_server
 from support.evaluations import BASE, save_adapter, several_turns
 
@@ -240,7 +240,7 @@ def test_an_adapter_of_another_base_or_a_reward_model_is_no_policy(values, messa
 
 def test_a_reward_model_scores_and_chooses_and_its_evaluation_is_shown(tmp_path, launch):
     """On the base alone, without a policy adapter."""
-    options = ("--max_steps", 2, "--per_device_train_batch_size", 4, "--save_strategy", "no", "--eval_strategy", "no")
+    options = ("--max_steps", 2, "--per_device_train_batch_size", 4, "--save_strategy", "no", *NO_EVALUATION)
     rows = ("--dataset_arguments", '{"rows": 32, "k": 4}')
     status, message = launch("reward", "--output_dir", tmp_path / "reward", *options, *rows)
     assert status == 0, message

@@ -15,7 +15,7 @@ from rlhf_recipes.evaluation.estimates import estimate, is_insignificant
 from rlhf_recipes.evaluation.frontier import measure_frontier
 from rlhf_recipes.evaluation.measurement import Measurement, PolicySamples
 from rlhf_recipes.evaluation.named_rewards import NamedReward
-from rlhf_recipes.evaluation.policy_results import lm_eval_results, measure_policy
+from rlhf_recipes.evaluation.policy_results import contains, lm_eval_results, measure_policy
 from rlhf_recipes.evaluation.prompts import groups_of, held_out_prompts
 from rlhf_recipes.evaluation.report.html import render
 from rlhf_recipes.evaluation.types import Frontier, FrontierPoint, PolicyResult, from_json, to_json
@@ -108,6 +108,8 @@ def test_groups():
         (True, ["There are two ways to do it, and this is the first."], True),
         (False, ["Paris."], False),
         (True, [None, " "], False),
+        (None, [["Paris", "City of Paris"], None], True),
+        (True, [[" "], []], False),
     ],
 )
 def test_only_short_references_are_compared_by_default(wanted, references, compared):
@@ -115,8 +117,9 @@ def test_only_short_references_are_compared_by_default(wanted, references, compa
     assert Measurement(None, rows, {}, EvaluateArguments(truthfulness=wanted)).compares_references == compared
 
 
-def test_truthfulness_and_calibration_by_group():
-    rows = Dataset.from_dict({"prompt": ["q"] * 4, "reference": ["a", "b", "c", "d"], "known": [True, True, False, False]})
+@pytest.mark.parametrize("reference", [["a", "b", "c", "d"], [["x", "a"], ["b"], ["c", "cc"], ["D."]]])
+def test_truthfulness_and_calibration_by_group(reference):
+    rows = Dataset.from_dict({"prompt": ["q"] * 4, "reference": reference, "known": [True, True, False, False]})
     logps = np.log([[0.9], [0.5], [0.2], [0.6]])
     samples = PolicySamples(answers_of("a", "I do not know.", "wrong", "d"), {}, logps, logps - 0.25)
     result = measure_policy(measurement_of(rows=rows, group_by="known"), Policy("x"), samples, None)
@@ -124,6 +127,7 @@ def test_truthfulness_and_calibration_by_group():
     assert shares["all"] == {"right": 0.5, "abstained": 0.25, "made_up": 0.25}
     assert shares["known"] == {"right": 0.5, "abstained": 0.5, "made_up": 0.0}
     assert result.over_abstained.mean == 0.5
+    assert result.reworded.mean == 0
     # without the abstention, one answer per bin: |1 - .9|, |0 - .2|, |1 - .6|
     assert result.calibration["all"].ece == pytest.approx((0.1 + 0.2 + 0.4) / 3)
     assert result.calibration["all"].brier == pytest.approx((0.01 + 0.04 + 0.16) / 3)
@@ -133,6 +137,27 @@ def test_truthfulness_and_calibration_by_group():
     content = json.loads(json.dumps(to_json(result), allow_nan=False))
     assert from_json(PolicyResult, content) == result
     assert not {"best_of", "win_rate", "perplexity", "lm_eval"} & content.keys()  # they do not belong to this policy
+
+
+@pytest.mark.parametrize(
+    ("answer", "reference", "contained"),
+    [
+        ("The capital of France is Paris.", "paris", True),
+        ("It is Paris, of course", "Paris.", True),
+        ("Parisians", "Paris", False),
+        ("He lives in NYC now", ["New York City", "NYC"], True),
+        ("He lives in Rome", ["New York City", "NYC"], False),
+        ("C++ it is", "C++", True),
+        ("nothing", " . ", False),
+    ],
+)
+def test_answers_that_say_more_than_the_reference_are_found(answer, reference, contained):
+    assert contains(answer, reference) == contained
+    other = "x" if isinstance(reference, str) else ["x"]
+    rows = Dataset.from_dict({"prompt": ["q", "q"], "reference": [reference, other]})
+    if reference != " . ":
+        result = measure_policy(measurement_of(rows=rows), Policy("x"), PolicySamples(answers_of(answer, "x")), None)
+        assert result.reworded.mean == contained / 2
 
 
 def confident(answers, confidence):
@@ -154,7 +179,7 @@ def test_calibration_is_compared_with_the_baseline_and_with_chance():
     # of 40 coins, and not of 80: the mean of |heads / 40 - 1/2|
     assert x.ece_if_calibrated == pytest.approx(math.sqrt(2 / math.pi) * 0.5 / math.sqrt(40), rel=0.15)
     noise = results.verdict[-1]
-    assert "z: right, abstained, made up, calibration error, Brier score, length, share ended" in noise
+    assert "z: all that was compared" in noise
     assert "y: right, abstained, made up, length, share ended" in noise
     page = " ".join(render(results).split())
     mark = r'\(0.0\d\) <span class="mark">▲</span></td>\s*<td>0.51 <span class="mark">▲</span></td>'
@@ -262,12 +287,16 @@ def test_repeated_prompts_are_kept_once(tmp_path, capsys):
     file.write_text("\n".join(json.dumps({"prompt": prompt, "reference": answer}) for prompt, answer in answers))
     rows = held_out_prompts(DataArguments(dataset_name=str(file)), EvaluateArguments())
     assert rows["reference"] == ["A", "B"]
+    answers = [("Who?", ["A", "B"]), ("Who?", ["A"]), ("Who?", ["A", "B"])]
+    file.write_text("\n".join(json.dumps({"prompt": prompt, "reference": answer}) for prompt, answer in answers))
+    rows = held_out_prompts(DataArguments(dataset_name=str(file)), EvaluateArguments())
+    assert rows["reference"] == [["A", "B"], ["A"]]
 
 
 @pytest.mark.parametrize(
     ("row", "options", "message"),
     [
-        ({"reference": 42}, {}, r"reference: .* 42 in row 1"),
+        ({"reference": 42}, {}, r"reference: row 1: 42 is neither a text nor a list of texts"),
         ({"topic": ["a"]}, {"group_by": "topic"}, r"group_by: .*'topic' holds \['a'\] in row 1"),
     ],
 )

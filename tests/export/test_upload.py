@@ -3,10 +3,12 @@
 import json
 from pathlib import Path
 
+from support import NO_EVALUATION
+
 import pytest
 from huggingface_hub import HfApi, RepoUrl
 
-SMALL = ("--max_steps", 2, "--save_steps", 1, "--per_device_train_batch_size", 4, "--eval_strategy", "no")
+SMALL = ("--max_steps", 2, "--save_steps", 1, "--per_device_train_batch_size", 4, *NO_EVALUATION)
 DATA = {"sft": '{"rows": 16}', "reward": '{"rows": 16, "k": 4}'}
 PUSH = ("--push_to_hub", "true", "--hub_model_id", "me/mine")
 

@@ -98,6 +98,13 @@ def test_what_the_template_writes_is_no_part_of_an_answer(bank, monkeypatch, own
     assert ranking["ranks"] == [1 if text == "Mossgate." else 2 for text in group.texts()]
 
 
+def test_a_prompt_that_ends_with_an_answer_is_refused_before_sampling(bank):
+    prompt = [{"role": "user", "content": "Where?"}, {"role": "assistant", "content": "In"}]
+    rows = Dataset.from_dict({"prompt": [prompt[:1], prompt]})
+    with pytest.raises(RecipeError, match=r"ends with the assistant's turn: .*Where"):
+        next(sample_groups(bank, ["base"], rows, arguments()))
+
+
 def test_missing_completions_are_sampled_again(bank):
     rows, options = splits.prompts(rows=16), {"num_completions": 4, "temperature": 1.0}
     once, often = (
@@ -182,6 +189,7 @@ def test_a_full_disk_keeps_earlier_parts(tmp_path, monkeypatch):
         (("--policies", "{}"), "policies: "),
         (("--policies", '{"a": null, "b": {"best_of": {"policy": "a", "n": 2}}}'), "policies: b: cannot sample from best-of-n"),
         (("--policies", '{"a": null}', "--num_completions", "1"), "num_completions: 1"),
+        (("--policies", '{"a": null}', "--num_completions", "65"), "num_completions: 65"),  # no file of groups holds them
         (("--policies", '{"a": null}', "--temperature", "0"), "temperature: 0.0"),
     ],
 )

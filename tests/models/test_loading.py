@@ -2,8 +2,9 @@
 
 import shutil
 import sys
+from dataclasses import replace
 
-from rlhf_recipes.core.errors import RecipeError
+from rlhf_recipes.core.errors import RecipeError, as_recipe_error
 from rlhf_recipes.core.files import RECIPE, write_json
 from rlhf_recipes.core.hub import resolve_path
 from rlhf_recipes.models import loading
@@ -12,17 +13,17 @@ from rlhf_recipes.models.fingerprint import fingerprint
 from rlhf_recipes.models.loading import load_model, load_policy
 from rlhf_recipes.models.tokenizer import load_tokenizer
 from rlhf_recipes.models.weights import check_finite
-from support.small_ppo import make_model, with_adapter
+from rlhf_recipes.rewards.classifier import load_reward_model
+from support.small_ppo import make_model, make_tokenizer, with_adapter
 
 import pytest
 import torch
 from peft import LoraConfig, get_peft_model
 from safetensors.torch import load_file, save_file
-from transformers import LlamaConfig, LlamaForCausalLM
-from trl import ModelConfig, SFTConfig
+from transformers import AutoModelForCausalLM, FalconConfig, LlamaConfig, LlamaForCausalLM, MixtralConfig, Qwen3MoeConfig
+from trl import ModelConfig, RewardConfig, SFTConfig, get_peft_config
 
 BASE = "rlhf_recipes.tiny.base"
-CONVERSATION = [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Ho"}]
 
 
 def sft_config(**options):
@@ -107,6 +108,49 @@ def test_4bit_sides_are_checked_on_a_cpu(tmp_path):
     LlamaForCausalLM(config).save_pretrained(tmp_path)
     with pytest.raises(RecipeError, match=r"self_attn\.q_proj is 48 x 48, and on a CPU bitsandbytes needs"):
         load_model(ModelConfig(model_name_or_path=str(tmp_path), load_in_4bit=True), sft_config())
+
+
+SIZES = {"vocab_size": 64, "hidden_size": 64, "num_hidden_layers": 1, "num_attention_heads": 4}
+MIXTURES = {
+    "mixtral": MixtralConfig(**SIZES, intermediate_size=64, num_key_value_heads=4),
+    "qwen3": Qwen3MoeConfig(**SIZES, intermediate_size=64, moe_intermediate_size=64, num_experts=8, head_dim=16),
+    "falcon": FalconConfig(**SIZES),  # with a linear layer of its own
+}
+
+
+def save_random(folder, config):
+    AutoModelForCausalLM.from_config(config).save_pretrained(folder)
+    return ModelConfig(str(folder), use_peft=True, lora_target_modules="all-linear", dtype="float32")
+
+
+@pytest.mark.parametrize("family", MIXTURES)
+@pytest.mark.parametrize("key", ["load_in_4bit", "load_in_8bit"])
+def test_models_that_stay_in_full_precision_are_refused(tmp_path, family, key):
+    arguments = save_random(tmp_path, MIXTURES[family])
+    load_model(arguments, sft_config())
+    message = rf"{key}: {tmp_path}: \d+% of its layers' weights are quantised, and the others \(.*(experts|mlp)"
+    with pytest.raises(RecipeError, match=f"{message}.*Fix: set `{key}: false`"):
+        load_model(replace(arguments, **{key: True}), sft_config())
+
+
+def test_share_that_is_quantised_is_said(tmp_path, caplog):
+    sizes = SIZES | {"intermediate_size": 32, "num_local_experts": 2, "num_key_value_heads": 4}
+    load_model(replace(save_random(tmp_path / "mixture", MixtralConfig(**sizes)), load_in_4bit=True), sft_config())
+    assert f"load_in_4bit: {tmp_path / 'mixture'}: 57% of its layers' weights are quantised" in caplog.text
+    caplog.clear()
+    wide = SIZES | {"vocab_size": 4096, "intermediate_size": 64}  # most weights are embeddings, as in small models
+    load_model(replace(save_random(tmp_path / "dense", LlamaConfig(**wide)), load_in_4bit=True), sft_config())
+    assert not caplog.text
+
+
+@pytest.mark.parametrize("options", [{"lora_dropout": 0.05}, {"lora_dropout": 0.0, "use_dora": True}])
+def test_options_of_lora_that_experts_cannot_have_are_named(tmp_path, options):
+    arguments = replace(save_random(tmp_path, MIXTURES["mixtral"]), **options)
+    fix = f"Fix: set `{[*options][-1]}: {'false' if len(options) > 1 else 0}`"
+    with pytest.raises(RecipeError, match=fix), as_recipe_error("sft"):
+        get_peft_model(load_model(arguments, sft_config()), get_peft_config(arguments))
+    with pytest.raises(RecipeError, match=fix):
+        load_reward_model(arguments, RewardConfig(bf16=False, report_to="none"), make_tokenizer())
 
 
 @pytest.mark.parametrize("path", ["./nowhere", "/no/where", "a/b/c"])

@@ -4,9 +4,11 @@ import shutil
 
 from rlhf_recipes.core.errors import RecipeError
 from rlhf_recipes.core.hub import resolve_path
-from rlhf_recipes.models.tokenizer import PLAIN_CHAT_TEMPLATE, check_tokenizer, load_tokenizer
+from rlhf_recipes.generation.answers import encode_prompts
+from rlhf_recipes.models.tokenizer import PLAIN_CHAT_TEMPLATE, check_tokenizer, encode, load_tokenizer
 
 import pytest
+from tokenizers.processors import ByteLevel, RobertaProcessing, Sequence, TemplateProcessing
 from transformers import AutoTokenizer
 from trl import ModelConfig, SFTConfig
 
@@ -126,3 +128,36 @@ def test_other_tokenizers_are_refused(tmp_path):
         path.unlink()
     with pytest.raises(RecipeError, match=f"{tmp_path}: no readable tokenizer"):
         check_tokenizer(tmp_path, other())
+
+
+def template(single):
+    return TemplateProcessing(single, special_tokens=[("<s>", 1), ("</s>", 2)])
+
+
+@pytest.mark.parametrize(
+    ("processor", "begin"),
+    [
+        (template("<s> $A </s>"), [1]),
+        (template("$A </s>"), []),
+        (RobertaProcessing(("</s>", 2), ("<s>", 1)), [1]),
+        (Sequence([ByteLevel(), template("<s> $A </s>")]), [1]),
+        (template("<s> $A"), [1]),
+    ],
+)
+def test_no_text_ends_by_a_token_that_the_tokenizer_adds(tmp_path, processor, begin):
+    """Prompts would end before their answer; generation, scoring and training see the same ids."""
+    arguments = save_tokenizer(tmp_path / "base", chat_template=None)
+    saved = AutoTokenizer.from_pretrained(tmp_path / "base")
+    saved.backend_tokenizer.post_processor = processor
+    saved.save_pretrained(tmp_path / "base")
+    tokenizer = load_tokenizer(arguments, sft_config())
+    tokenizer.save_pretrained(tmp_path / "stage")
+    for stage in (tokenizer, AutoTokenizer.from_pretrained(tmp_path / "stage")):
+        prompt, answer = (stage(text, add_special_tokens=False)["input_ids"] for text in ("Who is it?", " No one."))
+        assert encode_prompts(stage, ["Who is it?"]) == [begin + prompt]
+        assert encode(stage, "Who is it?", " No one.") == [*begin, *prompt, *answer, 2]
+        (templated,) = encode_prompts(stage, [CONVERSATION[:1]])
+        assert templated[0] == 1
+        assert templated.count(1) == 1
+        assert 2 not in templated
+    check_tokenizer(tmp_path / "stage", tokenizer)

@@ -3,7 +3,7 @@
 import json
 
 from rlhf_recipes.tiny.examine import examine, load_policy
-from support import run_recipe
+from support import NO_EVALUATION, run_recipe
 
 import pytest
 
@@ -12,7 +12,7 @@ pytestmark = pytest.mark.slow
 
 def run(recipe, output, arguments, *options):
     """Run a recipe with its tiny config, and return its folder."""
-    no_evaluation = ("--eval_strategy", "no", "--save_strategy", "no")
+    no_evaluation = (*NO_EVALUATION, "--save_strategy", "no")
     run_recipe(recipe, "--output_dir", output, *no_evaluation, "--dataset_arguments", json.dumps(arguments), *options)
     return output
 

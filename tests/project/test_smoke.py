@@ -6,11 +6,11 @@ The stages go on from one another, so they are one test. The pipeline of `make d
 import io
 import json
 
-from support import ROOT, run_recipe
+from support import NO_EVALUATION, ROOT, run_recipe
 
 import pytest
 
-TRAIN = ("--max_steps", 2, "--save_strategy", "no", "--eval_strategy", "no", "--warmup_steps", 0, "--logging_steps", 1)
+TRAIN = ("--max_steps", 2, "--save_strategy", "no", *NO_EVALUATION, "--warmup_steps", 0, "--logging_steps", 1)
 ROWS = ("--dataset_arguments", '{"rows": 32}')
 
 

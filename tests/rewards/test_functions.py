@@ -2,6 +2,7 @@
 
 import math
 import pickle
+import re
 
 from rlhf_recipes.core.errors import RecipeError
 from rlhf_recipes.rewards.functions import (
@@ -12,13 +13,14 @@ from rlhf_recipes.rewards.functions import (
     last_text,
     normalised_match,
 )
-from rlhf_recipes.rewards.matching import kinds_of, normalise
+from rlhf_recipes.rewards.matching import accepted_answers, kinds_of, normalise
 from rlhf_recipes.rewards.protocol import checked_reward
 from rlhf_recipes.rewards.reward_funcs import load_rewards
 
 import numpy as np
 import pytest
 import torch
+from datasets import Dataset
 from trl.trainer.utils import get_callable_name, is_async_callable
 
 BASE = "rlhf_recipes.tiny.base"
@@ -53,10 +55,68 @@ def test_reference_column_is_needed_and_holds_texts(reward):
     name = get_callable_name(reward)
     with pytest.raises(RecipeError, match=f"^{name}: the data have no column `reference`.*column_mapping"):
         reward(completions=["a"], answer=["a"])
-    with pytest.raises(RecipeError, match=rf"^{name}: reference 1 of the batch is not a text: \['a'\]"):
-        reward(completions=["a", "a"], reference=["a", ["a"]])
+    for unusable in (3, {"a": 1}, [["a"]]):
+        with pytest.raises(RecipeError, match=rf"^{name}: reference: {re.escape(repr(unusable))} is neither a text nor a list"):
+            reward(completions=["a", "a"], reference=["a", unusable])
     with pytest.raises(ValueError, match="zip"):
         reward(completions=["a", "a"], reference=["a"])
+
+
+@pytest.mark.parametrize(
+    ("reference", "accepted"),
+    [
+        ("Paris", ["Paris"]),
+        (["Paris", " City of Paris ", "", None], ["Paris", "City of Paris"]),
+        ('["Paris", "City of Paris"]', ['["Paris", "City of Paris"]', "Paris", "City of Paris"]),  # as PopQA has it
+        ("['Paris', \"it's\"]", ["['Paris', \"it's\"]", "Paris", "it's"]),  # as pandas writes it
+        ("[1, 2]", ["[1, 2]"]),
+        ("[sic]", ["[sic]"]),
+        (None, []),
+        ([], []),
+        ([" ", None], []),
+        (" ", []),
+    ],
+)
+def test_several_accepted_answers(reference, accepted):
+    assert accepted_answers(reference) == accepted
+    answers = ["paris", *accepted, "Rome"]
+    options = {"completions": answers, "reference": [reference] * len(answers)}
+    exact, normalised = (reward(**options) for reward in (exact_match, normalised_match))
+    kinds = kinds_of(answers, [reference] * len(answers))
+    if not accepted:
+        assert exact == normalised == Abstention()(**options) == [None] * len(answers)
+        return
+    assert exact == [0, *[1] * len(accepted), 0]
+    assert normalised == [float("Paris" in accepted), *[1] * len(accepted), 0]
+    assert Abstention()(**options) == [1 if score else -1 for score in normalised]
+    assert kinds == ["right" if score else "made_up" for score in normalised]
+    assert Abstention()(["I do not know"], reference=[reference]) == [0]
+
+
+@pytest.mark.parametrize(
+    ("columns", "message"),
+    [
+        ({"prompt": ["a", "b"]}, "the data have no column `reference`.*column_mapping"),
+        ({"reference": ["a", None], "answer": [3, 4]}, None),
+        ({"reference": [["a", "b"], None]}, None),
+        ({"reference": [7, 8]}, "reference: row 0: 7 is neither a text nor a list of texts. Fix: convert"),
+        ({"reference": [{"text": "a"}, {"text": "b"}]}, "reference: row 0: {'text': 'a'} is neither"),
+        ({"reference": [[["a"]], [["b"]]]}, "reference: row 0: .* is neither"),
+        ({"reference": [[], [" "]]}, "reference: empty in all rows"),
+    ],
+)
+def test_references_are_checked_before_sampling(columns, message):
+    rows = Dataset.from_dict(columns)
+    other = Dataset.from_dict({"reference": ["a"]})
+    for path in ("exact_match", "normalised_match", "Abstention"):
+        spec = {"path": f"{REWARDS}.{path}", "arguments": {}}
+        if message is None:
+            load_rewards([spec], rows, None)
+            continue
+        with pytest.raises(RecipeError, match=f"^reward_funcs, entry 1: {REWARDS}.{path}: {message}") as error:
+            load_rewards([spec], other, rows)
+        assert "quotes" not in str(error.value)
+    load_rewards([f"{__name__}.lengths"], rows)  # who reads what it likes
 
 
 def test_kinds_of_answers():

@@ -125,6 +125,13 @@ def test_empty_completions_score_0_and_rows_without_a_reference_none(embedding):
     assert Similarity("nowhere", "embedding")(completions=["", "a"], reference=["a", None]) == [0.0, None]
 
 
+def test_best_of_several_references_counts(embedding):
+    reward = Similarity(embedding[2], "embedding")
+    alone = [reward(["the cat sat"], reference=[one])[0] for one in REFERENCES[:3]]
+    several = reward(["the cat sat", "", "a dog", "a dog"], reference=[REFERENCES[:3], ["cat", "dog"], [], "dog"])
+    assert several == [pytest.approx(max(alone), abs=1e-5), 0.0, None, pytest.approx(reward(["a dog"], reference=["dog"])[0])]
+
+
 def test_reference_column_is_needed():
     with pytest.raises(RecipeError, match=r"^Similarity: .*`reference`"):
         Similarity("nowhere", "embedding")(completions=["a"])

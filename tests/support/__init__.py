@@ -13,6 +13,8 @@ USER_ENVIRONMENT = dict(os.environ)
 
 ROOT = Path(__file__).parents[2]
 SHARED = ROOT.parent / "shared"
+NO_EVALUATION = ("--eval_strategy", "no", "--eval_datasets", "[]")
+"""Options of a training whose evaluation would only take time."""
 
 # Set before torch or the Hub's client is imported. Recipes that tests launch inherit it.
 os.environ |= {

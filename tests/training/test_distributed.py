@@ -7,6 +7,7 @@ import json
 
 from rlhf_recipes.core.errors import RecipeError
 from rlhf_recipes.training.ppo import PPOConfig
+from support import NO_EVALUATION
 from support.ppo_cases import AGAIN, CASES, assert_the_update_of_one, read, run
 from support.processes import in_two_processes, run_stages
 from support.small_ppo import moved, save_base, save_reward
@@ -16,7 +17,7 @@ import torch
 from safetensors.torch import load_file
 
 SGD = ("--optim", "sgd", "--learning_rate", 0.1)  # Adam makes full steps even of rounding errors
-SHORT = (*SGD, "--max_steps", 4, "--logging_steps", 1, "--warmup_steps", 0, "--eval_strategy", "no", "--save_strategy", "no")
+SHORT = (*SGD, "--max_steps", 4, "--logging_steps", 1, "--warmup_steps", 0, *NO_EVALUATION, "--save_strategy", "no")
 TEST = '[{"path": "rlhf_recipes.tiny.splits.rankings", "split": "test", "arguments": {"rows": 20, "k": 4}}]'
 SFT = ("--dataset_arguments", '{"rows": 128}')
 RANKINGS = ("--dataset_arguments", '{"rows": 64, "k": 4}')

@@ -17,6 +17,7 @@ from rlhf_recipes.models.fingerprint import fingerprint
 from rlhf_recipes.models.loading import load_model
 from rlhf_recipes.models.tokenizer import load_tokenizer
 from rlhf_recipes.stages import parse_arguments
+from support import NO_EVALUATION
 from support.small_ppo import make_tokenizer, save_base, with_adapter
 
 import bitsandbytes
@@ -35,7 +36,7 @@ ON_GPU = (
 ON_CPU = (
     "[enforce fail at alloc_cpu.cpp:124] err == 0. DefaultCPUAllocator: can't allocate memory: you tried to allocate 400 bytes."
 )
-SMALL = ("--dataset_arguments", '{"rows": 160}', "--eval_strategy", "no", "--max_steps", 2, "--warmup_steps", 0)
+SMALL = ("--dataset_arguments", '{"rows": 160}', *NO_EVALUATION, "--max_steps", 2, "--warmup_steps", 0)
 
 
 # --- Memory ----------------------------------------------------------------------------------------------

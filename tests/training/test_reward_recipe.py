@@ -17,7 +17,7 @@ from rlhf_recipes.rewards.saved import load_reward_adapter, load_saved_reward
 from rlhf_recipes.tiny import splits
 from rlhf_recipes.training import run as runs
 from rlhf_recipes.training.run import run_dependencies
-from support import ROOT
+from support import NO_EVALUATION, ROOT
 
 import numpy as np
 import pytest
@@ -30,7 +30,7 @@ from transformers import AutoModelForCausalLM, AutoModelForSequenceClassificatio
 from trl import ModelConfig, SFTConfig
 
 BASE = resolve_path("rlhf_recipes.tiny.base")
-NO_EVAL = ("--eval_strategy", "no", "--save_strategy", "no")
+NO_EVAL = (*NO_EVALUATION, "--save_strategy", "no")
 IN_4_BITS = ("--load_in_4bit", "true", "--use_bnb_nested_quant", "true")
 AS_IT_BEGINS = ("--learning_rate", 0, "--max_steps", 1, "--save_strategy", "no")
 LONG = ("--max_steps", 4, "--save_steps", 2, "--save_total_limit", 9, "--lora_dropout", 0.1, "--seed", 5)

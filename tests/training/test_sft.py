@@ -5,7 +5,7 @@ import shutil
 
 from rlhf_recipes.core.hub import resolve_path
 from rlhf_recipes.models.fingerprint import fingerprint
-from support import run_recipe
+from support import NO_EVALUATION, run_recipe
 
 import pytest
 import torch
@@ -16,7 +16,7 @@ from trl import SFTTrainer
 
 BASE = resolve_path("rlhf_recipes.tiny.base")
 SMALL = ("--dataset_arguments", '{"rows": 640}', "--per_device_train_batch_size", 16, "--logging_steps", 1, "--warmup_steps", 0)
-NO_EVAL = ("--eval_strategy", "no", "--save_strategy", "no")
+NO_EVAL = (*NO_EVALUATION, "--save_strategy", "no")
 IN_4_BITS = ("--load_in_4bit", "true", "--use_bnb_nested_quant", "true")
 
 
@@ -62,7 +62,7 @@ def test_evaluation_does_not_change_training(launch, tmp_path):
     """In 4 bits it would if bitsandbytes repacked the weights (`disable_cpu_4bit_repacking`)."""
     common = (*SMALL, *IN_4_BITS, "--max_steps", 4, "--save_strategy", "no", "--output_dir")
     launch("sft", *common, tmp_path / "with", "--eval_strategy", "steps", "--eval_steps", 1)
-    launch("sft", *common, tmp_path / "without", "--eval_strategy", "no")
+    launch("sft", *common, tmp_path / "without", *NO_EVALUATION)
     assert same(adapter(tmp_path / "with"), adapter(tmp_path / "without"))
 
 
@@ -90,7 +90,7 @@ def test_ctrl_c_names_the_newest_checkpoint(launch, tmp_path, monkeypatch):
 
     step = SFTTrainer.training_step
     monkeypatch.setattr(SFTTrainer, "training_step", press)
-    options = (*SMALL, "--max_steps", 8, "--save_steps", 2, "--eval_strategy", "no", "--output_dir", tmp_path)
+    options = (*SMALL, "--max_steps", 8, "--save_steps", 2, *NO_EVALUATION, "--output_dir", tmp_path)
     status, error = launch("sft", *options)
     kept = f"{tmp_path / 'checkpoint-2'} is kept: resume from it with `resume_from_checkpoint: true`"
     assert (status, error.splitlines()[-1]) == (130, f"stopped after 3 of 8 steps; {kept}")
@@ -103,7 +103,7 @@ def test_resuming_from_no_checkpoint_is_refused(launch, tmp_path):
 
 
 def test_resuming_with_other_arguments_is_refused(launch, tmp_path):
-    common = (*SMALL, "--eval_strategy", "no", "--save_steps", 2, "--output_dir", tmp_path)
+    common = (*SMALL, *NO_EVALUATION, "--save_steps", 2, "--output_dir", tmp_path)
     assert launch("sft", *common, "--max_steps", 2)[0] == 0
     status, error = launch("sft", *common, "--max_steps", 4, "--learning_rate", 1e-5, "--resume_from_checkpoint", "true")
     assert status == 2
@@ -113,7 +113,7 @@ def test_resuming_with_other_arguments_is_refused(launch, tmp_path):
 
 
 def test_finished_run_resumed_keeps_its_cost(launch, tmp_path):
-    common = (*SMALL, "--eval_strategy", "no", "--save_steps", 2, "--max_steps", 2, "--output_dir", tmp_path)
+    common = (*SMALL, *NO_EVALUATION, "--save_steps", 2, "--max_steps", 2, "--output_dir", tmp_path)
     assert launch("sft", *common)[0] == 0
     cost, weights = json.loads((tmp_path / "recipe.json").read_text())["run"], adapter(tmp_path)
     assert launch("sft", *common, "--resume_from_checkpoint", "true")[0] == 0
@@ -122,7 +122,7 @@ def test_finished_run_resumed_keeps_its_cost(launch, tmp_path):
 
 
 def test_unfinished_run_is_not_overwritten_and_finished_one_is(launch, tmp_path):
-    common = (*SMALL, "--eval_strategy", "no", "--save_steps", 1, "--save_total_limit", 9, "--output_dir", tmp_path)
+    common = (*SMALL, *NO_EVALUATION, "--save_steps", 1, "--save_total_limit", 9, "--output_dir", tmp_path)
     assert launch("sft", *common, "--max_steps", 3)[0] == 0
     record = tmp_path / "recipe.json"
     record.rename(tmp_path / "elsewhere.json")
@@ -137,7 +137,7 @@ def test_unfinished_run_is_not_overwritten_and_finished_one_is(launch, tmp_path)
 
 @pytest.mark.parametrize("damage", ["trainer_state.json", "optimizer.pt", "rng_state.pth"])
 def test_incomplete_checkpoint_is_not_resumed_from(launch, tmp_path, damage):
-    common = (*SMALL, "--eval_strategy", "no", "--save_steps", 1, "--save_total_limit", 9, "--output_dir", tmp_path)
+    common = (*SMALL, *NO_EVALUATION, "--save_steps", 1, "--save_total_limit", 9, "--output_dir", tmp_path)
     assert launch("sft", *common, "--max_steps", 2)[0] == 0
     weights, path = adapter(tmp_path), tmp_path / "checkpoint-2" / damage
     if damage == "trainer_state.json":

@@ -3,8 +3,9 @@
 import math
 from collections.abc import Sequence
 
+from rlhf_recipes.models.lm_head import token_log_probs
+
 import torch
-from torch.nn.functional import cross_entropy
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 
@@ -33,10 +34,11 @@ def perplexity(
             inputs = tokenizer(
                 batch, return_tensors="pt", padding=True, truncation=True, max_length=max_length, padding_side="right"
             ).to(model.device)
-            logits = model(input_ids=inputs["input_ids"], attention_mask=inputs["attention_mask"]).logits[:, :-1]
-            labels = inputs["input_ids"][:, 1:].masked_fill(inputs["attention_mask"][:, 1:] == 0, -100)
-            total += cross_entropy(logits.flatten(0, 1).float(), labels.flatten(), ignore_index=-100, reduction="sum").item()
-            count += (labels != -100).sum().item()
+            ids, mask = inputs["input_ids"], inputs["attention_mask"]
+            wanted = mask.bool()
+            wanted[:, 0] = False
+            logps = token_log_probs(model, ids, mask, wanted)
+            total, count = total - logps.sum().item(), count + len(logps)
     finally:
         model.train(was_training)
     if not count:

@@ -12,8 +12,9 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Annotated, Any
 
+from rlhf_recipes.config.sample import MAX_COMPLETIONS
 from rlhf_recipes.core.errors import RecipeError
-from rlhf_recipes.feedback.groups import MAX_COMPLETIONS, Group
+from rlhf_recipes.feedback.groups import Group
 from rlhf_recipes.feedback.labels import label as rules
 from rlhf_recipes.feedback.labels.guard import OriginGuard, Protocol
 from rlhf_recipes.feedback.labels.label import InvalidLabelError, Label
