@@ -65,6 +65,10 @@ def parse_pipeline(values: dict[str, Any]) -> PipelineConfig:
     Raises:
         RecipeError: with the key, and the entry of a stage.
     """
+    if "model_name_or_path" in values and "stages" not in values:
+        raise RecipeError(
+            "model_name_or_path: this is the file of one recipe. Fix: launch it with that recipe, or name a pipeline's"
+        )
     try:
         return PipelineConfig.model_validate(values)
     except ValidationError as error:
