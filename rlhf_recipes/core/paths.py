@@ -51,8 +51,8 @@ def expand_paths(values: dict[str, Any]) -> dict[str, Any]:
 
 def _expand(place: str, key: Any, value: Any, is_path: bool) -> Any:
     if isinstance(value, dict):
-        of_names = key == "policies"  # name -> path; others: key -> value
-        return {name: _expand(f"{place}: {name}", name, item, of_names or name in PATH_KEYS) for name, item in value.items()}
+        names_paths = key in ("policies", "data_files")  # name -> path, split -> files; others: key -> value
+        return {name: _expand(f"{place}: {name}", name, item, names_paths or name in PATH_KEYS) for name, item in value.items()}
     if isinstance(value, list):
         return [_expand(f"{place}, entry {number}", key, item, is_path) for number, item in enumerate(value, start=1)]
     if isinstance(value, str) and (is_path or value.startswith("~/")):

@@ -22,7 +22,7 @@ NESTED = {
     "rewards": lambda path: [path, {"path": path, "arguments": {"model_name_or_path": path}}],
     "frontier": lambda path: [path],
     "needs": lambda path: [path],
-    "datasets": lambda path: [{"path": path}],
+    "datasets": lambda path: [{"path": path}, {"path": "json", "data_files": {"train": path}}],
     "eval_datasets": lambda path: [{"path": path}],
     "demonstrations": lambda path: [{"path": path}],
     "ptx_dataset": lambda path: [{"path": path}],
@@ -47,7 +47,7 @@ def texts(value):
     for item in value.values() if isinstance(value, dict) else value if isinstance(value, list) else ():
         yield from texts(item)
     if hasattr(value, "path"):  # a source of data
-        yield value.path
+        yield from texts([value.path, value.data_files])
 
 
 def own_paths(recipe):
