@@ -297,8 +297,9 @@ def _left_out(messages: list[dict[str, str]], text: str) -> Iterable[int]:
         content = "".join(message["content"].split())
         moves = message["role"] == "system"  # some templates put it into a later turn
         found = text.find(content, 0 if moves else start)
-        if found < 0 and message["role"] != "tool":  # results of tools are often written anew
-            yield place
+        if found < 0:
+            if message["role"] != "tool":  # results of tools are often written anew
+                yield place
         elif not moves:
             start = max(start, found + len(content))
 

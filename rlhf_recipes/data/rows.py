@@ -11,7 +11,7 @@ from typing import Any
 
 from rlhf_recipes.core.errors import RecipeError, first_line
 from rlhf_recipes.data.conversion import CONVERTERS, Kind
-from rlhf_recipes.data.shapes import SHAPES, BadRowError, Row, Shape, add_system, is_list_as_text, is_transcript, parse_list
+from rlhf_recipes.data.shapes import SHAPES, BadRowError, Row, Shape, add_system, is_list_as_text, is_transcript, parse_lists
 from rlhf_recipes.data.sources import BATCH, SHOWN, Part
 
 import pyarrow
@@ -74,7 +74,7 @@ def convert(part: Part, kind: Kind) -> Converted:
     features = _features(kind, shape, conversational, used) | {column: part.dataset.features[column] for column in passed_on}
 
     def read_row(values: Row) -> list[Row]:
-        values |= {name: _parse(values[name], name) for name in texts}
+        values |= {name: parse_lists(values[name], name, name) for name in texts}
         system = values.pop("system") if reads_system else None
         return CONVERTERS[kind][shape.form](add_system(shape.read(values, conversational), system))
 
@@ -177,15 +177,11 @@ def _is_list_as_text(dataset: Dataset, column: str) -> bool:
     return _mostly(is_list_as_text(value, column) for value in _values(dataset, column))
 
 
-def _parse(value: Any, column: str) -> Any:
-    return parse_list(value, column) if is_list_as_text(value, column) else value
-
-
 def _parsed(values: Iterable[Any], column: str, texts: set[str]) -> Iterator[Any]:
     """Yield the values of a column, parsed if in `texts`, and if they can be."""
     for value in values:
         with contextlib.suppress(BadRowError):
-            yield _parse(value, column) if column in texts else value
+            yield parse_lists(value, column, column) if column in texts else value
 
 
 def _is_conversational(dataset: Dataset, shape: Shape, texts: set[str]) -> bool:

@@ -44,7 +44,9 @@ def holds_messages(value: Any) -> bool:
 
 
 def is_list_as_text(value: Any, column: str) -> bool:
-    """Return whether a value is a list written as text, as CSV files have."""
+    """Return whether a value is a list written as text, as in CSV files, or holds such."""
+    if isinstance(value, list):  # of completions, or of responses
+        return any(is_list_as_text(item.get("text") if isinstance(item, dict) else item, "") for item in value)
     if not isinstance(value, str) or not value.strip():
         return False
     if column in _LIST_COLUMNS or not _BEGINS_LIST.match(value):
@@ -56,15 +58,20 @@ def is_list_as_text(value: Any, column: str) -> bool:
     return any(role in first and text in first for role, text in _MESSAGE_KEYS)
 
 
-def parse_list(value: str, name: str) -> list[Any]:
-    """Return the list that a text holds as JSON."""
-    try:
-        parsed = json.loads(value)
-    except (ValueError, RecursionError):
-        parsed = None
-    if not isinstance(parsed, list):
-        raise BadRowError(f"{name} is a list written as text, but not as JSON: save the file as JSON lines or Parquet")
-    return parsed
+def parse_lists(value: Any, name: str, column: str) -> Any:
+    """Return a value in which lists that are written as text are read, as JSON."""
+    if isinstance(value, str) and is_list_as_text(value, column):
+        try:
+            value = json.loads(value)
+        except (ValueError, RecursionError):
+            value = None
+        if not isinstance(value, list):
+            raise BadRowError(f"{name} is a list written as text, but not as JSON: save the file as JSON lines or Parquet")
+    if isinstance(value, list) and is_list_as_text(value, column):
+        return [parse_lists(item, name, "") for item in value]
+    if isinstance(value, dict) and "text" in value:  # a response
+        return value | {"text": parse_lists(value["text"], name, "")}
+    return value
 
 
 @dataclass(frozen=True)

@@ -270,6 +270,17 @@ def test_usual_conversations_are_complete(tokenizer, caplog, template):
     assert not caplog.text
 
 
+def test_answers_after_the_result_of_a_tool_that_is_shortened_are_complete(tokenizer, caplog):
+    tokenizer.chat_template = (
+        "{% for m in messages %}{{ '<' + m.role + '>' + (m.content[:9] if m.role == 'tool' else m.content) + eos_token }}"
+        "{% endfor %}"
+    )
+    row = {"messages": [user("Hi"), bot("I look."), {"role": "tool", "content": "a long result " * 9}, bot("It is so.")]}
+    dataset = Dataset.from_list([row])
+    assert check_rendered(dataset, "sft", tokenizer, None, "error", "train")[0] is dataset
+    assert not caplog.text
+
+
 # --- One BOS ---------------------------------------------------------------------------------------------
 
 

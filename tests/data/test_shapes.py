@@ -206,6 +206,17 @@ def test_lists_written_as_json_are_read(write, ending, row, kind):
     assert read == rows_of(write([row], "lists.jsonl"), kind)
 
 
+@pytest.mark.parametrize("write_list", [list, json.dumps])
+def test_messages_written_as_text_within_lists_are_read(write, write_list):
+    good, worse = [bot("A")], [bot("B")]
+    ranking = {"prompt": TALK, "completions": [good, worse], "ranks": [0, 1]}
+    expected = rows_of(write([ranking], "lists.jsonl"), "ranking")
+    completions = {"completions": write_list(list(map(json.dumps, ranking["completions"])))}
+    responses = [{"text": json.dumps(answer), "rank": rank} for rank, answer in enumerate(ranking["completions"])]
+    for row in (ranking | completions, {"prompt": TALK, "responses": write_list(responses)}):
+        assert rows_of(write([row]), "ranking") == expected
+
+
 def as_numpy(value):
     """As pandas writes lists that it read from Parquet."""
     return "\n ".join(str(value).split(", {"))
