@@ -6,6 +6,7 @@ from rlhf_recipes.core.errors import RecipeError
 from rlhf_recipes.memory.estimator import Estimator, Phase
 from rlhf_recipes.memory.gpu_arguments import StageArguments
 from rlhf_recipes.memory.plan import ACTIVATIONS, ADAPTERS, BATCH, LOGITS, MODELS, Plan
+from rlhf_recipes.models.lm_head import MOST_LOGITS, TOKENS_AT_ONCE
 from rlhf_recipes.rewards.reward_funcs import reward_paths
 from rlhf_recipes.stages import STAGES
 
@@ -198,13 +199,19 @@ def plan_evaluate(run: Estimator) -> Plan:
     if values.recipe == "evaluate":
         phases["log-probabilities"] = {
             ACTIVATIONS: rows * length * run.shape.hidden * 2.0 * width,
-            # all tokens' logits, and their scaled fp32 copy
-            LOGITS: rows * (completion + 1) * run.shape.vocabulary * 8.0,
+            LOGITS: _scored_logits(run, rows, completion),
         }
         phases["answers read"] = run.forward(rows, length, autocast=False)
         if values.get("ptx_dataset"):
-            tokens = rows * values.ptx_max_length
-            phases["pretraining text"] = {LOGITS: tokens * run.shape.vocabulary * (2.0 * width + 8)}
+            phases["pretraining text"] = {LOGITS: _scored_logits(run, rows, values.ptx_max_length)}
     if rewards or full_models:
         phases["rewards"] = run.forward(rows, length, autocast=False)
     return run.plan(resident, phases, {"policies": policies, "reward models": sum(rewards) + full_models})
+
+
+def _scored_logits(run: Estimator, rows: int, tokens: int) -> float:
+    """Return the bytes of logits in `token_log_probs`: of some rows, and in fp32."""
+    vocabulary = run.shape.vocabulary
+    logits = min(rows * tokens * vocabulary, max(MOST_LOGITS, tokens * vocabulary))
+    # of a part: its fp32 copy, divided by the temperature, and its log-probabilities
+    return logits * run.precision.weights + TOKENS_AT_ONCE * vocabulary * 3 * 4.0

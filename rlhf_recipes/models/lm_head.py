@@ -7,7 +7,7 @@ from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 
 MOST_LOGITS = 2**27  # of one pass
-_TOKENS = 256  # whose log-probabilities are computed at once, in fp32
+TOKENS_AT_ONCE = 256  # whose log-probabilities are computed in fp32
 
 
 def keep_head_inputs_contiguous(model: nn.Module) -> None:
@@ -42,5 +42,5 @@ def token_log_probs(
         (logits,) = model(input_ids=input_ids, attention_mask=attention_mask, use_cache=False).logits
     finally:
         hook.remove()
-    parts = zip(logits.split(_TOKENS), input_ids[wanted].split(_TOKENS), strict=True)
+    parts = zip(logits.split(TOKENS_AT_ONCE), input_ids[wanted].split(TOKENS_AT_ONCE), strict=True)
     return torch.cat([-cross_entropy(part.float() / temperature, tokens, reduction="none") for part, tokens in parts])

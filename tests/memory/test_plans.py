@@ -4,7 +4,7 @@ import importlib.util
 
 from rlhf_recipes.core.errors import RecipeError
 from rlhf_recipes.memory import arithmetic, format_plans, plan_stage
-from rlhf_recipes.memory.plan import GIB, OVERHEAD, SPARE
+from rlhf_recipes.memory.plan import GIB, LOGITS, OVERHEAD, SPARE
 from rlhf_recipes.pipeline.estimates import plannable_stages
 from support import ROOT
 
@@ -61,6 +61,13 @@ def test_each_recipe_fits_the_card_of_its_family(path):
     for recipe in ("sft", "reward", "ppo", "dpo", "evaluate") if card else ():
         plan = plan_stage(plannable_stages(path.parent / f"{recipe}.yaml", RECIPES)[-1])
         assert plan.fits(card), (recipe, plan.worst, plan.allocated / GIB)
+
+
+def test_logits_of_an_evaluation_do_not_grow_with_its_batch(write):
+    """The LM head reads a few rows at once."""
+    few, many = (plan_file(write("qwen3-0.6b/evaluate", {"batch_size": size}), "evaluate")[-1] for size in (8, 256))
+    logits = [plan.phases["log-probabilities"][LOGITS] for plan in (few, many)]
+    assert logits[0] == logits[1] < GIB
 
 
 def test_adapters_of_needed_stages_are_known(write):
