@@ -46,8 +46,8 @@ def register_classifier(config: PretrainedConfig) -> None:
     if kind in MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING or kind not in MODEL_FOR_CAUSAL_LM_MAPPING:
         return
     causal, backbone = MODEL_FOR_CAUSAL_LM_MAPPING[kind], MODEL_MAPPING.get(kind, None)
-    with torch.device("meta"):
-        inner = causal(config).base_model
+    with torch.device("meta"):  # a language model within a multimodal one has a configuration of its own
+        inner = causal(config).base_model if causal.config_class is kind else None
     if type(inner) is not backbone:
         problem = f"{causal.__name__} is not one backbone with a head, so no reward model can be put on it"
         fix = "name a text-only model, or use DPO"

@@ -3,6 +3,7 @@
 import json
 
 from rlhf_recipes.core.errors import RecipeError
+from rlhf_recipes.models.architectures import register_classifier
 from rlhf_recipes.models.loading import load_model
 from rlhf_recipes.rewards.classifier import load_reward_model
 from rlhf_recipes.rewards.saved import load_full_reward, load_reward_adapter
@@ -20,11 +21,13 @@ from transformers import (
     GPT2Config,
     GraniteConfig,
     Lfm2Config,
+    Llama4Config,
     Llama4TextConfig,
     LlamaConfig,
     MambaConfig,
     MixtralConfig,
     OPTConfig,
+    Qwen3_5MoeConfig,
     Qwen3Config,
 )
 from trl import ModelConfig, RewardConfig, SFTConfig
@@ -93,6 +96,12 @@ def test_family_that_is_no_backbone_with_a_head_is_refused(tmp_path):
         RecipeError, match=r"model_name_or_path: .*Llama4ForCausalLM is not one backbone.*Fix: name a text-only"
     ):
         load_reward_model(arguments, RewardConfig(bf16=False, use_cpu=True, report_to="none"), make_tokenizer())
+
+
+@pytest.mark.parametrize("config", [Qwen3_5MoeConfig, Llama4Config])
+def test_multimodal_family_is_refused(config):
+    with pytest.raises(RecipeError, match=r"model_name_or_path: .*is not one backbone.*Fix: name a text-only"):
+        register_classifier(config())
 
 
 @pytest.mark.parametrize("shards", [{}, {"max_shard_size": "10KB"}], ids=["one-file", "shards"])
