@@ -44,7 +44,7 @@ def upload(
 ) -> str:
     """Upload a result without checkpoints and pickles, and return its address.
 
-    `private`, `token` and `revision` (the branch) are by default those of the account.
+    `private` and `token` are by default those of the account. `revision` is the branch, by default the main one.
 
     Raises:
         RecipeError: if the Hub is unreachable or refuses, or if the repository holds other weights. The result stays in its

@@ -31,7 +31,7 @@ def accepted_answers(reference: Any) -> list[str]:
 def _read_list(text: str) -> list[str]:
     """Return the texts of a list in JSON or Python, and none of anything else."""
     for read in (json.loads, ast.literal_eval):
-        with contextlib.suppress(ValueError, SyntaxError, MemoryError, RecursionError):
+        with contextlib.suppress(ValueError, TypeError, SyntaxError, MemoryError, RecursionError):
             values = read(text.strip())
             if isinstance(values, list) and all(isinstance(value, str | None) for value in values):
                 return values

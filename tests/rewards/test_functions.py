@@ -71,6 +71,7 @@ def test_reference_column_is_needed_and_holds_texts(reward):
         ("['Paris', \"it's\"]", ["['Paris', \"it's\"]", "Paris", "it's"]),  # as pandas writes it
         ("[1, 2]", ["[1, 2]"]),
         ("[sic]", ["[sic]"]),
+        ("[{[1]: 2}]", ["[{[1]: 2}]"]),  # Python that cannot be evaluated
         (None, []),
         ([], []),
         ([" ", None], []),
