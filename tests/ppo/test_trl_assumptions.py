@@ -48,6 +48,7 @@ REWARD_HOOKS = {
 """What `RankingTrainer` overrides."""
 
 MIXIN_HOOKS = {
+    "_determine_best_metric": "self, metrics, trial",
     "_load_from_checkpoint": "self, resume_from_checkpoint, model",
     "_load_optimizer_and_scheduler": "self, checkpoint",
     "_load_rng_state": "self, checkpoint",
