@@ -43,6 +43,8 @@ def check_values(values: dict[str, Any], trains: bool) -> None:
         raise RecipeError("sync_ref_model: with LoRA the reference is a frozen adapter or the base. Fix: set it to false")
     if values.get("num_train_epochs") == 0 and values.get("max_steps", -1) <= 0:
         raise RecipeError("num_train_epochs: 0: no step would be trained. Fix: set it above 0, or set `max_steps`")
+    if values.get("max_steps") == 0:
+        raise RecipeError("max_steps: 0: no step would be trained. Fix: set it above 0, or -1 for `num_train_epochs`")
     for key, least in _LEAST.items():
         if values.get(key, least) < least:
             raise RecipeError(f"{key}: {values[key]}: must be {least} or more")

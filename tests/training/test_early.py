@@ -208,6 +208,7 @@ def test_rounding_is_no_leak():
         ("sft", {"dataloader_drop_last": True, "per_device_train_batch_size": 64}, ("dataloader_drop_last: 8 rows", "64")),
         ("reward", {"dataloader_drop_last": True, "per_device_train_batch_size": 9}, ("dataloader_drop_last: 8 rows", "9")),
         ("sft", {"num_train_epochs": 0, "max_steps": -1}, ("num_train_epochs: 0",)),
+        ("ppo", {"max_steps": 0}, ("max_steps: 0",)),
         ("dpo", {"sync_ref_model": True}, ("sync_ref_model: ",)),
         ("dpo", {"use_peft": False, "sync_ref_model": True, "precompute_ref_log_probs": True}, ("sync_ref_model",)),
     ],
