@@ -41,6 +41,8 @@ def check_values(values: dict[str, Any], trains: bool) -> None:
         raise RecipeError("use_peft: quantized weights cannot be trained. Fix: set `use_peft: true`")
     if trains and values.get("sync_ref_model") and values.get("use_peft"):
         raise RecipeError("sync_ref_model: with LoRA the reference is a frozen adapter or the base. Fix: set it to false")
+    if values.get("eval_packing") and not values.get("packing"):
+        raise RecipeError("eval_packing: without `packing`, packed rows would read each other. Fix: leave it out")
     if values.get("num_train_epochs") == 0 and values.get("max_steps", -1) <= 0:
         raise RecipeError("num_train_epochs: 0: no step would be trained. Fix: set it above 0, or set `max_steps`")
     for key, least in _LEAST.items():

@@ -27,6 +27,9 @@ from peft import PeftModel
 from torch import Tensor, nn
 from transformers import PreTrainedModel, Trainer
 
+SAMPLING_METRICS = ("reward", "reward_std", "frac_reward_zero_std", "rlhf_reward", "score", "score_std", "kl", "kl_coef")
+SAMPLING_METRICS += ("entropy", "entropy_coef", "aux_loss", "policy_loss", "num_tokens")
+"""What an evaluation of PPO logs, beside names with a slash."""
 COUNTERS = "counts-{}.json"
 """File of a checkpoint with the counters of one process."""
 
@@ -66,11 +69,9 @@ class TrainerMixin:
         Raises:
             RecipeError: with the key.
         """
-        args = self.args
-        if hasattr(self, "reward_funcs"):  # PPO repeats and samples its rows
-            return
+        args, samples = self.args, hasattr(self, "reward_funcs")
         rows, batch = len(self.train_dataset), args.train_batch_size * args.world_size
-        if args.dataloader_drop_last and rows < batch:
+        if args.dataloader_drop_last and rows < batch and not samples:  # PPO repeats its prompts
             raise RecipeError(
                 f"dataloader_drop_last: {rows} rows are less than a batch of {batch}: no step would be trained. Fix: set it to "
                 "false, or a smaller `per_device_train_batch_size`"
@@ -83,7 +84,9 @@ class TrainerMixin:
             )
         wanted, sharded = args.metric_for_best_model, self.is_fsdp_enabled or self.is_deepspeed_enabled
         if args.eval_strategy != "no" and wanted not in (None, "loss", "eval_loss") and not sharded:
-            self._check_metric(wanted, {"eval_loss", *self._evaluation_metrics()})
+            # Sampling takes long; a name with a slash may be of a reward function
+            names = self._evaluation_metrics() if not samples else [wanted] if "/" in wanted else SAMPLING_METRICS
+            self._check_metric(wanted, {"loss", *names})
 
     def _evaluation_metrics(self) -> set[str]:
         """Return the names that TRL logs in an evaluation, found by its first batch."""
@@ -93,7 +96,7 @@ class TrainerMixin:
             self.model.eval()
             self.prediction_step(self.model, batch, prediction_loss_only=True)
         self.model.train(training)
-        names = {f"eval_{name}" for name in self._metrics["eval"]}
+        names = set(self._metrics["eval"])
         self._metrics["eval"].clear()
         return names
 
@@ -103,7 +106,7 @@ class TrainerMixin:
         return super()._determine_best_metric(metrics, *args, **kwargs)
 
     def _check_metric(self, wanted: str, known: Iterable[str]) -> None:
-        names = [name.removeprefix("eval_") for name in known]
+        names = {name.removeprefix("eval_") for name in known}
         if wanted.removeprefix("eval_") not in names:
             raise RecipeError(
                 f"metric_for_best_model: {wanted!r} is none of {', '.join(sorted(names))}{did_you_mean(wanted, names)}"
