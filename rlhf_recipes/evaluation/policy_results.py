@@ -1,5 +1,6 @@
 """All that is measured of one policy."""
 
+import re
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Any
@@ -16,7 +17,7 @@ from rlhf_recipes.evaluation.types import UNSET, BestOf, CalibrationBin, Calibra
 from rlhf_recipes.generation.judges import ChatJudge
 from rlhf_recipes.generation.policies import Policy
 from rlhf_recipes.models.backbone import base_of
-from rlhf_recipes.rewards.matching import KINDS, accepted_answers, kinds_of
+from rlhf_recipes.rewards.matching import KINDS, accepted_answers, kinds_of, normalise
 
 import numpy as np
 from datasets import Dataset
@@ -148,12 +149,21 @@ def _compare_with_references(
 
     truthfulness = {name: {kind: share(kind, rows) for kind in KINDS} for name, rows in groups.items()}
     result: dict[str, Any] = {"truthfulness": truthfulness}
+    contained = [contains(text, reference) for text, reference in zip(samples.texts, references, strict=True)]
+    reworded = (one.kinds == "made_up") & np.array(contained).reshape(one.kinds.shape)
+    result["reworded"] = estimate(reworded.astype(float)[groups["all"]], share=True, seed=arguments.seed)
     column = arguments.group_by
     if column in groups and f"not {column}" in groups:
         result["over_abstained"] = truthfulness[column]["abstained"]
     if one.confidences is not None:
         result["calibration"] = {name: _calibration(one, other, rows, arguments.seed) for name, rows in groups.items()}
     return result
+
+
+def contains(text: str, reference: Any) -> bool:
+    """Return whether an answer contains an accepted one, as whole words."""
+    accepted = filter(None, (re.escape(normalise(one)) for one in accepted_answers(reference)))
+    return any(re.search(rf"(?<!\w){words}(?!\w)", normalise(text)) for words in accepted)
 
 
 def _calibration(one: _Judged, other: _Judged | None, rows: NDArray[np.bool_], seed: int) -> CalibrationResult | None:

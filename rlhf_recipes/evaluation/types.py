@@ -44,6 +44,11 @@ class WinRate:
     swayed: float | Unset = UNSET  # of a chat model: the share of pairs whose winner changed with their order
     unreadable: int | Unset = UNSET  # of a chat model: replies without a verdict
 
+    @property
+    def difference(self) -> "Estimate":
+        """The difference from one half."""
+        return Estimate(mean=self.win_rate - 0.5, interval=[end - 0.5 for end in self.interval], n=self.prompts)
+
 
 @dataclass(frozen=True, kw_only=True)
 class Estimate:
@@ -108,6 +113,7 @@ class PolicyResult:
     diversity: dict[str, float | None]  # see `metrics.texts.diversity`
     truthfulness: dict[str, dict[str, Estimate]] | Unset = UNSET  # group of prompts -> kind of answer -> its share
     over_abstained: Estimate | Unset = UNSET  # share of abstentions where the answer could be known
+    reworded: Estimate | Unset = UNSET  # share of answers that count as made up and contain the reference
     calibration: dict[str, CalibrationResult | None] | Unset = UNSET  # by group, of the answers that do not abstain
     perplexity: float | Unset = UNSET  # on pretraining text
     lm_eval: dict[str, Any] | Unset = UNSET  # results of lm-eval, by task

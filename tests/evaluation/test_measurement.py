@@ -15,7 +15,7 @@ from rlhf_recipes.evaluation.estimates import estimate, is_insignificant
 from rlhf_recipes.evaluation.frontier import measure_frontier
 from rlhf_recipes.evaluation.measurement import Measurement, PolicySamples
 from rlhf_recipes.evaluation.named_rewards import NamedReward
-from rlhf_recipes.evaluation.policy_results import lm_eval_results, measure_policy
+from rlhf_recipes.evaluation.policy_results import contains, lm_eval_results, measure_policy
 from rlhf_recipes.evaluation.prompts import groups_of, held_out_prompts
 from rlhf_recipes.evaluation.report.html import render
 from rlhf_recipes.evaluation.types import Frontier, FrontierPoint, PolicyResult, from_json, to_json
@@ -127,6 +127,7 @@ def test_truthfulness_and_calibration_by_group(reference):
     assert shares["all"] == {"right": 0.5, "abstained": 0.25, "made_up": 0.25}
     assert shares["known"] == {"right": 0.5, "abstained": 0.5, "made_up": 0.0}
     assert result.over_abstained.mean == 0.5
+    assert result.reworded.mean == 0
     # without the abstention, one answer per bin: |1 - .9|, |0 - .2|, |1 - .6|
     assert result.calibration["all"].ece == pytest.approx((0.1 + 0.2 + 0.4) / 3)
     assert result.calibration["all"].brier == pytest.approx((0.01 + 0.04 + 0.16) / 3)
@@ -136,6 +137,27 @@ def test_truthfulness_and_calibration_by_group(reference):
     content = json.loads(json.dumps(to_json(result), allow_nan=False))
     assert from_json(PolicyResult, content) == result
     assert not {"best_of", "win_rate", "perplexity", "lm_eval"} & content.keys()  # they do not belong to this policy
+
+
+@pytest.mark.parametrize(
+    ("answer", "reference", "contained"),
+    [
+        ("The capital of France is Paris.", "paris", True),
+        ("It is Paris, of course", "Paris.", True),
+        ("Parisians", "Paris", False),
+        ("He lives in NYC now", ["New York City", "NYC"], True),
+        ("He lives in Rome", ["New York City", "NYC"], False),
+        ("C++ it is", "C++", True),
+        ("nothing", " . ", False),
+    ],
+)
+def test_answers_that_say_more_than_the_reference_are_found(answer, reference, contained):
+    assert contains(answer, reference) == contained
+    other = "x" if isinstance(reference, str) else ["x"]
+    rows = Dataset.from_dict({"prompt": ["q", "q"], "reference": [reference, other]})
+    if reference != " . ":
+        result = measure_policy(measurement_of(rows=rows), Policy("x"), PolicySamples(answers_of(answer, "x")), None)
+        assert result.reworded.mean == contained / 2
 
 
 def confident(answers, confidence):
@@ -157,7 +179,7 @@ def test_calibration_is_compared_with_the_baseline_and_with_chance():
     # of 40 coins, and not of 80: the mean of |heads / 40 - 1/2|
     assert x.ece_if_calibrated == pytest.approx(math.sqrt(2 / math.pi) * 0.5 / math.sqrt(40), rel=0.15)
     noise = results.verdict[-1]
-    assert "z: right, abstained, made up, calibration error, Brier score, length, share ended" in noise
+    assert "z: all that was compared" in noise
     assert "y: right, abstained, made up, length, share ended" in noise
     page = " ".join(render(results).split())
     mark = r'\(0.0\d\) <span class="mark">▲</span></td>\s*<td>0.51 <span class="mark">▲</span></td>'

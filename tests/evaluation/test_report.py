@@ -6,6 +6,7 @@ from xml.etree import ElementTree
 from rlhf_recipes.evaluation.metrics.calibration import calibration
 from rlhf_recipes.evaluation.metrics.scores import score_distribution
 from rlhf_recipes.evaluation.report import plots
+from rlhf_recipes.evaluation.report.html import render
 from rlhf_recipes.evaluation.report.verdict import verdict
 from rlhf_recipes.evaluation.reward_evaluation import evaluate_reward
 from rlhf_recipes.evaluation.types import BestOf, CalibrationBin, Estimate, WinRate
@@ -117,6 +118,25 @@ def test_the_verdict_lists_differences_that_may_be_chance():
     assert first == "Judged by gold, not told apart from sft: ppo (40% [30%, 55%])."
     assert "proxy +1.00 [+0.50, +1.50]; gold (not trained against) +0.10 [-0.10, +0.30] (inside the noise)" in second
     assert last.startswith("Inside the noise, as differences from sft: ppo: score by gold, length. Looked at: scores,")
+
+
+def test_the_verdict_warns_of_answers_that_are_cut_off_or_say_more_than_the_reference():
+    often, rarely = ({"ended": exactly(1 - share), "reworded": exactly(share)} for share in (0.3, 0.04))
+    lines = verdict(evaluation_results({"sft": policy_result(**rarely), "ppo": policy_result(**often)}, {}))
+    assert "Answers cut off at max_completion_length: ppo 30%. Raise it to judge them whole." in lines
+    assert any(line.startswith("Answers that count as made up though they contain the reference: ppo 30%.") for line in lines)
+    lines = verdict(evaluation_results({"sft": policy_result(**rarely), "ppo": policy_result(**rarely)}, {}))
+    assert not [line for line in lines if line.startswith("Answers")]
+
+
+@pytest.mark.parametrize(("share", "prompts", "words"), [(0.9, 20, "better"), (0.9, 5, "not told apart"), (0.1, 20, "worse")])
+def test_wins_count_as_other_differences_do(share, prompts, words):
+    wins = WinRate(judge="gold", win_rate=share, interval=[share - 0.05, share + 0.05], n=9, prompts=prompts, ties=0)
+    results = evaluation_results({"sft": policy_result(), "ppo": policy_result(win_rate=wins)}, {"gold": False})
+    assert f"Judged by gold, {words}" in verdict(results)[0]
+    row = re.search(r"<th>ppo</th>(.*?)</tr>", render(results), re.DOTALL)[1]
+    assert row.count('class="noise"') == (words == "not told apart")
+    assert ("▲" in row, "▼" in row) == (words == "better", words == "worse")
 
 
 @pytest.mark.parametrize(

@@ -42,7 +42,8 @@ def score_columns(results: EvaluationResults) -> list[Column]:
     wins, kl = f"wins against {results.compare_with}", f"KL from {results.kl_reference}"
 
     def win_rate(policy: PolicyResult) -> Estimate | None:
-        return Estimate(mean=policy.win_rate.win_rate, interval=policy.win_rate.interval) if policy.win_rate else None
+        rate = policy.win_rate
+        return Estimate(mean=rate.win_rate, interval=rate.interval, difference=rate.difference) if rate else None
 
     return [
         *columns,

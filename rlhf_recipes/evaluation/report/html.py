@@ -39,7 +39,7 @@ def render(results: EvaluationResults) -> str:
         policies=results.policies,
         scores=score_columns(results),
         truthfulness=truthfulness_columns(results),
-        form=form_columns(results),
+        form=[column for column in form_columns(results) if any(map(column.read, results.policies.values()))],
         curves=_curves(results),
         frontiers=_frontiers(results),
         diagrams=_diagrams(results),

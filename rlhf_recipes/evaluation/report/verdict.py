@@ -1,7 +1,10 @@
 """The verdict of an evaluation: its results in sentences."""
 
 from rlhf_recipes.evaluation.estimates import is_insignificant
+from rlhf_recipes.evaluation.report.columns import number
 from rlhf_recipes.evaluation.types import UNSET, Estimate, EvaluationResults, PolicyResult, WinRate
+
+WORTH_A_WARNING = 0.05  # share of the answers
 
 
 def verdict(results: EvaluationResults) -> list[str]:
@@ -14,7 +17,17 @@ def verdict(results: EvaluationResults) -> list[str]:
         _winner(results),
         *(_rewards(name, results) for name in results.others),
         *(_over_optimised(name, results) for name in results.others),
+        _warn(
+            "Answers cut off at max_completion_length",
+            {name: 1 - one.ended.mean for name, one in every.items()},
+            "Raise it to judge them whole.",
+        ),
         _made_up(results),
+        _warn(
+            "Answers that count as made up though they contain the reference",
+            {name: one.reworded.mean for name, one in every.items() if one.reworded},
+            "Only the very words of the reference are right.",
+        ),
         _listed(
             "Abstained although the answer could be known",
             {name: f"{one.over_abstained.mean:.0%}" for name, one in every.items() if one.over_abstained},
@@ -24,7 +37,7 @@ def verdict(results: EvaluationResults) -> list[str]:
             {name: f"{one.ece:.2f} ({one.ece_if_calibrated:.2f})" for name, one in calibrations.items() if one},
         ),
         _listed(
-            "Perplexity on pretraining text", {name: f"{one.perplexity:.3g}" for name, one in every.items() if one.perplexity}
+            "Perplexity on pretraining text", {name: number(one.perplexity) for name, one in every.items() if one.perplexity}
         ),
         _insignificant(results),
     ]
@@ -50,9 +63,9 @@ def _winner(results: EvaluationResults) -> str:
     if not rates:
         return f"There is no reward or judge, or no policy besides {baseline}, so nobody wins."
     judge = next(iter(rates.values())).judge
-    better = sorted((name for name in rates if rates[name].interval[0] > 0.5), key=lambda name: -rates[name].win_rate)
-    worse = [name for name in rates if rates[name].interval[1] < 0.5]
-    unclear = [name for name in rates if name not in better and name not in worse]
+    unclear = [name for name in rates if is_insignificant(rates[name].difference)]
+    clear = sorted((name for name in rates if name not in unclear), key=lambda name: -rates[name].win_rate)
+    better, worse = ([name for name in clear if (rates[name].win_rate > 0.5) == wins] for wins in (True, False))
     parts = []
     if better:
         wins = ", ".join(f"{name} (wins {_rate(rates[name])}{_interest(name, judge, results)})" for name in better)
@@ -120,13 +133,21 @@ def _listed(label: str, texts: dict[str, str]) -> str | None:
     return f"{label}: {', '.join(f'{name} {text}' for name, text in texts.items())}." if texts else None
 
 
+def _warn(label: str, shares: dict[str, float], meaning: str) -> str | None:
+    """Return `_listed` and its meaning, of the policies that it concerns."""
+    concerned = {name: f"{share:.0%}" for name, share in shares.items() if share >= WORTH_A_WARNING}
+    return f"{_listed(label, concerned)} {meaning}" if concerned else None
+
+
 def _insignificant(results: EvaluationResults) -> str:
     """List the differences that may be chance."""
-    labels = {
-        name: [label for label, difference in differences(policy) if is_insignificant(difference)]
-        for name, policy in results.others.items()
-    }
-    listed = "; ".join(f"{name}: {', '.join(listed)}" for name, listed in labels.items() if listed)
+    parts = []
+    for name, policy in results.others.items():
+        compared = differences(policy)
+        noise = [label for label, difference in compared if is_insignificant(difference)]
+        if noise:
+            parts.append(f"{name}: {'all that was compared' if len(noise) == len(compared) else ', '.join(noise)}")
+    listed = "; ".join(parts)
     covered = "Looked at: scores, shares of answers, calibration and length; perplexity and diversity have no interval."
     if not listed:
         return f"No difference from {results.compare_with} that was measured lies inside the noise. {covered}"
