@@ -91,7 +91,7 @@ def check_machine(values: dict[str, Any]) -> None:
     """
     if values.get("use_cpu"):
         return
-    for key in ("bf16", "fp16"):
+    for key in ("bf16", "fp16", "activation_offloading"):
         if values.get(key) and not torch.accelerator.is_available():
             raise RecipeError(f"{key}: this machine has no GPU. Fix: set `{key}: false`")
     for key in ("bf16", "dtype"):

@@ -10,7 +10,8 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
-from rlhf_recipes.core.errors import RecipeError, as_recipe_error, did_you_mean
+from rlhf_recipes.config.launcher import plain
+from rlhf_recipes.core.errors import RecipeError, as_recipe_error, did_you_mean, error_context
 from rlhf_recipes.core.files import read_json, write_json
 from rlhf_recipes.models.adapters import check_adapter_complete
 from rlhf_recipes.models.dropout import disable_dropout
@@ -87,6 +88,17 @@ class TrainerMixin:
             # Sampling takes long; a name with a slash may be of a reward function
             names = self._evaluation_metrics() if not samples else [wanted] if "/" in wanted else SAMPLING_METRICS
             self._check_metric(wanted, {"loss", *names})
+
+    def create_optimizer(self, *args: Any, **kwargs: Any) -> torch.optim.Optimizer:
+        """Create the optimizer; what it rejects is one message."""
+        with as_recipe_error(f"optim: {plain(self.args.optim)}"):
+            return super().create_optimizer(*args, **kwargs)
+
+    def create_scheduler(self, *args: Any, **kwargs: Any) -> torch.optim.lr_scheduler.LRScheduler:
+        """Create the scheduler; what it rejects is one message."""
+        name = plain(self.args.lr_scheduler_type)
+        with error_context(f"lr_scheduler_type: {name}", TypeError, ValueError, fix="set or correct `lr_scheduler_kwargs`"):
+            return super().create_scheduler(*args, **kwargs)
 
     def _evaluation_metrics(self) -> set[str]:
         """Return the names that TRL logs in an evaluation, found by its first batch."""
