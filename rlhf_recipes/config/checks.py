@@ -20,6 +20,8 @@ _LEAST = {
     "per_device_train_batch_size": 1,
     "per_device_eval_batch_size": 1,
     "gradient_accumulation_steps": 1,
+    "eval_accumulation_steps": 1,
+    "pad_to_multiple_of": 1,
     "learning_rate": 0,
     "num_train_epochs": 0,
     "weight_decay": 0,
@@ -46,7 +48,7 @@ def check_values(values: dict[str, Any], trains: bool) -> None:
     if values.get("num_train_epochs") == 0 and values.get("max_steps", -1) <= 0:
         raise RecipeError("num_train_epochs: 0: no step would be trained. Fix: set it above 0, or set `max_steps`")
     for key, least in _LEAST.items():
-        if values.get(key, least) < least:
+        if values.get(key) is not None and values[key] < least:
             raise RecipeError(f"{key}: {values[key]}: must be {least} or more")
     if values.get("hub_strategy") in ("checkpoint", "all_checkpoints"):
         raise RecipeError(f"hub_strategy: {values['hub_strategy']}: only complete results are uploaded. Fix: leave it out")

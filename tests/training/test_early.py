@@ -211,6 +211,8 @@ def test_rounding_is_no_leak():
         ("sft", {"num_train_epochs": 0, "max_steps": -1}, ("num_train_epochs: 0",)),
         ("sft", {"eval_packing": True}, ("eval_packing: ",)),
         ("sft", {"activation_offloading": True}, ("activation_offloading: ",)),
+        ("sft", {"eval_accumulation_steps": 0}, ("eval_accumulation_steps: 0",)),
+        ("reward", {"use_liger_kernel": True}, ("reward: ", "liger")),
         ("sft", {"adam_beta1": 2.0}, ("optim: adamw", "beta")),
         ("dpo", {"optim": "lomo"}, ("optim: lomo", "install")),
         ("reward", {"lr_scheduler_kwargs": {"min_lr": 0.1}}, ("lr_scheduler_type: linear", "lr_scheduler_kwargs")),
