@@ -47,6 +47,8 @@ def check_values(values: dict[str, Any], trains: bool) -> None:
         raise RecipeError("eval_packing: without `packing`, packed rows would read each other. Fix: leave it out")
     if values.get("num_train_epochs") == 0 and values.get("max_steps", -1) <= 0:
         raise RecipeError("num_train_epochs: 0: no step would be trained. Fix: set it above 0, or set `max_steps`")
+    if values.get("max_steps") == 0:
+        raise RecipeError("max_steps: 0: no step would be trained. Fix: set it above 0, or -1 for `num_train_epochs`")
     for key, least in _LEAST.items():
         if values.get(key) is not None and values[key] < least:
             raise RecipeError(f"{key}: {values[key]}: must be {least} or more")

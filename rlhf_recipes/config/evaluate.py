@@ -65,3 +65,12 @@ class EvaluateArguments:
             raise ValueError(f"temperature: {self.temperature}: must be above 0: greedy answers have no probabilities")
         if any(n < 1 for n in self.frontier_best_of):
             raise ValueError(f"frontier_best_of: {self.frontier_best_of}: each must be 1 or more")
+        # A pipeline asks before the stages that are evaluated
+        if self.policies and self.compare_with not in self.policies:
+            raise ValueError(
+                f"compare_with: {self.compare_with!r} is none of the policies. Fix: name one of {', '.join(self.policies)}"
+            )
+        names = [reward.get("name") if isinstance(reward, dict) else None for reward in self.rewards]
+        if isinstance(self.judge, str) and None not in names and self.judge not in names:
+            choice = f"name one of {', '.join(names)}, or " if names else ""
+            raise ValueError(f"judge: {self.judge!r} is none of the rewards. Fix: {choice}set `judge: null`")

@@ -222,6 +222,8 @@ def _parse_json_entries(value: Any) -> Any:
 
 def _check_types(values: Mapping[str, Any], fields: Mapping[str, _Field]) -> dict[str, Any]:
     """Return the values in the types of their fields."""
+    if "stages" in values and "stages" not in fields:
+        raise RecipeError("stages: this is the file of a pipeline. Fix: launch it with recipes/pipeline.py")
     for key in values:
         if key not in fields:
             raise RecipeError(f"unknown key '{key}'{did_you_mean(str(key), fields)}")

@@ -46,17 +46,16 @@ def expand_paths(values: dict[str, Any]) -> dict[str, Any]:
     Raises:
         RecipeError: as `expand_path`, with the key.
     """
-    expanded = {}
-    for key, value in values.items():
-        with error_context(str(key)):
-            expanded[key] = _expand(key, value, key in PATH_KEYS)
-    return expanded
+    return {key: _expand(str(key), key, value, key in PATH_KEYS) for key, value in values.items()}
 
 
-def _expand(key: Any, value: Any, is_path: bool) -> Any:
+def _expand(place: str, key: Any, value: Any, is_path: bool) -> Any:
     if isinstance(value, dict):
         of_names = key == "policies"  # name -> path; others: key -> value
-        return {name: _expand(name, item, of_names or name in PATH_KEYS) for name, item in value.items()}
+        return {name: _expand(f"{place}: {name}", name, item, of_names or name in PATH_KEYS) for name, item in value.items()}
     if isinstance(value, list):
-        return [_expand(key, item, is_path) for item in value]
-    return expand_path(value) if isinstance(value, str) and (is_path or value.startswith("~/")) else value
+        return [_expand(f"{place}, entry {number}", key, item, is_path) for number, item in enumerate(value, start=1)]
+    if isinstance(value, str) and (is_path or value.startswith("~/")):
+        with error_context(place):
+            return expand_path(value)
+    return value

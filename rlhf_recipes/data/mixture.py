@@ -118,6 +118,8 @@ def load_demonstrations(
         dataset = dataset.map(
             lambda row: {"prompt": row["messages"][:-1], "completion": row["messages"][-1:]}, remove_columns=["messages"]
         )
+    if tokenizer is not None and len(dataset):
+        dataset = strip_bos(dataset, "prompt", tokenizer)  # as of `held_out`
     excluded = set(map(repr, held_out["prompt"])) if held_out is not None else set()
     dataset = dataset.select([row for row, prompt in enumerate(dataset["prompt"]) if repr(prompt) not in excluded])
     dataset, report = dataset.shuffle(seed=seed).take(rows), {}

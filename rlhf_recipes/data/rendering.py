@@ -3,6 +3,7 @@
 import itertools
 import logging
 import math
+import re
 from collections import Counter
 from collections.abc import Iterable
 from dataclasses import dataclass
@@ -164,7 +165,7 @@ def strip_bos(dataset: Dataset, column: str, tokenizer: PreTrainedTokenizerBase)
     if not any(text.startswith(bos) for text in dataset[column]):
         return dataset
     options = {"features": dataset.features, "load_from_cache_file": False}
-    return dataset.map(lambda row: {column: row[column].removeprefix(bos)}, **options)
+    return dataset.map(lambda row: {column: re.sub(rf"^(?:{re.escape(bos)})+", "", row[column])}, **options)
 
 
 def _warn_of_plain_prompts(dataset: Dataset, tokenizer: PreTrainedTokenizerBase, where: str) -> None:

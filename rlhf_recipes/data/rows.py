@@ -68,12 +68,10 @@ def convert(part: Part, kind: Kind) -> Converted:
             "`column_mapping`, or list the columns that you need in `columns`."
         )
     _warn_of_unread_columns(part, [column for column in unused if column not in passed_on or column in _CONTEXT_COLUMNS])
-    _warn_of_ignored_keys(part, used)
+    _warn_of_ignored_keys(part, used, texts)
     if not conversational:
         _warn_of_conversations(part, [column for column in read if column not in texts])
     features = _features(kind, shape, conversational, used) | {column: part.dataset.features[column] for column in passed_on}
-    if lists := "reference" in passed_on and _is_list_as_text(part.dataset, "reference"):
-        features["reference"] = List(_TEXT)
 
     def read_row(values: Row) -> list[Row]:
         values |= {name: _parse(values[name], name) for name in texts}
@@ -85,8 +83,6 @@ def convert(part: Part, kind: Kind) -> Converted:
         for place, index in enumerate(indices):
             kept = {column: batch[column][place] for column in passed_on} | {_ROW: index + 1}
             try:
-                if lists:
-                    kept["reference"] = _as_list(kept["reference"])
                 rows += [converted | kept for converted in read_row({name: batch[name][place] for name in used})]
             except BadRowError as problem:
                 rows.append({_PROBLEM: str(problem), _ROW: index + 1})
@@ -189,21 +185,19 @@ def _parse(value: Any, column: str) -> Any:
     return parse_list(value, column) if is_list_as_text(value, column) else value
 
 
-def _as_list(reference: Any) -> list[str]:
-    parsed = _parse(reference or [], "reference")
-    return list(map(str, parsed)) if isinstance(parsed, list) else [parsed]
+def _parsed(values: Iterable[Any], column: str, texts: set[str]) -> Iterator[Any]:
+    """Yield the values of a column, parsed if in `texts`, and if they can be."""
+    for value in values:
+        with contextlib.suppress(BadRowError):
+            yield _parse(value, column) if column in texts else value
 
 
 def _is_conversational(dataset: Dataset, shape: Shape, texts: set[str]) -> bool:
     if isinstance(shape.conversational, bool):
         return shape.conversational
 
-    def tests(column: str) -> Iterator[bool]:
-        for value in _values(dataset, column):
-            with contextlib.suppress(BadRowError):
-                yield shape.conversational(_parse(value, column) if column in texts else value)
-
-    return any(_mostly(tests(column)) for column in shape.columns)
+    values = (_parsed(_values(dataset, column), column, texts) for column in shape.columns)
+    return any(_mostly(map(shape.conversational, column)) for column in values)
 
 
 def _features(kind: Kind, shape: Shape, conversational: bool, used: list[str]) -> dict[str, Any]:
@@ -242,10 +236,10 @@ def _warn_of_conversations(part: Part, columns: list[str]) -> None:
             )
 
 
-def _warn_of_ignored_keys(part: Part, used: list[str]) -> None:
+def _warn_of_ignored_keys(part: Part, used: list[str], texts: set[str]) -> None:
     """Warn of keys of messages that are not read, such as a model's reasoning."""
     first = part.dataset.take(BATCH)
-    lists = [value for column in used for value in first[column] if isinstance(value, list)]
+    lists = [value for column in used for value in _parsed(first[column], column, texts) if isinstance(value, list)]
     messages = [message for value in lists for message in value if isinstance(message, dict)]
     keys = {key for message in messages if message.keys() & {"role", "from"} for key, value in message.items() if value}
     ignored = keys - {"role", "content", "from", "value", "tool_calls"}

@@ -28,8 +28,8 @@ Form = Literal["preference", "ranking", "completion", "prompt", "messages", "tex
 
 _SHAREGPT_ROLES = {"human": "user", "gpt": "assistant"}
 _LIST_COLUMNS = ("messages", "conversations", "completions", "ranks", "responses", "history")
-_MESSAGES_AS_TEXT = re.compile(r"\s*(?:array\()?\[\s*\{.*?['\"](?:role|from)['\"]\s*:", re.DOTALL)
-_TEXTS_AS_TEXT = re.compile(r"\s*\[\s*['\"]")
+_BEGINS_LIST = re.compile(r"\s*(?:array\()?\[\s*\{")
+_MESSAGE_KEYS = (("role", "content"), ("from", "value"))
 
 
 class BadRowError(Exception):
@@ -47,8 +47,13 @@ def is_list_as_text(value: Any, column: str) -> bool:
     """Return whether a value is a list written as text, as CSV files have."""
     if not isinstance(value, str) or not value.strip():
         return False
-    pattern = _TEXTS_AS_TEXT if column == "reference" else _MESSAGES_AS_TEXT
-    return column in _LIST_COLUMNS or pattern.match(value) is not None
+    if column in _LIST_COLUMNS or not _BEGINS_LIST.match(value):
+        return column in _LIST_COLUMNS
+    try:
+        first = json.loads(value)[0]
+    except (ValueError, RecursionError):  # as Python or NumPy write it
+        first = re.findall(r"['\"](\w+)['\"]\s*:", value.partition("}")[0])
+    return any(role in first and text in first for role, text in _MESSAGE_KEYS)
 
 
 def parse_list(value: str, name: str) -> list[Any]:

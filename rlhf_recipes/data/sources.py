@@ -34,7 +34,7 @@ logger = logging.getLogger(__name__)
 SHOWN = 3  # rows or files named in a message
 BATCH = 1000  # rows converted or tokenised at once
 
-_TEXT_COLUMNS = ("text", "prompt", "completion", "chosen", "rejected", "instruction", "input", "output")
+_TEXT_COLUMNS = ("text", "prompt", "completion", "chosen", "rejected", "instruction", "input", "output", "system", "reference")
 _BUILDERS = {".json": "json", ".jsonl": "json", ".csv": "csv", ".parquet": "parquet"}
 _ENDINGS = f"{', '.join(_BUILDERS)} (text files also with .gz)"
 

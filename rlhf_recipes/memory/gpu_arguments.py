@@ -43,11 +43,7 @@ class StageArguments:
 def resolve_for_gpu(
     stage: str, recipe: str, values: Mapping[str, Any], producers: Mapping[str, StageArguments], on_gpu: bool = True
 ) -> StageArguments:
-    """Parse a stage's YAML values as its recipe would on a machine with a GPU.
-
-    Raises:
-        RecipeError: what the recipe would raise.
-    """
+    """Parse a stage's YAML values as its recipe would on a machine with a GPU."""
     # Without a GPU the parser rejects mixed precision, and defaults to none
     mixed = {key: values[key] for key in _MIXED_PRECISION if key in values and not values.get("use_cpu")}
     groups = parse_values(recipe, {key: value for key, value in values.items() if key not in mixed}, here=False)

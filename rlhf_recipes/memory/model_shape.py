@@ -83,11 +83,7 @@ _ADAPTERS: dict[tuple[str, str], AdapterShape] = {}
 
 
 def load_config(name: str, revision: str = "main", trust_remote_code: bool = False) -> PretrainedConfig:
-    """Load the configuration of a model on the Hub or in a folder.
-
-    Raises:
-        RecipeError: if there is none.
-    """
+    """Load the configuration of a model on the Hub or in a folder."""
     try:
         return AutoConfig.from_pretrained(resolve_path(name), revision=revision, trust_remote_code=trust_remote_code)
     except (OSError, ValueError, KeyError) as error:

@@ -23,6 +23,16 @@ def backbone(model: torch.nn.Module) -> torch.nn.Module:
     return base_of(model).base_model
 
 
+def hidden_width(model: torch.nn.Module) -> int:
+    """Return the width of the states that the head reads.
+
+    In OPT-350m's kind it is less than `hidden_size`.
+    """
+    base = base_of(model)
+    head = base.get_output_embeddings() or getattr(base, "score", None)
+    return getattr(head, "in_features", base.config.get_text_config().hidden_size)
+
+
 def forward_backbone(model: torch.nn.Module, **inputs: Any) -> Any:
     """Run the backbone; return Transformers' outputs with `last_hidden_state`.
 

@@ -12,6 +12,7 @@ from rlhf_recipes.core.files import RECIPE, read_json
 from rlhf_recipes.core.hub import explain_load_error, resolve_path
 from rlhf_recipes.core.machine import check_bitsandbytes
 from rlhf_recipes.models.adapters import add_adapter, check_policy_adapter, read_adapter_config
+from rlhf_recipes.models.architectures import register_classifier
 from rlhf_recipes.models.fingerprint import check_base
 from rlhf_recipes.models.kernels import check_kernel_options, compile_layers, without_compilation
 from rlhf_recipes.models.precision import check_4bit_shapes, check_quantised_share, disable_cpu_4bit_repacking
@@ -23,6 +24,7 @@ from peft import PeftModel
 from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
+    AutoModelForSequenceClassification,
     BitsAndBytesConfig,
     PretrainedConfig,
     PreTrainedModel,
@@ -116,6 +118,8 @@ def load_architecture(
     revision = {"revision": arguments.model_revision, "trust_remote_code": getattr(training, "trust_remote_code", False)}
     try:
         config = AutoConfig.from_pretrained(path, **revision)
+        if architecture is AutoModelForSequenceClassification:
+            register_classifier(config)
         quantization = _quantization(arguments, config)
         quantised = bool(quantization or getattr(config, "quantization_config", None))  # by us, or in its files
         if quantised and is_deepspeed_zero3_enabled():

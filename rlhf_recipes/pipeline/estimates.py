@@ -17,15 +17,9 @@ def plannable_stages(
 ) -> list[StageArguments]:
     """Return the arguments of a file's plannable stages, with `gpu_memory` applied.
 
-    Args:
-        config: of a pipeline, or of one recipe, whose `needs` are read too.
-        recipes: the folder of the recipes.
-        recipe: the recipe's name, by default the name of the file.
-        on_gpu: False resolves the arguments for a CPU.
-        gpu_memory: GB, in place of the `gpu_memory` of a pipeline.
-
-    Raises:
-        RecipeError: as the recipes raise. A stage that does not fit gets the arguments that take least memory.
+    `config` is the file of a pipeline, or of one recipe, whose `needs` are read too; that recipe is `recipe`, by default the
+    name of the file. `gpu_memory` (GB) replaces that of a pipeline. A stage that does not fit gets the arguments that take
+    least memory.
     """
     values = read_yaml(config)
     if "stages" in values:

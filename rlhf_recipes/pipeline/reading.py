@@ -3,7 +3,7 @@
 import hashlib
 import json
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -167,10 +167,12 @@ class _SeedReader:
             raise RecipeError(f"recipe: {recipe!r} is none of {', '.join(known)}{did_you_mean(recipe, known)}")
         values = self._arguments(entry, recipe, turn)
         named = {key: value for key, value in values.items() if key != "output_dir"}
-        # A store of labels is no input, or every new label would repeat all rounds
+        # A store of labels is no input, or every new label would repeat all rounds; for other stages their fingerprints stand
+        earlier = [stage.folder for stages in self.stages.values() for stage in stages]
+        earlier += [folder.absolute() for folder in earlier]
         files = files_in(
             named | {"accelerate_config": self.accelerate_config},
-            exclude=(Path(values["output_dir"]), _label_store(values)),
+            exclude=(Path(values["output_dir"]), _label_store(values), *earlier),
         )
         resolver = PlaceholderResolver(self.stages, {"seed": self.seed, "round": turn})
         values = {key: resolver.resolve(value, key) for key, value in values.items()}
@@ -278,6 +280,7 @@ class PlaceholderResolver:
             return [self.resolve(copy, key) for item in value for copy in self._repeat(item, key)]
         match = _PLACEHOLDER.fullmatch(value) if isinstance(value, str) else None
         if match is None:
+            self.inputs.extend(self._writers(value))
             return value
         name, rest = match.groups()
         if not rest and self.numbers.get(name) is not None:
@@ -287,6 +290,13 @@ class PlaceholderResolver:
         stage = self._find(name, key)
         self.inputs.append(stage)
         return f"{stage.folder}{rest}"
+
+    def _writers(self, value: Any) -> Iterator[PipelineStage]:
+        """Yield the stages whose folder a text names in full."""
+        path = Path(value).absolute() if isinstance(value, str) else Path()
+        for stage in (stage for stages in self.stages.values() for stage in stages):
+            if stage.folder.absolute() in (path, *path.parents):
+                yield stage
 
     def _repeat(self, item: Any, key: str) -> list[Any]:
         """Return an item of a list once for each stage that `{name*}` in it stands for."""

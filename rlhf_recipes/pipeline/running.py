@@ -252,13 +252,7 @@ def _discard_partial_result(stage: PipelineStage) -> None:
 def read_pipeline(config: Path, recipes: Path, names: list[str] | None = None) -> Pipeline:
     """Return the pipeline of a YAML file.
 
-    Args:
-        config: the file, as in `read_stages`.
-        recipes: the folder of the recipes.
-        names: entries to run, by default all; the others must be done where these read them.
-
-    Raises:
-        RecipeError: as in `read_stages`; for a name that no stage has.
+    `names` are the entries to run, by default all; the others must be done where these read them.
     """
     file = read_stages(config, recipes)
     entries = dict.fromkeys(stage.entry for stage in file.stages)

@@ -22,15 +22,7 @@ GpuMemory = Annotated[float, Field(gt=0, allow_inf_nan=False, strict=True)]
 
 
 class StageEntry(BaseModel):
-    """One stage.
-
-    Parameters:
-        name: its name among the stages.
-        config: the YAML file of its recipe.
-        recipe: the recipe's name, by default the name of the stage.
-        arguments: keys that go over the YAML file.
-        each_round: whether it runs in every round.
-    """
+    """One stage. `recipe` defaults to `name`; `arguments` go over the YAML file."""
 
     model_config = _STRICT
     name: str = Field(pattern=r"^[^\W\d][\w-]*$")
@@ -60,11 +52,11 @@ class PipelineConfig(BaseModel):
 
 
 def parse_pipeline(values: dict[str, Any]) -> PipelineConfig:
-    """Return the keys of a pipeline's file, checked.
-
-    Raises:
-        RecipeError: with the key, and the entry of a stage.
-    """
+    """Return the keys of a pipeline's file, checked."""
+    if "model_name_or_path" in values and "stages" not in values:
+        raise RecipeError(
+            "model_name_or_path: this is the file of one recipe. Fix: launch it with that recipe, or name a pipeline's"
+        )
     try:
         return PipelineConfig.model_validate(values)
     except ValidationError as error:
@@ -72,11 +64,7 @@ def parse_pipeline(values: dict[str, Any]) -> PipelineConfig:
 
 
 def check_gpu_memory(value: Any) -> float:
-    """Return the memory of a card in GB.
-
-    Raises:
-        RecipeError: for anything else than a positive number.
-    """
+    """Return the memory of a card in GB, a positive number."""
     try:
         return TypeAdapter(GpuMemory).validate_python(value)
     except ValidationError as error:

@@ -9,14 +9,20 @@ from rlhf_recipes.models.fingerprint import check_base
 from rlhf_recipes.models.loading import check_vocabulary, load_architecture
 from rlhf_recipes.models.roles import POLICY
 from rlhf_recipes.models.tokenizer import check_tokenizer
-from rlhf_recipes.models.weights import ADAPTER, read_weights
+from rlhf_recipes.models.weights import ADAPTER, check_finite, read_weights
 from rlhf_recipes.rewards.reward_models import HEAD, HEAD_IN_ADAPTER, ScalarHead
 
 import transformers
 from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors import safe_open
 from torch import Tensor, nn
-from transformers import AutoModelForSequenceClassification, PreTrainedModel, PreTrainedTokenizerBase, set_seed
+from transformers import (
+    MODEL_FOR_CAUSAL_LM_MAPPING,
+    AutoModelForSequenceClassification,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+    set_seed,
+)
 from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME, cached_file
 from trl import ModelConfig, RewardConfig, get_peft_config
 from trl.trainer.base_config import _BaseConfig as TrainingConfig
@@ -80,10 +86,27 @@ def load_classifier(arguments: ModelConfig, training: TrainingConfig) -> tuple[P
     finally:
         transformers.logging.set_verbosity(verbosity)
     scalar_head(model)
+    missing -= _tie_embeddings(model, missing, arguments.model_revision)
     if others := missing - {f"{HEAD}.weight"}:
         names = ", ".join(sorted(others)[:3])
         raise RecipeError(f"model_name_or_path: {model.name_or_path}: weights are missing in its files ({names})")
     return model, bool(missing)
+
+
+def _tie_embeddings(model: PreTrainedModel, missing: set[str], revision: str | None) -> set[str]:
+    """Read missing embeddings from the LM head, to which a language model ties them.
+
+    A file holds tied weights under one name, and a classifier has no place for the LM head's.
+    """
+    family = MODEL_FOR_CAUSAL_LM_MAPPING.get(type(model.config), None)
+    ties = getattr(family, "_tied_weights_keys", None) if model.config.get_text_config().tie_word_embeddings else None
+    found = set()
+    for head, embedding in (ties if isinstance(ties, dict) else {}).items():
+        if embedding in missing and (weight := _read_weight(model.name_or_path, head, revision)) is not None:
+            model.get_parameter(embedding).data.copy_(weight)
+            check_finite({embedding: model.get_parameter(embedding)}, model.name_or_path)
+            found.add(embedding)
+    return found
 
 
 def scalar_head(model: PreTrainedModel) -> nn.Linear:
@@ -103,14 +126,20 @@ def read_head(name: str | Path, loaded: Tensor, revision: str | None = None) -> 
 
     `from_pretrained` rounds it to bf16. If the files have it under another name, `loaded`, the weight as loaded, is returned.
     """
-    key, options = f"{HEAD}.weight", {"revision": revision, "_raise_exceptions_for_missing_entries": False}
+    weight = _read_weight(name, f"{HEAD}.weight", revision)
+    return loaded if weight is None else weight.float()
+
+
+def _read_weight(name: str | Path, key: str, revision: str | None) -> Tensor | None:
+    """Return one weight from the files of a model, or None if they lack it."""
+    options = {"revision": revision, "_raise_exceptions_for_missing_entries": False}
     index = cached_file(name, SAFE_WEIGHTS_INDEX_NAME, **options)
     file = read_json(Path(index)).get("weight_map", {}).get(key) if index else SAFE_WEIGHTS_NAME
     path = file and cached_file(name, file, **options)
     if not path:
-        return loaded
+        return None
     with safe_open(path, "pt") as weights:
-        return weights.get_tensor(key).float() if key in weights.keys() else loaded  # noqa: SIM118 - not a mapping
+        return weights.get_tensor(key) if key in weights.keys() else None  # noqa: SIM118 - not a mapping
 
 
 def _new_adapter(model: PreTrainedModel, config: LoraConfig) -> PeftModel:

@@ -52,7 +52,7 @@ def exact_match(completions: list[Text], reference: References = None, **columns
 
 
 def normalised_match(completions: list[Text], reference: References = None, **columns: Any) -> list[float | None]:
-    """Score 1 if the completion equals an accepted answer after `normalise`, else 0.
+    """Score 1 for an accepted answer, but for case and outer punctuation, else 0.
 
     For short answers in words. Case, spacing and punctuation at the ends do not matter, as in the metric of truthfulness.
     """
@@ -65,7 +65,7 @@ exact_match.compares_references = normalised_match.compares_references = True  #
 
 @dataclass(config=FINITE_FLOATS)
 class Abstention:
-    """One of three values: for the right answer, for an abstention, for anything else.
+    """Score a right answer 1, an abstention 0 and anything else -1, by default.
 
     Teaches a model to say that it does not know what it does not know (Schulman, "Reinforcement Learning from Human Feedback:
     Progress and Challenges", 2023). Demonstrations cannot: their author knew other things than the model. The best policy

@@ -7,7 +7,8 @@ from typing import Any
 from rlhf_recipes.core.errors import RecipeError, error_context
 from rlhf_recipes.core.files import REWARD, read_json
 from rlhf_recipes.models.adapters import adapter_errors, add_adapter, read_adapter_config
-from rlhf_recipes.models.backbone import backbone, base_of
+from rlhf_recipes.models.architectures import register_classifier
+from rlhf_recipes.models.backbone import backbone, hidden_width
 from rlhf_recipes.models.fingerprint import check_base
 from rlhf_recipes.models.precision import disable_cpu_4bit_repacking
 from rlhf_recipes.models.roles import restore_adapter_state
@@ -21,7 +22,7 @@ import torch
 from accelerate import PartialState
 from peft import PeftModel
 from torch import Tensor, nn
-from transformers import AutoModelForSequenceClassification, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import AutoConfig, AutoModelForSequenceClassification, PreTrainedModel, PreTrainedTokenizerBase
 
 logger = logging.getLogger(__name__)
 
@@ -95,6 +96,7 @@ def load_full_reward(
     if (folder / "adapter_config.json").exists():
         raise RecipeError(f"{folder}: holds an adapter. Fix: put it on its base with `load_reward_adapter`")
     with error_context(f"{folder}: no usable reward model there", Exception):  # as in `load_architecture`
+        register_classifier(AutoConfig.from_pretrained(folder, trust_remote_code=False))
         model, loading = AutoModelForSequenceClassification.from_pretrained(
             folder, use_safetensors=True, output_loading_info=True, trust_remote_code=False, **options
         )
@@ -174,7 +176,7 @@ def _load_member(folder: Path, model: nn.Module, tokenizer: PreTrainedTokenizerB
 
 
 def _build_head(weight: Tensor, model: nn.Module, folder: Path) -> ScalarHead:
-    head = ScalarHead(base_of(model).config.get_text_config().hidden_size).requires_grad_(False)
+    head = ScalarHead(hidden_width(model)).requires_grad_(False)
     with adapter_errors(str(folder), model):
         head.load_state_dict({"weight": weight})
     return head.to(backbone(model).get_input_embeddings().weight.device)

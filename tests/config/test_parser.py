@@ -79,7 +79,7 @@ def test_mappings_on_the_command_line_are_json(tmp_path):
     assert data.dataset_arguments == {"rows": 5}
     spec, entries = '{"path": "a.b", "name": "one"}', '[{"path": "c.jsonl"}, {"path": "d.jsonl", "split": "test"}]'
     argv = ["--rewards", spec, "e.f", "--eval_datasets", entries]
-    evaluation, sources = parse(tmp_path, "policies: {base: null}\n", *argv, types=(EvaluateArguments, DataArguments))
+    evaluation, sources = parse(tmp_path, "policies: {sft: null}\n", *argv, types=(EvaluateArguments, DataArguments))
     assert evaluation.rewards == [{"path": "a.b", "name": "one"}, "e.f"]
     assert [(source.path, source.split) for source in sources.eval_datasets] == [("c.jsonl", "train"), ("d.jsonl", "test")]
 
@@ -125,7 +125,7 @@ def test_dotted_paths_are_resolved_from_the_current_folder(tmp_path, monkeypatch
     (tmp_path / "rewards_nearby.py").write_text("def short(completions, **columns):\n    return [0.0 for _ in completions]\n")
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(sys, "path", list(sys.path))
-    parse(tmp_path, "policies: {base: null}\n", types=(EvaluateArguments,))
+    parse(tmp_path, "policies: {sft: null}\n", types=(EvaluateArguments,))
     (reward,), _ = load_rewards(["rewards_nearby.short"])
     assert reward(prompts=["a"], completions=["b"]) == [0.0]
 
@@ -134,10 +134,28 @@ def test_dotted_paths_are_resolved_from_the_current_folder(tmp_path, monkeypatch
 
 
 @pytest.mark.parametrize(
+    ("text", "expected"),
+    [
+        ("policies: {base: null, ppo: runs/ppo}", "compare_with: 'sft' .*base, ppo"),
+        (
+            "policies: {sft: runs/sft}\nrewards: [{path: runs/reward, name: model}]\njudge: Abstention",
+            "judge: 'Abstention' .*model",
+        ),
+        ("judge: Abstention", "judge: 'Abstention' "),
+    ],
+)
+def test_names_in_an_evaluation_are_checked_with_its_arguments(tmp_path, text, expected):
+    """A pipeline parses them before its first stage."""
+    with pytest.raises(RecipeError, match=expected):
+        parse(tmp_path, text, types=(EvaluateArguments,))
+
+
+@pytest.mark.parametrize(
     ("text", "argv", "parts"),
     [
         ("learning_rat: 1e-4\n", (), ("my.yaml", "'learning_rat'", "did you mean 'learning_rate'")),
         ("1: 2\n", (), ("my.yaml", "unknown key '1'")),
+        ("output_dir: runs\nstages: []\n", (), ("my.yaml", "stages: ", "recipes/pipeline.py")),
         ("", ("--learning_rat", "1"), ("command line", "--learning_rat", "did you mean 'learning_rate'")),
         ("", ("--learning_rat=1",), ("command line", "did you mean 'learning_rate'")),
         ("", ("--learning", "1"), ("command line", "unknown option '--learning'")),

@@ -280,7 +280,7 @@ def test_usual_conversations_are_complete(tokenizer, caplog, template):
         ("sft", {"prompt": "<s>a", "completion": " b"}, {"prompt": "a", "completion": " b"}),
         ("preference", {"prompt": "<s>a", "chosen": " a", "rejected": " b"}, {"prompt": "a", "chosen": " a", "rejected": " b"}),
         ("prompt", {"prompt": "<s>a", "text": "<s>"}, {"prompt": "a", "text": "<s>"}),
-        ("sft", {"text": "a <s>"}, {"text": "a <s>"}),
+        ("sft", {"text": "<s><s>a <s>"}, {"text": "a <s>"}),
     ],
 )
 def test_a_bos_is_not_added_twice(tokenizer, kind, row, expected):

@@ -156,19 +156,18 @@ def test_columns_of_prompts_that_trl_reads_are_refused(write, name):
     assert rows_of(path, "prompt", column_mapping={name: "other"}) == [{"prompt": [user("Add")], "other": "x"}]
 
 
-@pytest.mark.parametrize("reference", [["a", "b"], '["a", "b"]'])
-def test_a_reference_may_be_several(write, reference):
-    """PopQA writes its aliases as JSON."""
-    path = write([{"prompt": "Q", "reference": reference}] * 2)
-    assert rows_of(path, "prompt") == [{"prompt": "Q", "reference": ["a", "b"]}] * 2
-    mixed = write([{"prompt": "Q", "reference": reference}, {"prompt": "R", "reference": "c"}], "mixed.jsonl")
-    references = [row["reference"] for row in rows_of(mixed, "prompt")]
-    assert references == [["a", "b"], "c" if isinstance(reference, list) else ["c"]]
+@pytest.mark.parametrize("references", [[["a", "b"], ["c"]], [["a", "b"], "c"], ["c", ["a"], None], ['["a", "b"]', "c"]])
+def test_a_reference_may_be_several(write, references):
+    rows = [{"prompt": str(number), "reference": reference} for number, reference in enumerate(references)]
+    assert rows_of(write(rows), "prompt") == rows
 
 
 def test_ignored_keys_of_messages_are_named(write, caplog):
-    load(write([{"messages": [user("a"), bot("b") | {"reasoning_content": "because"}]}]), "sft")
-    assert "reasoning_content" in caplog.text
+    row = {"messages": [user("a"), bot("b") | {"reasoning_content": "because"}]}
+    for written in (row, as_text(row)):
+        caplog.clear()
+        load(write([written]), "sft")
+        assert "reasoning_content" in caplog.text
 
 
 def test_a_changed_conversion_changes_the_fingerprint(write, monkeypatch):
@@ -199,6 +198,7 @@ def as_text(row, write_value=json.dumps):
         (RESPONSES, "preference"),
         (INSTRUCTION | HISTORY, "sft"),
         ({"prompt": TALK, "answer": "a"}, "prompt"),
+        ({"prompt": "List the staff.", "completion": '[{"name": "Ann", "role": "cook"}]'}, "sft"),  # no messages
     ],
 )
 def test_lists_written_as_json_are_read(write, ending, row, kind):

@@ -28,8 +28,9 @@ def test_a_changed_file_is_read_again(write):
 
 
 def test_digits_in_csv_are_text_and_extra_numbers_stay_numbers(write):
-    path = write("prompt,level\n007,3\n12,4\n", "data.csv")
-    assert rows_of(path, "prompt") == [{"prompt": "007", "level": 3}, {"prompt": "12", "level": 4}]
+    path = write("prompt,level,reference\n007,3,1\n12,4,02\n", "data.csv")
+    expected = [{"prompt": "007", "level": 3, "reference": "1"}, {"prompt": "12", "level": 4, "reference": "02"}]
+    assert rows_of(path, "prompt") == expected
 
 
 def test_texts_that_look_like_dates_stay_texts(write):

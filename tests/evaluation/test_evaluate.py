@@ -65,7 +65,7 @@ def test_the_recipe_measures_every_policy(evaluated):
     metrics, _, _ = evaluated
     assert list(metrics["policies"]) == ["base", "sft", "best-of-4", "ppo"]
     assert list(metrics["rewards"]) == ["Abstention", "normalised_match"]
-    assert metrics["rewards"]["Abstention"]["about"].startswith("One of three values: for the right answer")
+    assert metrics["rewards"]["Abstention"]["about"].startswith("Score a right answer 1")
     for name, policy in metrics["policies"].items():
         shares = [share["mean"] for share in policy["truthfulness"]["all"].values()]
         right, _, made_up = shares

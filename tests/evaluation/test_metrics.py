@@ -153,6 +153,8 @@ def test_truthfulness_by_kind():
     predictions = ["Larkhill.", "  larkhill ", "I do not know.", "i do  not know, sorry", "Dunmere.", "", "Larkhill Dunmere"]
     result = Truthfulness().compute(predictions=predictions, references=["Larkhill."] * 7)
     assert result == pytest.approx({"right": 2 / 7, "abstained": 2 / 7, "made_up": 3 / 7})
+    result = Truthfulness().compute(predictions=["NYC.", "Rome"], references=[["New York", "nyc"], ["Paris", "Lutetia"]])
+    assert result == {"right": 0.5, "abstained": 0, "made_up": 0.5}
     options = {"references": ["x", "x"], "abstentions": ("no idea",)}
     result = Truthfulness().compute(predictions=["No idea!", "I do not know"], **options)
     assert result == {"right": 0, "abstained": 0.5, "made_up": 0.5}
@@ -216,7 +218,7 @@ def test_the_evaluate_library_is_importable_beside_the_recipe():
         (lambda: comparison.share_won([2.0]), r"\[0, 1\]"),
         (lambda: best_of_n([[1.0, 2.0]], 3), "1 to 2"),
         (lambda: best_of_n([[1.0, math.nan]], 1), "finite"),
-        (lambda: Truthfulness().compute(predictions=[], references=[]), "no answers"),
+        (lambda: texts.truthfulness([], []), "no answers"),
     ],
 )
 def test_invalid_inputs_are_rejected(call, message):

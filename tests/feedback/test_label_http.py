@@ -57,6 +57,8 @@ def test_every_response_has_the_security_headers(serve):
 
 def test_only_the_files_of_the_page_can_be_read(serve):
     site = serve([GROUP])
+    for value in ("bytes=abc", "bytes=9999999-"):
+        assert request(site, "/label.js", range=value)[0] == 200
     for path in ("../app.py", "%2e%2e/app.py", "..%2fapp.py", "/etc/passwd", "%2fetc%2fpasswd", "../../../../pyproject.toml"):
         status, _, text = request(site, f"/{path}")
         assert (status, text) == (404, '{"detail":"Not Found"}'), path

@@ -99,4 +99,4 @@ def test_the_yaml_of_a_judge_is_checked(entry, message):
 
 def test_an_unknown_reward_as_judge_is_rejected():
     with pytest.raises(RecipeError, match="judge: 'nobody'"):
-        choose_judge(EvaluateArguments(judge="nobody"), {})
+        choose_judge(EvaluateArguments(judge="nobody", rewards=["rlhf_recipes.rewards.exact_match"]), {})

@@ -61,6 +61,11 @@ def test_errors_name_the_key_and_the_value(project, changes, expected):
     assert expected in message(project)
 
 
+def test_the_file_of_a_recipe_is_no_pipeline():
+    with pytest.raises(RecipeError, match="model_name_or_path: this is the file of one recipe"):
+        reading.read_stages(ROOT / "configs" / "tiny" / "sft.yaml", ROOT / "recipes")
+
+
 def test_an_unknown_stage_cannot_be_selected(project):
     assert "--stages: 'stf' is none of sft, other, dpo; did you mean 'sft'" in message(project, ["stf"])
 

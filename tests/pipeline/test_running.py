@@ -128,6 +128,16 @@ def test_a_damaged_state_is_one_message(project, content):
         project.read()
 
 
+@pytest.mark.parametrize("written", ["runs/sft", "{cwd}/runs/sft", "./runs/sft/checkpoint-2"])
+def test_a_stage_named_by_its_folder_is_an_input(project, launched, written):
+    project.change("dpo", start_from=written.replace("{cwd}", str(Path.cwd())))
+    assert project.read().stages[2].inputs == ("sft",)
+    project.run()
+    assert project.statuses() == ["done"] * 3  # although the folder has files now
+    Path("data.jsonl").write_text('{"text": "one more"}\n')
+    assert project.statuses() == ["to do", "done", "to do"]
+
+
 def test_files_in_a_named_folder_are_inputs(project, launched):
     Path("rows/train").mkdir(parents=True)
     Path("rows/one.jsonl").write_text("{}")
@@ -280,7 +290,12 @@ def test_independent_stages_run_side_by_side(project, launched, monkeypatch):
     assert launched.calls[2] == ("dpo", False)
     assert Path("runs/logs/sft.log").read_text() == "output of sft\n"
     assert launched.environments["sft"]["OMP_NUM_THREADS"] == str(max(1, os.cpu_count() // 2))
-    # the last one runs alone, and writes to the terminal
+
+
+def test_a_stage_that_runs_alone_writes_to_the_terminal(project, launched):
+    project.write(jobs=2)
+    project.run(["sft", "other"])
+    project.run()
     assert launched.environments["dpo"] is None
     assert not Path("runs/logs/dpo.log").exists()
 

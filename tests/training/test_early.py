@@ -209,6 +209,7 @@ def test_rounding_is_no_leak():
         ("sft", {"dataloader_drop_last": True, "per_device_train_batch_size": 64}, ("dataloader_drop_last: 8 rows", "64")),
         ("reward", {"dataloader_drop_last": True, "per_device_train_batch_size": 9}, ("dataloader_drop_last: 8 rows", "9")),
         ("sft", {"num_train_epochs": 0, "max_steps": -1}, ("num_train_epochs: 0",)),
+        ("ppo", {"max_steps": 0}, ("max_steps: 0",)),
         ("sft", {"eval_packing": True}, ("eval_packing: ",)),
         ("sft", {"activation_offloading": True}, ("activation_offloading: ",)),
         ("sft", {"eval_accumulation_steps": 0}, ("eval_accumulation_steps: 0",)),

@@ -1,5 +1,6 @@
 """One way to make an `evaluate.Metric` of a function."""
 
+import itertools
 from collections.abc import Callable
 from typing import Any
 
@@ -7,18 +8,20 @@ import datasets
 import evaluate
 
 NUMBER, TEXT = datasets.Value("float64"), datasets.Value("string")
-NUMBERS = datasets.List(NUMBER)
+NUMBERS, TEXTS = datasets.List(NUMBER), datasets.List(TEXT)
 
 
 def metric(name: str, compute: Callable[..., dict[str, Any]], documentation: str, **columns: Any) -> type[evaluate.Metric]:
     """Return a class of `evaluate.Metric` that calls a function.
 
-    `columns` are `predictions` and, where there are any, `references`, each with the feature of its rows. `compute` takes them
-    in this order, then the options of `Metric.compute` by name.
+    `columns` are `predictions` and, where there are any, `references`, each with the feature of its rows, or a list of possible
+    ones. `compute` takes the columns in this order, then the options of `Metric.compute` by name.
     """
 
     def info(self: evaluate.Metric) -> evaluate.MetricInfo:
-        features = datasets.Features(columns)
+        choices = itertools.product(*(kind if isinstance(kind, list) else [kind] for kind in columns.values()))
+        features = [datasets.Features(zip(columns, choice, strict=True)) for choice in choices]
+        features = features if len(features) > 1 else features[0]
         return evaluate.MetricInfo(description=documentation, citation="", inputs_description="", features=features)
 
     def call(self: evaluate.Metric, **inputs: Any) -> dict[str, Any]:

@@ -8,7 +8,7 @@ from bisect import bisect_left
 from collections import Counter
 from collections.abc import Hashable, Sequence
 
-from rlhf_recipes.evaluation.metrics.base import TEXT, metric
+from rlhf_recipes.evaluation.metrics.base import TEXT, TEXTS, metric
 from rlhf_recipes.evaluation.metrics.intervals import codes_of
 from rlhf_recipes.rewards.functions import RepetitionPenalty
 from rlhf_recipes.rewards.matching import ABSTENTIONS, KINDS, kinds_of, normalise
@@ -133,13 +133,14 @@ Truthfulness = metric(
     truthfulness,
     """Shares of answers that are right, that abstain, and that are made up (neither).
 
-    `predictions` are answers, `references` the right ones. `abstentions` are the beginnings of answers that abstain.
+    `predictions` are answers, `references` the right ones, each a text or a list of accepted texts. `abstentions` are the
+    beginnings of answers that abstain.
 
         >>> Truthfulness().compute(predictions=["Larkhill."], references=["larkhill"])
         {'right': 1.0, 'abstained': 0.0, 'made_up': 0.0}
     """,
     predictions=TEXT,
-    references=TEXT,
+    references=[TEXT, TEXTS],
 )
 
 

@@ -61,6 +61,8 @@ class OriginGuard:
             await send(message)
 
         rejection = self._reject(scope["method"], Headers(scope=scope))
+        # Starlette answers a malformed range in plain text, and the page's files are small
+        scope = scope | {"headers": [(name, value) for name, value in scope["headers"] if name != b"range"]}
         await (rejection or self.app)(scope, receive_limited, send_guarded)
 
     def _reject(self, method: str, headers: Headers) -> JSONResponse | None:

@@ -38,7 +38,7 @@ from transformers import AutoTokenizer, BitsAndBytesConfig, PreTrainedModel, Pre
 from trl import GRPOTrainer
 from trl.trainer.utils import add_fused_lm_head, get_config_model_id
 
-PLAIN_SAMPLING = {"num_beams": 1, "num_return_sequences": 1, "no_repeat_ngram_size": 0, "min_new_tokens": 0, "min_length": 0}
+PLAIN_SAMPLING = {"num_beams": 1, "num_return_sequences": 1, "no_repeat_ngram_size": 0, "min_new_tokens": 0}
 PLAIN_SAMPLING |= {"typical_p": 1.0, "epsilon_cutoff": 0.0, "eta_cutoff": 0.0, "guidance_scale": 1.0}
 """In place of what a base's `generation_config.json` says: completions come from the policy itself."""
 
