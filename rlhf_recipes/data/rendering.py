@@ -50,7 +50,7 @@ def check_rendered(
         long_rows: `"truncate"`, `"drop"` (both sorts) or `"error"`.
         where: names the data in messages (`"train"`).
         bad_rows: `"drop"` or `"error"`.
-        assistant_only_loss: whether TRL encodes with its training variant of the chat template.
+        assistant_only_loss: as for TRL, which then encodes with its training variant of many templates.
 
     Returns:
         The rows that stay; their number (`rows`), the bad ones by reason (`dropped`), and `longer_than_max_length`.
@@ -93,11 +93,7 @@ def check_rendered(
             tokenizer.name_or_path,
         )
     lengths = {"truncated": count["truncated"], "unusable": count["unusable"], "dropped": len(good) - len(keep)}
-    report = {
-        "rows": len(keep),
-        "dropped": dict(Counter(reason for _, reason in bad)),
-        "longer_than_max_length": lengths,
-    }
+    report = {"rows": len(keep), "dropped": dict(Counter(reason for _, reason in bad)), "longer_than_max_length": lengths}
     return dataset if len(keep) == len(dataset) else dataset.select(keep), report
 
 
