@@ -26,6 +26,10 @@ _NOT_PPO = {
 }
 """TRL's options that PPO cannot honour, with the only value that they may have."""
 
+_LEAST = {"kl_coef": 0, "vf_coef": 0, "ptx_coef": 0, "num_iterations": 1, "steps_per_generation": 1, "ptx_max_length": 2}
+_POSITIVE = ("kl_target", "kl_horizon", "score_clip", "cliprange_value", "target_kl", "value_learning_rate")
+_POSITIVE += ("rollout_batch_size", "local_rollout_forward_batch_size", "ptx_batch_size")
+
 
 class _One(int):
     """The number 1, past TRL's check for two generations a prompt.
@@ -139,11 +143,11 @@ class PPOConfig(GRPOConfig):
             value, choices = getattr(self, field.name), field.metadata.get("choices")
             if choices and value is not None and value not in choices:
                 raise ValueError(f"{field.name}: {value!r} is unknown. Fix: one of {', '.join(choices)}")
-        for name, least in (("kl_coef", 0), ("vf_coef", 0), ("ptx_coef", 0), ("num_iterations", 1), ("ptx_max_length", 2)):
-            if getattr(self, name) < least:
+        for name, least in _LEAST.items():
+            if not getattr(self, name) >= least:
                 raise ValueError(f"{name}: {getattr(self, name)} is too small. Fix: {least} or more")
-        for name in ("kl_target", "kl_horizon", "score_clip", "cliprange_value", "target_kl", "value_learning_rate"):
-            if (value := getattr(self, name)) is not None and value <= 0:
+        for name in _POSITIVE:
+            if (value := getattr(self, name)) is not None and not value > 0:
                 raise ValueError(f"{name}: {value} is too small. Fix: above 0, or null for none")
         for name in ("gamma", "lam"):
             if not 0 <= getattr(self, name) <= 1:

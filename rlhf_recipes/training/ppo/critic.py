@@ -8,7 +8,7 @@ from typing import Any
 
 from rlhf_recipes.config.ppo import PPOConfig
 from rlhf_recipes.core.errors import RecipeError
-from rlhf_recipes.models.backbone import backbone, base_of, forward_backbone
+from rlhf_recipes.models.backbone import backbone, base_of, forward_backbone, hidden_width
 from rlhf_recipes.models.dropout import disable_dropout
 from rlhf_recipes.models.roles import POLICY, copy_adapter, use_adapter
 from rlhf_recipes.models.weights import read_weights
@@ -189,13 +189,11 @@ def make_critic(kind: str, model: PreTrainedModel | PeftModel, rewards: list[Any
 
 def _make_head(model: nn.Module, start: RewardModel | None = None) -> ScalarHead:
     """Make a head that predicts 0, or the normalised scores of a reward model."""
-    # of OPT-350m's kind, the states that its LM head reads are narrower than `hidden_size`
-    lm_head = base_of(model).get_output_embeddings()
-    head = ScalarHead(start.head.in_features if start else lm_head.in_features, bias=True)
+    head = ScalarHead(start.head.in_features if start else hidden_width(model), bias=True)
     nn.init.zeros_(head.weight)
     nn.init.zeros_(head.bias)
     if start is not None:
         mean, std = (start.normalisation.mean, start.normalisation.std) if start.normalisation else (0.0, 1.0)
         head.weight.data.copy_(start.head.weight.data / std)
         head.bias.data.fill_(-mean / std)
-    return head.to(lm_head.weight.device)
+    return head.to(base_of(model).get_output_embeddings().weight.device)
