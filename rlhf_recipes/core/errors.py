@@ -82,6 +82,8 @@ def one_line(error: BaseException) -> str:
 
 def first_line(error: BaseException) -> str:
     """Return the first line of somebody else's error; its type if it has none."""
+    if "weights_only" in str(error):  # PyTorch advises to run what is in the file
+        return "it holds something else than tensors and numbers, or is damaged"
     return (str(error).strip() or type(error).__name__).splitlines()[0]
 
 

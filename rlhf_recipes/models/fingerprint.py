@@ -59,8 +59,8 @@ def _digest(weights: dict[str, torch.Tensor]) -> str | None:
 def check_base(where: str | Path, trained_on: str | None, record: dict[str, Any], model: torch.nn.Module) -> None:
     """Refuse a base that an adapter was not trained on.
 
-    The fingerprint in the record decides, since a base may be moved or renamed. Where no weights can be compared, the names
-    must agree. Where only embeddings can, another name gives a warning: a base with a merged adapter has the same embeddings.
+    The fingerprint in the record decides, since a base may be moved or renamed; another name gives a warning. Where no weights
+    can be compared, the names must agree. Where only embeddings can, a base with a merged adapter may have the same.
 
     Args:
         where: the key and folder of the adapter, for messages.
@@ -79,9 +79,12 @@ def check_base(where: str | Path, trained_on: str | None, record: dict[str, Any]
             "base that it was trained on, or train it on this one"
         )
     compared = [part for part in ("weights", "matrices") if recorded.get(part) and loaded[part]]
-    if len(compared) == 2 or (trained_on and Path(trained_on).name == Path(name).name):
+    if trained_on and Path(trained_on).name == Path(name).name:
         return
     message = f"{where}: was trained on {trained_on}, and the base in memory is {name}"
+    if len(compared) == 2:
+        logger.warning("%s, which has the same weights", message)
+        return
     if not compared:
         raise RecipeError(
             f"{message}: their weights cannot be compared, so their names must agree. Fix: name the base that it was trained "

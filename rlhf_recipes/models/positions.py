@@ -20,7 +20,7 @@ def position_limit(arguments: ModelConfig) -> int | None:
     Beyond them PyTorch fails in an embedding, on a GPU by a device-side assert. Rotary positions have no end.
     """
     try:
-        config = AutoConfig.from_pretrained(model_path(arguments), revision=arguments.model_revision)
+        config = AutoConfig.from_pretrained(model_path(arguments), revision=arguments.model_revision, trust_remote_code=False)
         config = config.get_text_config()
         with torch.device("meta"):
             model = AutoModelForCausalLM.from_config(config)

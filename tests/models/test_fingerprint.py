@@ -76,7 +76,7 @@ def test_base_that_an_adapter_was_merged_into_is_refused(record):
 
 def test_4_bit_base_of_another_name_is_warned_of(record, caplog):
     """Its linear layers cannot be compared."""
-    check_base("start_from: sft", BASE, record, load_base("runs/moved"))
+    check_base("start_from: sft", BASE, record, load_base("/elsewhere/base"))
     check_base("start_from: sft", BASE, record, load_base(**IN_4_BITS))
     quantised = {"base_model": {"fingerprint": record["base_model"]["fingerprint"] | {"matrices": None}}}
     check_base("start_from: sft", BASE, quantised, load_base())
@@ -84,6 +84,14 @@ def test_4_bit_base_of_another_name_is_warned_of(record, caplog):
     check_base("start_from: sft", BASE, record, load_base("runs/sft-merged", **IN_4_BITS))
     (warning,) = caplog.messages
     assert warning.startswith(f"start_from: sft: was trained on {BASE}, and the base in memory is runs/sft-merged")
+
+
+@pytest.mark.parametrize("named", ["somebody/other-model", None, ""])
+def test_adapter_that_names_another_base_of_the_same_weights_is_said_to(record, caplog, named):
+    check_base("start_from: sft", named, record, load_base())
+    assert caplog.messages == [
+        f"start_from: sft: was trained on {named}, and the base in memory is {BASE}, which has the same weights"
+    ]
 
 
 def test_where_weights_cannot_be_compared_the_name_decides(record):

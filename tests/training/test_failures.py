@@ -297,7 +297,7 @@ START = {"start_from": "{}/adapter", "use_peft": True, "dataset_name": "{}/pairs
 POLICY = {"policies": {"sft": "{}/adapter"}}
 OTHER_BASE = {
     "dpo": START,
-    "ppo": START | {"reward_funcs": ["rlhf_recipes.rewards.Abstention"]},
+    "ppo": START | {"reward_funcs": ["rlhf_recipes.rewards.RepetitionPenalty"]},
     "reward": START,
     "merge": {"adapter": "{}/adapter"},
     "chat": POLICY,
