@@ -50,7 +50,7 @@ def check_rendered(
         long_rows: `"truncate"`, `"drop"` (both sorts) or `"error"`.
         where: names the data in messages (`"train"`).
         bad_rows: `"drop"` or `"error"`.
-        assistant_only_loss: whether TRL encodes with its training variant of the chat template.
+        assistant_only_loss: as for TRL, which then encodes with its training variant of many templates.
 
     Returns:
         The rows that stay; their number (`rows`), the bad ones by reason (`dropped`), and `longer_than_max_length`.
@@ -93,11 +93,7 @@ def check_rendered(
             tokenizer.name_or_path,
         )
     lengths = {"truncated": count["truncated"], "unusable": count["unusable"], "dropped": len(good) - len(keep)}
-    report = {
-        "rows": len(keep),
-        "dropped": dict(Counter(reason for _, reason in bad)),
-        "longer_than_max_length": lengths,
-    }
+    report = {"rows": len(keep), "dropped": dict(Counter(reason for _, reason in bad)), "longer_than_max_length": lengths}
     return dataset if len(keep) == len(dataset) else dataset.select(keep), report
 
 
@@ -126,9 +122,14 @@ def check_positions(
     Raises:
         RecipeError: with what to set.
     """
-    if positions is None or (max_length is not None and max_length + new_tokens <= positions):
+    if positions is None:
         return
-    checks = _check(dataset, kind, _Renderer(tokenizer, None, kind == "prompt", where), max(positions - new_tokens, 0))
+    room = positions
+    if new_tokens:
+        room = max(positions - new_tokens - _closing_tokens(tokenizer, dataset[0]["prompt"]), 0)
+    if max_length is not None and max_length <= room:
+        return
+    checks = _check(dataset, kind, _Renderer(tokenizer, None, kind == "prompt", where), room)
     if not (beyond := sum(bool(check.verdict) for check in checks)):
         return
     limit, fix = f"{key}: {max_length}", f"set `{key}: {positions}`"
@@ -137,6 +138,14 @@ def check_positions(
         fix = f"set `max_prompt_length` and `max_completion_length` to {positions} in all"
     rows = f"{where}: {beyond} of {len(dataset)} rows need more"
     raise RecipeError(f"{limit}: the model has positions for {positions} tokens; {rows}. Fix: {fix}")
+
+
+def _closing_tokens(tokenizer: PreTrainedTokenizerBase, prompt: Any) -> int:
+    """Return the tokens that a reward model reads after a completion that was cut off."""
+    if isinstance(prompt, str):
+        return 1  # EOS
+    text = tokenizer.apply_chat_template([*prompt, {"role": "assistant", "content": "answer"}], tokenize=False)
+    return len(tokenizer(text.rpartition("answer")[2], add_special_tokens=False)["input_ids"])
 
 
 def drop_overlong_mode(long_rows: str) -> str:

@@ -139,13 +139,9 @@ def find_shape(part: Part, kind: Kind) -> Shape:
 
 
 def reject_bad_rows(bad: list[tuple[str, str]], read: int, bad_rows: str, split: str) -> None:
-    """Stop with, or log, the rows that cannot be used; stop where no row is left.
+    """Stop with, or log, the bad ones of `read` rows; stop where no row is left.
 
-    Args:
-        bad: what names the row, and why it cannot be used; a pair for each row.
-        read: the number of rows, with the usable ones.
-        bad_rows: "error" or "drop".
-        split: names the data in messages.
+    Each of `bad` has a name of the row, and why it cannot be used.
     """
     first = "; ".join(f"{row}: {reason}" for row, reason in bad[:SHOWN])
     counts = ", ".join(f"{count} {reason}" for reason, count in Counter(reason for _, reason in bad).most_common())

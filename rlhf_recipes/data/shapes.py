@@ -52,7 +52,7 @@ def is_list_as_text(value: Any, column: str) -> bool:
     try:
         first = json.loads(value)[0]
     except (ValueError, RecursionError):  # as Python or NumPy write it
-        first = re.findall(r"['\"](\w+)['\"]\s*:", value.partition("}")[0])
+        first = re.findall(r"['\"](\w+)['\"]\s*:", value)
     return any(role in first and text in first for role, text in _MESSAGE_KEYS)
 
 

@@ -11,15 +11,11 @@ ENDINGS = ["json", "jsonl", "csv", "parquet", "json.gz", "jsonl.gz", "csv.gz"]
 
 
 @pytest.mark.parametrize("ending", ENDINGS)
-def test_every_file_type_gives_the_same_rows(write, ending):
+def test_every_file_type_gives_the_same_rows_and_names_a_bad_one(write, ending):
     rows = [{"prompt": "Q1", "completion": 'A, "1"\nand'}, {"prompt": "Q2", "completion": "NA"}]
-    assert rows_of(write(rows, f"data.{ending}"), "sft") == rows
-
-
-@pytest.mark.parametrize("ending", ENDINGS)
-def test_every_file_type_names_a_bad_row(write, ending):
-    path = write([{"prompt": "Q1", "completion": "A"}, {"prompt": "Q2", "completion": ""}], f"data.{ending}")
-    assert f"{path}, row 2: empty completion" in failure(path, "sft")
+    path = write([*rows, {"prompt": "Q3", "completion": ""}], f"data.{ending}")
+    assert rows_of(path, "sft", bad_rows="drop") == rows
+    assert f"{path}, row 3: empty completion" in failure(path, "sft")
 
 
 def test_a_changed_file_is_read_again(write):

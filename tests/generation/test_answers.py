@@ -1,19 +1,12 @@
 """Sampled answers: seeds, batches, the distribution, and what is restored afterwards."""
 
-from rlhf_recipes.core.hub import resolve_path
 from rlhf_recipes.generation.answers import log_probs, sample
 from rlhf_recipes.tiny import splits
 from support.evaluations import log_prob_by_hand
 
 import pytest
 import torch
-from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig
-
-
-@pytest.fixture(scope="module")
-def tiny():
-    path = resolve_path("rlhf_recipes.tiny.base")
-    return AutoModelForCausalLM.from_pretrained(path), AutoTokenizer.from_pretrained(path)
+from transformers import GenerationConfig
 
 
 def test_greedy_answers_do_not_depend_on_the_batch(tiny):

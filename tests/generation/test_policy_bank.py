@@ -12,13 +12,8 @@ import numpy as np
 import pytest
 import torch
 from peft import PeftModel
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoModelForCausalLM
 from trl import ModelConfig
-
-
-@pytest.fixture(scope="module")
-def tiny():
-    return AutoModelForCausalLM.from_pretrained(BASE), AutoTokenizer.from_pretrained(BASE)
 
 
 @pytest.fixture(scope="module")
