@@ -9,15 +9,8 @@ normalisation of a reward model, `recipe.json` and a model card. It runs on the 
 """
 
 from rlhf_recipes.cli import exit_on_recipe_error
-from rlhf_recipes.export.merge import (
-    atomic_directory,
-    check_merged,
-    merge_policy,
-    merge_reward,
-    push,
-    resolve_base,
-    write_merge_record,
-)
+from rlhf_recipes.core.files import atomic_directory
+from rlhf_recipes.export.merge import check_merged, merge_policy, merge_reward, push, resolve_base, write_merge_record
 from rlhf_recipes.models.tokenizer import load_tokenizer
 from rlhf_recipes.stages import parse_arguments
 

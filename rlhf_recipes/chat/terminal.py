@@ -42,7 +42,9 @@ class Writer(TextStreamer):
             self.held += text
             if self.own.startswith(self.held.strip()) and not stream_end:
                 return  # perhaps the template's own text
-            text = answer_text(self.tokenizer, self.prompt, self.held, self.ids).lstrip()
+            sampled = self.tokenizer.decode(self.ids, skip_special_tokens=True)
+            answer = answer_text(self.tokenizer, self.prompt, sampled, self.ids)
+            text = self.held[sampled.index(answer) if answer else len(sampled) :].lstrip()
         if text:
             self.started = True
             self.write(text.translate(_CONTROLS))

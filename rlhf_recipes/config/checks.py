@@ -20,6 +20,8 @@ _LEAST = {
     "per_device_train_batch_size": 1,
     "per_device_eval_batch_size": 1,
     "gradient_accumulation_steps": 1,
+    "eval_accumulation_steps": 1,
+    "pad_to_multiple_of": 1,
     "learning_rate": 0,
     "num_train_epochs": 0,
     "weight_decay": 0,
@@ -41,12 +43,14 @@ def check_values(values: dict[str, Any], trains: bool) -> None:
         raise RecipeError("use_peft: quantized weights cannot be trained. Fix: set `use_peft: true`")
     if trains and values.get("sync_ref_model") and values.get("use_peft"):
         raise RecipeError("sync_ref_model: with LoRA the reference is a frozen adapter or the base. Fix: set it to false")
+    if values.get("eval_packing") and not values.get("packing"):
+        raise RecipeError("eval_packing: without `packing`, packed rows would read each other. Fix: leave it out")
     if values.get("num_train_epochs") == 0 and values.get("max_steps", -1) <= 0:
         raise RecipeError("num_train_epochs: 0: no step would be trained. Fix: set it above 0, or set `max_steps`")
     if values.get("max_steps") == 0:
         raise RecipeError("max_steps: 0: no step would be trained. Fix: set it above 0, or -1 for `num_train_epochs`")
     for key, least in _LEAST.items():
-        if values.get(key, least) < least:
+        if values.get(key) is not None and values[key] < least:
             raise RecipeError(f"{key}: {values[key]}: must be {least} or more")
     if values.get("hub_strategy") in ("checkpoint", "all_checkpoints"):
         raise RecipeError(f"hub_strategy: {values['hub_strategy']}: only complete results are uploaded. Fix: leave it out")
@@ -91,7 +95,7 @@ def check_machine(values: dict[str, Any]) -> None:
     """
     if values.get("use_cpu"):
         return
-    for key in ("bf16", "fp16"):
+    for key in ("bf16", "fp16", "activation_offloading"):
         if values.get(key) and not torch.accelerator.is_available():
             raise RecipeError(f"{key}: this machine has no GPU. Fix: set `{key}: false`")
     for key in ("bf16", "dtype"):

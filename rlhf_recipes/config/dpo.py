@@ -2,6 +2,7 @@
 
 from dataclasses import dataclass
 
+from rlhf_recipes.config.launcher import plain
 from rlhf_recipes.core.errors import did_you_mean
 
 import trl
@@ -9,6 +10,8 @@ import trl
 LOSSES = ("sigmoid", "hinge", "ipo", "exo_pair", "nca_pair", "robust", "bco_pair", "sppo_hard", "aot", "aot_unpaired")
 LOSSES += ("apo_zero", "apo_down", "discopop", "sft", "sigmoid_norm")
 """TRL's losses. It lists them nowhere, and rejects another at the first step only."""
+DIVERGENCES = ("reverse_kl", "forward_kl", "js_divergence", "alpha_divergence")
+"""TRL's f-divergences, as unlisted as its losses."""
 SMOOTHED = ("robust", "exo_pair", "aot", "aot_unpaired")
 """Losses that read `label_smoothing`; the others silently ignore it."""
 
@@ -29,6 +32,8 @@ class DPOConfig(trl.DPOConfig):
         for loss in self.loss_type:
             if loss not in LOSSES:
                 raise ValueError(f"loss_type: {loss!r} is none of {', '.join(LOSSES)}{did_you_mean(loss, LOSSES)}")
+        if (divergence := plain(self.f_divergence_type)) not in DIVERGENCES:
+            raise ValueError(f"f_divergence_type: {divergence!r} is none of {', '.join(DIVERGENCES)}")
         if self.beta <= 0 and self.loss_type != ["sft"]:  # it has no reference
             raise ValueError(f"beta: {self.beta}: must be above 0")
         self._check_smoothing()

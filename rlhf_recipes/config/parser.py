@@ -63,7 +63,7 @@ def parse_dataclasses(recipe: str | Path, *types: type, argv: Sequence[str] | No
             or what this machine or launcher cannot do.
     """
     if os.getcwd() not in sys.path:
-        sys.path.append(os.getcwd())  # for dotted paths of functions beside the user's YAML file
+        sys.path.append(os.getcwd())  # for dotted paths of the user's functions
     recipe = Path(recipe).resolve()
     parser = _CommandLineParser(types, allow_abbrev=False, usage=f"{recipe.name} [--config FILE] [--key value ...]")
     parser.add_argument("--config", help=f"YAML file with the arguments (default: configs/tiny/{recipe.stem}.yaml)")

@@ -3,10 +3,12 @@
 import contextlib
 import json
 import os
+import shutil
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from rlhf_recipes.core.errors import RecipeError, error_context
+from rlhf_recipes.core.errors import RecipeError, error_context, failed_write
 
 RECIPE = "recipe.json"
 """Record of a stage: what was run, on which base, and at what cost. It is written last: with it the stage is done."""
@@ -68,6 +70,34 @@ def trained_on_conversations(folder: str | Path) -> bool | None:
     """Return whether a stage was trained on conversations; None if not recorded."""
     train = (read_json(Path(folder) / RECIPE).get("data") or {}).get("train") or {}
     return train.get("conversational")
+
+
+@contextlib.contextmanager
+def atomic_directory(output_dir: str | Path) -> Iterator[Path]:
+    """Yield a folder that becomes `output_dir` at the end, or is deleted on error.
+
+    Raises:
+        RecipeError: if `output_dir` is not empty, or cannot be written to.
+    """
+    output = Path(output_dir).resolve()
+    if output.is_file() or (output.is_dir() and any(output.iterdir())):
+        raise RecipeError(f"output_dir: {output_dir} is not empty. Fix: name another folder, or delete it")
+    partial = output.with_name(f".{output.name}.partial")
+    shutil.rmtree(partial, ignore_errors=True)  # of a killed run
+    check_writable(partial)
+    try:
+        yield partial
+        if output.is_dir():
+            output.rmdir()
+        os.replace(partial, output)
+    except Exception as error:
+        reason, file = failed_write(error) or ("", "")
+        if not reason or (file and partial not in (Path(file), *Path(file).parents)):  # not of this folder
+            raise
+        message = f"output_dir: {output_dir}: cannot be written to ({reason}); nothing is left of it"
+        raise RecipeError(f"{message}. Fix: make room, or name another folder") from error
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)
 
 
 def check_writable(output: Path) -> None:

@@ -122,9 +122,14 @@ def check_positions(
     Raises:
         RecipeError: with what to set.
     """
-    if positions is None or (max_length is not None and max_length + new_tokens <= positions):
+    if positions is None:
         return
-    checks = _check(dataset, kind, _Renderer(tokenizer, None, kind == "prompt", where), max(positions - new_tokens, 0))
+    room = positions
+    if new_tokens:
+        room = max(positions - new_tokens - _closing_tokens(tokenizer, dataset[0]["prompt"]), 0)
+    if max_length is not None and max_length <= room:
+        return
+    checks = _check(dataset, kind, _Renderer(tokenizer, None, kind == "prompt", where), room)
     if not (beyond := sum(bool(check.verdict) for check in checks)):
         return
     limit, fix = f"{key}: {max_length}", f"set `{key}: {positions}`"
@@ -133,6 +138,14 @@ def check_positions(
         fix = f"set `max_prompt_length` and `max_completion_length` to {positions} in all"
     rows = f"{where}: {beyond} of {len(dataset)} rows need more"
     raise RecipeError(f"{limit}: the model has positions for {positions} tokens; {rows}. Fix: {fix}")
+
+
+def _closing_tokens(tokenizer: PreTrainedTokenizerBase, prompt: Any) -> int:
+    """Return the tokens that a reward model reads after a completion that was cut off."""
+    if isinstance(prompt, str):
+        return 1  # EOS
+    text = tokenizer.apply_chat_template([*prompt, {"role": "assistant", "content": "answer"}], tokenize=False)
+    return len(tokenizer(text.rpartition("answer")[2], add_special_tokens=False)["input_ids"])
 
 
 def drop_overlong_mode(long_rows: str) -> str:

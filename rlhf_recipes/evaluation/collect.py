@@ -6,7 +6,7 @@ from pathlib import Path
 from rlhf_recipes.core.files import REWARD_EVALUATION, read_json
 from rlhf_recipes.core.provenance import versions
 from rlhf_recipes.evaluation.measurement import Measurement, PolicySamples
-from rlhf_recipes.evaluation.policy_results import measure_policy
+from rlhf_recipes.evaluation.policy_results import contains, measure_policy
 from rlhf_recipes.evaluation.prompts import groups_of
 from rlhf_recipes.evaluation.report.verdict import verdict
 from rlhf_recipes.evaluation.types import EvaluationResults, Example, ExampleAnswer, Frontier, RewardInfo
@@ -70,6 +70,10 @@ def _examples(measurement: Measurement, samples: dict[str, PolicySamples]) -> li
         kinds = [None] * len(texts)
         if accepted and measurement.compares_references:
             kinds = kinds_of(list(texts.values()), [accepted] * len(texts), arguments.abstentions)
+            kinds = [
+                "contains_reference" if kind == "made_up" and contains(text, accepted) else kind
+                for kind, text in zip(kinds, texts.values(), strict=True)
+            ]
         answers = {name: ExampleAnswer(text=text, kind=kind) for (name, text), kind in zip(texts.items(), kinds, strict=True)}
         shown = None if group == "all" else group
         reference = " / ".join(accepted) if isinstance(reference, list) else reference

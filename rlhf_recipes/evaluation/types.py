@@ -158,7 +158,7 @@ class ExampleAnswer:
     """An answer in the report, with its kind where there is a short reference."""
 
     text: str
-    kind: str | None
+    kind: str | None  # or `contains_reference`, which counts as made up
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -4,15 +4,12 @@ The model is written into a folder beside `output_dir`, read again and compared.
 `output_dir` is complete or missing.
 """
 
-import contextlib
-import os
 import shutil
-from collections.abc import Iterator
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 from rlhf_recipes.config.merge import MergeArguments
-from rlhf_recipes.core.errors import RecipeError, error_context, first_line
+from rlhf_recipes.core.errors import RecipeError, error_context
 from rlhf_recipes.core.files import RECIPE, REWARD, read_json, write_json
 from rlhf_recipes.core.provenance import versions
 from rlhf_recipes.export.model_card import lineage, write_card
@@ -27,7 +24,6 @@ from rlhf_recipes.rewards.saved import load_full_reward, load_reward_adapter
 
 import torch
 from peft import PeftModel
-from safetensors import SafetensorError
 from torch import Tensor
 from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
 from trl import ModelConfig
@@ -178,9 +174,8 @@ def _set_generation_config(model: PreTrainedModel, tokenizer: PreTrainedTokenize
 
 
 def _save(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, folder: Path, max_shard_size: str) -> None:
-    with _write_errors(folder):
-        model.save_pretrained(folder, max_shard_size=max_shard_size)
-        tokenizer.save_pretrained(folder)
+    model.save_pretrained(folder, max_shard_size=max_shard_size)
+    tokenizer.save_pretrained(folder)
 
 
 def check_merged(
@@ -235,41 +230,6 @@ def _probes(tokenizer: PreTrainedTokenizerBase) -> list[list[int]]:
     return [*random, *([added] if added else []), encode(tokenizer, *conversation)]
 
 
-@contextlib.contextmanager
-def atomic_directory(output_dir: str | Path) -> Iterator[Path]:
-    """Yield a folder that becomes `output_dir` at the end, or is deleted on error.
-
-    Raises:
-        RecipeError: if `output_dir` is not empty, or cannot be written to.
-    """
-    output = Path(output_dir).resolve()
-    if output.is_file() or (output.is_dir() and any(output.iterdir())):
-        raise RecipeError(f"output_dir: {output_dir} is not empty. Fix: name another folder, or delete it")
-    partial = output.with_name(f".{output.name}.partial")
-    try:
-        with _write_errors(output_dir):
-            output.parent.mkdir(parents=True, exist_ok=True)
-            shutil.rmtree(partial, ignore_errors=True)  # of a killed run
-            partial.mkdir()
-        yield partial
-        with _write_errors(output_dir):
-            if output.is_dir():
-                output.rmdir()
-            os.replace(partial, output)
-    finally:
-        shutil.rmtree(partial, ignore_errors=True)
-
-
-@contextlib.contextmanager
-def _write_errors(output_dir: str | Path) -> Iterator[None]:
-    """Turn errors of a full or read-only disk into one line."""
-    try:
-        yield
-    except (OSError, SafetensorError) as error:
-        reason = getattr(error, "strerror", None) or first_line(error)
-        raise RecipeError(f"output_dir: {output_dir}: cannot be written ({reason}); nothing is left of it") from error
-
-
 def write_merge_record(folder: Path, arguments: MergeArguments, model_args: ModelConfig, check: MergeCheck) -> None:
     """Write `recipe.json`, with the records of earlier stages, and the model card."""
     record = {
@@ -281,9 +241,8 @@ def write_merge_record(folder: Path, arguments: MergeArguments, model_args: Mode
         "stages": lineage(arguments.adapter),
         "arguments": {type(group).__name__: asdict(group) for group in (arguments, model_args)},
     }
-    with _write_errors(arguments.output_dir):
-        write_json(folder / RECIPE, redact(record))
-        write_card(folder, arguments.hub_model_id or arguments.output_dir)
+    write_json(folder / RECIPE, redact(record))
+    write_card(folder, arguments.hub_model_id or arguments.output_dir)
 
 
 def push(arguments: MergeArguments) -> str:

@@ -15,7 +15,6 @@ from rlhf_recipes.core.errors import RecipeError
 from rlhf_recipes.core.files import RECIPE, holds_result, read_json, trained_on_conversations
 from rlhf_recipes.models.adapters import add_adapter, check_policy_adapter, read_adapter_config
 from rlhf_recipes.models.fingerprint import check_base
-from rlhf_recipes.models.lm_head import keep_head_inputs_contiguous
 from rlhf_recipes.models.loading import check_vocabulary, load_model
 from rlhf_recipes.models.roles import NO_ADAPTER, use_adapter
 from rlhf_recipes.models.tokenizer import check_tokenizer, load_tokenizer
@@ -174,7 +173,6 @@ def load_policy_bank(
         base = base.to(PartialState().device)
     if not any(policy.folder for policy in policies.values()):  # reward adapters need a PeftModel; B is 0 in a new adapter
         base = get_peft_model(base, LoraConfig(target_modules="all-linear"), adapter_name="unused")
-    keep_head_inputs_contiguous(base)
     bank = PolicyBank(base.eval(), tokenizer)
     for policy in policies.values():
         if policy.best_of is None:

@@ -1,22 +1,32 @@
 """The LM head, whose logits, (tokens, vocabulary), are the largest tensors."""
 
+import math
+from typing import Any
+
 from rlhf_recipes.models.backbone import base_of
 
 import torch
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
+from transformers import PreTrainedModel
 
 MOST_LOGITS = 2**27  # of one pass
 TOKENS_AT_ONCE = 256  # whose log-probabilities are computed in fp32
+_LARGE = 2**20  # weights
 
 
-def keep_head_inputs_contiguous(model: nn.Module) -> None:
-    """Copy the states that reach the LM head if they are a slice.
+def keep_head_inputs_contiguous(model: PreTrainedModel) -> None:
+    """Copy the states that reach a large LM head if they are a slice.
 
     For such a slice PyTorch copies a frozen head once for each row on a CPU: seconds, and GiBs, a pass.
     """
-    head = base_of(model).get_output_embeddings()
-    head.register_forward_pre_hook(lambda module, arguments: (arguments[0].contiguous(), *arguments[1:]))
+    head = model.get_output_embeddings()
+    if head is not None and math.prod(head.weight.shape) >= _LARGE:
+        head.register_forward_pre_hook(_contiguous)
+
+
+def _contiguous(head: nn.Module, arguments: tuple[Any, ...]) -> tuple[Any, ...]:
+    return (arguments[0].contiguous(), *arguments[1:]) if arguments else arguments
 
 
 @torch.no_grad()

@@ -15,6 +15,7 @@ from rlhf_recipes.models.adapters import add_adapter, check_policy_adapter, read
 from rlhf_recipes.models.architectures import register_classifier
 from rlhf_recipes.models.fingerprint import check_base
 from rlhf_recipes.models.kernels import check_kernel_options, compile_layers, without_compilation
+from rlhf_recipes.models.lm_head import keep_head_inputs_contiguous
 from rlhf_recipes.models.precision import check_4bit_shapes, check_quantised_share, disable_cpu_4bit_repacking
 from rlhf_recipes.models.weights import ADAPTER, check_finite, read_weights
 
@@ -71,6 +72,7 @@ def load_model(arguments: ModelConfig, training: TrainingConfig) -> PreTrainedMo
             f"model_name_or_path: {model_path(arguments)}: {len(missing)} weights are missing in its files "
             f"({', '.join(sorted(missing)[:3])}) and would be random. Fix: name a complete causal language model"
         )
+    keep_head_inputs_contiguous(model)
     return model
 
 

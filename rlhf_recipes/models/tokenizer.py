@@ -204,9 +204,11 @@ def answer_text(tokenizer: PreTrainedTokenizerBase, prompt: Any, text: str, ids:
         ids: the sampled tokens, which show special tokens that the template wrote.
     """
     before, after = template_text(tokenizer, prompt)
-    own = tokenizer(before, add_special_tokens=False)["input_ids"] if before else []
-    if own and ids is not None and [*ids[: len(own)]] == own:
-        before = tokenizer.decode(own, skip_special_tokens=True)
+    if before and ids is not None:
+        if tokenizer.decode(ids, skip_special_tokens=True).strip() != text.strip():
+            return text  # it has been stripped before, as TRL's completions by `PPOTrainer`
+        own = tokenizer(before, add_special_tokens=False)["input_ids"]
+        before = tokenizer.decode(own, skip_special_tokens=True) if [*ids[: len(own)]] == own else before
     if not text.startswith(before) and before.strip() and text.lstrip().startswith(before.strip()):
         text, before = text.lstrip(), before.strip()  # an empty answer, or other space
     return text.removeprefix(before).removesuffix(after if after.strip() else "")

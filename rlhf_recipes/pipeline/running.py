@@ -230,7 +230,7 @@ def _progress(stage: PipelineStage) -> str:
     try:
         *_, last = (stage.folder / LOG).read_text(encoding="utf-8").splitlines()
         return f"{stage.name}: step {json.loads(last)['step']}"
-    except (OSError, ValueError, KeyError):  # no log, or a line that is being written
+    except (OSError, ValueError, KeyError, TypeError):  # no log, or a line that is being written
         return f"{stage.name}: running"
 
 

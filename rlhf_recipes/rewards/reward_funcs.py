@@ -152,7 +152,7 @@ def _import(path: str) -> Any:
     module_name, _, name = path.rpartition(".")
     if not module_name or not all(part.isidentifier() for part in path.split(".")):
         raise RecipeError("expected a folder, or a dotted path such as rlhf_recipes.rewards.exact_match")
-    with error_context(f"cannot import {module_name} (its folder must be on PYTHONPATH)", ImportError):
+    with error_context(f"cannot import {module_name} (it is neither in this folder nor on PYTHONPATH)", ImportError):
         module = importlib.import_module(module_name)
     if not hasattr(module, name):
         raise RecipeError(f"{module_name} has no '{name}'{did_you_mean(name, dir(module))}")

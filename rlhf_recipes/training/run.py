@@ -10,7 +10,7 @@ from types import TracebackType
 from typing import Any
 
 from rlhf_recipes.config.current import set_trainer
-from rlhf_recipes.core.errors import RecipeError
+from rlhf_recipes.core.errors import RecipeError, one_line
 from rlhf_recipes.core.files import PENDING, RECIPE
 from rlhf_recipes.core.yaml import read_yaml
 from rlhf_recipes.export.upload import publish
@@ -75,7 +75,10 @@ class Run:
         trainer.check_before_training()
         self._remove_earlier()
         begin_tracking(trainer.args)
-        trainer.train(resume_from_checkpoint=self.checkpoint)
+        try:
+            trainer.train(resume_from_checkpoint=self.checkpoint)
+        except ImportError as error:  # a package of kernels
+            raise RecipeError(f"{self.recipe.stem}: {one_line(error)}") from error
         if not trainer.state.global_step:
             raise RecipeError("max_steps: no step was trained. Fix: set it or `num_train_epochs` higher, or name more rows")
         if trainer.is_world_process_zero():

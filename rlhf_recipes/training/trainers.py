@@ -10,7 +10,8 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
-from rlhf_recipes.core.errors import RecipeError, as_recipe_error, did_you_mean
+from rlhf_recipes.config.launcher import plain
+from rlhf_recipes.core.errors import RecipeError, as_recipe_error, did_you_mean, error_context
 from rlhf_recipes.core.files import read_json, write_json
 from rlhf_recipes.models.adapters import check_adapter_complete
 from rlhf_recipes.models.dropout import disable_dropout
@@ -27,6 +28,9 @@ from peft import PeftModel
 from torch import Tensor, nn
 from transformers import PreTrainedModel, Trainer
 
+SAMPLING_METRICS = ("reward", "reward_std", "frac_reward_zero_std", "rlhf_reward", "score", "score_std", "kl", "kl_coef")
+SAMPLING_METRICS += ("entropy", "entropy_coef", "aux_loss", "policy_loss", "num_tokens")
+"""What an evaluation of PPO logs, beside names with a slash."""
 COUNTERS = "counts-{}.json"
 """File of a checkpoint with the counters of one process."""
 
@@ -66,11 +70,9 @@ class TrainerMixin:
         Raises:
             RecipeError: with the key.
         """
-        args = self.args
-        if hasattr(self, "reward_funcs"):  # PPO repeats and samples its rows
-            return
+        args, samples = self.args, hasattr(self, "reward_funcs")
         rows, batch = len(self.train_dataset), args.train_batch_size * args.world_size
-        if args.dataloader_drop_last and rows < batch:
+        if args.dataloader_drop_last and rows < batch and not samples:  # PPO repeats its prompts
             raise RecipeError(
                 f"dataloader_drop_last: {rows} rows are less than a batch of {batch}: no step would be trained. Fix: set it to "
                 "false, or a smaller `per_device_train_batch_size`"
@@ -83,7 +85,20 @@ class TrainerMixin:
             )
         wanted, sharded = args.metric_for_best_model, self.is_fsdp_enabled or self.is_deepspeed_enabled
         if args.eval_strategy != "no" and wanted not in (None, "loss", "eval_loss") and not sharded:
-            self._check_metric(wanted, {"eval_loss", *self._evaluation_metrics()})
+            # Sampling takes long; a name with a slash may be of a reward function
+            names = self._evaluation_metrics() if not samples else [wanted] if "/" in wanted else SAMPLING_METRICS
+            self._check_metric(wanted, {"loss", *names})
+
+    def create_optimizer(self, *args: Any, **kwargs: Any) -> torch.optim.Optimizer:
+        """Create the optimizer; what it rejects is one message."""
+        with as_recipe_error(f"optim: {plain(self.args.optim)}"):
+            return super().create_optimizer(*args, **kwargs)
+
+    def create_scheduler(self, *args: Any, **kwargs: Any) -> torch.optim.lr_scheduler.LRScheduler:
+        """Create the scheduler; what it rejects is one message."""
+        name = plain(self.args.lr_scheduler_type)
+        with error_context(f"lr_scheduler_type: {name}", TypeError, ValueError, fix="set or correct `lr_scheduler_kwargs`"):
+            return super().create_scheduler(*args, **kwargs)
 
     def _evaluation_metrics(self) -> set[str]:
         """Return the names that TRL logs in an evaluation, found by its first batch."""
@@ -93,7 +108,7 @@ class TrainerMixin:
             self.model.eval()
             self.prediction_step(self.model, batch, prediction_loss_only=True)
         self.model.train(training)
-        names = {f"eval_{name}" for name in self._metrics["eval"]}
+        names = set(self._metrics["eval"])
         self._metrics["eval"].clear()
         return names
 
@@ -103,7 +118,7 @@ class TrainerMixin:
         return super()._determine_best_metric(metrics, *args, **kwargs)
 
     def _check_metric(self, wanted: str, known: Iterable[str]) -> None:
-        names = [name.removeprefix("eval_") for name in known]
+        names = {name.removeprefix("eval_") for name in known}
         if wanted.removeprefix("eval_") not in names:
             raise RecipeError(
                 f"metric_for_best_model: {wanted!r} is none of {', '.join(sorted(names))}{did_you_mean(wanted, names)}"

@@ -205,6 +205,16 @@ def test_invalid_scores_are_an_error_that_names_the_prompt(scores, message):
         measurement.score("gold", answers_of("a", "b"))
 
 
+def test_an_example_that_contains_its_reference_says_so():
+    measurement = measurement_of(rows=questions(reference=[["a", "b"], ["c"]]))
+    samples = {"x": PolicySamples(answers_of("b", "It is c")), "y": PolicySamples(answers_of("I do not know", "d"))}
+    results = collect_results(measurement, {name: Policy(name) for name in samples}, samples, None, None, None)
+    kinds = [[answer.kind for answer in example.answers.values()] for example in results.examples]
+    assert kinds == [["right", "abstained"], ["contains_reference", "made_up"]]
+    assert [example.reference for example in results.examples] == ["a / b", "c"]
+    assert "x, contains reference" in render(results)
+
+
 def test_a_reward_that_applies_nowhere_is_a_dash():
     measurement = measurement_of(NamedReward("nowhere", lambda completions, **columns: [None] * len(completions)))
     answers = {"x": answers_of("a", "b"), "y": answers_of("a", "c")}

@@ -129,6 +129,12 @@ def test_the_verdict_warns_of_answers_that_are_cut_off_or_say_more_than_the_refe
     assert not [line for line in lines if line.startswith("Answers")]
 
 
+def test_a_judge_that_prefers_nothing_says_so():
+    ties = WinRate(judge="gold", win_rate=0.5, interval=[0.4, 0.6], n=9, prompts=9, ties=9)
+    results = evaluation_results({"sft": policy_result(), "ppo": policy_result(win_rate=ties)}, {"gold": False})
+    assert verdict(results)[0] == "Judged by gold, not told apart from sft: ppo (all tie)."
+
+
 @pytest.mark.parametrize(("share", "prompts", "words"), [(0.9, 20, "better"), (0.9, 5, "not told apart"), (0.1, 20, "worse")])
 def test_wins_count_as_other_differences_do(share, prompts, words):
     wins = WinRate(judge="gold", win_rate=share, interval=[share - 0.05, share + 0.05], n=9, prompts=prompts, ties=0)

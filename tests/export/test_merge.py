@@ -22,6 +22,7 @@ import pytest
 import torch
 from huggingface_hub import HfApi, ModelCard, RepoUrl
 from peft import LoraConfig, PeftModel, get_peft_model
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from transformers import (
     AutoModelForCausalLM,
@@ -30,6 +31,7 @@ from transformers import (
     LlamaConfig,
     LlamaForCausalLM,
     PreTrainedModel,
+    PreTrainedTokenizerFast,
     pipeline,
 )
 from trl import ModelConfig, SFTConfig
@@ -225,11 +227,19 @@ def test_weights_that_are_not_finite_are_refused(merge, policy, tmp_path):
     assert "not finite" in error
 
 
+FULL = "No space left on device (os error 28)"
+
+
 @pytest.mark.parametrize(
-    "error", [OSError(errno.ENOSPC, os.strerror(errno.ENOSPC)), merging.SafetensorError("Io(No space left on device)")]
+    ("writer", "error"),
+    [
+        (PreTrainedModel, OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))),
+        (PreTrainedModel, SafetensorError(f"I/O error: {FULL}")),
+        (PreTrainedTokenizerFast, Exception(FULL)),  # of `tokenizers`
+    ],
 )
-def test_full_disk_leaves_nothing(merge, policy, monkeypatch, error):
-    monkeypatch.setattr(PreTrainedModel, "save_pretrained", Mock(side_effect=error))
+def test_full_disk_leaves_nothing(merge, policy, monkeypatch, writer, error):
+    monkeypatch.setattr(writer, "save_pretrained", Mock(side_effect=error))
     status, message, output = merge(policy)
     assert (status, left(output)) == (2, [])
     assert "cannot be written" in message
@@ -260,7 +270,7 @@ def test_folder_that_cannot_be_created(launch, policy, tmp_path):
     (tmp_path / "file").touch()
     status, error = launch("merge", "--adapter", policy, "--output_dir", tmp_path / "file" / "merged")
     assert status == 2
-    assert "cannot be written (" in error
+    assert "cannot be written to (" in error
 
 
 @pytest.mark.parametrize(

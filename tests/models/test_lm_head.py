@@ -1,7 +1,9 @@
 """Log-probabilities of the wanted tokens alone, against the whole logits of several families."""
 
+from rlhf_recipes.generation.policies import Placement
 from rlhf_recipes.models import lm_head
-from rlhf_recipes.models.lm_head import keep_head_inputs_contiguous, token_log_probs
+from rlhf_recipes.models.lm_head import token_log_probs
+from rlhf_recipes.models.loading import load_model
 
 import pytest
 import torch
@@ -16,6 +18,7 @@ from transformers import (
     LlamaConfig,
     OPTConfig,
 )
+from trl import ModelConfig
 
 VOCABULARY = 96
 SIZES = {"vocab_size": VOCABULARY, "hidden_size": 32, "num_attention_heads": 2, "num_hidden_layers": 2}
@@ -79,17 +82,17 @@ def test_an_adapter_on_the_head_counts():
 def test_the_head_reads_contiguous_states_of_wanted_tokens_only(dtype):
     model, seen = random_model("llama", dtype), []
     model.lm_head.register_forward_pre_hook(lambda module, inputs: seen.append(inputs[0]))
-    keep_head_inputs_contiguous(model)
-    ids, mask, wanted = batch()
-    logps = token_log_probs(model, ids, mask, wanted)
+    logps = token_log_probs(model, *batch())
     assert (logps.dtype, logps.shape) == (torch.float32, (5,))
     assert (seen[0].shape, seen[0].is_contiguous()) == ((1, 5, 32), True)
 
 
-def test_generation_reads_no_slices():
-    """On a CPU a frozen head would be copied once for each row."""
-    model, seen = random_model("llama"), []
-    keep_head_inputs_contiguous(model)
+@pytest.mark.parametrize(("large", "contiguous"), [(1, True), (2**20, False)])
+def test_sampling_gives_a_large_head_no_slices(large, contiguous, monkeypatch):
+    """On a CPU a frozen head would be copied once for each row; a small one is not worth it."""
+    monkeypatch.setattr(lm_head, "_LARGE", large)
+    model = load_model(ModelConfig(model_name_or_path="rlhf_recipes.tiny.base", dtype="float32"), Placement(False))
+    seen = []
     model.lm_head.register_forward_pre_hook(lambda module, inputs: seen.append(inputs[0].is_contiguous()))
-    model.generate(batch()[0], max_new_tokens=3, min_new_tokens=3, do_sample=False)
-    assert seen == [True] * 3
+    model.generate(batch()[0], max_new_tokens=2, min_new_tokens=2, do_sample=False)
+    assert seen == [contiguous, True]  # the prompt, and a token

@@ -71,6 +71,11 @@ def test_answers_are_the_content_under_every_template(family, prompt):
     assert answer_text(tokenizer, prompt, CONTENT) == CONTENT  # of a dataset
     message = [{"role": "assistant", "content": text}]
     assert answer_messages(tokenizer, [prompt], [message], [ids])[0][0]["content"].strip() == CONTENT
+    for content in (CONTENT, "final: answer", "assistant: answer"):  # an answer is stripped once
+        ids, text = sampled(tokenizer, prompt, content)
+        for _ in range(2):
+            text = answer_text(tokenizer, prompt, text, ids)
+        assert text.strip() == content
     empty, text = sampled(tokenizer, prompt, "")
     assert answer_text(tokenizer, prompt, text.strip(), empty).strip() == ""
 

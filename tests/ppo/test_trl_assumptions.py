@@ -48,6 +48,9 @@ REWARD_HOOKS = {
 """What `RankingTrainer` overrides."""
 
 MIXIN_HOOKS = {
+    "create_optimizer": "self, model",
+    "create_scheduler": "self, num_training_steps, optimizer",
+    "_determine_best_metric": "self, metrics, trial",
     "_load_from_checkpoint": "self, resume_from_checkpoint, model",
     "_load_optimizer_and_scheduler": "self, checkpoint",
     "_load_rng_state": "self, checkpoint",

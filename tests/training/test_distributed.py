@@ -19,6 +19,7 @@ from safetensors.torch import load_file
 SGD = ("--optim", "sgd", "--learning_rate", 0.1)  # Adam makes full steps even of rounding errors
 SHORT = (*SGD, "--max_steps", 4, "--logging_steps", 1, "--warmup_steps", 0, *NO_EVALUATION, "--save_strategy", "no")
 TEST = '[{"path": "rlhf_recipes.tiny.splits.rankings", "split": "test", "arguments": {"rows": 20, "k": 4}}]'
+END = ("--eval_datasets", TEST, "--per_device_eval_batch_size", 10)  # evaluated at the end
 SFT = ("--dataset_arguments", '{"rows": 128}')
 RANKINGS = ("--dataset_arguments", '{"rows": 64, "k": 4}')
 IN_4_BITS = ("--load_in_4bit", "true", "--use_bnb_nested_quant", "true")
@@ -35,11 +36,11 @@ def short(recipe, folder, batch, processes, *options):
 def stages(folder, processes):
     """Return SFT, DPO, PPO and an ensemble, which comes last: its first member must not end the process group."""
     policy = ("--start_from", folder / "sft", "--needs", "[]")
-    evaluation = ("--eval_strategy", "steps", "--eval_steps", 4, "--eval_datasets", TEST, "--per_device_eval_batch_size", 10)
+    evaluation = ("--eval_strategy", "steps", "--eval_steps", 4, *END)
     return [
         short("sft", folder / "sft", 16, processes, *SFT),
         short("dpo", folder / "dpo", 8, processes, *RANKINGS, *policy, *evaluation),
-        short("ppo", folder / "ppo", 16, processes, *policy, "--max_steps", 1),
+        short("ppo", folder / "ppo", 16, processes, *policy, "--max_steps", 1, "--value_warmup_steps", 0),
         short("reward", folder / "reward", 8, processes, *RANKINGS, *evaluation, "--ensemble_size", 2),
     ]
 
@@ -54,7 +55,7 @@ def sharded_stages(folder, processes):
         short("sft", folder / "unbroken", 16, processes, *adam, *SAVING),
         short("sft", folder / "resumed", 16, processes, *adam, *again),
         short("dpo", folder / "dpo", 8, processes, *RANKINGS, *policy),
-        short("reward", folder / "reward", 8, processes, *RANKINGS, "--eval_datasets", TEST, *IN_4_BITS),
+        short("reward", folder / "reward", 8, processes, *RANKINGS, *END, *IN_4_BITS),
     ]
 
 

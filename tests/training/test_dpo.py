@@ -6,7 +6,7 @@ import math
 import re
 from importlib import import_module
 
-from rlhf_recipes.config.dpo import LOSSES, SMOOTHED, DPOConfig
+from rlhf_recipes.config.dpo import DIVERGENCES, LOSSES, SMOOTHED, DPOConfig
 from rlhf_recipes.training.trainers import DPOTrainer
 from support import ROOT
 from support.small_ppo import copies, in_4_bits, logged, lora, make_model, make_tokenizer, moved, save_base, with_adapter
@@ -179,7 +179,8 @@ def test_resumed_run_equals_unbroken_one(tmp_path):
 
 def test_losses_are_those_of_trl():
     source = inspect.getsource(trl.DPOTrainer)
-    assert set(re.findall(r'loss_type == "(\w+)"', source)) == set(LOSSES)
+    assert set(re.findall(r'\bloss_type == "(\w+)"', source)) == set(LOSSES)
+    assert set(re.findall(r'f_divergence_type == "(\w+)"', source)) == set(DIVERGENCES)
 
 
 def test_smoothed_losses_are_those_of_trl():
@@ -208,6 +209,7 @@ def test_every_loss_trains_the_policy(tmp_path, loss):
         ({"loss_type": []}, r"loss_type: "),
         ({"loss_type": "ipo", "beta": 0.0}, r"beta: 0.0"),
         ({"loss_type": "sigmod"}, r"loss_type: 'sigmod' .*'sigmoid'"),
+        ({"f_divergence_type": "jensen"}, r"f_divergence_type: 'jensen' .*js_divergence"),
     ],
 )
 def test_config_rejects_options_without_effect(tmp_path, options, message):

@@ -6,6 +6,7 @@ import logging
 from rlhf_recipes.core.errors import RecipeError
 from rlhf_recipes.models.positions import check_packing, position_limit
 from rlhf_recipes.models.tokenizer import load_tokenizer
+from rlhf_recipes.training.trainers import SAMPLING_METRICS
 from support.small_ppo import EOS, PAD, WORDS, make_tokenizer, save_base
 
 import pytest
@@ -142,7 +143,7 @@ def test_no_limit_of_a_base_that_cannot_be_read(tmp_path):
         ("sft", "short", {"packing": True, "packing_strategy": "wrapped", "max_length": 64}, "max_length: 64"),
         ("reward", "long", {"max_length": 256}, "max_length: 256"),
         ("dpo", "long", {"max_length": 256}, "max_length: 256"),
-        ("ppo", "short", {"max_completion_length": 30}, "max_completion_length: 30"),
+        ("ppo", "short", {"max_completion_length": 29}, "max_completion_length: 29"),
         ("ppo", "long", {}, "max_completion_length: 8"),
         ("ppo", "short", {"ptx_coef": 1.0, "ptx_dataset": [{"path": "{}/texts-long.jsonl"}]}, "ptx_max_length: 512"),
         ("sample", "short", {"max_completion_length": 40}, "max_completion_length: 40"),
@@ -164,7 +165,7 @@ def test_rows_beyond_the_positions_are_refused(refusal, files, recipe, data, opt
     [
         ("sft", "short", {"max_length": 256}),  # no row is longer
         ("sft", "long", {"max_length": 32}),  # cut there
-        ("evaluate", "short", {"max_completion_length": 29}),  # prompts have 3 tokens
+        ("evaluate", "short", {"max_completion_length": 28}),  # 3 of the prompt, EOS
     ],
 )
 def test_rows_within_the_positions_are_used(refusal, recipe, data, options):
@@ -209,6 +210,14 @@ def test_rounding_is_no_leak():
         ("reward", {"dataloader_drop_last": True, "per_device_train_batch_size": 9}, ("dataloader_drop_last: 8 rows", "9")),
         ("sft", {"num_train_epochs": 0, "max_steps": -1}, ("num_train_epochs: 0",)),
         ("ppo", {"max_steps": 0}, ("max_steps: 0",)),
+        ("sft", {"eval_packing": True}, ("eval_packing: ",)),
+        ("sft", {"activation_offloading": True}, ("activation_offloading: ",)),
+        ("sft", {"eval_accumulation_steps": 0}, ("eval_accumulation_steps: 0",)),
+        ("reward", {"use_liger_kernel": True}, ("reward: ", "liger")),
+        ("sft", {"adam_beta1": 2.0}, ("optim: adamw", "beta")),
+        ("dpo", {"optim": "lomo"}, ("optim: lomo", "install")),
+        ("reward", {"lr_scheduler_kwargs": {"min_lr": 0.1}}, ("lr_scheduler_type: linear", "lr_scheduler_kwargs")),
+        ("sft", {"lr_scheduler_type": "warmup_stable_decay"}, ("lr_scheduler_type: warmup_stable_decay", "num_decay_steps")),
         ("dpo", {"sync_ref_model": True}, ("sync_ref_model: ",)),
         ("dpo", {"use_peft": False, "sync_ref_model": True, "precompute_ref_log_probs": True}, ("sync_ref_model",)),
     ],
@@ -225,6 +234,7 @@ def test_options_that_train_nothing_or_fail_are_refused(refusal, recipe, options
         ("sft", "eval_mean_tokn_accuracy", "mean_token_accuracy"),
         ("reward", "eval_acuracy", "accuracy"),
         ("dpo", "rewards/accuracy", "rewards/accuracies"),
+        ("ppo", "eval_scores", "score"),
     ],
 )
 def test_metric_that_no_evaluation_has_is_refused(refusal, recipe, metric, guess):
@@ -233,6 +243,30 @@ def test_metric_that_no_evaluation_has_is_refused(refusal, recipe, metric, guess
     message = refusal(recipe, **options)
     assert f"metric_for_best_model: {metric!r} is none of " in message
     assert guess in message
+
+
+def test_best_checkpoint_of_ppo_by_its_own_metrics(launch, files, tmp_path):
+    values = {"model_name_or_path": str(files / "llama"), "dataset_name": str(files / "prompts-short.jsonl"), "use_peft": True}
+    values |= {"reward_funcs": [f"{__name__}.length"], "max_completion_length": 4, "per_device_train_batch_size": 4}
+    values |= {"test_split_size": 4, "eval_strategy": "steps", "eval_steps": 1, "save_steps": 1, "max_steps": 1}
+    values |= {
+        "load_best_model_at_end": True,
+        "metric_for_best_model": "rewards/length/mean",
+        "output_dir": str(tmp_path / "o"),
+    }
+    values |= {"lora_target_modules": "all-linear", "gradient_checkpointing": False, "per_device_eval_batch_size": 4}
+    (tmp_path / "ppo.yaml").write_text(yaml.safe_dump(values))
+    status, error = launch("ppo", "--config", tmp_path / "ppo.yaml")
+    assert status == 0, error
+    (evaluated,) = (e for e in json.loads((tmp_path / "o" / "recipe.json").read_text())["log"] if "eval_loss" in e)
+    times = ("runtime", "per_second")
+    names = {name.removeprefix("eval_") for name in evaluated if "/" not in name and not name.endswith(times)}
+    assert names - {"loss", "epoch", "step"} <= {*SAMPLING_METRICS}
+    (tmp_path / "ppo.yaml").write_text(yaml.safe_dump(values | {"metric_for_best_model": "rewards/lenght/mean"}))
+    status, error = launch("ppo", "--config", tmp_path / "ppo.yaml")
+    assert status == 2
+    assert "did you mean 'rewards/length/mean'" in error
+    assert "Traceback" not in error
 
 
 def test_metric_of_evaluations_chooses_the_best_checkpoint(launch, files, tmp_path):

@@ -160,6 +160,8 @@ def _on(group: str) -> str:
 
 def _rate(rate: WinRate) -> str:
     low, high = rate.interval
+    if rate.ties == rate.n:
+        return "all tie"
     return f"{rate.win_rate:.0%} [{low:.0%}, {high:.0%}]"
 
 

@@ -48,15 +48,7 @@ class ActorCriticTrainer(TrainerMixin, GRPOTrainer):
 
     Parameters: those of `PPOTrainer`.
 
-    Attributes:
-        critic: predicts values.
-        critic_optimizer: trains it.
-        ref_model: the reference, if it is a model of its own.
-        reference_adapter: the reference, if it is an adapter or the bare base; None otherwise.
-        kl: the coefficient of the KL penalty.
-        score_scaling: the running scale of scores.
-        pretraining_text: for `ptx_coef`, or None.
-        progress: of the updates on the current rollout.
+    The reference is `ref_model`, or `reference_adapter` where it is an adapter or the bare base.
     """
 
     def __init__(

@@ -30,11 +30,8 @@ FILE = "critic.safetensors"
 class Critic:
     """A scalar head on hidden states of the policy, an adapter, or a second model.
 
-    Parameters:
-        head: hidden state -> value.
-        model: computes the hidden states. None: the critic shares the policy's backbone, and reads its states detached, since
-            the gradient of the value loss would spoil the policy.
-        adapter: name of the critic's adapter on `model`, or None.
+    Without `model` it shares the policy's backbone, and reads its states detached: the gradient of the value loss would spoil
+    the policy. `adapter` is the name of its adapter on `model`.
     """
 
     def __init__(self, head: ScalarHead, model: nn.Module | None = None, adapter: str | None = None):

@@ -47,18 +47,18 @@ def forward_policy(
     entropy: bool = False,
     aux_loss: bool = False,
 ) -> PolicyOutput:
-    """Run a language model over prompts and completions.
+    """Run a language model with TRL's fused head over prompts and completions.
 
     Args:
-        model: the policy or the reference, with TRL's fused LM head, prepared by `accelerator`.
+        model: the policy or the reference, prepared by `accelerator`.
         input_ids: (B, P + T).
         attention_mask: (B, P + T).
         length: T, the number of tokens of the completions.
         accelerator: of the trainer.
         critic: gives values where it shares the policy's backbone.
         batch_size: rows a pass; by default all.
-        entropy: whether to compute entropies.
-        aux_loss: whether to compute the load-balancing loss.
+        entropy: compute entropies, too.
+        aux_loss: compute the load-balancing loss, too.
     """
     chunks, order = split_by_length(attention_mask, batch_size or len(input_ids))
     options = {"output_router_logits": True} if aux_loss else {}
@@ -173,13 +173,7 @@ def pad_right(values: Tensor, length: int) -> Tensor:
 
 
 class GenerationRecorder:
-    """Context that records one call of `generate`, keeping the logits of one step.
-
-    Parameters:
-        model: the language model that generates, with or without adapters.
-        temperature: of sampling.
-        critic: gives values where it shares the policy's backbone.
-    """
+    """Context that records one call of `generate`, keeping the logits of one step."""
 
     def __init__(self, model: nn.Module, temperature: float, critic: Critic):
         self.model, self.temperature, self.critic = model, temperature, critic
