@@ -44,7 +44,7 @@ def holds_messages(value: Any) -> bool:
 
 
 def is_list_as_text(value: Any, column: str) -> bool:
-    """Return whether a value is a list written as text, as in CSV files, or holds such."""
+    """Return whether a value is a list written as text (in CSV files), or holds one."""
     if isinstance(value, list):  # of completions, or of responses
         return any(is_list_as_text(item.get("text") if isinstance(item, dict) else item, "") for item in value)
     if not isinstance(value, str) or not value.strip():
