@@ -28,7 +28,7 @@ Form = Literal["preference", "ranking", "completion", "prompt", "messages", "tex
 
 _SHAREGPT_ROLES = {"human": "user", "gpt": "assistant"}
 _LIST_COLUMNS = ("messages", "conversations", "completions", "ranks", "responses", "history")
-_BEGINS_LIST = re.compile(r"\s*(?:array\()?\[\s*\{")
+_BEGINS_MESSAGE = re.compile(r"\s*(?:array\()?(?:\[\s*)?\{")
 _MESSAGE_KEYS = (("role", "content"), ("from", "value"))
 
 
@@ -44,15 +44,16 @@ def holds_messages(value: Any) -> bool:
 
 
 def is_list_as_text(value: Any, column: str) -> bool:
-    """Return whether a value is a list written as text (in CSV files), or holds one."""
+    """Return whether a value is a list or a message written as text, or holds one."""
     if isinstance(value, list):  # of completions, or of responses
         return any(is_list_as_text(item.get("text") if isinstance(item, dict) else item, "") for item in value)
     if not isinstance(value, str) or not value.strip():
         return False
-    if column in _LIST_COLUMNS or not _BEGINS_LIST.match(value):
+    if column in _LIST_COLUMNS or not _BEGINS_MESSAGE.match(value):
         return column in _LIST_COLUMNS
     try:
-        first = json.loads(value)[0]
+        parsed = json.loads(value)
+        first = parsed[0] if isinstance(parsed, list) else parsed
     except (ValueError, RecursionError):  # as Python or NumPy write it
         first = re.findall(r"['\"](\w+)['\"]\s*:", value)
     return any(role in first and text in first for role, text in _MESSAGE_KEYS)
@@ -65,7 +66,7 @@ def parse_lists(value: Any, name: str, column: str) -> Any:
             value = json.loads(value)
         except (ValueError, RecursionError):
             value = None
-        if not isinstance(value, list):
+        if not isinstance(value, list | dict):
             raise BadRowError(f"{name} is a list written as text, but not as JSON: save the file as JSON lines or Parquet")
     if isinstance(value, list) and is_list_as_text(value, column):
         return [parse_lists(item, name, "") for item in value]

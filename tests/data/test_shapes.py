@@ -217,6 +217,12 @@ def test_messages_written_as_text_within_lists_are_read(write, write_list):
         assert rows_of(write([row]), "ranking") == expected
 
 
+@pytest.mark.parametrize("write_value", [dict, json.dumps])
+def test_one_message_is_no_list_of_messages_as_text_either(write, write_value):
+    row = {"prompt": write_value(user("Q")), "completion": write_value(bot("A"))}
+    assert "prompt is neither text nor a list of messages" in failure(write([row]), "sft")
+
+
 def as_numpy(value):
     """As pandas writes lists that it read from Parquet."""
     return "\n ".join(str(value).split(", {"))
