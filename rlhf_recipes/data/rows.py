@@ -187,7 +187,6 @@ def _parsed(values: Iterable[Any], column: str, texts: set[str]) -> Iterator[Any
 def _is_conversational(dataset: Dataset, shape: Shape, texts: set[str]) -> bool:
     if isinstance(shape.conversational, bool):
         return shape.conversational
-
     values = (_parsed(_values(dataset, column), column, texts) for column in shape.columns)
     return any(_mostly(map(shape.conversational, column)) for column in values)
 

@@ -16,7 +16,7 @@ def disable_dropout(model: nn.Module) -> None:
     """Turn off dropout and other noise of training, for good.
 
     Many families have no dropout module: their attention reads a number, `attention_dropout`, from a module or from the
-    configuration. TRL's `disable_dropout_in_model` knows modules only.
+    configuration. TRL's `disable_dropout_in_model` knows modules only. A configuration that is saved later has rates of 0.
     """
     for module in model.modules():
         if isinstance(module, _DropoutNd):

@@ -17,7 +17,8 @@ _ROW = 16  # tokens of each of the two packed rows
 def position_limit(arguments: ModelConfig) -> int | None:
     """Return how many positions a base has if they end, as learned ones do; else None.
 
-    Beyond them PyTorch fails in an embedding, on a GPU by a device-side assert. Rotary positions have no end.
+    Beyond them PyTorch fails in an embedding, on a GPU by a device-side assert. Rotary positions have no end. Bases with
+    code of their own are not looked into.
     """
     try:
         config = AutoConfig.from_pretrained(model_path(arguments), revision=arguments.model_revision, trust_remote_code=False)
