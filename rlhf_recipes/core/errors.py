@@ -38,7 +38,7 @@ class RecipeError(Exception):
 
 
 def printable(text: str) -> str:
-    """Return a text for the terminal: shortened if very long, control characters escaped."""
+    """Return a text with control characters escaped, shortened if very long."""
     if len(text) > _LONGEST:
         text = f"{text[: _LONGEST * 2 // 3]} [...] {text[-_LONGEST // 3 :]}"
     return "".join(letter if letter.isprintable() or letter in "\n\t" else repr(letter)[1:-1] for letter in text)

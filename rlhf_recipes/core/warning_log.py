@@ -33,7 +33,7 @@ class _WarningLog(logging.Handler):
                 file.write(f"{text}\n")
 
     def repeat(self) -> None:
-        """Print all warnings again, in their order; a launched recipe leaves it to its launcher."""
+        """Print all warnings again, unless a launcher will."""
         if self.texts and not self.relay:
             print(f"{below_progress_bar()}Warnings of this run, again:", file=sys.stderr)
             print(*(f"warning: {text}" for text in self.texts), sep="\n", file=sys.stderr, flush=True)
