@@ -7,7 +7,7 @@ from pathlib import Path
 
 from rlhf_recipes.config.current import CURRENT_RUN, CurrentRun
 from rlhf_recipes.core.errors import RecipeError, causes, failed_write, first_line, lack_of_memory
-from rlhf_recipes.core.warning_log import below_progress_bar, repeat_warnings
+from rlhf_recipes.core.warning_log import repeat_warnings
 
 # What imports PyTorch is imported where it is needed: recipes/label.py starts without it
 
@@ -30,11 +30,11 @@ def exit_on_recipe_error() -> Iterator[None]:
         message = _message(error, run)
         if message is None:
             raise
-        print(f"{below_progress_bar()}error: {f'{run.source}: ' if run else ''}{message}", file=sys.stderr)
+        print(f"error: {f'{run.source}: ' if run else ''}{message}", file=sys.stderr)
         sys.exit(2)
     except KeyboardInterrupt:
         run = CURRENT_RUN.get()
-        print(below_progress_bar() + "; ".join([f"stopped{_when(run)}", *_kept(run, "true")]), file=sys.stderr)
+        print("; ".join([f"stopped{_when(run)}", *_kept(run, "true")]), file=sys.stderr)
         sys.exit(130)
     finally:
         CURRENT_RUN.reset(token)

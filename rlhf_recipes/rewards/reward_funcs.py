@@ -119,7 +119,7 @@ def _read_entry(entry: Any) -> tuple[str, float, dict[str, Any] | None]:
 
 def _saved_reward(path: str, arguments: dict[str, Any]) -> SavedReward:
     if not Path(path).is_dir():
-        raise RecipeError("no such folder. Fix: train it first (recipes/reward.py), or name it in `needs`")
+        raise RecipeError("no such folder. Fix: train it first, by recipes/reward.py or a stage before this one")
     try:
         return SavedReward(folder=path, **arguments)
     except (TypeError, ValidationError) as error:
