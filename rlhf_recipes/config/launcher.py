@@ -10,8 +10,6 @@ from typing import Any
 from rlhf_recipes.core.errors import RecipeError, error_context
 from rlhf_recipes.core.yaml import read_yaml
 
-from accelerate.utils import parse_flag_from_env
-
 _DDP = "configs/accelerate/ddp.yaml"
 _FSDP = "configs/accelerate/fsdp.yaml"
 _MALFORMED = (OSError, ValueError, TypeError, AttributeError)
@@ -61,6 +59,8 @@ def read_launcher(path: str | Path) -> Launcher:
 
 def current_launcher() -> Launcher:
     """Return the launcher of this process, from the variables of `accelerate launch`."""
+    from accelerate.utils import parse_flag_from_env  # it imports PyTorch
+
     if parse_flag_from_env("ACCELERATE_USE_DEEPSPEED"):
         file = os.environ.get("ACCELERATE_DEEPSPEED_CONFIG_FILE", "none")
         if file != "none":

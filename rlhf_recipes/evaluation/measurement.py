@@ -11,12 +11,13 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from rlhf_recipes.config.evaluate import EvaluateArguments
-from rlhf_recipes.core.errors import RecipeError
+from rlhf_recipes.core.errors import RecipeError, error_context
 from rlhf_recipes.evaluation.metrics.intervals import Floats
 from rlhf_recipes.evaluation.named_rewards import NamedReward
 from rlhf_recipes.generation.answers import Answer, log_probs, sample
 from rlhf_recipes.generation.judges import ChatJudge, read_chat_judge
-from rlhf_recipes.generation.policies import Policy, PolicyBank, require_adapter
+from rlhf_recipes.generation.policies import Policy, PolicyBank
+from rlhf_recipes.references import require_adapter
 from rlhf_recipes.rewards.matching import accepted_answers
 from rlhf_recipes.rewards.protocol import checked_reward, score_completions
 
@@ -160,7 +161,8 @@ def check_names(arguments: EvaluateArguments, policies: dict[str, Policy]) -> No
     if policies[arguments.compare_with].best_of and arguments.kl_reference is None:
         raise RecipeError("kl_reference: `compare_with` is a best-of-n, which has no probabilities. Fix: name another policy.")
     for number, folder in enumerate(arguments.frontier, start=1):
-        require_adapter(folder, f"frontier, entry {number}")
+        with error_context(f"frontier, entry {number}"):
+            require_adapter(folder)
     if arguments.lm_eval_tasks and importlib.util.find_spec("lm_eval") is None:
         raise RecipeError("lm_eval_tasks: lm-eval is not installed. Fix: `pip install lm-eval`, or remove the key.")
 

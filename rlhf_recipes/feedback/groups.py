@@ -21,6 +21,7 @@ from typing import Annotated, Any, Literal, Self, TypeVar
 
 from rlhf_recipes.config.sample import MAX_COMPLETIONS
 from rlhf_recipes.core.errors import RecipeError
+from rlhf_recipes.references import require_groups
 
 from pydantic import BaseModel, ConfigDict, Discriminator, Field, Tag, ValidationError, model_validator
 
@@ -163,6 +164,7 @@ def read_groups(path: str | Path) -> list[Group]:
     Raises:
         RecipeError: if the file cannot be read, is empty, mixes texts and messages, or holds one id with different contents.
     """
+    require_groups(str(path))
     path = Path(path) / GROUPS if Path(path).is_dir() else Path(path)
     groups: dict[str, Group] = {}
     for where, row in read_rows(path, GroupRow):

@@ -5,10 +5,10 @@ import inspect
 import math
 from collections.abc import Callable, Sequence
 from functools import partial
-from pathlib import Path
 from typing import Any, Literal
 
 from rlhf_recipes.core.errors import RecipeError, did_you_mean, error_context, one_line
+from rlhf_recipes.references import is_reward_folder, require_reward, require_reward_folder
 from rlhf_recipes.rewards.functions import CONVERT_REFERENCES, FINITE_FLOATS, NAME_A_REFERENCE
 from rlhf_recipes.rewards.matching import accepted_answers
 from rlhf_recipes.rewards.protocol import TRL_KEYWORDS, Reward, checked_reward
@@ -66,7 +66,7 @@ def load_rewards(entries: Any, *data: Dataset | None) -> tuple[list[Reward | Sav
             path, weight, arguments = _read_entry(entry)
         weights.append(weight)
         with error_context(f"reward_funcs, entry {number}: {path}"):
-            if "/" in path or Path(path).is_dir():
+            if is_reward_folder(path):
                 rewards.append(_saved_reward(path, arguments or {}))
                 continue
             reward = _build(path, arguments)
@@ -118,8 +118,7 @@ def _read_entry(entry: Any) -> tuple[str, float, dict[str, Any] | None]:
 
 
 def _saved_reward(path: str, arguments: dict[str, Any]) -> SavedReward:
-    if not Path(path).is_dir():
-        raise RecipeError("no such folder. Fix: train it first (recipes/reward.py), or name it in `needs`")
+    require_reward_folder(path)
     try:
         return SavedReward(folder=path, **arguments)
     except (TypeError, ValidationError) as error:
@@ -149,9 +148,8 @@ def _build(path: str, arguments: dict[str, Any] | None) -> Reward:
 
 def _import(path: str) -> Any:
     """Return the object that a dotted path names."""
+    require_reward(path)
     module_name, _, name = path.rpartition(".")
-    if not module_name or not all(part.isidentifier() for part in path.split(".")):
-        raise RecipeError("expected a folder, or a dotted path such as rlhf_recipes.rewards.exact_match")
     with error_context(f"cannot import {module_name} (it is neither in this folder nor on PYTHONPATH)", ImportError):
         module = importlib.import_module(module_name)
     if not hasattr(module, name):
