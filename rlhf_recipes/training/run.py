@@ -12,6 +12,7 @@ from typing import Any
 from rlhf_recipes.config.current import set_trainer
 from rlhf_recipes.core.errors import RecipeError, one_line
 from rlhf_recipes.core.files import PENDING, RECIPE
+from rlhf_recipes.core.warning_log import relay_warnings
 from rlhf_recipes.core.yaml import read_yaml
 from rlhf_recipes.export.upload import publish
 from rlhf_recipes.models.fingerprint import fingerprint
@@ -150,7 +151,9 @@ def run_dependencies(configs: Sequence[str], recipes: Path, inputs: Sequence[str
             )
         print(f"{output}: no result yet: running {path} first", flush=True)
         command = [sys.executable, str(recipe), "--config", str(path), "--resume_from_checkpoint", "true"]
-        if subprocess.run(command).returncode:
+        with relay_warnings(path.stem) as environment:
+            code = subprocess.run(command, env=environment).returncode
+        if code:
             raise RecipeError(f"needs: {path}: this stage failed; its own message is above")
 
 
