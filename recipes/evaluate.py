@@ -9,7 +9,11 @@ curves, reward against KL, reliability diagrams, and answers side by side. Runs 
 
 from pathlib import Path
 
-from rlhf_recipes.cli import exit_on_recipe_error
+from rlhf_recipes.cli import check_early, exit_on_recipe_error
+
+if __name__ == "__main__":
+    check_early(__file__)  # a misspelt key or path, before the seconds that the imports below take
+
 from rlhf_recipes.core.files import check_writable
 from rlhf_recipes.data import check_positions, check_rendered, drop_overlong_mode, load_texts
 from rlhf_recipes.evaluation.collect import collect_results

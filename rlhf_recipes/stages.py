@@ -2,7 +2,7 @@
 
 import pkgutil
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
 
@@ -47,12 +47,17 @@ class Stage:
 
     def argument_types(self) -> dict[str, str]:
         """Return the keys of its YAML file with their types as text."""
-        fields = [dataclass_fields(path) for path in self.arguments]
-        return {name: annotation for group in fields for name, annotation in group.items()}
+        return {name: annotation for path in self.arguments for name, annotation in _fields_of(path).items()}
 
     def memory_planner(self) -> Callable[..., Any] | None:
         """Import the function that predicts its memory."""
         return pkgutil.resolve_name(self.planner) if self.planner else None
+
+
+def _fields_of(path: str) -> dict[str, str]:
+    """Return the fields of an argument class, imported if its text does not tell."""
+    found = dataclass_fields(path)
+    return {item.name: str(item.type) for item in fields(pkgutil.resolve_name(path))} if found is None else found
 
 
 STAGES: dict[str, Stage] = {

@@ -49,7 +49,7 @@ def unknown_option(word: str, known: Collection[str]) -> RecipeError:
 
 
 def read_options(argv: Sequence[str], types: Mapping[str, str]) -> dict[str, Any]:
-    """Return the options of a command line that name a path, as far as their text tells.
+    """Return a command line's options that may name paths, as far as their text tells.
 
     Args:
         argv: the command line without the program's name.

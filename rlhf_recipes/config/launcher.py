@@ -57,6 +57,12 @@ def read_launcher(path: str | Path) -> Launcher:
         return Launcher(zero=int(config.get("zero_stage", 2)))
 
 
+def default_launcher_config() -> Path:
+    """Return the file of `accelerate config`: where accelerate would look for it."""
+    home = os.environ.get("HF_HOME", os.path.join(os.environ.get("XDG_CACHE_HOME", "~/.cache"), "huggingface"))
+    return Path(os.path.expanduser(home), "accelerate", "default_config.yaml")
+
+
 def current_launcher() -> Launcher:
     """Return the launcher of this process, from the variables of `accelerate launch`."""
     from accelerate.utils import parse_flag_from_env  # it imports PyTorch

@@ -65,7 +65,7 @@ class Origin:
 
 
 def config_of(recipe: Path, option: str | None) -> Path:
-    """Return the YAML file of a recipe: that of `--config`, else that of the tiny world."""
+    """Return a recipe's YAML file: that of `--config`, else the tiny world's."""
     with error_context(f"{COMMAND_LINE}: --config"):
         return user_path(option or str(recipe.parent.parent / "configs" / "tiny" / f"{recipe.stem}.yaml"))
 
@@ -87,10 +87,10 @@ def origin_of(config: Path, values: Collection[str], overrides: Collection[str] 
 
 
 def _steps(message: str) -> tuple[str | int, ...]:
-    """Return the key that a message begins with: `datasets, entry 2: ...` is `datasets`, 1."""
+    """Return the key that a message begins with: `datasets, entry 2` is "datasets", 1."""
     steps: list[str | int] = []
     for part in message.split(": "):
-        quoted = re.match(r"unknown (?:key|option) '(?:--)?([^']+)'", part)
+        quoted = re.match(r"(?:unknown|no stage has the) (?:key|option) '([^']+)'", part)
         name, _, number = (quoted[1] if quoted else part).partition(", entry ")
         steps += [name, int(number) - 1] if number.isdecimal() else [name]
     return tuple(steps)

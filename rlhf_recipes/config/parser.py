@@ -3,7 +3,6 @@
 import argparse
 import dataclasses
 import json
-import os
 import re
 import sys
 import warnings
@@ -27,7 +26,7 @@ from rlhf_recipes.config.launcher import check_launcher_support, current_launche
 from rlhf_recipes.config.origins import COMMAND_LINE, config_of, origin_of
 from rlhf_recipes.config.overrides import merge_overrides
 from rlhf_recipes.core.errors import RecipeError, did_you_mean, error_context, one_line
-from rlhf_recipes.core.paths import expand_paths
+from rlhf_recipes.core.paths import add_current_folder, expand_paths
 from rlhf_recipes.core.yaml import read_yaml
 
 from pydantic import ConfigDict, TypeAdapter, ValidationError
@@ -64,8 +63,7 @@ def parse_dataclasses(recipe: str | Path, *types: type, argv: Sequence[str] | No
         RecipeError: a missing or malformed file, an unknown key, a value of the wrong type, options that exclude each other,
             or what this machine or launcher cannot do.
     """
-    if os.getcwd() not in sys.path:
-        sys.path.append(os.getcwd())  # for dotted paths of the user's functions
+    add_current_folder()
     recipe = Path(recipe).resolve()
     parser = _CommandLineParser(types, allow_abbrev=False, usage=f"{recipe.name} [--config FILE] [--key value ...]")
     parser.add_argument("--config", help=f"YAML file with the arguments (default: configs/tiny/{recipe.stem}.yaml)")

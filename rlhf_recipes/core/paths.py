@@ -2,6 +2,7 @@
 
 import os
 import re
+import sys
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
@@ -33,6 +34,18 @@ def expand_path(text: str) -> str:
     if path.startswith("~") or "~" in path.split("/"):
         raise RecipeError(f"{text}: `~` is a home folder at the start of a path only. Fix: write the path out")
     return path
+
+
+def add_current_folder() -> None:
+    """Let Python find functions in the current folder, which dotted paths name."""
+    if os.getcwd() not in sys.path:
+        sys.path.append(os.getcwd())
+
+
+def resolve_config_path(path: str, recipes: Path) -> Path:
+    """Return a path in the current folder, else in the checkout of `recipes`."""
+    in_checkout = recipes.parent / path
+    return in_checkout if in_checkout.exists() and not Path(path).exists() else Path(path)
 
 
 def user_path(text: str) -> Path:

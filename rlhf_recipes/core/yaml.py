@@ -23,14 +23,19 @@ def read_yaml(path: Path) -> dict[str, Any]:
         siblings = map(str, path.parent.glob("*.yaml"))
         raise RecipeError(f"{path}: no such file{did_you_mean(str(path), siblings)}")
     with error_context(str(path), OSError, UnicodeDecodeError):
-        values = _load(path.read_text(encoding="utf-8"))
+        values = parse_yaml(path.read_text(encoding="utf-8"))
     if not isinstance(values, dict | None):
         raise RecipeError(f"{path}: expected a mapping, found {type(values).__name__}. Fix: write one `key: value` a line")
     with error_context(str(path)):
         return expand_paths(values or {})
 
 
-def _load(text: str) -> Any:
+def parse_yaml(text: str) -> Any:
+    """Return what YAML text says.
+
+    Raises:
+        RecipeError: if it is not YAML.
+    """
     try:
         return YAML(typ="safe", pure=True).load(text)  # only the pure loader reads YAML 1.2
     except MarkedYAMLError as error:
@@ -41,7 +46,7 @@ def _load(text: str) -> Any:
 
 
 def line_of(path: Path, steps: Sequence[str | int]) -> int | None:
-    """Return the line of a key in a YAML file, or of the last part of its path that is there.
+    """Return the line of a key in a YAML file, or of the part of it that is there.
 
     `steps` are keys of mappings, and positions in lists from 0.
     """

@@ -13,7 +13,7 @@ from rlhf_recipes.data.conversion import Kind
 from rlhf_recipes.data.rendering import check_positions, check_rendered, drop_overlong_mode, strip_bos
 from rlhf_recipes.data.rows import Converted, convert, find_shape, reject_bad_rows
 from rlhf_recipes.data.sources import Part, UnknownSplitError, has_splits, open_source
-from rlhf_recipes.references import is_data_file, require_data
+from rlhf_recipes.inputs import is_data_file, require_data
 
 from datasets import Dataset, Features, concatenate_datasets
 from transformers import PreTrainedTokenizerBase

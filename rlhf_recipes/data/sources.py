@@ -17,7 +17,7 @@ from typing import Any
 from rlhf_recipes.config.data import DatasetSource
 from rlhf_recipes.core.errors import RecipeError, did_you_mean, first_line
 from rlhf_recipes.core.hub import explain_load_error
-from rlhf_recipes.references import DATA_ENDINGS, builder_of, is_data_file, is_function, no_data_function, require_data
+from rlhf_recipes.inputs import DATA_ENDINGS, builder_of, is_data_file, is_function, no_data_function, require_data
 
 import pandas
 from datasets import (

@@ -8,7 +8,7 @@ from rlhf_recipes.evaluation.measurement import Measurement, sample_policy
 from rlhf_recipes.evaluation.metrics.comparison import best_of_n
 from rlhf_recipes.evaluation.types import Frontier, FrontierPoint
 from rlhf_recipes.generation.policies import Policy
-from rlhf_recipes.references import require_adapter
+from rlhf_recipes.inputs import require_adapter
 from rlhf_recipes.training.resume import TRAINER_STATE, checkpoints_in, step_of
 
 import numpy as np

@@ -15,10 +15,10 @@ from rlhf_recipes.core.provenance import versions
 from rlhf_recipes.export.model_card import lineage, write_card
 from rlhf_recipes.export.upload import redact, repository_name, upload
 from rlhf_recipes.generation.policies import Placement, PolicyBank
+from rlhf_recipes.inputs import require_adapter
 from rlhf_recipes.models.adapters import read_adapter_config
 from rlhf_recipes.models.loading import check_vocabulary, load_model, release_memory
 from rlhf_recipes.models.tokenizer import check_tokenizer, encode
-from rlhf_recipes.references import require_adapter
 from rlhf_recipes.rewards.classifier import load_classifier
 from rlhf_recipes.rewards.reward_models import HEAD
 from rlhf_recipes.rewards.saved import load_full_reward, load_reward_adapter

@@ -21,7 +21,7 @@ from typing import Annotated, Any, Literal, Self, TypeVar
 
 from rlhf_recipes.config.sample import MAX_COMPLETIONS
 from rlhf_recipes.core.errors import RecipeError
-from rlhf_recipes.references import require_groups
+from rlhf_recipes.inputs import require_groups
 
 from pydantic import BaseModel, ConfigDict, Discriminator, Field, Tag, ValidationError, model_validator
 

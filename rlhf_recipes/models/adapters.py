@@ -7,8 +7,8 @@ from pathlib import Path
 
 from rlhf_recipes.core.errors import RecipeError, error_context, lack_of_memory
 from rlhf_recipes.core.files import read_json
+from rlhf_recipes.inputs import require_start
 from rlhf_recipes.models.backbone import base_name
-from rlhf_recipes.references import require_start
 
 import torch
 from peft import MODEL_TYPE_TO_PEFT_MODEL_MAPPING, PeftConfig, PeftModel, get_peft_model_state_dict

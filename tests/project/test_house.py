@@ -8,8 +8,8 @@ from support import ROOT
 import pytest
 
 # Lowest first: each imports from those above it in this list only. `tiny` is for recipes, configs and tests.
-LAYERS = ("core", "config", "stages", "data", "models", "rewards", "generation", "memory", "export", "training", "evaluation")
-LAYERS += ("feedback", "pipeline", "chat", "cli")
+LAYERS = ("core", "config", "stages", "inputs", "data", "models", "rewards", "generation", "memory", "export", "training")
+LAYERS += ("evaluation", "feedback", "pipeline", "chat", "cli")
 
 
 def module_of(path):

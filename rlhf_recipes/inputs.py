@@ -19,28 +19,28 @@ BUILDERS = {".json": "json", ".jsonl": "json", ".csv": "csv", ".parquet": "parqu
 DATA_ENDINGS = f"{', '.join(BUILDERS)} (text files also with .gz)"
 
 
-def check_references(
-    values: Mapping[str, Any], annotations: Mapping[str, str], is_written: Callable[[str], bool] = lambda path: False
+def check_inputs(
+    values: Mapping[str, Any], types: Mapping[str, str], is_written: Callable[[str], bool] = lambda path: False
 ) -> None:
-    """Check that what a recipe's arguments name is there; names on the Hub are left alone.
+    """Check that what arguments name is there; names on the Hub are left alone.
 
     Args:
         values: keys and values of its YAML file.
-        annotations: key -> its type, as text.
+        types: key -> its type, as text.
         is_written: whether an earlier stage writes a path.
 
     Raises:
         RecipeError: with the key.
     """
     for key, value in values.items():
-        for place, path, check in _references(key, value, annotations.get(key, "")):
+        for place, path, check in _inputs(key, value, types.get(key, "")):
             if path and not is_written(path):
                 named = f": {path}" if check in (require_reward, require_reward_folder) else ""
                 with error_context(f"{place}{named}"):
                     check(path)
 
 
-def _references(key: str, value: Any, annotation: str) -> Iterator[tuple[str, Any, Callable[[Any], None]]]:
+def _inputs(key: str, value: Any, annotation: str) -> Iterator[tuple[str, Any, Callable[[Any], None]]]:
     """Yield key, path, and the check of all that one argument names."""
     if key in _SINGLE and isinstance(value, str):
         yield key, value, _SINGLE[key]
@@ -81,7 +81,7 @@ def is_function(path: str) -> bool:
 
 
 def require_data(path: str) -> None:
-    """Raise a RecipeError if a source names a local file, folder or function that is not there."""
+    """Raise a RecipeError if a source names a file or function that is not there."""
     if is_data_file(path):
         if not Path(path).is_file():
             raise RecipeError(f"{path}: there is no such file in {Path(path).absolute().parent}. Fix: correct the path.")
