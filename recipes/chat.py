@@ -11,7 +11,7 @@ from rlhf_recipes.chat import Chat
 from rlhf_recipes.cli import exit_on_recipe_error
 from rlhf_recipes.evaluation.named_rewards import load_named_rewards
 from rlhf_recipes.feedback.sampling import reject_best_of
-from rlhf_recipes.generation.policies import load_policy_bank, load_policy_tokenizer, read_policies, trained_without_template
+from rlhf_recipes.generation.policies import load_policy_bank, load_policy_tokenizer, read_policies, warn_of_plain_text
 from rlhf_recipes.stages import parse_arguments
 
 from accelerate import PartialState
@@ -24,8 +24,7 @@ def main() -> None:
         return
     policies = read_policies(chat_args.policies)
     reject_best_of(policies)
-    if plain := trained_without_template(policies):
-        print(f"Trained on plain text, so the chat template may lead to nonsense: {', '.join(plain)}")
+    warn_of_plain_text(policies)
 
     # Every policy and every reward model is an adapter on one base
     tokenizer = load_policy_tokenizer(policies, model_args, chat_args)

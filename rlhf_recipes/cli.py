@@ -1,4 +1,4 @@
-"""What a recipe prints at the terminal when it cannot continue: one message."""
+"""What a recipe prints at its end: its warnings again, and why it cannot continue."""
 
 import contextlib
 import sys
@@ -7,6 +7,7 @@ from pathlib import Path
 
 from rlhf_recipes.config.current import CURRENT_RUN, CurrentRun
 from rlhf_recipes.core.errors import RecipeError, causes, failed_write, first_line, lack_of_memory
+from rlhf_recipes.core.warning_log import below_progress_bar, repeat_warnings
 
 # What imports PyTorch is imported where it is needed: recipes/label.py starts without it
 
@@ -16,23 +17,24 @@ def exit_on_recipe_error() -> Iterator[None]:
     """Print a user's error as one message and exit with 2; after Ctrl-C, with 130.
 
     The message begins with the file that the arguments of the run come from. Out of memory, a full disk and the complaint of
-    a tracker are such errors too. All others keep their traceback.
+    a tracker are such errors too. All others keep their traceback. Warnings come before, once more.
     """
     with contextlib.suppress(AttributeError):  # a notebook's stdout
         sys.stdout.reconfigure(line_buffering=True)  # keeps the order of stdout and stderr in one file
     token = CURRENT_RUN.set(None)
     try:
-        yield
+        with repeat_warnings():
+            yield
     except Exception as error:
         run = CURRENT_RUN.get()
         message = _message(error, run)
         if message is None:
             raise
-        print(f"{_below_progress_bar(run)}error: {f'{run.source}: ' if run else ''}{message}", file=sys.stderr)
+        print(f"{below_progress_bar()}error: {f'{run.source}: ' if run else ''}{message}", file=sys.stderr)
         sys.exit(2)
     except KeyboardInterrupt:
         run = CURRENT_RUN.get()
-        print(_below_progress_bar(run) + "; ".join([f"stopped{_when(run)}", *_kept(run, "true")]), file=sys.stderr)
+        print(below_progress_bar() + "; ".join([f"stopped{_when(run)}", *_kept(run, "true")]), file=sys.stderr)
         sys.exit(130)
     finally:
         CURRENT_RUN.reset(token)
@@ -47,10 +49,6 @@ def _message(error: Exception, run: CurrentRun | None) -> str | None:
     if isinstance(error, RecipeError):
         return str(error)
     return _tracker_complaint(error) or _failed_write(error, run)
-
-
-def _below_progress_bar(run: CurrentRun | None) -> str:
-    return "\n" if run and run.trainer else ""
 
 
 def _when(run: CurrentRun | None) -> str:

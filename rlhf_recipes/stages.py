@@ -2,7 +2,7 @@
 
 import pkgutil
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
 
@@ -42,6 +42,10 @@ class Stage:
     def argument_classes(self) -> tuple[type, ...]:
         """Import the dataclasses of its arguments."""
         return tuple(map(pkgutil.resolve_name, self.arguments))
+
+    def argument_names(self) -> set[str]:
+        """Return the keys of its YAML file."""
+        return {item.name for cls in self.argument_classes() for item in fields(cls) if item.init}
 
     def memory_planner(self) -> Callable[..., Any] | None:
         """Import the function that predicts its memory."""

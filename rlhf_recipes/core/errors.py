@@ -34,11 +34,14 @@ class RecipeError(Exception):
     """
 
     def __init__(self, message: object):
-        text = str(message)
-        if len(text) > _LONGEST:
-            text = f"{text[: _LONGEST * 2 // 3]} [...] {text[-_LONGEST // 3 :]}"
-        shown = (letter if letter.isprintable() or letter in "\n\t" else repr(letter)[1:-1] for letter in text)
-        super().__init__("".join(shown))
+        super().__init__(printable(str(message)))
+
+
+def printable(text: str) -> str:
+    """Return a text with control characters escaped, shortened if very long."""
+    if len(text) > _LONGEST:
+        text = f"{text[: _LONGEST * 2 // 3]} [...] {text[-_LONGEST // 3 :]}"
+    return "".join(letter if letter.isprintable() or letter in "\n\t" else repr(letter)[1:-1] for letter in text)
 
 
 @contextlib.contextmanager

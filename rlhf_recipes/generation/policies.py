@@ -2,6 +2,7 @@
 
 import contextlib
 import itertools
+import logging
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -26,6 +27,8 @@ from peft import LoraConfig, PeftModel, get_peft_model
 from pydantic import BaseModel, Field, ValidationError
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from trl import ModelConfig
+
+logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -147,9 +150,11 @@ class PolicyBank:
             yield self.model
 
 
-def trained_without_template(policies: dict[str, Policy]) -> list[str]:
-    """Return the names of policies that were trained on plain text."""
-    return [name for name, policy in policies.items() if policy.folder and trained_on_conversations(policy.folder) is False]
+def warn_of_plain_text(policies: dict[str, Policy]) -> None:
+    """Warn of policies in a chat that were trained on plain text."""
+    plain = [name for name, policy in policies.items() if policy.folder and trained_on_conversations(policy.folder) is False]
+    if plain:
+        logger.warning("policies: trained on plain text, so the chat template may lead to nonsense: %s", ", ".join(plain))
 
 
 def load_policy_tokenizer(

@@ -98,6 +98,8 @@ def read_stages(config: Path, recipes: Path, gpu_memory: float | None = None, mu
         if settings.gpu_memory is not None:
             check_single_gpu_plan(launcher)
         order = _order(settings)
+        with error_context("arguments"):
+            _check_shared(settings)
         stages: list[PipelineStage] = []
         for seed in [None] if settings.seeds is None else settings.seeds:
             reader = _SeedReader(settings, recipes, seed, accelerate_config, launcher, must_fit)
@@ -142,6 +144,21 @@ def _order(settings: PipelineConfig) -> list[tuple[int | None, int]]:
     before = [(None, number) for number in range(repeated[0])]
     rounds = [(turn, number) for turn in range(1, settings.rounds + 1) for number in repeated]
     return before + rounds + [(None, number) for number in range(repeated[-1] + 1, len(settings.stages))]
+
+
+def _check_shared(settings: PipelineConfig) -> None:
+    """Reject shared arguments that no stage has, or that each stage has its own of."""
+    recipes = {entry.recipe or entry.name for entry in settings.stages}
+    if not recipes <= STAGES.keys():
+        return  # the message about that stage comes first
+    known = {name for recipe in recipes for name in STAGES[recipe].argument_names()}
+    for key in settings.arguments:
+        if key == "output_dir":
+            raise RecipeError("output_dir: each stage has its own. Fix: write it beside `arguments`, for all folders")
+        if key == "seed" and settings.seeds is not None:
+            raise RecipeError("seed: `seeds` sets it. Fix: leave one of the two out")
+        if key not in known:
+            raise RecipeError(f"no stage has the key '{key}'{did_you_mean(key, known)}")
 
 
 @dataclass
@@ -197,7 +214,7 @@ class _SeedReader:
         return stage
 
     def _arguments(self, entry: StageEntry, recipe: str, turn: int | None) -> dict[str, Any]:
-        """Return the keys of the recipe's YAML file with those of the pipeline over them."""
+        """Return the keys of the recipe's YAML file, and over them the pipeline's."""
         output = Path(self.settings.output_dir)
         output = output if self.seed is None else output / f"seed-{self.seed}"
         output = output if turn is None else output / f"round-{turn}"
@@ -208,9 +225,15 @@ class _SeedReader:
             overrides |= self.settings.tracker_arguments()
         with error_context("config"):
             values = read_yaml(resolve_config_path(entry.config, self.recipes))
+        values = merge_overrides(values, self._shared(recipe))
         values = merge_overrides(values, overrides | entry.arguments)
         values.pop("needs", None)  # the pipeline's order takes its place
         return values
+
+    def _shared(self, recipe: str) -> dict[str, Any]:
+        """Return those of the pipeline's `arguments` that a recipe has."""
+        known = STAGES[recipe].argument_names()
+        return {key: value for key, value in self.settings.arguments.items() if key in known}
 
     def _autofit(self, entry: StageEntry, recipe: str, values: dict[str, Any]) -> tuple[dict[str, Any], Plan | None]:
         """Return the arguments that `gpu_memory` chooses for a stage, and their plan."""
@@ -218,7 +241,7 @@ class _SeedReader:
             return {}, None
         arguments = resolve_for_gpu(entry.name, recipe, values, dict(self.producers))
         try:
-            chosen, plan = autofit(arguments, self.settings.gpu_memory, fixed=entry.arguments)
+            chosen, plan = autofit(arguments, self.settings.gpu_memory, fixed={*self._shared(recipe), *entry.arguments})
         except NoFitError as error:
             if self.must_fit:
                 raise

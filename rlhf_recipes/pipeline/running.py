@@ -16,6 +16,7 @@ from typing import Any
 
 from rlhf_recipes.core.errors import RecipeError, did_you_mean
 from rlhf_recipes.core.files import LOG, METRICS, read_json, write_json, write_text
+from rlhf_recipes.core.warning_log import relay_warnings
 from rlhf_recipes.core.yaml import to_yaml
 from rlhf_recipes.evaluation.report.html import PAGE
 from rlhf_recipes.evaluation.report.seeds import write_summary
@@ -172,6 +173,12 @@ class Pipeline:
         return ["-m", "accelerate.commands.launch", "--quiet", *config]
 
     def _launch(self, stage: PipelineStage, command: list[str], to_file: bool, lock: int) -> None:
+        with relay_warnings(stage.name) as environment:
+            self._run_command(stage, command, to_file, environment, lock)
+
+    def _run_command(
+        self, stage: PipelineStage, command: list[str], to_file: bool, environment: dict[str, str], lock: int
+    ) -> None:
         started = time.monotonic()
         head = f"{self._head(stage)}: {stage.folder}"
         head += ", resumes from its newest checkpoint" if "--resume_from_checkpoint" in command else ""
@@ -180,7 +187,7 @@ class Pipeline:
             log.parent.mkdir(exist_ok=True)
             print(f"{head} (output: {log})", flush=True)
             # Stages share the cores: two that each take all of them finish later than one after the other
-            environment = {"OMP_NUM_THREADS": str(max(1, (os.cpu_count() or 1) // self.file.jobs)), **os.environ}
+            environment = {"OMP_NUM_THREADS": str(max(1, (os.cpu_count() or 1) // self.file.jobs)), **environment}
             with log.open("w", encoding="utf-8") as file:
                 output = {"stdout": file, "stderr": subprocess.STDOUT, "env": environment}
                 code = subprocess.run(command, pass_fds=(lock,), **output).returncode
@@ -189,7 +196,7 @@ class Pipeline:
                     print(*deque(file, LOG_TAIL), sep="", flush=True)
         else:
             print(head, flush=True)
-            code = subprocess.run(command, pass_fds=(lock,)).returncode
+            code = subprocess.run(command, pass_fds=(lock,), env=environment).returncode
         if code:
             raise RecipeError(f"stages: {stage.name} failed. Fix: see its own message above, and run again to resume")
         print(f"{self._head(stage)}: took {time.monotonic() - started:.0f} s", flush=True)

@@ -38,6 +38,7 @@ class PipelineConfig(BaseModel):
     model_config = _STRICT
     output_dir: str
     stages: list[StageEntry] = Field(min_length=1)
+    arguments: dict[str, Any] = {}
     seeds: Annotated[list[int], Field(min_length=1), AfterValidator(_without_repeats)] | None = None
     rounds: PositiveInt | None = None
     jobs: PositiveInt = 1

@@ -8,6 +8,7 @@ from typing import Any
 
 from rlhf_recipes.config.parser import values_of
 from rlhf_recipes.core.errors import RecipeError
+from rlhf_recipes.core.warning_log import relay_warnings
 from rlhf_recipes.core.yaml import read_yaml
 from rlhf_recipes.stages import STAGES, find_stage
 
@@ -40,7 +41,9 @@ def run_dependencies(recipe: str | Path, arguments: Sequence[Any]) -> None:
             )
         print(f"[{number}/{len(needed)}] {output} has no result yet: running {config} first", flush=True)
         resume = ["--resume_from_checkpoint", "true"] if STAGES[config.stem].trains else []
-        if subprocess.run([sys.executable, str(stage), "--config", str(config), *resume]).returncode:
+        with relay_warnings(config.stem) as environment:
+            code = subprocess.run([sys.executable, str(stage), "--config", str(config), *resume], env=environment).returncode
+        if code:
             raise RecipeError(f"needs: {config}: this stage failed; its own message is above")
 
 

@@ -12,6 +12,7 @@ from typing import Any
 
 from rlhf_recipes.core.files import LOG, PENDING, RECIPE, read_json, write_json, write_text
 from rlhf_recipes.core.provenance import peak_memory, versions
+from rlhf_recipes.core.warning_log import warnings_so_far
 from rlhf_recipes.export.model_card import write_card
 from rlhf_recipes.export.upload import repository_name
 from rlhf_recipes.models.loading import model_path
@@ -106,6 +107,7 @@ def write_record(
         "metrics": dict(sorted({key: entry[key] for entry in trainer.state.log_history for key in entry}.items())),
         "log": trainer.state.log_history,
         "data": report,
+        "warnings": warnings_so_far(),
         "arguments": {
             type(group).__name__: group.to_dict() if isinstance(group, TrainingArguments) else asdict(group)
             for group in arguments

@@ -268,4 +268,4 @@ def test_ctrl_c_in_a_training_without_checkpoints(tmp_path, capsys):
         set_trainer(SimpleNamespace(state=state, args=args))
         raise KeyboardInterrupt
 
-    assert (exit_status(recipe), capsys.readouterr().err) == (130, "\nstopped after 3 of 9 steps\n")
+    assert (exit_status(recipe), capsys.readouterr().err) == (130, "stopped after 3 of 9 steps\n")

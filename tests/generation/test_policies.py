@@ -3,7 +3,7 @@
 import json
 
 from rlhf_recipes.core.errors import RecipeError
-from rlhf_recipes.generation.policies import Policy, read_policies, trained_without_template
+from rlhf_recipes.generation.policies import Policy, read_policies, warn_of_plain_text
 
 import pytest
 
@@ -58,7 +58,7 @@ def test_a_malformed_policy_is_rejected(entry, message):
         read_policies({"base": None, "x": entry})
 
 
-def test_policies_trained_on_plain_text_are_named(tmp_path):
+def test_policies_trained_on_plain_text_are_named(tmp_path, caplog):
     def record(conversational):
         return {"data": {"train": {"conversational": conversational}}}
 
@@ -68,4 +68,5 @@ def test_policies_trained_on_plain_text_are_named(tmp_path):
         "conversations": make_adapter(tmp_path / "conversations", record(True)),
         "unknown": make_adapter(tmp_path / "unknown"),
     }
-    assert trained_without_template(read_policies(policies)) == ["plain"]
+    warn_of_plain_text(read_policies(policies))
+    assert [message.rpartition(": ")[2] for message in caplog.messages] == ["plain"]

@@ -166,9 +166,15 @@ def test_gpu_memory_goes_over_the_file_and_under_the_arguments(tmp_path):
     assert after.fingerprint != before.fingerprint
     assert "`optim: adamw_torch_fused`" in "\n".join(fitted.describe())
     arguments = {"gradient_checkpointing": True, "optim": "sgd"}
-    (fixed,) = read_pipeline(write_pipeline(tmp_path, {"arguments": arguments}, gpu_memory=6), RECIPES).stages
-    assert fixed.values | arguments == fixed.values
-    assert not arguments.keys() & fixed.autofitted.keys()
+    for place in ({"stage": {"arguments": arguments}}, {"arguments": arguments}):  # of the stage, and of all stages
+        (fixed,) = read_pipeline(write_pipeline(tmp_path, **place, gpu_memory=6), RECIPES).stages
+        assert fixed.values | arguments == fixed.values
+        assert not arguments.keys() & fixed.autofitted.keys()
+
+
+def test_the_plan_recipe_reads_the_arguments_of_all_stages(tmp_path):
+    (stage,) = plannable_stages(write_pipeline(tmp_path, arguments={"max_length": 48, "lora_r": 4}), RECIPES)
+    assert (stage.max_length, stage.lora_r) == (48, 4)
 
 
 def test_assumptions_of_the_plan_are_printed_before_anything_runs(tmp_path, capsys):

@@ -41,6 +41,11 @@ def message(project, names=None):
             {"seeds": [0, 1], "stages": [{"name": "sft", "config": "sft.yaml", "arguments": {"output_dir": "here"}}]},
             "pipeline.yaml: stages: sft-0 and sft-1 both write to here",
         ),
+        ({"arguments": {"betta": 1}}, "pipeline.yaml: arguments: no stage has the key 'betta'; did you mean 'beta'?"),
+        ({"arguments": {"kl_coef": 1}}, "pipeline.yaml: arguments: no stage has the key 'kl_coef'"),
+        ({"arguments": {"output_dir": "here"}}, "pipeline.yaml: arguments: output_dir: "),
+        ({"arguments": {"seed": 3}, "seeds": [0, 1]}, "pipeline.yaml: arguments: seed: `seeds` sets it"),
+        ({"arguments": ["a"]}, "pipeline.yaml: arguments: ['a']"),
         ({"accelerate_config": "missing.yaml"}, "pipeline.yaml: accelerate_config: 'missing.yaml'"),
         *(({"jobs": value}, f"pipeline.yaml: jobs: {value!r}") for value in (0, "two", True)),
         *(({"seeds": value}, f"pipeline.yaml: seeds{place}: ") for value, place in SEEDS),
@@ -74,6 +79,38 @@ def test_values_that_are_no_paths_and_keys_of_any_type_are_read(project):
     arguments = {"policies": {1: "a", "b": None}, "judge": {"instructions": "long " * 60, "home": "~nobody-here/x"}}
     project.write(stages=[{"name": "evaluate", "config": "dpo.yaml", "arguments": arguments}])
     assert project.read().stages[0].values["policies"] == {1: "a", "b": None}
+
+
+# --- Arguments of all stages -----------------------------------------------------------------------------
+
+
+def test_shared_arguments_go_over_the_files_and_under_the_arguments_of_a_stage(project):
+    project.write(arguments={"learning_rate": 5e-5, "lora_r": 4, "beta": 0.2, "seed": 3})
+    project.change("other", lora_r=8)
+    sft, other, dpo = (stage.values for stage in project.read().stages)
+    shared = {"learning_rate": 5e-5, "seed": 3}
+    assert sft == {"dataset_name": "data.jsonl", **shared, "lora_r": 4, "output_dir": "runs/sft"}  # it has no `beta`
+    assert other == {"dataset_name": "a.b", **shared, "lora_r": 8, "output_dir": "runs/other"}
+    assert dpo == {**shared, "lora_r": 4, "beta": 0.3, "start_from": "runs/sft", "output_dir": "runs/dpo"}
+
+
+def test_shared_data_replace_those_of_the_files(project):
+    Path("sft.yaml").write_text("dataset_name: a.function\ndataset_arguments: {rows: 3}\ncolumn_mapping: {q: prompt}\n")
+    project.write(arguments={"datasets": [{"path": "mine.jsonl"}]})
+    sft, other, _ = (stage.values for stage in project.read().stages)
+    assert sft == {"datasets": [{"path": "mine.jsonl"}], "output_dir": "runs/sft"}
+    assert other["dataset_name"] == "a.b"
+    assert "datasets" not in other
+
+
+def test_placeholders_and_fingerprints_of_shared_arguments(project):
+    before = project.read().stages
+    project.write(seeds=[7], arguments={"data_seed": "{seed}"})
+    assert [stage.values["data_seed"] for stage in project.read().stages] == [7] * 3
+    project.write(seeds=None, arguments={"beta": 0.5})
+    assert [stage.fingerprint for stage in project.read().stages] == [stage.fingerprint for stage in before]
+    project.write(arguments={"lora_r": 4})
+    assert not {stage.fingerprint for stage in project.read().stages} & {stage.fingerprint for stage in before}
 
 
 # --- Launchers -------------------------------------------------------------------------------------------

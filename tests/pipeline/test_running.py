@@ -11,6 +11,7 @@ import sys
 import time
 from pathlib import Path
 
+from rlhf_recipes.cli import exit_on_recipe_error
 from rlhf_recipes.core.errors import RecipeError
 from rlhf_recipes.evaluation.types import to_json
 from rlhf_recipes.feedback.groups import read_groups
@@ -296,7 +297,7 @@ def test_a_stage_that_runs_alone_writes_to_the_terminal(project, launched):
     project.write(jobs=2)
     project.run(["sft", "other"])
     project.run()
-    assert launched.environments["dpo"] is None
+    assert launched.environments["dpo"].get("OMP_NUM_THREADS") == os.environ.get("OMP_NUM_THREADS")
     assert not Path("runs/logs/dpo.log").exists()
 
 
@@ -308,6 +309,25 @@ def test_stages_beside_a_failed_one_end(project, launched, capsys):
     assert {name for name, _ in launched.calls} == {"sft", "other"}
     assert "output of sft" in capsys.readouterr().out
     assert project.statuses() == ["begun", "done", "to do"]
+
+
+@pytest.mark.parametrize("jobs", [1, 2])
+def test_warnings_of_all_stages_stand_at_the_end(project, launched, monkeypatch, capsys, jobs):
+    def warns(command, **options):
+        name = Path(command[-1]).stem
+        Path(options["env"]["RLHF_RECIPES_WARNINGS"]).write_text(f"few rows\n{name} is slow\n")
+        return launched(command, **options)
+
+    monkeypatch.setattr(subprocess, "run", warns)
+    project.write(jobs=jobs)
+    launched.failing = {"dpo"}
+    with pytest.raises(SystemExit), exit_on_recipe_error():
+        project.run()
+    *_, once_more = capsys.readouterr().err.partition("again:\n")
+    *lines, error = once_more.splitlines()
+    assert error.startswith("error: ")
+    assert lines[-2:] == ["warning: dpo: few rows", "warning: dpo: dpo is slow"]
+    assert {*lines[:4]} == {f"warning: {name}: {text}" for name in ("sft", "other") for text in ("few rows", f"{name} is slow")}
 
 
 def test_progress_of_stages_side_by_side_is_printed(project, launched, monkeypatch, capsys):

@@ -146,8 +146,12 @@ def make_small(folder):
         values = small(read_yaml(path))
         if path.stem in training_stages():
             values["max_steps"] = 30 if path.stem == "sft" else 2
-        values |= {key: value for key, value in TINY.items() if key in values}
+        values = on_tiny_base(values)
         path.write_text(yaml.safe_dump(values, sort_keys=False))
+
+
+def on_tiny_base(values):
+    return values | {key: value for key, value in TINY.items() if key in values}
 
 
 def write_data(folder):
@@ -252,6 +256,8 @@ def begin(page):
             values = yaml.safe_load(text)
             for stage in values.get("stages", []):
                 provide(Path(stage["config"]), stage.get("recipe", stage["name"]))
+            if "stages" in values:
+                values["arguments"] = on_tiny_base(values.get("arguments", {}))
             values = small(values) | (TINY if words[0] in training_stages() else {})
             Path(words[1]).write_text(yaml.safe_dump(values, sort_keys=False))
 

@@ -1,0 +1,73 @@
+"""Warnings of a run: each once, on a line of its own, and all again at its end."""
+
+import contextlib
+import logging
+import os
+import sys
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+
+from rlhf_recipes.core.errors import printable
+
+logger = logging.getLogger("rlhf_recipes")
+_RELAY = "RLHF_RECIPES_WARNINGS"  # environment variable of a launched recipe: the file that its warnings are added to
+
+
+class _WarningLog(logging.Handler):
+    """Handler of the main process, which prints each text once as `warning: TEXT`."""
+
+    def __init__(self) -> None:
+        super().__init__(logging.WARNING)
+        self.texts: list[str] = []
+        self.relay = os.environ.get(_RELAY)
+
+    def emit(self, record: logging.LogRecord) -> None:
+        text = " ".join(printable(record.getMessage()).split("\n"))
+        if text in self.texts or os.environ.get("RANK", "0") != "0":
+            return
+        self.texts.append(text)
+        print(f"{below_progress_bar()}{record.levelname.lower()}: {text}", file=sys.stderr, flush=True)
+        if self.relay:
+            with open(self.relay, "a", encoding="utf-8") as file:
+                file.write(f"{text}\n")
+
+    def repeat(self) -> None:
+        """Print all warnings again, unless a launcher will."""
+        if self.texts and not self.relay:
+            print(f"{below_progress_bar()}Warnings of this run, again:", file=sys.stderr)
+            print(*(f"warning: {text}" for text in self.texts), sep="\n", file=sys.stderr, flush=True)
+
+
+@contextlib.contextmanager
+def repeat_warnings() -> Iterator[None]:
+    """Print this project's warnings as they come, and all of them again at the end."""
+    log = _WarningLog()
+    logger.addHandler(log)
+    try:
+        yield
+    finally:
+        logger.removeHandler(log)
+        log.repeat()
+
+
+def warnings_so_far() -> list[str]:
+    """Return the warnings that `repeat_warnings` has printed, of the main process."""
+    return [text for log in logger.handlers if isinstance(log, _WarningLog) for text in log.texts]
+
+
+@contextlib.contextmanager
+def relay_warnings(name: str) -> Iterator[dict[str, str]]:
+    """Yield the environment for a recipe whose warnings become ours, as `NAME: TEXT`."""
+    with tempfile.NamedTemporaryFile("r", encoding="utf-8") as file:
+        try:
+            yield os.environ | {_RELAY: file.name}
+        finally:
+            for text in Path(file.name).read_text(encoding="utf-8").splitlines():
+                logger.warning("%s: %s", name, text)
+
+
+def below_progress_bar() -> str:
+    """Return a line break where a progress bar holds the line of the terminal."""
+    tqdm = sys.modules.get("tqdm")
+    return "\n" if tqdm and getattr(tqdm.tqdm, "_instances", ()) else ""
