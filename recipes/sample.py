@@ -21,7 +21,7 @@ from tqdm import tqdm
 
 
 def main() -> None:
-    """Sample groups of completions and write them, after the stages that this one needs."""
+    """Sample groups of completions, after the stages that it needs."""
     sample_args, data_args, model_args = parse_arguments(__file__)
     if not PartialState().is_main_process:
         return

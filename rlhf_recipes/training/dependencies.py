@@ -48,7 +48,7 @@ def run_dependencies(recipe: str | Path, arguments: Sequence[Any]) -> None:
 
 
 def _needed(needs: Sequence[str], values: dict[str, Any], recipes: Path) -> Iterator[tuple[Path, Path]]:
-    """Yield the YAML file and folder of each stage to run, in the order in which they run."""
+    """Yield YAML file and folder of each stage to run, in order."""
     named, found = set(_paths_in(values)), []
     for name in reversed(needs):
         config = Path(name) if Path(name).exists() else recipes.parent / name
