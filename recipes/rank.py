@@ -19,6 +19,7 @@ from rlhf_recipes.feedback.groups import read_groups
 from rlhf_recipes.feedback.ranking import choose_groups, load_ensemble, read_labeler, write_rankings
 from rlhf_recipes.models.loading import model_path
 from rlhf_recipes.stages import parse_arguments
+from rlhf_recipes.training.dependencies import run_dependencies
 
 from accelerate import PartialState
 
@@ -28,6 +29,7 @@ def main() -> None:
     rank_args, model_args = parse_arguments(__file__)
     if not PartialState().is_main_process:
         return
+    run_dependencies(__file__, (rank_args, model_args))
     if rank_args.choose == "disagreement":
         model_path(model_args)  # checked in the first round, though only the second needs a base
     check_writable(Path(rank_args.output_dir))

@@ -243,7 +243,7 @@ class _SeedReader:
             named | {"accelerate_config": self.accelerate_config},
             exclude=(Path(values["output_dir"]), _label_store(values), *earlier),
         )
-        resolver = PlaceholderResolver(self.stages, {"seed": self.seed, "round": turn})
+        resolver = PlaceholderResolver(self.stages, {"seed": self.seed or 0, "round": turn})
         values = {key: resolver.resolve(value, key) for key, value in values.items()}
         if STAGES[recipe].trains:
             check_launcher_support(recipe, values, self.launcher)

@@ -44,7 +44,9 @@ def settings(runs, output, **values):
     """Write the tiny YAML file with these runs and few prompts; return its path."""
     content = yaml.safe_load((ROOT / "configs" / "tiny" / "evaluate.yaml").read_text())
     content["policies"] |= {"sft": str(runs / "sft"), "ppo": str(runs / "ppo")}
-    del content["policies"]["dpo"], content["rewards"][2]  # the reward model, which may be there
+    del content["policies"]["dpo"]
+    content["rewards"] = [{"path": f"rlhf_recipes.rewards.{name}"} for name in ("Abstention", "normalised_match")]
+    content["judge"] = "Abstention"
     content["dataset_arguments"], content["ptx_dataset"][0]["arguments"] = {"rows": 16}, {"rows": 8}
     content |= {"frontier": [str(runs / "ppo")], "output_dir": str(output), "num_examples": 4, **values}
     path = output.parent / f"{output.name}.yaml"
@@ -241,7 +243,8 @@ def test_an_adapter_of_another_base_or_a_reward_model_is_no_policy(values, messa
 def test_a_reward_model_scores_and_chooses_and_its_evaluation_is_shown(tmp_path, launch):
     """On the base alone, without a policy adapter."""
     options = ("--max_steps", 2, "--per_device_train_batch_size", 4, "--save_strategy", "no", *NO_EVALUATION)
-    rows = ("--dataset_arguments", '{"rows": 32, "k": 4}')
+    rows = ("--dataset_name", "rlhf_recipes.tiny.splits.rankings", "--dataset_arguments", '{"rows": 32, "k": 4}')
+    rows += ("--test_split_size", 8)
     status, message = launch("reward", "--output_dir", tmp_path / "reward", *options, *rows)
     assert status == 0, message
     tokenizer = AutoTokenizer.from_pretrained(BASE)
