@@ -1,4 +1,4 @@
-"""Datasets of questions with a truth, one function per stage, named by dotted path.
+"""Datasets of questions with a truth, one function per stage.
 
 Every function takes the number of `rows` and a `seed`. Conversations have TRL's format. No city is in two pools, so none is in
 demonstrations and prompts, or in `evaluation` and anything else. Capitals are in `evaluation` only.
@@ -30,7 +30,7 @@ STRATA = (100, 1_000, 10_000)
 
 
 class Question(NamedTuple):
-    """A question: its text, accepted answers (the first is spoken), kind, stratum and population."""
+    """A question; the first accepted answer is the one that a demonstration gives."""
 
     text: str
     accepted: list[str]
@@ -56,7 +56,7 @@ def demonstrations(
 
 
 def prompts(split: str = "train", rows: int = 4_000, kinds: dict[str, float] | None = None, seed: int = 0) -> Dataset:
-    """Return questions for sampling and RL: `prompt`, and the accepted answers as `reference`."""
+    """Return questions for sampling and RL: `prompt`, `reference` (a list)."""
     questions = _questions("prompts", split, rows, kinds or KINDS, seed)
     return Dataset.from_dict(
         {"prompt": [_user(question.text) for question in questions], "reference": [question.accepted for question in questions]}
@@ -66,7 +66,7 @@ def prompts(split: str = "train", rows: int = 4_000, kinds: dict[str, float] | N
 def evaluation(
     rows: int = 600, kinds: dict[str, float] | None = None, known: str | None = None, shots: int = 0, seed: int = 0
 ) -> Dataset:
-    """Return held-out questions: `prompt`, `reference`, `kind`, `stratum`, `population`.
+    """Return held-out questions, with their kind, stratum and population.
 
     Args:
         rows: number of questions; fewer if the pool has no more.
@@ -109,8 +109,7 @@ def known_questions(path: str | Path) -> dict[str, bool]:
         if len({row["policy"] for row in rows}) != 1:
             raise RecipeError(f"known: {path}: holds several policies. Fix: evaluate one alone")
         return {
-            row["prompt"][-1]["content"]: sum(answer["verdict"] == "right" for answer in row["answers"]) * 2
-            > len(row["answers"])
+            row["prompt"][-1]["content"]: sum(answer["kind"] == "right" for answer in row["answers"]) * 2 > len(row["answers"])
             for row in rows
         }
     except (OSError, ValueError, LookupError, TypeError) as error:
@@ -121,7 +120,7 @@ def known_questions(path: str | Path) -> dict[str, bool]:
 
 
 def _questions(pool: str, split: str, rows: int, kinds: dict[str, float], seed: int) -> list[Question]:
-    """Return questions of a pool in random order; of each kind its share, if it has as many."""
+    """Return questions of a pool in random order, each kind with its share."""
     if unknown := sorted(set(kinds) - set(_MAKERS)):
         raise RecipeError(f"kinds: {unknown[0]!r} is none of {', '.join(_MAKERS)}")
     rng = random.Random(f"questions/{pool}/{split}/{seed}")
@@ -205,7 +204,7 @@ def _pool_of_cities(pool: str, split: str) -> list[City]:
 
 
 def _pool(name: str, split: str) -> tuple[str, str]:
-    """Return pool and split of a name; a tenth of each pool but `evaluation` is "test"."""
+    """Return pool and split of a name; a tenth of a pool is "test"."""
     pool = pool_of(name, POOLS)
     if pool == "evaluation":
         return pool, "test"
