@@ -11,10 +11,10 @@ from rlhf_recipes.config.keys import check_all_keys, read_options
 from rlhf_recipes.config.origins import config_of, origin_of
 from rlhf_recipes.config.overrides import merge_overrides
 from rlhf_recipes.core.errors import RecipeError, causes, failed_write, first_line, lack_of_memory
-from rlhf_recipes.core.paths import add_current_folder, expand_paths, resolve_config_path
+from rlhf_recipes.core.paths import add_current_folder, expand_paths
 from rlhf_recipes.core.warning_log import below_progress_bar, repeat_warnings
 from rlhf_recipes.core.yaml import read_yaml
-from rlhf_recipes.inputs import check_inputs
+from rlhf_recipes.inputs import check_inputs, needed_stages
 from rlhf_recipes.stages import find_stage
 
 # What imports PyTorch is imported where it is needed: recipes/label.py starts without it
@@ -63,7 +63,7 @@ def check_early(recipe: str | Path) -> None:
 
 
 def check_file(
-    config: Path, types: Mapping[str, str], recipes: Path, overrides: Mapping[str, Any], written: Sequence[str] = ()
+    config: Path, types: Mapping[str, str], recipes: Path, overrides: Mapping[str, Any], written: Sequence[Path] = ()
 ) -> None:
     """Check the keys and paths of a recipe's YAML file, and of those that it needs.
 
@@ -81,12 +81,11 @@ def check_file(
     with origin_of(config, values, overrides).context():
         check_all_keys(values, types)
         merged = merge_overrides(values, overrides)
-        needs = [resolve_config_path(path, recipes) for path in merged.get("needs") or ()]
-        written = [*written, *(folder for path in needs if (folder := read_yaml(path).get("output_dir")))]
+        needed = dict(needed_stages(merged.get("needs") or (), merged, recipes))
+        written = [*written, *needed.values()]
         check_inputs(merged, types, lambda path: any(Path(path).is_relative_to(folder) for folder in written))
-        stages = [find_stage(path.stem) for path in needs]
-    for path, stage in zip(needs, stages, strict=True):
-        check_file(path, stage.argument_types(), recipes, {}, written)
+    for path in needed:
+        check_file(path, find_stage(path.stem).argument_types(), recipes, {}, written)
 
 
 def _message(error: Exception, run: CurrentRun | None) -> str | None:

@@ -4,7 +4,7 @@ The recipes check them again where they read them, by the functions below.
 """
 
 import functools
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +12,9 @@ from rlhf_recipes.core.errors import RecipeError, error_context
 from rlhf_recipes.core.files import holds_result
 from rlhf_recipes.core.hub import resolve_path
 from rlhf_recipes.core.inspection import check_dotted_path
-from rlhf_recipes.stages import training_stages
+from rlhf_recipes.core.paths import resolve_config_path
+from rlhf_recipes.core.yaml import read_yaml
+from rlhf_recipes.stages import find_stage, training_stages
 
 BUILDERS = {".json": "json", ".jsonl": "json", ".csv": "csv", ".parquet": "parquet"}
 """Ending of a data file -> the builder of `datasets` that reads it."""
@@ -62,6 +64,42 @@ def _path_of(entry: Any) -> str | None:
     return entry if isinstance(entry, str) else None
 
 
+# --- Stages that are needed --------------------------------------------------------------------------------
+
+
+def needed_stages(needs: Sequence[str], values: Mapping[str, Any], recipes: Path) -> Iterator[tuple[Path, Path]]:
+    """Yield YAML file and folder of each stage in `needs` to run, in order.
+
+    These are read, by `values` or by a later one of them, and have no result yet.
+    """
+    named, found = set(_paths_in(values)), []
+    for name in reversed(needs):
+        config = resolve_config_path(name, recipes)
+        settings = read_yaml(config)
+        output = Path(settings.get("output_dir") or ".")
+        if (
+            any(output in (path, *path.parents[:-1]) for path in named)
+            and not (output / find_stage(config.stem).result).exists()
+        ):
+            found.append((config, output))
+            named.update(_paths_in(settings))
+    yield from reversed(found)
+
+
+def _paths_in(values: Any) -> Iterator[Path]:
+    """Yield all texts in arguments as paths, but for the stage's own folder."""
+    if isinstance(values, dict):
+        for key, value in values.items():
+            yield from _paths_in(value) if key not in ("output_dir", "needs") else ()
+    elif isinstance(values, list):
+        for value in values:
+            yield from _paths_in(value)
+    elif hasattr(values, "path"):  # an entry of `datasets`
+        yield from _paths_in(values.path)
+    elif isinstance(values, str):
+        yield Path(values)
+
+
 # --- Data --------------------------------------------------------------------------------------------------
 
 
@@ -105,17 +143,17 @@ def no_data_function(path: str, error: Exception) -> RecipeError:
 def require_groups(path: str) -> None:
     """Raise a RecipeError if there is no file or folder of sampled groups."""
     if not Path(path).exists():
-        raise RecipeError(f"{path}: no such file or folder. Fix: name a JSONL file of groups, or a folder of recipes/sample.py")
+        raise RecipeError(f"{path}: cannot be read (No such file or directory). Fix: name a JSONL file of groups")
 
 
 # --- Models ------------------------------------------------------------------------------------------------
 
 
 def check_model(name: str) -> str:
-    """Return the local folder of a base model, or its name on the Hub.
+    """Return the local folder of a model, or its name on the Hub.
 
     Raises:
-        RecipeError: if the folder is missing, or holds no model.
+        RecipeError: if the folder is missing, or holds an adapter.
     """
     path = resolve_path(name)
     folder = Path(path)
@@ -126,9 +164,14 @@ def check_model(name: str) -> str:
         )
     if (path.startswith((".", "/")) or path.count("/") > 1) and not folder.is_dir():
         raise RecipeError(f"{path}: no such folder")
-    if folder.is_dir() and not (folder / "config.json").is_file():
-        raise RecipeError(f"{path}: holds no model (no config.json). Fix: name the folder of a model, or one on the Hub")
     return path
+
+
+def require_base(name: str) -> None:
+    """Raise a RecipeError if a local folder holds no base model."""
+    folder = Path(check_model(name))
+    if folder.is_dir() and not (folder / "config.json").is_file():
+        raise RecipeError(f"{folder}: holds no model (no config.json). Fix: name the folder of a model, or one on the Hub")
 
 
 def require_start(folder: str) -> None:
@@ -184,7 +227,7 @@ def require_reward_folder(folder: str) -> None:
 
 
 _SINGLE: dict[str, Callable[[str], Any]] = {
-    "model_name_or_path": check_model,
+    "model_name_or_path": require_base,
     "start_from": require_start,
     "adapter": require_merge_source,
     "dataset_name": require_data,

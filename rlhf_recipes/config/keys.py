@@ -1,5 +1,6 @@
 """Keys of YAML files and of command lines, checked without PyTorch."""
 
+import contextlib
 import json
 from collections.abc import Collection, Mapping, Sequence
 from typing import Any
@@ -49,14 +50,14 @@ def unknown_option(word: str, known: Collection[str]) -> RecipeError:
 
 
 def read_options(argv: Sequence[str], types: Mapping[str, str]) -> dict[str, Any]:
-    """Return a command line's options that may name paths, as far as their text tells.
+    """Return a command line's options, as far as their text tells.
 
     Args:
         argv: the command line without the program's name.
         types: the known keys, with their types as text.
 
     Returns:
-        Key -> text, list or mapping. Numbers and switches are left out: argparse reads them.
+        Key -> text, list or mapping; numbers are text too.
 
     Raises:
         RecipeError: for an unknown option.
@@ -72,20 +73,20 @@ def read_options(argv: Sequence[str], types: Mapping[str, str]) -> dict[str, Any
         if key not in types and key.removeprefix("no_") not in types and key not in ("config", "help"):
             raise unknown_option(word, [*types, "config"])
         words = options[key] = [value] if equals else []
-    return {key: value for key, words in options.items() if (value := _value(words, types.get(key, "str"))) is not None}
+    return {key: _value(words, types.get(key, "str")) for key, words in options.items() if words}
 
 
 def _value(words: Sequence[str], annotation: str) -> Any:
-    """Return an option's words as the value of a type that may hold paths, else None."""
-    if not words or words[0].lower() in ("none", "null"):
+    if words[0].lower() in ("none", "null"):
         return None
-    values = []
-    for word in words:
-        try:
-            values.append(json.loads(word) if word.startswith(("{", "[")) else word)
-        except ValueError:
-            return None  # the parser says so
+    values = [_parse_json(word) for word in words]
     if annotation.startswith("list"):
         entries = [entry for value in values for entry in (value if isinstance(value, list) else [value])]
         return [{"path": entry} if "DatasetSource" in annotation and isinstance(entry, str) else entry for entry in entries]
-    return values[0] if annotation.startswith(("dict", "str")) else None
+    return values[0]
+
+
+def _parse_json(word: str) -> Any:
+    with contextlib.suppress(ValueError):  # the parser reports it
+        return json.loads(word) if word.startswith(("{", "[")) else word
+    return None

@@ -103,7 +103,11 @@ def test_a_misspelt_dotted_path(package, path, expected):
         ("ppo", ["--reward_funcs", "runs/reward"], "the command line: reward_funcs, entry 1: runs/reward: no such folder"),
         ("ppo", ["--reward_funcs", '{"path": "my.nothing"}'], "reward_funcs, entry 1: my.nothing: cannot import my "),
         ("evaluate", ["--config", "policies.yaml"], "policies.yaml: line 3: policies: dpo: runs/x holds no adapter"),
-        ("rank", ["--groups", "runs/sample"], "the command line: groups: runs/sample: no such file or folder"),
+        (
+            "rank",
+            ["--groups", "runs/sample"],
+            "the command line: groups: runs/sample: cannot be read (No such file or directory)",
+        ),
         ("merge", ["--adapter", "runs/ppo"], "the command line: adapter: runs/ppo holds no adapter"),
     ],
 )
@@ -165,7 +169,7 @@ INPUTS = {
     "rewards": ("evaluate", [{"path": "runs/typo"}], "runs/typo: no such folder"),
     "policies": ("evaluate", {"sft": "runs/typo"}, "runs/typo holds no adapter"),
     "frontier": ("evaluate", ["runs/typo"], "runs/typo holds no adapter"),
-    "groups": ("rank", "runs/typo", "runs/typo: no such file or folder"),
+    "groups": ("rank", "runs/typo", "runs/typo: cannot be read (No such"),
     "reward": ("rank", "runs/typo", "runs/typo: no such folder"),
     "labeller": ("rank", {"path": "my.nothing"}, "my.nothing: cannot import my"),
     "model_name_or_path": ("sample", "./typo", "./typo: no such folder"),
