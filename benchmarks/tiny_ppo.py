@@ -2,9 +2,9 @@
 
     python benchmarks/tiny_ppo.py --seeds 0 1 2
 
-For each seed, trains `configs/tiny/sft.yaml` and, from its result, `configs/tiny/ppo.yaml`, and asks base and policies about
-held-out people. The seed decides demonstrations and prompts, their order, the first weights and what is sampled. The learning
-curves of the first seed are drawn into `--output`.
+For each seed, trains `configs/tiny/sft.yaml` and, from its result, a policy by PPO against the automatic reward, and asks base
+and policies about held-out people. The seed decides demonstrations and prompts, their order, the first weights and what is
+sampled. The learning curves of the first seed are drawn into `--output`.
 """
 
 import argparse
@@ -20,6 +20,7 @@ from tiny_sft import ROOT
 from tiny_sft import train as train_sft
 
 ROWS = 19_200
+TRUTH = ("--reward_funcs", "rlhf_recipes.rewards.Abstention", "--missing_eos_penalty", "none", "--kl_coef", "0.02")
 CURVES = (
     "score",
     "kl",
@@ -37,7 +38,7 @@ def train_ppo(seed: int, start_from: Path, output: Path, *options: str) -> dict:
     """Run the recipe in a process of its own; return its `recipe.json`."""
     command = [sys.executable, ROOT / "recipes" / "ppo.py", "--seed", str(seed), "--output_dir", output]
     command += ["--start_from", start_from, "--dataset_arguments", json.dumps({"rows": ROWS, "seed": seed})]
-    command += ["--save_strategy", "no", *options]
+    command += [*TRUTH, "--value_warmup_steps", "40", "--eval_steps", "100", "--save_strategy", "no", *options]
     subprocess.run(command, check=True, stdout=subprocess.DEVNULL)
     return json.loads((output / "recipe.json").read_text())
 

@@ -9,12 +9,17 @@ it prints how many: run it again when they are there. Runs in one process.
 
 from pathlib import Path
 
-from rlhf_recipes.cli import exit_on_recipe_error
+from rlhf_recipes.cli import check_early, exit_on_recipe_error
+
+if __name__ == "__main__":
+    check_early(__file__)  # a misspelt key or path, before the seconds that the imports below take
+
 from rlhf_recipes.core.files import check_writable
 from rlhf_recipes.feedback.groups import read_groups
 from rlhf_recipes.feedback.ranking import choose_groups, load_ensemble, read_labeler, write_rankings
 from rlhf_recipes.models.loading import model_path
 from rlhf_recipes.stages import parse_arguments
+from rlhf_recipes.training.dependencies import run_dependencies
 
 from accelerate import PartialState
 
@@ -24,6 +29,7 @@ def main() -> None:
     rank_args, model_args = parse_arguments(__file__)
     if not PartialState().is_main_process:
         return
+    run_dependencies(__file__, (rank_args, model_args))
     if rank_args.choose == "disagreement":
         model_path(model_args)  # checked in the first round, though only the second needs a base
     check_writable(Path(rank_args.output_dir))

@@ -8,22 +8,28 @@ Writes groups of unranked completions to `groups.jsonl`. The same command resume
 
 from dataclasses import asdict
 
-from rlhf_recipes.cli import exit_on_recipe_error
+from rlhf_recipes.cli import check_early, exit_on_recipe_error
+
+if __name__ == "__main__":
+    check_early(__file__)  # a misspelt key or path, before the seconds that the imports below take
+
 from rlhf_recipes.data import check_positions, check_rendered, drop_overlong_mode, load_data
 from rlhf_recipes.feedback.sampling import GroupFile, reject_best_of, sample_groups
 from rlhf_recipes.generation.policies import load_policy_bank, load_policy_tokenizer, read_policies
 from rlhf_recipes.models.positions import position_limit
 from rlhf_recipes.stages import parse_arguments
+from rlhf_recipes.training.dependencies import run_dependencies
 
 from accelerate import PartialState
 from tqdm import tqdm
 
 
 def main() -> None:
-    """Sample groups of completions and write them."""
+    """Sample groups of completions, after the stages that it needs."""
     sample_args, data_args, model_args = parse_arguments(__file__)
     if not PartialState().is_main_process:
         return
+    run_dependencies(__file__, (sample_args, data_args, model_args))
     policies = read_policies(sample_args.policies)
     reject_best_of(policies)
 
@@ -36,6 +42,7 @@ def main() -> None:
     limits = position_limit(model_args), sample_args.max_completion_length
     check_positions(rows, "prompt", tokenizer, sample_args.max_prompt_length, "train", *limits)
     arguments = asdict(sample_args) | asdict(data_args) | asdict(model_args) | {"rows": len(rows)}
+    arguments.pop("needs")
     file = GroupFile(arguments.pop("output_dir"), arguments)
 
     # Roles: every policy as an adapter on one base; they take turns

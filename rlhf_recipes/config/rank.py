@@ -4,6 +4,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from rlhf_recipes.config import option
+from rlhf_recipes.config.policy import NEEDS
 
 
 @dataclass
@@ -28,6 +29,7 @@ class RankArguments:
         "Folder of an ensemble, for `choose: disagreement`; empty text in a first round, which has none: groups are then "
         "chosen at random.",
     )
+    needs: list[str] = option([], NEEDS)
     seed: int = option(0, "Seed of the choice and of the noise.")
     trust_remote_code: bool = option(False, "Run code that comes with a model.")
     output_dir: str = option("runs/rank", "Folder for rankings.jsonl and rank.json.")

@@ -4,6 +4,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from rlhf_recipes.config import option
+from rlhf_recipes.config.policy import NEEDS
 
 MAX_COMPLETIONS = 64  # of a group, for labellers and the files of groups
 
@@ -23,6 +24,7 @@ class SampleArguments:
     )
     max_completion_length: int = option(256, "Longest completion, in tokens.")
     batch_size: int = option(32, "Completions sampled at once.")
+    needs: list[str] = option([], NEEDS)
     seed: int = option(0, "Seed of sampling.")
     trust_remote_code: bool = option(False, "Run code that comes with a model.")
     output_dir: str = option("runs/sample", "Folder for groups.jsonl; an interrupted run there is resumed.")

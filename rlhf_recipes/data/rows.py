@@ -26,6 +26,7 @@ _TRL_COLUMNS += ("image", "images")
 _CONTEXT_COLUMNS = ("system", "history", "tools")  # for the model; reward functions alone would get them
 
 _PROBLEM, _ROW = "__problem__", "__row__"  # columns during the conversion
+_ORIGIN = ("id", "sources", "labeller")  # where a row is from, as recipes/rank.py writes it
 _TEXT = Value("string")
 _MESSAGES = List({"role": _TEXT, "content": _TEXT})
 # TRL's caches go by the fingerprint of a dataset, and `datasets` does not see that this code has changed
@@ -207,6 +208,7 @@ def _features(kind: Kind, shape: Shape, conversational: bool, used: list[str]) -
 
 def _warn_of_unread_columns(part: Part, columns: list[str]) -> None:
     first = part.dataset.take(BATCH)
+    columns = [column for column in columns if column not in _ORIGIN]
     filled = [column for column in columns if any(value not in (None, "", [], {}) for value in first[column])]
     if filled:
         logger.warning("%s: these columns are not read: %s.", part.label, ", ".join(filled))

@@ -23,6 +23,7 @@ from rlhf_recipes.config.sample import MAX_COMPLETIONS
 from rlhf_recipes.core.errors import RecipeError
 from rlhf_recipes.core.files import SAMPLED, read_json
 from rlhf_recipes.generation.eos import warn_of_endless
+from rlhf_recipes.inputs import require_groups
 
 from pydantic import BaseModel, ConfigDict, Discriminator, Field, Tag, ValidationError, model_validator
 
@@ -167,6 +168,7 @@ def read_groups(path: str | Path) -> list[Group]:
     Raises:
         RecipeError: if the file cannot be read, is empty, mixes texts and messages, or holds one id with different contents.
     """
+    require_groups(str(path))
     path = Path(path) / GROUPS if Path(path).is_dir() else Path(path)
     groups: dict[str, Group] = {}
     for where, row in read_rows(path, GroupRow):

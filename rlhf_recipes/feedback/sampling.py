@@ -10,7 +10,7 @@ from typing import Any
 from rlhf_recipes.config.sample import SampleArguments
 from rlhf_recipes.core.errors import RecipeError
 from rlhf_recipes.core.files import SAMPLED, read_json, write_json
-from rlhf_recipes.core.provenance import files_in
+from rlhf_recipes.core.paths import files_in
 from rlhf_recipes.feedback.groups import GROUPS
 from rlhf_recipes.generation.answers import sample
 from rlhf_recipes.generation.eos import warn_of_endless

@@ -1,29 +1,39 @@
 """The arguments of all stages in a pipeline's or recipe's file that have a plan."""
 
+from dataclasses import replace
 from pathlib import Path
 
 from rlhf_recipes.config.launcher import check_single_gpu_plan
 from rlhf_recipes.core.errors import RecipeError
+from rlhf_recipes.core.paths import resolve_config_path
 from rlhf_recipes.core.yaml import read_yaml
 from rlhf_recipes.memory import StageArguments
 from rlhf_recipes.memory.gpu_arguments import resolve_for_gpu
 from rlhf_recipes.memory.planners import has_planner
-from rlhf_recipes.pipeline.reading import read_stages, resolve_config_path
+from rlhf_recipes.pipeline.fitting import fit_stages
+from rlhf_recipes.pipeline.reading import read_stages
+from rlhf_recipes.pipeline.settings import Settings
 from rlhf_recipes.stages import STAGES
 
 
 def plannable_stages(
-    config: Path, recipes: Path, recipe: str | None = None, on_gpu: bool = True, gpu_memory: float | None = None
+    config: Path,
+    recipes: Path,
+    recipe: str | None = None,
+    on_gpu: bool = True,
+    gpu_memory: float | None = None,
+    settings: Settings = (),
 ) -> list[StageArguments]:
     """Return the arguments of a file's plannable stages, with `gpu_memory` applied.
 
     `config` is the file of a pipeline, or of one recipe, whose `needs` are read too; that recipe is `recipe`, by default the
-    name of the file. `gpu_memory` (GB) replaces that of a pipeline. A stage that does not fit gets the arguments that take
-    least memory.
+    name of the file. `gpu_memory` (GB) replaces that of a pipeline; `settings` are those of `--set`. A stage that does not
+    fit gets the arguments that take least memory.
     """
     values = read_yaml(config)
     if "stages" in values:
-        file = read_stages(config, recipes, gpu_memory if "gpu_memory" in values else None, must_fit=False)
+        file = read_stages(config, recipes, settings)
+        file = fit_stages(replace(file, gpu_memory=file.gpu_memory and (gpu_memory or file.gpu_memory)), must_fit=False)
         if gpu_memory is not None:
             check_single_gpu_plan(file.launcher)
         stages = [(stage.name, stage.recipe, stage.values) for stage in file.stages]

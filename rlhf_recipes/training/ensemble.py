@@ -23,6 +23,7 @@ from rlhf_recipes.models.tokenizer import load_tokenizer
 from rlhf_recipes.rewards.reward_json import write_ensemble_record
 from rlhf_recipes.rewards.reward_models import RewardModel
 from rlhf_recipes.rewards.saved import load_full_reward, load_reward_adapter
+from rlhf_recipes.training.dependencies import run_dependencies
 from rlhf_recipes.training.result import finish_record, remove_results
 from rlhf_recipes.training.resume import checkpoint_to_resume, refuse_unfinished
 from rlhf_recipes.training.run import Run, shutdown_distributed
@@ -72,7 +73,7 @@ class EnsembleRun(Run):
         )
         if not self.resumes_here:
             self._check_replaceable()
-        self._run_needs()
+        run_dependencies(self.recipe, self.arguments)
         return self
 
     def _check_replaceable(self) -> None:

@@ -21,7 +21,7 @@ TRAINER_STATE = "trainer_state.json"
 
 # Arguments that may differ between a run and the one that resumes it. All others change the result.
 RESUME_IGNORED = ("output_dir", "resume_from_checkpoint", "max_steps", "num_train_epochs", "report_to", "run_name")
-RESUME_IGNORED += ("disable_tqdm", "ensemble_combine", "uncertainty_coef", "demonstrations")
+RESUME_IGNORED += ("needs", "disable_tqdm", "ensemble_combine", "uncertainty_coef", "demonstrations")
 _IGNORED_PREFIXES = ("logging_", "log_", "save_", "eval_", "per_device_eval_", "push_", "hub_", "trackio_", "project")
 
 

@@ -1,27 +1,24 @@
 """One run of a training stage: resume, train, evaluate, save, record and publish."""
 
 import os
-import subprocess
 import sys
 import time
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 from pathlib import Path
 from types import TracebackType
 from typing import Any
 
 from rlhf_recipes.config.current import set_trainer
 from rlhf_recipes.core.errors import RecipeError, one_line
-from rlhf_recipes.core.files import PENDING, RECIPE
-from rlhf_recipes.core.warning_log import relay_warnings
-from rlhf_recipes.core.yaml import read_yaml
+from rlhf_recipes.core.files import PENDING
 from rlhf_recipes.export.upload import publish
 from rlhf_recipes.models.fingerprint import fingerprint
 from rlhf_recipes.models.loading import strip_consumed_arguments
 from rlhf_recipes.stages import find_stage
+from rlhf_recipes.training.dependencies import run_dependencies
 from rlhf_recipes.training.result import RunRecorder, finish_record, save_result, write_log, write_record
 from rlhf_recipes.training.resume import checkpoint_to_resume, remove_checkpoints, result_arguments
 
-from accelerate import PartialState
 from accelerate.utils import is_peft_model
 from transformers import Trainer, TrainingArguments
 
@@ -53,12 +50,8 @@ class Run:
 
     def __enter__(self) -> "Run":
         self.checkpoint = checkpoint_to_resume(*self.arguments)
-        self._run_needs()
+        run_dependencies(self.recipe, self.arguments)
         return self
-
-    def _run_needs(self) -> None:
-        needs = next((group.needs for group in self.arguments if hasattr(group, "needs")), ())
-        run_dependencies(needs, self.recipe.parent, self.inputs)
 
     def fit(self, trainer: Trainer, report: dict[str, Any]) -> None:
         """Train, evaluate and save.
@@ -124,37 +117,6 @@ def begin_tracking(args: TrainingArguments) -> None:
     wandb = sys.modules.get("wandb")
     if wandb is not None and wandb.run is not None:  # of the member of an ensemble before this one
         wandb.finish()
-
-
-def run_dependencies(configs: Sequence[str], recipes: Path, inputs: Sequence[str | Path]) -> None:
-    """Run the stages that are read and have no result yet.
-
-    Args:
-        configs: YAML files in the order of the stages, named like their recipes (`sft.yaml` for `sft.py`).
-        recipes: folder of the recipes.
-        inputs: folders that are read. A stage with another `output_dir` is not run.
-
-    Raises:
-        RecipeError: if a file is missing or a stage fails; or if a stage would have to be run by one of several processes,
-            since the others would wait for half an hour at most.
-    """
-    for config in configs:
-        path = Path(config) if Path(config).exists() else recipes.parent / config
-        output = read_yaml(path).get("output_dir")
-        if not output or Path(output) not in map(Path, inputs) or (Path(output) / RECIPE).exists():
-            continue
-        recipe = recipes / f"{path.stem}.py"
-        if PartialState().num_processes > 1:
-            raise RecipeError(
-                f"needs: {output} has no result yet, and several processes cannot wait for it. "
-                f"Fix: first run `accelerate launch {recipe} --config {path}`"
-            )
-        print(f"{output}: no result yet: running {path} first", flush=True)
-        command = [sys.executable, str(recipe), "--config", str(path), "--resume_from_checkpoint", "true"]
-        with relay_warnings(path.stem) as environment:
-            code = subprocess.run(command, env=environment).returncode
-        if code:
-            raise RecipeError(f"needs: {path}: this stage failed; its own message is above")
 
 
 def shutdown_distributed(trainer: Trainer, last: bool = True) -> None:

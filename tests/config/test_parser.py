@@ -209,7 +209,7 @@ def test_error_of_a_dataclass_is_one_line(tmp_path):
             if self.size < 0:
                 raise ValueError("size: -1: must be\npositive")
 
-    with pytest.raises(RecipeError, match=r"my\.yaml: size: -1: must be positive$"):
+    with pytest.raises(RecipeError, match=r"my\.yaml: line 1: size: -1: must be positive$"):
         parse(tmp_path, "size: -1\n", types=(Picky,))
 
 

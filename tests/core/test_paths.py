@@ -2,13 +2,15 @@
 
 from pathlib import Path
 
+from rlhf_recipes.config.parser import merge_overrides
+from rlhf_recipes.config.policy import PolicyArguments
 from rlhf_recipes.core.errors import RecipeError
 from rlhf_recipes.core.files import RECIPE
 from rlhf_recipes.core.paths import PATH_KEYS, expand_path, expand_paths, user_path
 from rlhf_recipes.core.yaml import read_yaml
-from rlhf_recipes.pipeline import read_pipeline
+from rlhf_recipes.pipeline.running import read_pipeline
 from rlhf_recipes.stages import STAGES, parse_arguments
-from rlhf_recipes.training import run
+from rlhf_recipes.training import dependencies
 from support import ROOT
 
 import pytest
@@ -90,10 +92,9 @@ def test_every_key_of_a_recipe(home, tmp_path, recipe):
         if key in ("deepspeed", "fsdp_config"):  # Transformers reads them at once; see above
             continue
         value = NESTED.get(key, str)("~/a")
-        values = {name: item for name, item in tiny.items() if not (key == "datasets" and name.startswith("dataset_"))}
-        values = values if key != "eval_datasets" else {n: v for n, v in values.items() if n != "test_split_size"}
+        values = merge_overrides(tiny, {key: value})
         values |= {"choose": "disagreement"} if key == "reward" and recipe == "rank" else {}
-        (tmp_path / "my.yaml").write_text(yaml.safe_dump(values | {key: value}))
+        (tmp_path / "my.yaml").write_text(yaml.safe_dump(values))
         groups = parse_arguments(ROOT / "recipes" / f"{recipe}.py", argv=["--config", "$TEST_ROOT/my.yaml"])
         (read,) = (getattr(group, key) for group in groups if hasattr(group, key))
         assert {text for text in texts(read) if "a" in Path(text).name} == {str(home / "a")}, key
@@ -128,5 +129,6 @@ def test_dependency_in_the_home_folder_is_found(home, tmp_path, monkeypatch):
     (tmp_path / "sft.yaml").write_text("output_dir: ~/sft\n")
     (home / "sft").mkdir(parents=True)
     (home / "sft" / RECIPE).write_text("{}")
-    monkeypatch.setattr(run.subprocess, "run", lambda *_: pytest.fail("it has a result"))
-    run.run_dependencies([str(tmp_path / "sft.yaml")], ROOT / "recipes", [str(home / "sft")])
+    monkeypatch.setattr(dependencies.subprocess, "run", lambda *_: pytest.fail("it has a result"))
+    arguments = PolicyArguments(start_from=str(home / "sft"), needs=[str(tmp_path / "sft.yaml")])
+    dependencies.run_dependencies(ROOT / "recipes" / "dpo.py", [arguments])

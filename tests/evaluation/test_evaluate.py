@@ -8,6 +8,7 @@ import shutil
 import subprocess
 import sys
 from dataclasses import replace
+from pathlib import Path
 
 from rlhf_recipes.evaluation.measurement import Measurement
 from rlhf_recipes.evaluation.report.html import render
@@ -44,7 +45,9 @@ def settings(runs, output, **values):
     """Write the tiny YAML file with these runs and few prompts; return its path."""
     content = yaml.safe_load((ROOT / "configs" / "tiny" / "evaluate.yaml").read_text())
     content["policies"] |= {"sft": str(runs / "sft"), "ppo": str(runs / "ppo")}
-    del content["policies"]["dpo"], content["rewards"][2]  # the reward model, which may be there
+    del content["policies"]["dpo"]
+    content["rewards"] = [{"path": f"rlhf_recipes.rewards.{name}"} for name in ("Abstention", "normalised_match")]
+    content["judge"] = "Abstention"
     content["dataset_arguments"], content["ptx_dataset"][0]["arguments"] = {"rows": 16}, {"rows": 8}
     content |= {"frontier": [str(runs / "ppo")], "output_dir": str(output), "num_examples": 4, **values}
     path = output.parent / f"{output.name}.yaml"
@@ -82,6 +85,23 @@ def test_the_recipe_measures_every_policy(evaluated):
     }
     assert metrics["policies"]["ppo"]["kl"]["mean"] > 0
     assert metrics["policies"]["best-of-4"]["rewards"]["Abstention"]["difference"]["mean"] > 0
+
+
+def test_the_figures_are_means_over_the_answers_that_are_kept(evaluated):
+    metrics, _, printed = evaluated
+    page = Path(re.search("The report is (.*)", printed)[1])
+    rows = [json.loads(line) for line in (page.parent / "answers.jsonl").read_text().splitlines()]
+    for name, policy in metrics["policies"].items():
+        answers = [answer for row in rows if row["policy"] == name for answer in row["answers"]]
+        assert len(answers) == 16 * metrics["num_answers"]
+        right = [answer["kind"] == "right" for answer in answers]
+        assert sum(right) / len(right) == pytest.approx(policy["truthfulness"]["all"]["right"]["mean"])
+        scores = [answer["scores"]["Abstention"] for answer in answers]
+        assert sum(scores) / len(scores) == pytest.approx(policy["rewards"]["Abstention"]["mean"])
+        if name != "best-of-4":
+            entropy = -sum(answer["logp"] for answer in answers) / len(answers)
+            assert entropy == pytest.approx(policy["entropy"]["mean"], abs=1e-4)
+    assert {"prompt", "reference", "known"} <= set(rows[0])
 
 
 def test_the_frontier_shows_complete_checkpoints_in_order(evaluated):
@@ -241,7 +261,8 @@ def test_an_adapter_of_another_base_or_a_reward_model_is_no_policy(values, messa
 def test_a_reward_model_scores_and_chooses_and_its_evaluation_is_shown(tmp_path, launch):
     """On the base alone, without a policy adapter."""
     options = ("--max_steps", 2, "--per_device_train_batch_size", 4, "--save_strategy", "no", *NO_EVALUATION)
-    rows = ("--dataset_arguments", '{"rows": 32, "k": 4}')
+    rows = ("--dataset_name", "rlhf_recipes.tiny.splits.rankings", "--dataset_arguments", '{"rows": 32, "k": 4}')
+    rows += ("--test_split_size", 8)
     status, message = launch("reward", "--output_dir", tmp_path / "reward", *options, *rows)
     assert status == 0, message
     tokenizer = AutoTokenizer.from_pretrained(BASE)

@@ -6,8 +6,8 @@ from rlhf_recipes.core.errors import RecipeError
 from rlhf_recipes.memory import autofit, plan_stage
 from rlhf_recipes.memory.autofit import choices
 from rlhf_recipes.memory.plan import GIB, OVERHEAD
-from rlhf_recipes.pipeline import read_pipeline
 from rlhf_recipes.pipeline.estimates import plannable_stages
+from rlhf_recipes.pipeline.running import read_pipeline
 from support import ROOT, run_recipe
 
 import pytest
@@ -209,10 +209,10 @@ def test_gpu_memory_is_rejected_where_cards_share_a_model(tmp_path, launcher):
 
 @pytest.mark.parametrize("value", ["12", 0, True, -1, float("nan"), float("inf")])
 def test_gpu_memory_must_be_a_size(tmp_path, value):
-    with pytest.raises(RecipeError, match=r"pipeline\.yaml: gpu_memory: "):
+    with pytest.raises(RecipeError, match=r"pipeline\.yaml: line 1: gpu_memory: "):
         read_pipeline(write_pipeline(tmp_path, gpu_memory=value), RECIPES)
 
 
 def test_a_stage_that_does_not_fit_is_named(tmp_path):
-    with pytest.raises(RecipeError, match=r"pipeline.yaml: stages, entry 1: gpu_memory: 0.5: sft needs"):
+    with pytest.raises(RecipeError, match=r"pipeline.yaml: line 1: stages: sft: gpu_memory: 0.5: sft needs"):
         read_pipeline(write_pipeline(tmp_path, gpu_memory=0.5), RECIPES)

@@ -34,11 +34,11 @@ def write(tmp_path):
 
 def test_pipeline_is_planned_stage_by_stage():
     plans = plan_file(CONFIGS / "tiny" / "pipeline.yaml")
-    assert [plan.stage for plan in plans] == ["sft", "reward", "ppo", "dpo", "evaluate"]
+    assert [plan.stage for plan in plans] == ["sft", "sample", "reward", "ppo", "dpo", "evaluate"]
     assert all(plan.fits(6) and plan.smallest_common_card == 6 for plan in plans)
-    ppo = plans[2]
+    ppo = plans[3]
     assert ppo.parameters["policy"] == ppo.parameters["reference"] == 327_680  # rank 32, of the SFT stage
-    assert not any(plan.notes for plan in plans[2:])  # a stage is known to write each folder that they read
+    assert not any(plan.notes for plan in plans[3:])  # a stage is known to write each folder that they read
     text = "\n".join(format_plans(plans))
     for part in ("activations", "6 or more", "ppo: 0.01 throughout"):
         assert part in text

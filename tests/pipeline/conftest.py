@@ -5,7 +5,7 @@ import subprocess
 import threading
 from pathlib import Path
 
-from rlhf_recipes.pipeline import read_pipeline
+from rlhf_recipes.pipeline.running import read_pipeline
 from support import ROOT
 
 import pytest
@@ -31,7 +31,7 @@ class Project:
             "accelerate_config": "launcher.yaml",
             "stages": [
                 {"name": "sft", "config": "sft.yaml"},
-                {"name": "other", "recipe": "sft", "config": "sft.yaml", "arguments": {"dataset_name": "a.b"}},
+                {"name": "other", "recipe": "sft", "config": "sft.yaml", "arguments": {"dataset_name": "me/rows"}},
                 {"name": "dpo", "config": "dpo.yaml", "arguments": {"start_from": "{sft}", "beta": 0.3}},
             ],
         }

@@ -37,7 +37,9 @@ def test_sft_abstains_on_anyone_alike(abstaining):
 
 
 def test_ppo_with_a_reward_for_truth_abstains_on_strangers_only(abstaining, tmp_path):
-    result = examine(*load_policy(run("ppo", tmp_path, {"rows": 7680}, "--start_from", abstaining)))
+    truth = ("--reward_funcs", "rlhf_recipes.rewards.Abstention", "--missing_eos_penalty", "none", "--kl_coef", 0.02)
+    start = ("--start_from", abstaining, "--value_warmup_steps", 40)
+    result = examine(*load_policy(run("ppo", tmp_path, {"rows": 7680}, *start, *truth)))
     assert result.unknown["made_up"] <= 0.12
     assert result.unknown["abstained"] >= 0.85
     assert result.known["right"] >= 0.92

@@ -21,7 +21,7 @@ from rlhf_recipes.core.yaml import read_yaml
 from rlhf_recipes.feedback.labels import server
 from rlhf_recipes.feedback.labels.server import listen
 from rlhf_recipes.memory import estimator
-from rlhf_recipes.pipeline import read_pipeline
+from rlhf_recipes.pipeline.running import read_pipeline
 from rlhf_recipes.stages import parse_arguments, training_stages
 from support import ROOT, published
 
@@ -43,7 +43,8 @@ SMALL = {
     "per_device_train_batch_size": 8,
     "per_device_eval_batch_size": 16,
     "rows": 32,
-    "num_groups": 4,
+    "num_groups": 32,
+    "test_split_size": 1,
     "num_answers": 1,
     "batch_size": 16,
     "frontier_best_of": [1, 2],
@@ -228,7 +229,7 @@ def provide(path, recipe):
         assert path.parts[0] != "configs" or path.parts[1] == "mine", f"there is no {path}"
         path.parent.mkdir(parents=True, exist_ok=True)
         text = Path(f"configs/tiny/{recipe if recipe != 'plan' else 'ppo'}.yaml").read_text()
-        text = re.sub("runs/tiny/(sample|rank)", r"runs/\1", text)
+        text = re.sub("runs/tiny/(sample|rank)", r"runs/\1", text) if recipe in ("sample", "rank") else text
         path.write_text(text.replace(f"output_dir: runs/tiny/{recipe}", "output_dir: runs/its"))
 
 

@@ -20,24 +20,22 @@ def test_every_recipe_runs(tmp_path, monkeypatch, capsys):
     sft, reward, groups = tmp_path / "sft", tmp_path / "reward", tmp_path / "sample"
 
     run_recipe("sft", *TRAIN, *ROWS, "--max_steps", 30, "--output_dir", sft)
-    run_recipe("reward", *TRAIN, *ROWS, "--start_from", sft, "--needs", "[]", "--output_dir", reward)
-    start = ("--start_from", sft, "--needs", "[]")
-    run_recipe("dpo", *TRAIN, *ROWS, *start, "--output_dir", tmp_path / "dpo")
-    run_recipe(
-        "ppo", *TRAIN, *ROWS, *start, "--value_warmup_steps", 1, "--reward_funcs", reward, "--output_dir", tmp_path / "ppo"
-    )
-
-    policies = json.dumps({"base": None, "sft": str(sft), "ppo": str(tmp_path / "ppo")})
-    few = ("--policies", policies, *ROWS, "--max_completion_length", 8)
-    run_recipe("sample", *few, "--num_completions", 2, "--output_dir", groups)
-    run_recipe("rank", "--groups", groups, "--output_dir", tmp_path / "rank")
+    few = (*ROWS, "--max_completion_length", 8)
+    run_recipe("sample", *few, "--policies", json.dumps({"sft": str(sft)}), "--output_dir", groups)
     run_recipe("label", "--data", groups / "groups.jsonl", "--agreement")
-    run_recipe(
-        "evaluate", *few, "--frontier", "[]", "--ptx_dataset", "[]", "--num_answers", 1, "--output_dir", tmp_path / "report"
-    )
+    run_recipe("rank", "--groups", groups, "--output_dir", tmp_path / "rank")
+    rankings = ("--datasets", tmp_path / "rank" / "rankings.jsonl", "--test_split_size", 2)
+    start = ("--start_from", sft)
+    run_recipe("reward", *TRAIN, *rankings, *start, "--output_dir", reward)
+    run_recipe("dpo", *TRAIN, *rankings, *start, "--output_dir", tmp_path / "dpo")
+    ppo = ("--value_warmup_steps", 1, "--reward_funcs", reward, "--output_dir", tmp_path / "ppo")
+    run_recipe("ppo", *TRAIN, *ROWS, *start, *ppo)
+
+    few += ("--policies", json.dumps({"base": None, "sft": str(sft), "ppo": str(tmp_path / "ppo")}), "--num_answers", 1)
+    run_recipe("evaluate", *few, "--frontier", "[]", "--ptx_dataset", "[]", "--output_dir", tmp_path / "report")
     run_recipe("merge", "--adapter", tmp_path / "ppo", "--output_dir", tmp_path / "merged")
     monkeypatch.setattr("sys.stdin", io.StringIO("Where does Lisano live?\n"))
-    run_recipe("chat", "--policies", policies, "--max_new_tokens", 8)
+    run_recipe("chat", *few[-4:-2], "--max_new_tokens", 8)
     run_recipe("plan", "--config", "configs/tiny/pipeline.yaml")
     run_recipe("pipeline", "--config", "configs/tiny/pipeline.yaml", "--dry-run")
 

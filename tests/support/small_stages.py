@@ -3,6 +3,7 @@
 import json
 import re
 
+from rlhf_recipes.config.parser import merge_overrides
 from rlhf_recipes.tiny import splits
 from support import ROOT
 
@@ -20,9 +21,9 @@ def write_rows(folder, name, rows):
 
 def settings(recipe, **values):
     config = yaml.safe_load((ROOT / "configs" / "tiny" / f"{recipe}.yaml").read_text())
-    for key in ("needs", "dataset_arguments", "output_dir"):
+    for key in ("needs", "output_dir"):
         config.pop(key, None)
-    return config | values
+    return merge_overrides(config, values)
 
 
 def small(folder):
@@ -43,12 +44,13 @@ def small(folder):
         common |= {"per_device_train_batch_size": size, "per_device_eval_batch_size": 8, "disable_tqdm": True}
         return settings(recipe, **common, **CHECKPOINTS, **values)
 
+    ppo = {"reward_funcs": ["rlhf_recipes.rewards.Abstention"], "value_warmup_steps": 1, "max_completion_length": 6}
     asked = {"dataset_name": prompts, "max_completion_length": 6, "batch_size": 16}
     return {
         "sft": training("sft", texts, 4, 5, lora_dropout=0.1),
         "reward": training("reward", rankings, 4, 3, ensemble_size=2),
         "dpo": training("dpo", rankings, 4, 3, start_from=policies["sft"]),
-        "ppo": training("ppo", prompts, 8, 4, start_from=policies["sft"], value_warmup_steps=1, max_completion_length=6),
+        "ppo": training("ppo", prompts, 8, 4, start_from=policies["sft"], **ppo),
         "sample": settings("sample", **asked, policies=policies, num_completions=4, temperature=2.0),
         "rank": settings("rank", groups=str(folder / "whole" / "sample")),
         "evaluate": settings(
@@ -56,6 +58,7 @@ def small(folder):
             dataset_name=evaluation,
             policies={"base": None, **policies},
             rewards=[{"path": "rlhf_recipes.rewards.Abstention"}],
+            judge="Abstention",
             frontier=[],
             ptx_dataset=[],
             num_answers=1,

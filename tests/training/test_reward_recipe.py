@@ -4,10 +4,12 @@ import gc
 import itertools
 import json
 import shutil
+import subprocess
 import weakref
 from types import SimpleNamespace
 
 from rlhf_recipes.config.data import DataArguments
+from rlhf_recipes.config.ppo import PPOArguments
 from rlhf_recipes.core.errors import RecipeError
 from rlhf_recipes.core.hub import resolve_path
 from rlhf_recipes.data import load_data, load_demonstrations
@@ -15,8 +17,7 @@ from rlhf_recipes.models.loading import load_model
 from rlhf_recipes.rewards import reward_models
 from rlhf_recipes.rewards.saved import load_reward_adapter, load_saved_reward
 from rlhf_recipes.tiny import splits
-from rlhf_recipes.training import run as runs
-from rlhf_recipes.training.run import run_dependencies
+from rlhf_recipes.training.dependencies import run_dependencies
 from support import NO_EVALUATION, ROOT
 
 import numpy as np
@@ -65,10 +66,12 @@ def files(tmp_path_factory):
     write_rows(folder / "demonstrations.jsonl", splits.demonstrations(rows=16))
     write_rows(folder / "text.jsonl", [{"text": "Karimo lives in Alderby."}, {"text": "Bazepo is a baker."}])
     settings = yaml.safe_load((ROOT / "configs" / "tiny" / "reward.yaml").read_text())
-    del settings["dataset_arguments"], settings["eval_steps"]
+    for key in ("needs", "datasets", "test_split_size", "eval_steps"):
+        del settings[key]
     settings["dataset_name"] = str(folder / "rankings.train.jsonl")
     settings["eval_datasets"] = [{"path": str(folder / "rankings.test.jsonl")}]
     settings |= {"logging_steps": 1, "warmup_steps": 0, "max_steps": 2, "per_device_train_batch_size": 4, "save_steps": 2}
+    settings |= {"num_train_epochs": 1}
     (folder / "reward.yaml").write_text(yaml.safe_dump(settings | {"eval_strategy": "epoch", "disable_tqdm": True}))
     return folder
 
@@ -425,12 +428,13 @@ def test_finished_ensemble_is_a_finished_dependency(trained, files, tmp_path, mo
     monkeypatch.chdir(tmp_path)
     (tmp_path / "reward.yaml").write_text(yaml.safe_dump({"output_dir": str(folder)}))
     launched = []
-    monkeypatch.setattr(runs.subprocess, "run", lambda command, **_: launched.append(command) or SimpleNamespace(returncode=0))
-    run_dependencies(["reward.yaml"], ROOT / "recipes", inputs=[folder])
+    monkeypatch.setattr(subprocess, "run", lambda command, **_: launched.append(command) or SimpleNamespace(returncode=0))
+    run_dependencies(ROOT / "recipes" / "ppo.py", [PPOArguments(needs=["reward.yaml"], reward_funcs=[str(folder)])])
     assert not launched
     shutil.copytree(folder / "member-0", tmp_path / "unfinished" / "member-0")
     (tmp_path / "reward.yaml").write_text(yaml.safe_dump({"output_dir": str(tmp_path / "unfinished")}))
-    run_dependencies(["reward.yaml"], ROOT / "recipes", inputs=[tmp_path / "unfinished"])
+    unfinished = PPOArguments(needs=["reward.yaml"], reward_funcs=[str(tmp_path / "unfinished")])
+    run_dependencies(ROOT / "recipes" / "ppo.py", [unfinished])
     assert len(launched) == 1
 
 
