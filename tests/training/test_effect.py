@@ -70,9 +70,10 @@ def test_a_model_that_training_left_as_it_was_is_an_error(launch, tmp_path, reci
     """The steps are smaller than bf16 can add to the weights."""
     options = ("--use_peft", "false", "--dtype", "bfloat16", "--learning_rate", 1e-12, "--warmup_steps", 0, "--max_steps", 2)
     others = {"dpo": ("--needs", "[]", "--start_from", "null")}.get(recipe, ())
-    rows = ("--dataset_arguments", '{"rows": 24, "k": 2}') if recipe != "sft" else ()
+    if recipe != "sft":
+        others += ("--test_split_size", "null", "--datasets", "[]", "--dataset_name", "rlhf_recipes.tiny.splits.rankings")
     size = ("--per_device_train_batch_size", 4, "--output_dir", tmp_path)
-    status, error = launch(recipe, *options, *ROWS, *rows, *others, *size)
+    status, error = launch(recipe, *options, *ROWS, *others, *size)
     assert status == 2
     assert "2 steps have not changed the model by one bit. Fix: check `learning_rate` (1e-12)" in error
     assert not (tmp_path / "recipe.json").exists()
