@@ -62,9 +62,9 @@ def part_size(arguments: SampleArguments) -> int:
 def _sample_part(
     bank: PolicyBank, policies: Sequence[str], prompts: Sequence[Any], arguments: SampleArguments, first: int
 ) -> tuple[list[dict[str, tuple[str, str]]], list[bool]]:
-    """Return each prompt's different completions, and of every answer whether it ended.
+    """Return each prompt's different completions, and whether each answer ended.
 
-    A prompt's completions are stripped text -> (text, policy).
+    A prompt's completions are stripped text -> (text, policy). Answers are all that were sampled.
     """
     completions: list[dict[str, tuple[str, str]]] = [{} for _ in prompts]
     ended: list[bool] = []

@@ -71,7 +71,7 @@ class TrainerMixin:
         """Write nothing: at a checkpoint, TRL would replace an earlier result's card."""
 
     def check_before_training(self) -> None:
-        """Refuse a run that would train no step, or fail at its first evaluation; warn of few rows.
+        """Refuse a run without a step, or whose evaluation would fail; warn of few rows.
 
         Raises:
             RecipeError: with the key.
