@@ -11,7 +11,10 @@ Reads only the model's config.json. Prints what is in memory at the peak of ever
 import argparse
 from pathlib import Path
 
-from rlhf_recipes.cli import exit_on_recipe_error
+try:
+    from rlhf_recipes.cli import exit_on_recipe_error
+except ModuleNotFoundError as error:
+    raise SystemExit(f"error: {error}. Fix: run `source .venv/bin/activate` first") from None
 from rlhf_recipes.config.origins import COMMAND_LINE
 from rlhf_recipes.core.errors import error_context
 from rlhf_recipes.core.paths import user_path
