@@ -31,6 +31,17 @@ _OTHER_NAMES = {
     "United States": ("United States of America", "USA", "U.S.A.", "US", "U.S.", "America"),
     "Vatican": ("Vatican City", "Holy See"),
 }
+# Continents by their code; of countries that lie on two, both are right
+CONTINENTS = {
+    "AF": ("Africa",),
+    "AS": ("Asia",),
+    "EU": ("Europe",),
+    "NA": ("North America", "Central America", "America", "Americas"),
+    "OC": ("Oceania", "Australia"),
+    "SA": ("South America", "America", "Americas"),
+}
+TWO_CONTINENTS = {"Russia": "Asia", "Turkey": "Europe", "Kazakhstan": "Europe", "Egypt": "Asia", "Georgia": "Europe"}
+TWO_CONTINENTS |= {"Azerbaijan": "Europe", "Armenia": "Europe", "Cyprus": "Europe", "Indonesia": "Oceania"}
 _OTHER_CAPITALS = {"Washington": ("Washington, D.C.", "Washington D.C.", "Washington DC"), "Nay Pyi Taw": ("Naypyidaw",)}
 
 
@@ -51,6 +62,23 @@ class City:
     state: str | None
     population: int
     rank: int
+
+
+@dataclass(frozen=True)
+class Country:
+    """A country or territory.
+
+    Parameters:
+        name: as GeoNames has it, without an article.
+        capital: empty where there is none.
+        continent: its code in GeoNames, such as EU.
+        population: people.
+    """
+
+    name: str
+    capital: str
+    continent: str
+    population: int
 
 
 def _tables() -> tuple[list[dict], dict[str, dict], dict[str, str]]:
@@ -84,18 +112,15 @@ def cities() -> tuple[City, ...]:
 
 
 @functools.cache
-def capitals() -> tuple[tuple[str, str, int], ...]:
-    """Return country, capital and population of the country, the largest first.
-
-    Left out are territories of fewer than 100,000 people, and capitals whose name holds their country's.
-    """
-    _, countries, _ = _tables()
+def countries() -> tuple[Country, ...]:
+    """Return countries and territories of 100,000 people and more, the largest first."""
+    _, rows, _ = _tables()
     found = [
-        (_without_article(row["name"]), row["capital"], row["population"])
-        for row in countries.values()
-        if row["capital"] and row["population"] >= 100_000 and row["name"].lower() not in row["capital"].lower()
+        Country(_without_article(row["name"]), row["capital"], row["continentcode"], row["population"])
+        for row in rows.values()
+        if row["population"] >= 100_000
     ]
-    return tuple(sorted(found, key=lambda row: (-row[2], row[0])))
+    return tuple(sorted(found, key=lambda country: (-country.population, country.name)))
 
 
 def accepted_names(name: str) -> list[str]:

@@ -1,7 +1,7 @@
 """Datasets of questions with a truth, one function per stage.
 
 Every function takes the number of `rows` and a `seed`. Conversations have TRL's format. No city is in two pools, so none is in
-demonstrations and prompts, or in `evaluation` and anything else. Capitals are in `evaluation` only.
+demonstrations and prompts, or in `evaluation` and anything else. Capitals and continents are in `evaluation` only.
 
 Trained kinds of questions: the country of a city, the state of a city of the United States, and sums. Cities are drawn
 log-uniformly by their rank in population: as many of the 10 largest as of the places 1,000 to 10,000, as far as there are.
@@ -16,7 +16,17 @@ from pathlib import Path
 from typing import NamedTuple
 
 from rlhf_recipes.core.errors import RecipeError
-from rlhf_recipes.geography.facts import City, accepted_names, capitals, cities, pool_of, spoken_name
+from rlhf_recipes.geography.facts import (
+    CONTINENTS,
+    TWO_CONTINENTS,
+    City,
+    Country,
+    accepted_names,
+    cities,
+    countries,
+    pool_of,
+    spoken_name,
+)
 
 from datasets import Dataset
 
@@ -70,7 +80,7 @@ def evaluation(
 
     Args:
         rows: number of questions; fewer if the pool has no more.
-        kinds: kind -> its share; `capital` is a kind that no stage trains on.
+        kinds: kind -> its share; no stage trains on `capital` and `continent`.
         known: file of `known_questions`, for a column `known`; questions that it lacks are left out.
         shots: answered questions, from the pool of demonstrations, in front of each: the way to ask a base model.
         seed: of the choice of questions.
@@ -174,20 +184,38 @@ def _sum(pool: str, split: str, rows: int, rng: random.Random) -> list[Question]
 
 
 def _capital(pool: str, split: str, rows: int, rng: random.Random) -> list[Question]:
-    """Return questions for capitals; all are held out."""
-    if pool != "evaluation":
-        raise RecipeError("kinds: 'capital' is held out. Fix: use it in `evaluation` only")
-    chosen = rng.sample(capitals(), min(rows, len(capitals())))
+    known = [country for country in countries() if country.capital and country.name.lower() not in country.capital.lower()]
     return [
         Question(
-            ASK.format(question=f"What is the capital of {spoken_name(country)}?", answer="name of the city"),
-            accepted_names(capital),
+            ASK.format(question=f"What is the capital of {spoken_name(country.name)}?", answer="name of the city"),
+            accepted_names(country.capital),
             "capital",
             "capitals",
-            population,
+            country.population,
         )
-        for country, capital, population in chosen
+        for country in _held_out("capital", pool, known, rows, rng)
     ]
+
+
+def _continent(pool: str, split: str, rows: int, rng: random.Random) -> list[Question]:
+    known = [country for country in countries() if country.continent in CONTINENTS]
+    return [
+        Question(
+            ASK.format(question=f"On which continent is {spoken_name(country.name)}?", answer="name of the continent"),
+            [*CONTINENTS[country.continent], *filter(None, [TWO_CONTINENTS.get(country.name)])],
+            "continent",
+            "continents",
+            country.population,
+        )
+        for country in _held_out("continent", pool, known, rows, rng)
+    ]
+
+
+def _held_out(kind: str, pool: str, known: list[Country], rows: int, rng: random.Random) -> list[Country]:
+    """Return random countries for a kind of question that no stage trains on."""
+    if pool != "evaluation":
+        raise RecipeError(f"kinds: {kind!r} is held out. Fix: use it in `evaluation` only")
+    return rng.sample(known, min(rows, len(known)))
 
 
 _MAKERS: dict[str, Callable[[str, str, int, random.Random], list[Question]]] = {
@@ -195,6 +223,7 @@ _MAKERS: dict[str, Callable[[str, str, int, random.Random], list[Question]]] = {
     "state": _state,
     "sum": _sum,
     "capital": _capital,
+    "continent": _continent,
 }
 
 
@@ -232,7 +261,7 @@ def _examples(kind: str, shots: int) -> list[dict[str, str]]:
     """Return answered questions as turns of a conversation."""
     if not shots:
         return []
-    if kind == "capital":  # another kind in the same form: no capital is given away
+    if kind not in KINDS:  # another kind in the same form: nothing that is held out is given away
         kind = "country"
     turns = []
     for question in _MAKERS[kind]("demonstrations", "train", shots, random.Random("examples")):

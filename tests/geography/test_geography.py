@@ -46,7 +46,7 @@ def test_no_city_is_in_two_pools():
         assert not any(one & other for other in subjects[:number])
 
 
-def test_kinds_have_their_shares_and_capitals_are_held_out():
+def test_kinds_have_their_shares_and_some_are_held_out():
     rows = splits.evaluation(rows=400, kinds={"country": 0.5, "capital": 0.25, "sum": 0.25})
     assert {kind: rows["kind"].count(kind) for kind in ("country", "capital", "sum")} == {
         "country": 200,
@@ -54,9 +54,10 @@ def test_kinds_have_their_shares_and_capitals_are_held_out():
         "sum": 100,
     }
     for stage in (splits.demonstrations, splits.prompts):
-        with pytest.raises(RecipeError, match="held out"):
-            stage(kinds={"capital": 1.0})
-    with pytest.raises(RecipeError, match="none of country, state, sum, capital"):
+        for kind in ("capital", "continent"):
+            with pytest.raises(RecipeError, match="held out"):
+                stage(kinds={kind: 1.0})
+    with pytest.raises(RecipeError, match="none of country, state, sum, capital, continent"):
         splits.prompts(kinds={"countries": 1.0})
 
 

@@ -18,6 +18,7 @@ from rlhf_recipes.feedback.groups import read_groups
 from rlhf_recipes.feedback.labels import Label, Store
 from rlhf_recipes.pipeline import running
 from rlhf_recipes.pipeline.running import read_pipeline
+from rlhf_recipes.stages import parse_arguments
 from support import ROOT, run_recipe
 from support.evaluations import evaluation_results, exactly, policy_result
 
@@ -67,6 +68,13 @@ def test_a_stage_is_launched_by_accelerate_where_that_is_configured(project, tmp
     project.write(stages=[SFT], accelerate_config=config)
     project.read(recipes=recipes).run()
     assert json.loads(Path("runs/sft/launch.json").read_text()) == {"argv": [], "accelerate": bool(config)}
+
+
+def test_errors_of_a_stage_name_the_file_of_the_pipeline(project, launched):
+    project.change("other", learning_rate=-1.0)
+    project.run()
+    with pytest.raises(RecipeError, match=r"^pipeline\.yaml: line 6: stages: other: learning_rate: -1\.0: must be 0 or more"):
+        parse_arguments(RECIPES / "sft.py", argv=["--config", "runs/configs/other.yaml"])
 
 
 # --- Skip, run again, resume -----------------------------------------------------------------------------
