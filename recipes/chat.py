@@ -7,7 +7,10 @@
 answer, `/help` shows the rest. Lines may come through a pipe. Launch it with `python`: Ctrl-C would end `accelerate launch`.
 """
 
-from rlhf_recipes.cli import check_early, exit_on_recipe_error
+try:
+    from rlhf_recipes.cli import check_early, exit_on_recipe_error
+except ModuleNotFoundError as error:
+    raise SystemExit(f"error: {error}. Fix: run `source .venv/bin/activate` first") from None
 
 if __name__ == "__main__":
     check_early(__file__)  # a misspelt key or path, before the seconds that the imports below take

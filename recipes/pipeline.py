@@ -11,7 +11,10 @@ stages run with each seed, and a table sums up the evaluations.
 import argparse
 from pathlib import Path
 
-from rlhf_recipes.cli import exit_on_recipe_error
+try:
+    from rlhf_recipes.cli import exit_on_recipe_error
+except ModuleNotFoundError as error:
+    raise SystemExit(f"error: {error}. Fix: run `source .venv/bin/activate` first") from None
 from rlhf_recipes.core.paths import user_path
 from rlhf_recipes.pipeline.early import check_stage_inputs, check_stage_keys
 from rlhf_recipes.pipeline.reading import read_stages

@@ -11,12 +11,15 @@ Reads only the model's config.json. Prints what is in memory at the peak of ever
 import argparse
 from pathlib import Path
 
-from rlhf_recipes.cli import exit_on_recipe_error
+try:
+    from rlhf_recipes.cli import exit_on_recipe_error
+except ModuleNotFoundError as error:
+    raise SystemExit(f"error: {error}. Fix: run `source .venv/bin/activate` first") from None
 from rlhf_recipes.config.origins import COMMAND_LINE
 from rlhf_recipes.core.errors import error_context
 from rlhf_recipes.core.paths import user_path
 from rlhf_recipes.core.yaml import read_yaml
-from rlhf_recipes.pipeline.early import check_stage_keys
+from rlhf_recipes.pipeline.early import check_recipe_keys, check_stage_keys
 from rlhf_recipes.pipeline.reading import read_stages
 from rlhf_recipes.pipeline.schema import check_gpu_memory
 from rlhf_recipes.pipeline.settings import read_settings
@@ -46,6 +49,8 @@ def main() -> None:
         file = read_stages(options.config, RECIPES, settings)
         check_stage_keys(file)
         card = file.gpu_memory if card is None else card
+    else:
+        check_recipe_keys(options.config, values, options.recipe or options.config.stem)
     from rlhf_recipes.memory import advice, format_plans, plan_stage
     from rlhf_recipes.pipeline.estimates import plannable_stages
 

@@ -1,13 +1,26 @@
 """Keys and paths of a pipeline's stages, checked before PyTorch is imported."""
 
-from collections.abc import Collection
+from collections.abc import Collection, Mapping
 from pathlib import Path
+from typing import Any
 
 from rlhf_recipes.config.keys import check_all_keys
+from rlhf_recipes.config.origins import origin_of
 from rlhf_recipes.core.paths import add_current_folder
 from rlhf_recipes.inputs import check_inputs
 from rlhf_recipes.pipeline.reading import PipelineFile, PipelineStage
 from rlhf_recipes.stages import STAGES
+
+
+def check_recipe_keys(config: Path, values: Mapping[str, Any], recipe: str) -> None:
+    """Reject keys in the file of one recipe that it does not have.
+
+    Raises:
+        RecipeError: with the place of the key.
+    """
+    if recipe in STAGES:
+        with origin_of(config, values).context():
+            check_all_keys(values, STAGES[recipe].argument_types())
 
 
 def check_stage_keys(file: PipelineFile) -> None:

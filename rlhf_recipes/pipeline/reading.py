@@ -1,9 +1,10 @@
 """Read a pipeline's YAML file: its stages for each seed and round, fully resolved."""
 
+import functools
 import hashlib
 import json
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -132,8 +133,9 @@ def read_stages(config: Path, recipes: Path, settings: Settings = ()) -> Pipelin
     with Origin(for_all, for_all[-1]).context():
         _check_shared(settings)
     stages: list[PipelineStage] = []
+    read_file = functools.cache(read_yaml)  # all seeds and rounds read the same files
     for seed in [None] if settings.seeds is None else settings.seeds:
-        reader = _SeedReader(config, settings, for_all, set_keys, recipes, seed, accelerate_config, launcher)
+        reader = _SeedReader(config, settings, for_all, read_file, set_keys, recipes, seed, accelerate_config, launcher)
         stages += [reader.read(number, turn) for turn, number in order]
     owners: dict[Path, str] = {}
     for stage in stages:
@@ -192,6 +194,7 @@ class _SeedReader:
     config: Path
     settings: PipelineConfig
     for_all: tuple[Source, Source]
+    read_file: Callable[[Path], dict[str, Any]]
     set_keys: Mapping[str, Sequence[str]]
     recipes: Path
     seed: int | None
@@ -212,7 +215,7 @@ class _SeedReader:
                 raise RecipeError(f"recipe: {recipe!r} is none of {', '.join(known)}{did_you_mean(recipe, known)}")
             with error_context("config"):
                 file = resolve_config_path(entry.config, self.recipes)
-                written = read_yaml(file)
+                written = self.read_file(file)
         types = STAGES[recipe].argument_types()
         shared = {key: value for key, value in self.settings.arguments.items() if key in types}
         arguments = Source(place.label, entry.arguments, self.config, ("stages", number, "arguments"))
@@ -339,9 +342,11 @@ class PlaceholderResolver:
     def _writers(self, value: Any) -> Iterator[PipelineStage]:
         """Yield the stages whose folder a text names in full."""
         path = Path(value).absolute() if isinstance(value, str) else Path()
-        for stage in (stage for stages in self.stages.values() for stage in stages):
-            if stage.folder.absolute() in (path, *path.parents):
-                yield stage
+        yield from (self._folders[folder] for folder in (path, *path.parents) if folder in self._folders)
+
+    @functools.cached_property
+    def _folders(self) -> dict[Path, PipelineStage]:
+        return {stage.folder.absolute(): stage for stages in self.stages.values() for stage in stages}
 
     def _repeat(self, item: Any, key: str) -> list[Any]:
         """Return an item of a list once for each stage that `{name*}` in it stands for."""

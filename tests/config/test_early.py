@@ -129,6 +129,14 @@ def test_stages_that_are_needed_are_checked_and_their_folders_may_be_missing(tmp
     assert error_of("dpo", "--config", "dpo.yaml").startswith("dpo.yaml: line 2: start_from: runs/sft: ")
 
 
+@pytest.mark.parametrize("recipe", ["pipeline", "plan", "chat", "label", "merge"])  # the others are launched by accelerate
+def test_a_recipe_without_the_environment_says_how_to_activate_it(recipe):
+    command = [sys.executable, "-S", ROOT / "recipes" / f"{recipe}.py"]
+    run = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert run.stderr == "error: No module named 'rlhf_recipes'. Fix: run `source .venv/bin/activate` first\n"
+    assert run.returncode == 1
+
+
 # --- Pipelines -------------------------------------------------------------------------------------------
 
 

@@ -8,6 +8,7 @@ from rlhf_recipes.memory.autofit import choices
 from rlhf_recipes.memory.plan import GIB, OVERHEAD
 from rlhf_recipes.pipeline.estimates import plannable_stages
 from rlhf_recipes.pipeline.running import read_pipeline
+from rlhf_recipes.pipeline.settings import read_settings
 from support import ROOT, run_recipe
 
 import pytest
@@ -172,9 +173,15 @@ def test_gpu_memory_goes_over_the_file_and_under_the_arguments(tmp_path):
         assert not arguments.keys() & fixed.autofitted.keys()
 
 
-def test_the_plan_recipe_reads_the_arguments_of_all_stages(tmp_path):
-    (stage,) = plannable_stages(write_pipeline(tmp_path, arguments={"max_length": 48, "lora_r": 4}), RECIPES)
-    assert (stage.max_length, stage.lora_r) == (48, 4)
+def test_the_plan_recipe_reads_the_arguments_of_all_stages_and_those_of_its_command_line(tmp_path):
+    config = write_pipeline(tmp_path, arguments={"max_length": 48, "lora_r": 4})
+    (stage,) = plannable_stages(config, RECIPES, settings=read_settings(["sft.lora_r=8"]))
+    assert (stage.max_length, stage.lora_r) == (48, 8)
+    recipe = ROOT / "configs" / "tiny" / "sft.yaml"
+    (stage,) = plannable_stages(recipe, RECIPES, settings=read_settings(["lora_r=8"]))
+    assert stage.lora_r == 8
+    with pytest.raises(RecipeError, match=r"--set: sft\.lora_r: the file is of one recipe"):
+        plannable_stages(recipe, RECIPES, settings=read_settings(["sft.lora_r=8"]))
 
 
 def test_assumptions_of_the_plan_are_printed_before_anything_runs(tmp_path, capsys):

@@ -6,6 +6,7 @@ import threading
 from pathlib import Path
 
 from rlhf_recipes.pipeline.running import read_pipeline
+from rlhf_recipes.pipeline.settings import read_settings
 from support import ROOT
 
 import pytest
@@ -48,8 +49,8 @@ class Project:
         entry.setdefault("arguments", {}).update(arguments)
         self.write()
 
-    def read(self, names=None, recipes=ROOT / "recipes"):
-        return read_pipeline(self.path, recipes, names)
+    def read(self, names=None, recipes=ROOT / "recipes", settings=()):
+        return read_pipeline(self.path, recipes, names, read_settings(settings))
 
     def run(self, names=None):
         self.read(names).run()

@@ -124,6 +124,49 @@ def test_placeholders_and_fingerprints_of_shared_arguments(project):
     assert not {stage.fingerprint for stage in project.read().stages} & {stage.fingerprint for stage in before}
 
 
+# --- Settings of the command line --------------------------------------------------------------------------
+
+
+def values_with(project, *settings):
+    return {stage.name: stage.values for stage in project.read(settings=settings).stages}
+
+
+def test_settings_go_over_the_file(project):
+    project.write(arguments={"lora_r": 4})
+    values = values_with(project, "dpo.beta=0.5", "arguments.seed=3", "arguments.lora_r=8", "other.learning_rate=1e-4")
+    assert (values["dpo"]["beta"], values["dpo"]["start_from"]) == (0.5, "runs/sft")
+    assert {(stage["seed"], stage["lora_r"]) for stage in values.values()} == {(3, 8)}
+    assert (values["sft"]["learning_rate"], values["other"]["learning_rate"]) == (1e-3, 1e-4)
+    assert project.read(settings=["jobs=2", "output_dir=elsewhere"]).file.jobs == 2
+    assert project.read(settings=["output_dir=elsewhere"]).folder == Path("elsewhere")
+    fingerprints = [stage.fingerprint for stage in project.read(settings=["dpo.beta=0.5"]).stages]
+    assert [one == stage.fingerprint for one, stage in zip(fingerprints, project.read().stages, strict=True)] == [1, 1, 0]
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [
+        ('dataset_arguments={"rows": 3}', {"rows": 3}),
+        ("dataset_arguments={rows: 3}", {"rows": 3}),
+        ("dataset_name=me=more", "me=more"),
+        ("report_to=", None),
+        ("use_peft=true", True),
+        ("start_from={sft}/checkpoint-2", "runs/sft/checkpoint-2"),
+        ("model_name_or_path=$SCRATCH/base", "/disk/base"),
+    ],
+)
+def test_values_of_settings_are_yaml(project, monkeypatch, text, expected):
+    monkeypatch.setenv("SCRATCH", "/disk")
+    text = text if "sft" not in text else f'start_from="{text.partition("=")[2]}"'
+    assert values_with(project, f"dpo.{text}")["dpo"][text.partition("=")[0]] == expected
+
+
+def test_other_data_in_settings_replace_those_of_the_file(project):
+    values = values_with(project, "sft.datasets=[{path: mine.jsonl}]")
+    assert "dataset_name" not in values["sft"]
+    assert values["other"]["dataset_name"] == "me/rows"
+
+
 # --- Launchers -------------------------------------------------------------------------------------------
 
 
@@ -201,6 +244,39 @@ def test_unusable_data_are_found_at_once(project, content, expected, key):
     project.change("dpo", **{key: "late.jsonl" if key == "dataset_name" else [{"path": "late.jsonl"}]})
     with pytest.raises(RecipeError, match=rf"stages: dpo: {key}.*: late\.jsonl: .*{expected}"):
         check(project)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "expected"),
+    [
+        ({"rewards": ["rlhf_recipes.rewards.Abstention"], "judge": "Abstension"}, "judge: 'Abstension' .*'Abstention'"),
+        ({"rewards": ["early_rewards.missing_import"]}, "rewards, entry 1: .*: cannot import early_rewards.*no_such_package"),
+        (
+            {"rewards": [{"path": "rlhf_recipes.rewards.LengthPenalty", "arguments": {"slop": 1}}]},
+            "rewards, entry 1: .*unknown argument 'slop'",
+        ),
+        ({"policies": {"sft": None}, "kl_reference": "stf"}, "kl_reference: 'stf' is none of the policies"),
+        ({"batch_size": "eight"}, "batch_size: expected int"),
+    ],
+)
+def test_an_evaluation_is_checked_before_what_it_evaluates(project, monkeypatch, arguments, expected):
+    monkeypatch.syspath_prepend(Path.cwd())
+    Path("early_rewards.py").write_text("import no_such_package\ndef missing_import(**columns): ...\n")
+    Path("evaluate.yaml").write_text("policies: {sft: null}\n")
+    evaluate = {"name": "evaluate", "config": "evaluate.yaml", "arguments": arguments}
+    project.write(stages=[{"name": "sft", "config": "sft.yaml"}, evaluate])
+    with pytest.raises(RecipeError, match=rf"pipeline\.yaml: line \d+: stages: evaluate: {expected}"):
+        check(project)
+
+
+def test_a_judge_may_have_a_name_that_only_its_reward_knows(project, monkeypatch):
+    monkeypatch.syspath_prepend(Path.cwd())
+    Path("made_rewards.py").write_text("def make(size):\n    def made(prompts, completions, **columns): ...\n    return made\n")
+    rewards = [{"path": "made_rewards.make", "arguments": {"size": 3}}, "{sft}"]
+    Path("evaluate.yaml").write_text("policies: {sft: null}\n")
+    evaluate = {"name": "evaluate", "config": "evaluate.yaml", "arguments": {"rewards": rewards, "judge": "made"}}
+    project.write(stages=[{"name": "sft", "config": "sft.yaml"}, evaluate])
+    check(project)
 
 
 # --- Rounds ----------------------------------------------------------------------------------------------
