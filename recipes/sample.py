@@ -48,8 +48,8 @@ def main() -> None:
     # Roles: every policy as an adapter on one base; they take turns
     bank = load_policy_bank(model_args, sample_args, policies, tokenizer)
     with tqdm(total=len(rows), initial=file.prompts, unit="prompt") as bar:
-        for part in sample_groups(bank, list(policies), rows, sample_args, done=file.prompts):
-            file.append(part)
+        for part, ended in sample_groups(bank, list(policies), rows, sample_args, done=file.prompts):
+            file.append(part, ended)
             bar.update(len(part))
     alike = file.prompts - file.groups
     print(f"{file.groups} groups are in {file.path}; {alike} prompts with equal completions were left out")

@@ -12,7 +12,7 @@ from rlhf_recipes.config.origins import config_of, origin_of
 from rlhf_recipes.config.overrides import merge_overrides
 from rlhf_recipes.core.errors import RecipeError, causes, failed_write, first_line, lack_of_memory
 from rlhf_recipes.core.paths import add_current_folder, expand_paths
-from rlhf_recipes.core.warning_log import below_progress_bar, repeat_warnings
+from rlhf_recipes.core.warning_log import repeat_warnings
 from rlhf_recipes.core.yaml import read_yaml
 from rlhf_recipes.inputs import check_inputs, needed_stages
 from rlhf_recipes.stages import find_stage
@@ -38,11 +38,11 @@ def exit_on_recipe_error() -> Iterator[None]:
         message = _message(error, run)
         if message is None:
             raise
-        print(f"{below_progress_bar()}error: {f'{run.origin.place(message)}: ' if run else ''}{message}", file=sys.stderr)
+        print(f"error: {f'{run.origin.place(message)}: ' if run else ''}{message}", file=sys.stderr)
         sys.exit(2)
     except KeyboardInterrupt:
         run = CURRENT_RUN.get()
-        print(below_progress_bar() + "; ".join([f"stopped{_when(run)}", *_kept(run, "true")]), file=sys.stderr)
+        print("; ".join([f"stopped{_when(run)}", *_kept(run, "true")]), file=sys.stderr)
         sys.exit(130)
     finally:
         CURRENT_RUN.reset(token)

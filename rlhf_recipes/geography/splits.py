@@ -74,11 +74,17 @@ def prompts(split: str = "train", rows: int = 4_000, kinds: dict[str, float] | N
 
 
 def evaluation(
-    rows: int = 600, kinds: dict[str, float] | None = None, known: str | None = None, shots: int = 0, seed: int = 0
+    split: str = "test",
+    rows: int = 600,
+    kinds: dict[str, float] | None = None,
+    known: str | None = None,
+    shots: int = 0,
+    seed: int = 0,
 ) -> Dataset:
     """Return held-out questions, with their kind, stratum and population.
 
     Args:
+        split: "test", the only one.
         rows: number of questions; fewer if the pool has no more.
         kinds: kind -> its share; no stage trains on `capital` and `continent`.
         known: file of `known_questions`, for a column `known`; questions that it lacks are left out.
@@ -88,7 +94,7 @@ def evaluation(
     Raises:
         RecipeError: if the file cannot be read.
     """
-    questions = _questions("evaluation", "test", rows, kinds or KINDS, seed)
+    questions = _questions("evaluation", split, rows, kinds or KINDS, seed)
     table = {
         "prompt": [[*_examples(question.kind, shots), *_user(question.text)] for question in questions],
         "reference": [question.accepted for question in questions],

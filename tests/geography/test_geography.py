@@ -38,7 +38,7 @@ def test_no_city_is_in_two_pools():
         splits.demonstrations("test", rows=200),
         splits.prompts(rows=2_000),
         splits.prompts("test", rows=200),
-        splits.evaluation(rows=1_000),
+        splits.evaluation("test", rows=1_000),
     ]
     subjects = [{subject(text_of(row)) for row in pool} for pool in pools]
     for number, one in enumerate(subjects):

@@ -458,7 +458,7 @@ def test_people_label_round_after_round_in_one_store(project, tmp_path, in_proce
 def test_two_rounds_from_sampling_to_ppo(tmp_path, in_process):
     """The second round starts from the first, on what the members of its reward ensemble disagree about most."""
     quick = {"eval_strategy": "no", "save_strategy": "no", "per_device_train_batch_size": 16}
-    once = quick | {"test_split_size": None, "num_train_epochs": 1}
+    once = quick | {"test_split_size": None, "num_train_epochs": 1, "warmup_steps": 0}
     ppo = {"start_from": "{ppo|sft}", "reward_funcs": ["{reward}"], "value_warmup_steps": 0}
     arguments = {
         "sft": quick | {"dataset_arguments": {"rows": 64}},
