@@ -1,6 +1,6 @@
 """Checks of the arguments and local data of all stages, before the first one runs."""
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -8,6 +8,9 @@ from rlhf_recipes.config.data import DatasetSource
 from rlhf_recipes.core.errors import error_context
 from rlhf_recipes.data import Kind, check_source
 from rlhf_recipes.evaluation.measurement import check_judge
+from rlhf_recipes.feedback.ranking import read_labeler
+from rlhf_recipes.generation.judges import read_chat_judge
+from rlhf_recipes.generation.policies import read_policies
 from rlhf_recipes.pipeline.running import Pipeline
 from rlhf_recipes.rewards.reward_funcs import check_reward_funcs
 from rlhf_recipes.stages import STAGES, parse_values
@@ -37,10 +40,30 @@ def check_arguments(pipeline: Pipeline) -> None:
                     with error_context(place):
                         check_source(source, kind)
                     checked.add(f"{source} {kind}")
-            check_reward_funcs("reward_funcs", stage.values.get("reward_funcs") or (), from_a_stage)
-            names = check_reward_funcs("rewards", stage.values.get("rewards") or (), from_a_stage)
-            judge = stage.values.get("judge")
-            check_judge(judge if isinstance(judge, str) else None, names)
+            _check_names(stage.values, from_a_stage)
+
+
+def _check_names(values: Mapping[str, Any], is_written: Callable[[str], bool]) -> None:
+    """Check the rewards, policies and judges that arguments name, without loading any."""
+    check_reward_funcs("reward_funcs", values.get("reward_funcs") or (), is_written)
+    names = check_reward_funcs("rewards", values.get("rewards") or (), is_written)
+    judge, labeller = values.get("judge"), values.get("labeller") or {}
+    if isinstance(judge, dict):
+        read_chat_judge(judge)
+    else:
+        check_judge(judge, names)
+    if "path" in labeller:
+        entry = {key: value for key, value in labeller.items() if key in ("path", "arguments")}
+        check_reward_funcs("labeller", [entry], is_written)
+    elif labeller:
+        read_labeler(labeller, seed=0)
+    if policies := values.get("policies"):
+        read_policies({name: None if is_written(_path_of(entry)) else entry for name, entry in policies.items()})
+
+
+def _path_of(entry: Any) -> str:
+    path = entry.get("path") if isinstance(entry, dict) else entry
+    return path if isinstance(path, str) else ""
 
 
 def _sources(groups: tuple[Any, ...], kind: Kind | None) -> Iterator[tuple[str, DatasetSource, Kind | None]]:

@@ -256,6 +256,8 @@ def test_unusable_data_are_found_at_once(project, content, expected, key):
             "rewards, entry 1: .*unknown argument 'slop'",
         ),
         ({"policies": {"sft": None}, "kl_reference": "stf"}, "kl_reference: 'stf' is none of the policies"),
+        ({"judge": {"url": "http://here", "modl": "x"}}, "judge: "),
+        ({"policies": {"sft": None, "best": {"best_of": {"policy": "stf", "n": 2}}}}, "policies: best: best_of: policy: 'stf'"),
         ({"batch_size": "eight"}, "batch_size: expected int"),
     ],
 )
