@@ -73,7 +73,7 @@ def test_a_stage_is_launched_by_accelerate_where_that_is_configured(project, tmp
 def test_errors_of_a_stage_name_the_file_of_the_pipeline(project, launched):
     project.change("other", learning_rate=-1.0)
     project.run()
-    with pytest.raises(RecipeError, match=r"^pipeline\.yaml: line 6: stages: other: learning_rate: -1\.0: "):
+    with pytest.raises(RecipeError, match=r"^pipeline\.yaml: line 6: stages: other: learning_rate: -1\.0: nothing"):
         parse_arguments(RECIPES / "sft.py", argv=["--config", "runs/configs/other.yaml"])
 
 
@@ -337,6 +337,10 @@ def test_warnings_of_all_stages_stand_at_the_end(project, launched, monkeypatch,
     assert error.startswith("error: ")
     assert lines[-2:] == ["warning: dpo: few rows", "warning: dpo: dpo is slow"]
     assert {*lines[:4]} == {f"warning: {name}: {text}" for name in ("sft", "other") for text in ("few rows", f"{name} is slow")}
+    with exit_on_recipe_error():  # those of stages that are done, too
+        project.run(["sft"])
+    again = ["Warnings of this run, again:", "warning: sft: few rows", "warning: sft: sft is slow"]
+    assert capsys.readouterr().err.splitlines() == [*again[1:], *again]
 
 
 def test_progress_of_stages_side_by_side_is_printed(project, launched, monkeypatch, capsys):
