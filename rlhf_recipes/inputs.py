@@ -36,9 +36,9 @@ def check_inputs(
     """
     for key, value in values.items():
         for place, path, check in _inputs(key, value, types.get(key, "")):
-            if path and not is_written(path):
-                named = f": {path}" if check in (require_reward, require_reward_folder) else ""
-                with error_context(f"{place}{named}"):
+            named = f": {path}" if check in (require_reward, require_reward_folder) else ""
+            with error_context(f"{place}{named}"):
+                if path and not is_written(path):
                     check(path)
 
 
