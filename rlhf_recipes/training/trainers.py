@@ -86,7 +86,8 @@ class TrainerMixin:
         batch *= args.gradient_accumulation_steps
         if rows < batch and not samples:
             logger.warning(
-                "per_device_train_batch_size: %d rows do not fill a batch of %d: one step an epoch. Fix: lower it, or add rows",
+                "per_device_train_batch_size: %d rows do not fill a batch of %d: one step an epoch. Fix: lower it, or raise "
+                "`num_train_epochs`",
                 *(rows, batch),
             )
         wrapped, limit = getattr(args, "packing", False) and not self.padding_free, positions_of(self.model)
