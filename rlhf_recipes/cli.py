@@ -31,7 +31,7 @@ def exit_on_recipe_error() -> Iterator[None]:
         sys.stdout.reconfigure(line_buffering=True)  # keeps the order of stdout and stderr in one file
     token = CURRENT_RUN.set(None)
     try:
-        with repeat_warnings():
+        with repeat_warnings(_written_at):
             yield
     except Exception as error:
         run = CURRENT_RUN.get()
@@ -46,6 +46,12 @@ def exit_on_recipe_error() -> Iterator[None]:
         sys.exit(130)
     finally:
         CURRENT_RUN.reset(token)
+
+
+def _written_at(message: str) -> str:
+    """Return where the argument that a warning begins with was written."""
+    run = CURRENT_RUN.get()
+    return run.origin.written_at(message) if run else ""
 
 
 def check_early(recipe: str | Path) -> None:

@@ -51,9 +51,12 @@ class Origin:
 
     def place(self, message: str) -> str:
         """Return where the key that a message begins with was written."""
+        return self.written_at(message) or self.default.place(_steps(message))
+
+    def written_at(self, message: str) -> str:
+        """Return the place of the key that a message begins with; "" if it has none."""
         steps = _steps(message)
-        source = next((source for source in self.sources if steps[0] in source.keys), self.default)
-        return source.place(steps)
+        return next((source.place(steps) for source in self.sources if steps[0] in source.keys), "")
 
     @contextlib.contextmanager
     def context(self) -> Iterator[None]:
