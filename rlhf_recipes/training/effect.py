@@ -13,6 +13,8 @@ from transformers import TrainerCallback, TrainerState, TrainingArguments
 
 logger = logging.getLogger(__name__)
 
+_SHORTEST = 1e-6  # sum of all learning rates: Adam, and SGD with clipped gradients, move no weight much farther
+
 
 class EffectCallback(TrainerCallback):
     """Errors and warnings about runs that learn nothing, or next to nothing."""
@@ -20,12 +22,12 @@ class EffectCallback(TrainerCallback):
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: Any, model: nn.Module, **kwargs: Any
     ) -> None:
-        """Look at the warm-up, and remember the weights.
+        """Look at the schedule, and remember the weights.
 
         Raises:
             RecipeError: if the model could not change.
         """
-        check_warmup(args, state.max_steps)
+        check_schedule(args, state.max_steps)
         self._before, self._first_step = _digests(model), state.global_step
 
     def on_step_end(self, args: TrainingArguments, state: TrainerState, control: Any, **kwargs: Any) -> None:
@@ -51,7 +53,7 @@ class EffectCallback(TrainerCallback):
             )
 
 
-def check_warmup(args: TrainingArguments, steps: int) -> None:
+def check_schedule(args: TrainingArguments, steps: int) -> None:
     """Refuse or warn of a run that is over before the model learns.
 
     Args:
@@ -73,6 +75,11 @@ def check_warmup(args: TrainingArguments, steps: int) -> None:
         logger.warning(
             "value_warmup_steps: %d: only %d of %d steps train the policy. Fix: set it lower, or train longer",
             *(critic_alone, steps - critic_alone, steps),
+        )
+    if (distance := args.learning_rate * (steps - critic_alone)) < _SHORTEST:
+        logger.warning(
+            "learning_rate: %g: in %d steps no weight moves farther than about %.0e. Fix: raise it",
+            *(args.learning_rate, steps - critic_alone, distance),
         )
     warmup = 0 if plain(args.lr_scheduler_type) == "constant" else args.get_warmup_steps(steps)
     if warmup < steps:
