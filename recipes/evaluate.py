@@ -3,8 +3,8 @@
     accelerate launch recipes/evaluate.py                     # configs/tiny/evaluate.yaml: the tiny world, on a CPU
     accelerate launch recipes/evaluate.py --config my.yaml --num_answers 4
 
-Writes `metrics.json`, all answers in `answers.jsonl`, and `index.html`, which needs no other file: a verdict in plain words with
-a picture, what was trained on what, answers side by side, and all numbers. Prints the verdict. Runs in one process.
+Writes `metrics.json`, all answers in `answers.jsonl`, and `index.html`, which needs no other file: a verdict in plain words
+with a picture, what was trained on what, answers side by side, and all numbers. Prints the verdict. Runs in one process.
 """
 
 from pathlib import Path

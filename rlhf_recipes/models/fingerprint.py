@@ -7,9 +7,9 @@ from pathlib import Path
 from typing import Any
 
 from rlhf_recipes.core.errors import RecipeError
-from rlhf_recipes.core.files import read_json
+from rlhf_recipes.core.files import ADAPTER, read_json
 from rlhf_recipes.models.backbone import backbone, base_name, base_of
-from rlhf_recipes.models.weights import ADAPTER, read_weights
+from rlhf_recipes.models.weights import read_weights
 
 import torch
 from peft.tuners.tuners_utils import BaseTunerLayer

@@ -10,12 +10,13 @@ import sys
 from dataclasses import replace
 from pathlib import Path
 
+from rlhf_recipes.core.files import ADAPTER
 from rlhf_recipes.evaluation.measurement import Measurement
 from rlhf_recipes.evaluation.report.html import render
 from rlhf_recipes.evaluation.report.verdict import verdict
 from rlhf_recipes.evaluation.reward_evaluation import measure_reward, write_evaluation
 from rlhf_recipes.evaluation.types import EvaluationResults, from_json, to_json
-from rlhf_recipes.models.weights import ADAPTER, read_weights
+from rlhf_recipes.models.weights import read_weights
 from rlhf_recipes.rewards.saved import load_reward_adapter
 from rlhf_recipes.tiny import splits
 from support import NO_EVALUATION, ROOT
