@@ -4,7 +4,7 @@ The recipes check them again where they read them, by the functions below.
 """
 
 import functools
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -55,6 +55,11 @@ def _inputs(key: str, value: Any, annotation: str) -> Iterator[tuple[str, Any, C
         check = require_data if "DatasetSource" in annotation else _LISTS.get(key)
         for number, entry in enumerate(value if check else (), start=1):
             yield f"{key}, entry {number}", _path_of(entry), check
+
+
+def is_within(path: str, folders: Iterable[Path]) -> bool:
+    """Return whether a path is one of some absolute folders, or in one."""
+    return any(Path(path).absolute().is_relative_to(folder) for folder in folders)
 
 
 def _path_of(entry: Any) -> str | None:

@@ -1,6 +1,7 @@
 """Where each argument of a run was written: what messages begin with."""
 
 import contextlib
+import itertools
 import re
 from collections.abc import Collection, Iterator
 from dataclasses import dataclass
@@ -12,7 +13,10 @@ from rlhf_recipes.core.yaml import line_of
 
 COMMAND_LINE = "the command line"
 WRITTEN_FOR = "# Written by recipes/pipeline.py for "
-"""The first line of a stage's YAML file, before the stage's place in the file of the pipeline."""
+"""The first line of a stage's YAML file, before the stage's place in the file of the pipeline.
+
+The comment above each key says where it was written.
+"""
 
 
 @dataclass(frozen=True)
@@ -77,14 +81,15 @@ def origin_of(config: Path, values: Collection[str], overrides: Collection[str] 
     """Return where the arguments of a recipe come from.
 
     Args:
-        config: its YAML file. In one that a pipeline wrote, a first line names the place in the pipeline's own file.
+        config: its YAML file. In one that a pipeline wrote, comments name the places in the user's files.
         values: the keys in that file.
         overrides: the keys on the command line.
     """
-    with config.open(encoding="utf-8") as file:
-        written = file.readline().strip()
-    if written.startswith(WRITTEN_FOR):
-        return Origin((), Source(written.removeprefix(WRITTEN_FOR)))
+    first, *lines = config.read_text(encoding="utf-8").splitlines() or [""]
+    if first.startswith(WRITTEN_FOR):
+        pairs = [(line, below.partition(":")[0]) for line, below in itertools.pairwise(lines) if line.startswith("# ")]
+        sources = (Source(line.removeprefix("# "), [key]) for line, key in pairs)
+        return Origin(tuple(sources), Source(first.removeprefix(WRITTEN_FOR)))
     both = Source(f"{config} and {COMMAND_LINE}") if overrides else Source(file=config)
     return Origin((Source(COMMAND_LINE, overrides), Source(keys=values, file=config)), both)
 

@@ -8,7 +8,7 @@ from rlhf_recipes.config.keys import check_all_keys
 from rlhf_recipes.config.origins import origin_of
 from rlhf_recipes.core.errors import RecipeError
 from rlhf_recipes.core.paths import add_current_folder
-from rlhf_recipes.inputs import check_inputs
+from rlhf_recipes.inputs import check_inputs, is_within
 from rlhf_recipes.pipeline.reading import PipelineFile, PipelineStage
 from rlhf_recipes.stages import STAGES
 
@@ -48,7 +48,7 @@ def check_stage_inputs(file: PipelineFile, stages: Collection[PipelineStage]) ->
     def is_written(path: str) -> bool:
         if path in names and not Path(path).exists():
             raise RecipeError(f'{path}: is a stage, not a folder. Fix: write "{{{path}}}"')
-        return any(Path(path).absolute().is_relative_to(folder) for folder in written)
+        return is_within(path, written)
 
     for stage in file.stages:
         if stage in stages:

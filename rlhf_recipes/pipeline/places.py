@@ -1,9 +1,8 @@
 """Where the keys of a pipeline are written, for messages about them."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 from rlhf_recipes.config.origins import Origin, Source
 from rlhf_recipes.pipeline.schema import PipelineConfig, StageEntry
@@ -35,13 +34,24 @@ class Places:
         """Return the places of an entry's own keys."""
         return Origin((), Source(f"stages: {entry.name}", StageEntry.model_fields, self.config, ("stages", number)))
 
-    def of_stage(self, number: int, content: PipelineConfig, file: Path, written: Mapping[str, Any]) -> Origin:
-        """Return the places of a stage's arguments, those that take precedence first."""
+    def of_stage(
+        self, number: int, content: PipelineConfig, own: Collection[str], file: Path, written: Collection[str]
+    ) -> Origin:
+        """Return the places of a stage's arguments, those that take precedence first.
+
+        Args:
+            number: of its entry.
+            content: of the pipeline's file.
+            own: keys that the pipeline sets for each stage.
+            file: the stage's YAML file.
+            written: the keys in that.
+        """
         entry = content.stages[number]
         place = self.of_entry(number, entry).default
         sources = (
             Source(f"{SET}: {entry.name}", self.set_keys.get(entry.name, ())),
             Source(place.label, entry.arguments, self.config, (*place.steps, "arguments")),
+            Source(place.label, own, self.config, place.steps),
             *self.of_arguments(content).sources,
             Source(keys=written, file=file),
         )

@@ -213,9 +213,10 @@ class _SeedReader:
                 written = self.read_file(file)
         types = STAGES[recipe].argument_types()
         shared = {key: value for key, value in self.content.arguments.items() if key in types}
-        origin = self.places.of_stage(number, self.content, file, written)
+        own = self._own(entry, recipe, turn)
+        origin = self.places.of_stage(number, self.content, [*own], file, [*written])
         with origin.context():
-            values = merge_overrides(merge_overrides(written, shared), self._own(entry, recipe, turn))
+            values = merge_overrides(merge_overrides(written, shared), own | entry.arguments)
             values.pop("needs", None)  # the pipeline's order takes its place
             stage = self._stage(entry, recipe, turn, values, origin, frozenset({*shared, *entry.arguments}))
         self.stages.setdefault(entry.name, []).append(stage)
@@ -267,7 +268,7 @@ class _SeedReader:
             own["seed"] = self.seed
         if STAGES[recipe].trains:
             own |= self.content.tracker_arguments()
-        return own | entry.arguments
+        return own
 
 
 def fingerprint(recipe: str, values: Mapping[str, Any], files: Sequence[Any], inputs: Sequence[str]) -> str:

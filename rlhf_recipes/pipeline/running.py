@@ -168,7 +168,7 @@ class Pipeline:
             _discard_partial_result(stage)
         config = self.folder / "configs" / f"{stage.name}.yaml"
         config.parent.mkdir(parents=True, exist_ok=True)
-        write_text(config, f"{WRITTEN_FOR}{stage.origin.default.place()}\n{to_yaml(stage.values)}")
+        write_text(config, "\n".join(_commented(stage)))
         self._remember(stage, begun=stage.fingerprint)
         command = [sys.executable, *self._launcher(), str(self.recipes / f"{stage.recipe}.py"), "--config", str(config)]
         return [*command, "--resume_from_checkpoint", "true"] if resumes and STAGES[stage.recipe].trains else command
@@ -247,6 +247,14 @@ def _progress(stage: PipelineStage) -> str:
         return f"{stage.name}: step {json.loads(last)['step']}"
     except (OSError, ValueError, KeyError, TypeError):  # no log, or a line that is being written
         return f"{stage.name}: running"
+
+
+def _commented(stage: PipelineStage) -> Iterator[str]:
+    """Yield the lines of a stage's YAML file, and where each key was written."""
+    yield f"{WRITTEN_FOR}{stage.origin.default.place()}"
+    for key, value in stage.values.items():
+        yield f"# {'gpu_memory' if key in stage.autofitted else stage.origin.place(str(key))}"
+        yield to_yaml({key: value})
 
 
 def _discard_partial_result(stage: PipelineStage) -> None:
