@@ -5,6 +5,7 @@ import math
 from typing import Any
 
 from rlhf_recipes.config.launcher import plain
+from rlhf_recipes.config.ppo import check_value_warmup
 from rlhf_recipes.core.errors import RecipeError
 
 import torch
@@ -66,11 +67,7 @@ def check_schedule(args: TrainingArguments, steps: int) -> None:
     if steps <= 0:
         return
     critic_alone = getattr(args, "value_warmup_steps", 0)
-    if steps <= critic_alone:
-        raise RecipeError(
-            f"value_warmup_steps: {critic_alone}: the critic alone would learn in all {steps} steps. "
-            "Fix: set it lower, or train longer"
-        )
+    check_value_warmup(critic_alone, steps)
     if steps - critic_alone < critic_alone:
         logger.warning(
             "value_warmup_steps: %d: only %d of %d steps train the policy. Fix: set it lower, or train longer",

@@ -596,7 +596,6 @@ def test_weight_decay_of_the_critic(tmp_path):
 @pytest.mark.parametrize(
     "options",
     [
-        {"max_steps": 3},
         {"max_steps": -1, "num_train_epochs": 1},
         {"max_steps": -1, "num_train_epochs": 2, "steps_per_generation": 2, "gradient_accumulation_steps": 2},
     ],
