@@ -224,7 +224,7 @@ class EvaluationResults:
 
     def words_for(self, group: str) -> str:
         """Return words for a group of prompts that follow "answers"; "" for all."""
-        return "" if group == "all" else self.group_names.get(group, f"({group})")
+        return "" if group == "all" else self.group_names.get(group, f"in the group '{group}'")
 
     @property
     def others(self) -> dict[str, PolicyResult]:

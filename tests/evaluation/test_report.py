@@ -297,7 +297,8 @@ def test_without_a_judge_or_another_policy_nothing_is_called_better():
     alone = results_of(rewards={}, sft=policy_result(**SFT))
     assert verdict(alone)[:2] == [
         "sft is the only policy: there is nothing to compare it with.",
-        "sft makes things up in 38 of 60 answers (not known). Of 60 answers (known), 45 are right and 13 abstain.",
+        "sft makes things up in 38 of 60 answers in the group 'not known'. "
+        "Of 60 answers in the group 'known', 45 are right and 13 abstain.",
     ]
     results = results_of(rewards={}, sft=policy_result(), ppo=policy_result())
     assert verdict(results)[0].startswith("No reward or judge compared the answers")
@@ -312,3 +313,14 @@ def test_wins_are_drawn_where_there_is_no_truth_and_warnings_stand_on_top():
     assert page.index("<b>warning:</b> nothing &lt;ended&gt;") < page.index('class="lead"')
     assert "most answers were cut off" in heading(results)
     assert "so this says little" in verdict(results)[0]
+
+
+@pytest.mark.parametrize(("after", "chance"), [(0.50, False), (0.58, True)])
+def test_tasks_of_lm_eval_are_a_cost_beyond_their_errors(after, chance):
+    def tasks(value):
+        return {"arc_easy": {"acc,none": value, "acc_stderr,none": 0.02, "alias": "arc_easy"}}
+
+    ppo = policy_result(win_rate=rate("gold", 0.7, 0.6, 0.8), lm_eval=tasks(after))
+    cost = verdict(results_of(sft=policy_result(lm_eval=tasks(0.60)), ppo=ppo))[-2]
+    assert f"arc_easy went from 60 to {100 * after:.0f} of 100 right" in cost
+    assert (", which may be chance" in cost) == chance

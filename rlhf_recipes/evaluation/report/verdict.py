@@ -133,7 +133,7 @@ def _cost(results: EvaluationResults) -> str:
             f"its answers moved away from those of {results.kl_reference} (KL: {policy.kl.mean:.1f} nats; 0 is no change)"
         )
     if policy.training and policy.training.seconds:
-        parts.append(f"training it took {duration(policy.training.seconds)}")
+        parts.append(f"its own training took {duration(policy.training.seconds)}")
     if not (policy.perplexity or policy.lm_eval):
         parts.append("what it forgot was not measured (`ptx_dataset`, `lm_eval_tasks`)")
     return f"Cost of {name}: {'; '.join(filter(None, parts))}."
