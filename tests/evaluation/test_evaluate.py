@@ -206,8 +206,9 @@ def test_policies_of_equal_weights_and_answers_without_eos_are_said_in_warnings(
     metrics = json.loads((tmp_path / "same" / "metrics.json").read_text())
     assert len(metrics["warnings"]) == len(wanted)
     for text in wanted:
-        assert message.count(f"warning: {text}") == 2, "once when it is found, once at the end"
-        assert any(warning.startswith(text) for warning in metrics["warnings"])
+        lines = [line for line in message.splitlines() if line.startswith("warning: ") and text in line]
+        assert len(lines) == 2, "once when it is found, once at the end"
+        assert any(text in warning for warning in metrics["warnings"])
     assert {name: policy.get("same_as") for name, policy in metrics["policies"].items()} == (
         dict.fromkeys(policies) | {"untrained": "base", "again": "ppo"}
     )
@@ -221,7 +222,7 @@ def test_a_policy_that_hardly_changed_is_named(runs, tmp_path, launch):
     policies = {"sft": str(runs / "sft"), "barely": str(barely), "ppo": str(runs / "ppo")}
     status, message = launch("evaluate", "--config", settings(runs, tmp_path / "report", policies=policies, **few))
     assert status == 0, message
-    assert "warning: policies: barely hardly differs from sft" in message
+    assert "policies: barely hardly differs from sft" in message
     assert "ppo hardly differs" not in message
 
 
