@@ -33,7 +33,7 @@ class _WarningLog(logging.Handler):
         below_bar = "\n" if _progress_bars() else ""
         print(f"{below_bar}{record.levelname.lower()}: {text}", file=sys.stderr, flush=True)
         if self.relay:
-            with open(self.relay, "a", encoding="utf-8") as file:
+            with contextlib.suppress(OSError), open(self.relay, "a", encoding="utf-8") as file:  # a full disk
                 file.write(f"{text}\n")
 
     def repeat(self) -> None:

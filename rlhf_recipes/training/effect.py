@@ -1,7 +1,6 @@
 """Whether a training will change the model, and whether it has."""
 
 import logging
-import math
 from typing import Any
 
 from rlhf_recipes.config.launcher import plain
@@ -40,18 +39,21 @@ class EffectCallback(TrainerCallback):
     def on_train_end(self, args: TrainingArguments, state: TrainerState, control: Any, model: nn.Module, **kwargs: Any) -> None:
         """Fail if steps that should have changed the weights have not.
 
+        The last steps of a resumed run may be too small for the weights' type: they are only warned of.
+
         Raises:
             RecipeError: with what to look at.
         """
         steps = state.global_step - max(self._first_step, getattr(args, "value_warmup_steps", 0))
-        enough = 1
-        if getattr(args, "target_kl", None) is not None:  # a resumed run may start in an iteration that was stopped early
-            enough = math.ceil(args.num_iterations * args.steps_per_generation / args.gradient_accumulation_steps)
-        if steps >= enough and self._before and _digests(model) == self._before:
-            raise RecipeError(
-                f"{steps} steps have not changed the model by one bit. Fix: check `learning_rate` ({args.learning_rate:g}), "
-                "`lr_scheduler_type` and `warmup_steps`, whether scores or rows differ, and which adapter is active"
-            )
+        if steps <= 0 or not self._before or _digests(model) != self._before:
+            return
+        message = (
+            f"{steps} steps have not changed the model by one bit. Fix: check `learning_rate` ({args.learning_rate:g}), "
+            "`lr_scheduler_type` and `warmup_steps`, whether scores or rows differ, and which adapter is active"
+        )
+        if not self._first_step:
+            raise RecipeError(message)
+        logger.warning("%s", message)
 
 
 def check_schedule(args: TrainingArguments, steps: int) -> None:

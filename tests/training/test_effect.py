@@ -4,12 +4,13 @@ import json
 from types import SimpleNamespace
 
 from rlhf_recipes.core.errors import RecipeError
-from rlhf_recipes.training.effect import check_schedule
+from rlhf_recipes.training.effect import EffectCallback, check_schedule
 from rlhf_recipes.training.ppo import PPOConfig
 from rlhf_recipes.training.ppo.data import fill_batch
 from rlhf_recipes.training.ppo.diagnostics import DiagnosticsCallback
 
 import pytest
+import torch
 from datasets import Dataset
 from trl import SFTConfig
 
@@ -110,3 +111,13 @@ def diagnose(*logs):
 def test_unhealthy_figures(caplog, logs, warning):
     diagnose(*logs)
     assert [message.startswith(warning) for message in caplog.messages] == ([True] if warning else [])
+
+
+def test_a_resumed_run_that_changed_nothing_is_warned_of(caplog):
+    """Its last steps may be smaller than the weights' type can add."""
+    callback, model, arguments = EffectCallback(), torch.nn.Linear(2, 2), config(SFTConfig)
+    state = SimpleNamespace(global_step=3, max_steps=4)
+    callback.on_train_begin(arguments, state, None, model)
+    state.global_step = 4
+    callback.on_train_end(arguments, state, None, model)
+    assert "1 steps have not changed the model by one bit" in caplog.text
