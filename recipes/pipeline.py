@@ -1,6 +1,7 @@
 """All stages in order, from one YAML file; a restart resumes where it stopped.
 
     python recipes/pipeline.py                                # configs/tiny/pipeline.yaml: the tiny world, on a CPU
+    python recipes/pipeline.py --init my.yaml --model NAME_OR_FOLDER --data FILE  # write one for your model and data
     python recipes/pipeline.py --config my.yaml --dry-run     # what would be done
     python recipes/pipeline.py --config my.yaml --stages sft,reward --set sft.learning_rate=1e-4
 
@@ -18,6 +19,7 @@ except ModuleNotFoundError as error:
 from rlhf_recipes.core.paths import user_path
 from rlhf_recipes.pipeline.early import check_stage_inputs, check_stage_keys
 from rlhf_recipes.pipeline.reading import read_stages
+from rlhf_recipes.pipeline.schema import check_gpu_memory
 from rlhf_recipes.pipeline.settings import read_settings
 
 RECIPES = Path(__file__).resolve().parent
@@ -32,7 +34,21 @@ def main() -> None:
         "--set", action="append", default=[], metavar="STAGE.KEY=VALUE", help="an argument of a stage; repeatable"
     )
     parser.add_argument("--dry-run", action="store_true", help="print the plan and exit")
+    parser.add_argument("--init", type=user_path, metavar="FILE", help="write a pipeline there, for --model and --data")
+    parser.add_argument("--model", help="with --init: a name on the Hub, or a folder")
+    parser.add_argument("--data", action="extend", nargs="+", default=[], metavar="FILE", help="with --init; repeatable")
+    parser.add_argument("--gpu_memory", type=float, metavar="GB", help="with --init: of your card (default: of this machine's)")
     options = parser.parse_args()
+    if options.init:
+        if not options.model or not options.data:
+            parser.error("--init needs --model and --data")
+        card = None if options.gpu_memory is None else check_gpu_memory(options.gpu_memory)
+        from rlhf_recipes.pipeline.init import init_pipeline
+
+        print(*init_pipeline(options.init, options.model, options.data, card), sep="\n")
+        return
+    if options.model or options.data or options.gpu_memory:
+        parser.error("--model, --data and --gpu_memory are for --init")
 
     # Keys and paths; the other checks import PyTorch, which takes seconds
     settings = read_settings(options.set)

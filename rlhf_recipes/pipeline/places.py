@@ -35,7 +35,7 @@ class Places:
         return Origin((), Source(f"stages: {entry.name}", StageEntry.model_fields, self.config, ("stages", number)))
 
     def of_stage(
-        self, number: int, content: PipelineConfig, own: Collection[str], file: Path, written: Collection[str]
+        self, number: int, content: PipelineConfig, own: Collection[str], file: Path | None, written: Collection[str]
     ) -> Origin:
         """Return the places of a stage's arguments, those that take precedence first.
 
@@ -43,7 +43,7 @@ class Places:
             number: of its entry.
             content: of the pipeline's file.
             own: keys that the pipeline sets for each stage.
-            file: the stage's YAML file.
+            file: the stage's YAML file; None if its keys stand in the pipeline's.
             written: the keys in that.
         """
         entry = content.stages[number]
@@ -53,6 +53,8 @@ class Places:
             Source(place.label, entry.arguments, self.config, (*place.steps, "arguments")),
             Source(place.label, own, self.config, place.steps),
             *self.of_arguments(content).sources,
-            Source(keys=written, file=file),
+            Source(place.label, written, self.config, (*place.steps, "config"))
+            if file is None
+            else Source(keys=written, file=file),
         )
         return Origin(sources, place)

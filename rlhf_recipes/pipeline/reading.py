@@ -209,8 +209,8 @@ class _SeedReader:
                 known = pipeline_stages()
                 raise RecipeError(f"recipe: {recipe!r} is none of {', '.join(known)}{did_you_mean(recipe, known)}")
             with error_context("config"):
-                file = resolve_config_path(entry.config, self.recipes)
-                written = self.read_file(file)
+                file = None if isinstance(entry.config, dict) else resolve_config_path(entry.config, self.recipes)
+                written = entry.config if file is None else self.read_file(file)
         types = STAGES[recipe].argument_types()
         shared = {key: value for key, value in self.content.arguments.items() if key in types}
         own = self._own(entry, recipe, turn)

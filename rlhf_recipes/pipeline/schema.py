@@ -17,16 +17,25 @@ def _without_repeats(seeds: list[int]) -> list[int]:
     return seeds
 
 
+def _path_or_keys(config: Any) -> Any:
+    if not isinstance(config, str | dict):
+        raise ValueError("neither a path nor a mapping of keys")
+    return config
+
+
 GpuMemory = Annotated[float, Field(gt=0, allow_inf_nan=False, strict=True)]
 """The memory of a card in GB."""
 
 
 class StageEntry(BaseModel):
-    """One stage. `recipe` defaults to `name`; `arguments` go over the YAML file."""
+    """One stage. `recipe` defaults to `name`; `arguments` go over `config`.
+
+    `config` is the path of a YAML file, or what would stand in it. Unlike `arguments`, `gpu_memory` may change that.
+    """
 
     model_config = _STRICT
     name: str = Field(pattern=r"^[^\W\d][\w-]*$")
-    config: str
+    config: Annotated[Any, AfterValidator(_path_or_keys)]
     recipe: str | None = None
     arguments: dict[str, Any] = {}
     each_round: bool = False

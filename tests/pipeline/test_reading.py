@@ -39,7 +39,7 @@ def message(project, names=None):
         ({"stages": [{"name": "sft", "configs": "sft.yaml"}]}, "entry 1: unknown key 'configs'; did you mean 'config'?"),
         ({"stages": [{"name": "a b", "config": "sft.yaml"}]}, "stages, entry 1: name: 'a b'"),
         ({"stages": [{"name": "sft"}]}, "stages, entry 1: config: "),
-        ({"stages": [{"name": "sft", "config": 5}]}, "stages, entry 1: config: 5"),
+        ({"stages": [{"name": "sft", "config": 5}]}, "stages, entry 1: config: 5: "),
         ({"stages": [{"name": "sft", "config": "sft.yaml", "arguments": ["a"]}]}, "stages, entry 1: arguments: ['a']"),
         ({"stages": [{"name": "sftt", "config": "sft.yaml"}]}, "pipeline.yaml: stages: sftt: recipe: 'sftt' is none of sft, "),
         ({"stages": [{"name": "sft", "config": "sft.yml"}]}, "pipeline.yaml: stages: sft: config: sft.yml: "),

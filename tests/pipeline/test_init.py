@@ -1,0 +1,172 @@
+"""`--init`: pipelines written for models and data."""
+
+import re
+from pathlib import Path
+
+from rlhf_recipes.core.errors import RecipeError
+from rlhf_recipes.core.files import read_json
+from rlhf_recipes.core.hub import resolve_path
+from rlhf_recipes.core.yaml import read_yaml
+from rlhf_recipes.pipeline.checks import check_arguments
+from rlhf_recipes.pipeline.early import check_stage_inputs, check_stage_keys
+from rlhf_recipes.pipeline.init import init_pipeline
+from rlhf_recipes.pipeline.reading import read_stages
+from rlhf_recipes.pipeline.running import read_pipeline
+from support import ROOT, run_recipe
+from support.data_files import bot, user, write_rows
+
+import pytest
+from transformers import AutoTokenizer, Gemma3TextConfig, GPT2Config, LlamaConfig
+
+TINY = resolve_path("rlhf_recipes.tiny.base")
+TEMPLATE = (
+    "{% for m in messages %}{{ m['role'] + ': ' + m['content'] + eos_token }}{% endfor %}"
+    "{% if add_generation_prompt %}assistant: {% endif %}"
+)
+SIZES = {"hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 2, "num_attention_heads": 2}
+SIZES |= {"num_key_value_heads": 2, "head_dim": 32, "vocab_size": 2048}
+QUESTIONS = [f"Where does number {number} live?" for number in range(40)]
+DATA = {
+    "demonstrations.csv": [{"prompt": one, "completion": "In a town."} for one in QUESTIONS],
+    "conversations.jsonl": [{"messages": [user(one), bot("In a town.")]} for one in QUESTIONS],
+    "pairs.jsonl": [{"prompt": one, "chosen": " In a town.", "rejected": " No."} for one in QUESTIONS],
+    "rankings.jsonl": [{"prompt": one, "completions": [" A.", " B.", " C."], "ranks": [1, 0, 2]} for one in QUESTIONS],
+    "references.jsonl": [{"prompt": one, "reference": "town"} for one in QUESTIONS],
+}
+ALL = ["sft", "reward", "ppo", "dpo", "evaluate"]
+CASES = {
+    "demonstrations.csv": ["sft", "sample", "evaluate"],
+    "conversations.jsonl": ["sft", "sample", "evaluate"],
+    "pairs.jsonl": ALL,
+    "rankings.jsonl": ALL,
+    "references.jsonl": ["ppo", "evaluate"],
+    "demonstrations.csv pairs.jsonl": ALL,
+}
+
+
+def save_model(family: str) -> str:
+    """Save the configuration and tokenizer of a random model of a family; return its folder."""
+    config = {
+        "llama": LlamaConfig(**SIZES, max_position_embeddings=128),
+        "gpt2": GPT2Config(vocab_size=2048, n_positions=64, n_embd=64, n_layer=2, n_head=2),
+        "gemma": Gemma3TextConfig(**SIZES, max_position_embeddings=256),
+    }[family]
+    tokenizer = AutoTokenizer.from_pretrained(TINY)
+    tokenizer.chat_template = None if family == "gpt2" else TEMPLATE
+    if family == "gemma":
+        tokenizer.eos_token = None
+    config.save_pretrained(family)
+    tokenizer.save_pretrained(family)
+    return family
+
+
+def init(model, files, card=None, name="my.yaml"):
+    names = files.split()
+    for one in names:
+        if one in DATA:
+            write_rows(Path(one), DATA[one])
+    return "\n".join(init_pipeline(Path(name), model, names, card))
+
+
+@pytest.fixture(autouse=True)
+def _in_folder(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+
+
+@pytest.mark.parametrize("family", ["llama", "gpt2", "gemma"])
+@pytest.mark.parametrize("files", CASES)
+@pytest.mark.parametrize("card", [None, 12.0])
+def test_what_is_written_is_a_pipeline_that_passes_all_checks(family, files, card, capsys):
+    init(save_model(family), files, card)
+    file = read_stages(Path("my.yaml"), ROOT / "recipes")
+    check_stage_keys(file)
+    check_stage_inputs(file, file.stages)
+    pipeline = read_pipeline(Path("my.yaml"), ROOT / "recipes")
+    check_arguments(pipeline)
+    assert [stage.name for stage in pipeline.stages] == CASES[files]
+    context = {"llama": 128, "gpt2": 64, "gemma": 256}[family]
+    for stage in pipeline.stages:
+        assert stage.values.get("max_length", 0) <= context
+        assert stage.values.get("max_prompt_length", 0) + stage.values.get("max_completion_length", 0) <= context
+        assert stage.values["dtype"] == ("bfloat16" if card else "float32")
+        assert (stage.plan is not None) == bool(card)
+    run_recipe("plan", "--config", "my.yaml")
+    assert all(name in capsys.readouterr().out for name in ("peak", CASES[files][0]))
+
+
+def test_the_card_chooses_batch_sizes_and_keeps_the_rows_of_a_step():
+    init(save_model("llama"), "pairs.jsonl", 12.0)
+    (sft, *_), written = read_pipeline(Path("my.yaml"), ROOT / "recipes").stages, read_yaml(Path("my.yaml"))["stages"][0]
+    rows = "per_device_train_batch_size", "gradient_accumulation_steps"
+    assert sft.autofitted[rows[0]] > written["config"][rows[0]]
+    assert sft.values[rows[0]] * sft.values[rows[1]] == written["config"][rows[0]] * written["config"][rows[1]]
+
+
+@pytest.mark.parametrize(
+    ("family", "expected"),
+    [
+        ("llama", ["llama, ", "context of 128 tokens", "it has a chat template", "answers end with"]),
+        ("gpt2", ["gpt2, ", "context of 64 tokens, beyond which it has no positions", "no chat template"]),
+        ("gemma", ["gemma3_text, ", "names no EOS: `eos_token` is set to </s>"]),
+    ],
+)
+def test_it_says_what_it_found_in_a_model(family, expected):
+    printed = init(save_model(family), "pairs.jsonl")
+    assert not [text for text in expected if text not in printed]
+
+
+@pytest.mark.parametrize(
+    ("files", "expected"),
+    [
+        ("demonstrations.csv", ["40 rows of demonstrations, as plain texts", "missing for reward, ppo and dpo", "label.py"]),
+        ("references.jsonl", ["with references", "missing for sft: demonstrations", "missing for reward and dpo"]),
+        ("demonstrations.csv conversations.jsonl", ["warning: some files have messages"]),
+    ],
+)
+def test_it_says_what_is_missing(files, expected):
+    printed = init(save_model("llama"), files)
+    assert not [text for text in expected if text not in printed]
+
+
+def test_other_names_of_columns_are_mapped_and_shown():
+    write_rows(Path("popqa.jsonl"), [{"question": one, "answers": ["town", "a town"]} for one in QUESTIONS])
+    assert "read as question -> prompt, answers -> reference" in init(save_model("llama"), "popqa.jsonl")
+    (ppo, _) = read_pipeline(Path("my.yaml"), ROOT / "recipes").stages
+    assert ppo.values["datasets"][0]["column_mapping"] == {"question": "prompt", "answers": "reference"}
+
+
+@pytest.mark.parametrize(
+    ("model", "files", "expected"),
+    [
+        ("llama", "prompts.jsonl", "--data: prompts.jsonl: only prompts"),
+        ("llama", "odd.jsonl", "odd.jsonl: the columns are here"),
+        ("llama", "nothing.jsonl", "nothing.jsonl"),
+        ("some/model", "pairs.jsonl", "the Hub could not be reached"),
+    ],
+)
+def test_what_cannot_be_looked_at_is_said(model, files, expected):
+    save_model("llama")
+    write_rows(Path("prompts.jsonl"), [{"prompt": one} for one in QUESTIONS])
+    write_rows(Path("odd.jsonl"), [{"here": one} for one in QUESTIONS])
+    with pytest.raises(RecipeError, match=re.escape(expected)):
+        init(model, files)
+    assert not Path("my.yaml").exists()
+
+
+def test_no_file_is_overwritten():
+    Path("my.yaml").write_text("mine")
+    with pytest.raises(RecipeError, match=r"my\.yaml: exists"):
+        init("anything", "pairs.jsonl")
+    assert Path("my.yaml").read_text() == "mine"
+
+
+@pytest.mark.slow
+def test_thirty_pairs_really_train_on_a_cpu():
+    rows = [{"prompt": one, "chosen": "I do not know .", "rejected": "no"} for one in QUESTIONS[:30]]
+    write_rows(Path("mine.jsonl"), rows)
+    init(TINY, "mine.jsonl")
+    run_recipe("pipeline", "--config", "my.yaml")
+    losses = [entry["loss"] for entry in read_json(Path("runs/my/sft/trainer_state.json"))["log_history"] if "loss" in entry]
+    assert losses[-1] < 0.8 * losses[0]
+    policies = read_json(Path("runs/my/evaluate/metrics.json"))["policies"]
+    assert {*policies} == {"base", "sft", "dpo", "ppo"}
