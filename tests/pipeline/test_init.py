@@ -89,9 +89,10 @@ def test_what_is_written_is_a_pipeline_that_passes_all_checks(family, files, car
         assert stage.values.get("max_length", 0) <= context
         assert stage.values.get("max_prompt_length", 0) + stage.values.get("max_completion_length", 0) <= context
         assert stage.values["dtype"] == ("bfloat16" if card else "float32")
-        assert (stage.plan is not None) == bool(card)
-    run_recipe("plan", "--config", "my.yaml")
-    assert all(name in capsys.readouterr().out for name in ("peak", CASES[files][0]))
+        assert (stage.plan is not None) == bool(card and family != "gpt2")
+    if family != "gpt2":  # the plan does not know its layers, as `--init` says
+        run_recipe("plan", "--config", "my.yaml")
+        assert "peak" in capsys.readouterr().out
 
 
 def test_the_card_chooses_batch_sizes_and_keeps_the_rows_of_a_step():
@@ -118,9 +119,9 @@ def test_it_says_what_it_found_in_a_model(family, expected):
 @pytest.mark.parametrize(
     ("files", "expected"),
     [
-        ("demonstrations.csv", ["40 rows of demonstrations, as plain texts", "missing for reward, ppo and dpo", "label.py"]),
+        ("demonstrations.csv", ["40 rows of demonstrations, as messages", "missing for reward, ppo and dpo", "label.py"]),
         ("references.jsonl", ["with references", "missing for sft: demonstrations", "missing for reward and dpo"]),
-        ("demonstrations.csv conversations.jsonl", ["warning: some files have messages"]),
+        ("conversations.jsonl rankings.jsonl", ["warning: some files have messages"]),
     ],
 )
 def test_it_says_what_is_missing(files, expected):
@@ -166,7 +167,7 @@ def test_thirty_pairs_really_train_on_a_cpu():
     write_rows(Path("mine.jsonl"), rows)
     init(TINY, "mine.jsonl")
     run_recipe("pipeline", "--config", "my.yaml")
-    losses = [entry["loss"] for entry in read_json(Path("runs/my/sft/trainer_state.json"))["log_history"] if "loss" in entry]
-    assert losses[-1] < 0.8 * losses[0]
+    losses = [entry["eval_loss"] for entry in read_json(Path("runs/my/sft/recipe.json"))["log_history"] if "eval_loss" in entry]
+    assert losses[-1] < losses[0] - 0.5
     policies = read_json(Path("runs/my/evaluate/metrics.json"))["policies"]
     assert {*policies} == {"base", "sft", "dpo", "ppo"}

@@ -24,6 +24,8 @@ ROLES: dict[Form, str] = {
 _KINDS = ("preference", "sft", "prompt")
 _NAMES = {"question": "prompt", "query": "prompt", "answer": "completion", "response": "completion", "answers": "reference"}
 """Common names of columns -> those that are read. Tried where no shape fits."""
+_AS_CHAT = {"prompt": "instruction", "completion": "output"}
+"""Columns of plain text -> those that the chat template is put around."""
 _SAMPLE = 500  # rows whose tokens are counted
 
 
@@ -102,6 +104,12 @@ def inspect_data(path: str, model: Model) -> DataFile:
         if not forms:
             find_shape(parts[0], "sft")  # raises the message about columns
         parts = renamed
+    if model.has_template and not mapping and not convert(parts[0], next(iter(forms))).conversational:
+        columns = parts[0].dataset.column_names
+        chat = {old: new for old, new in _AS_CHAT.items() if old in columns and new not in columns}
+        renamed = open_source(DatasetSource(path, column_mapping=chat))
+        if "prompt" in chat and _forms(renamed) == forms:  # rankings have no such columns
+            parts, mapping = renamed, chat
     kind, form = next(iter(forms.items()))
     converted = {one: [convert(part, one) for part in parts] for one in forms}
     rows = sum(part.read for part in converted[kind])

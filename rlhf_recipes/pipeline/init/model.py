@@ -26,6 +26,8 @@ class Model:
         tokenizer: as the stages use it.
         eos_token: the value that `eos_token` needs, or None if the tokenizer's own is right.
         context: tokens that it was made for, or None.
+        has_plan: whether its memory can be predicted.
+        has_template: whether it brings a chat template.
         findings: what is worth knowing, a sentence each.
     """
 
@@ -33,6 +35,8 @@ class Model:
     tokenizer: PreTrainedTokenizerBase
     eos_token: str | None
     context: int | None
+    has_plan: bool
+    has_template: bool
     findings: list[str]
 
     def count_tokens(self, value: Any) -> int:
@@ -52,12 +56,18 @@ def inspect_model(name: str) -> Model:
     config = load_config(model_path(arguments)).get_text_config()
     tokenizer, eos_token = _load_tokenizer(arguments)
     context = getattr(config, "max_position_embeddings", None)
-    size = measure_shape(config).parameters(True)
+    try:
+        size = f"{_readable(measure_shape(config).parameters(True))} parameters, "
+    except RecipeError:  # layers unlike those of Llama
+        size = ""
     own = AutoTokenizer.from_pretrained(model_path(arguments))
-    findings = [f"{config.model_type}, {_readable(size)} parameters, context of {context or 'unknown length'} tokens"]
+    findings = [f"{config.model_type}, {size}context of {context or 'unknown length'} tokens"]
     if position_limit(arguments):
         findings[0] += ", beyond which it has no positions"
-    if tokenizer.chat_template == PLAIN_CHAT_TEMPLATE:
+    if not size:
+        findings.append("recipes/plan.py cannot predict the memory of its layers, so `gpu_memory` is left out")
+    has_template = tokenizer.chat_template != PLAIN_CHAT_TEMPLATE
+    if not has_template:
         findings.append("no chat template: messages are written as 'User: ...' and 'Assistant: ...'; plain prompts as they are")
     else:
         findings.append("it has a chat template")
@@ -69,7 +79,7 @@ def inspect_model(name: str) -> Model:
         findings.append(f"answers end with {tokenizer.eos_token}")
     if own.pad_token in (None, tokenizer.eos_token):
         findings.append(f"no PAD other than EOS: {tokenizer.pad_token} is used")
-    return Model(name, tokenizer, eos_token, context, findings)
+    return Model(name, tokenizer, eos_token, context, bool(size), has_template, findings)
 
 
 def _load_tokenizer(arguments: ModelConfig) -> tuple[PreTrainedTokenizerBase, str | None]:

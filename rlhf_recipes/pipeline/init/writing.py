@@ -85,14 +85,19 @@ class _Draft:
         """
         stages = ""
         if self.demonstrations:
-            stages += self._trained("sft", self.demonstrations, "2.0e-4")
+            stages += self._trained("sft", self.demonstrations, "2.0e-4" if self._is_large() else "5.0e-4")
         start: Keys = [("start_from", "{sft}", "the policy of SFT")] if self.demonstrations else []
         if self.compared:
             stages += self._trained("reward", self.compared, "1.0e-4", start)
         if (self.compared or self.function) and self.prompts:
             stages += self._ppo(start)
         if self.compared:
-            stages += self._trained("dpo", self.compared, "1.0e-5", [*start, ("beta", 0.1, "price of leaving that policy")])
+            stages += self._trained(
+                "dpo",
+                self.compared,
+                "1.0e-5" if self._is_large() else "1.0e-4",
+                [*start, ("beta", 0.1, "price of leaving that policy")],
+            )
         if not stages:
             raise RecipeError(
                 f"--data: {', '.join(file.path for file in self.files)}: only prompts, of which no stage can learn. Fix: add "
@@ -122,6 +127,10 @@ class _Draft:
             yield f"  `{data} --data my-labels/rankings.jsonl`"
         if len({file.conversational for file in {id(f): f for f in self.demonstrations + self.prompts}.values()}) > 1:
             yield "warning: some files have messages, others plain texts: a policy that learnt one answers the other badly"
+
+    def _is_large(self) -> bool:
+        """Return whether there are rows for the small learning rates of long runs."""
+        return sum(file.usable for file in self.files) >= 3000
 
     @property
     def _folder(self) -> str:
@@ -161,7 +170,11 @@ class _Draft:
         used["max_completion_length"] = used["max_prompt_length"]
         used["eos_token"] = {"sft"} if "sft" in self.names else {"ppo"}
         shared = [key for key in shared if used.get(key[0], {*self.names}) & {*self.names}]
-        card = f"gpu_memory: {self.gpu_memory:g} # GB of your card: batch sizes are made to fit\n" if on_gpu else ""
+        card = (
+            f"gpu_memory: {self.gpu_memory:g} # GB of your card: batch sizes are made to fit\n"
+            if on_gpu and self.model.has_plan
+            else ""
+        )
         arguments = "\n# For every stage that has the key; they go over a stage's `config`\narguments:\n" + _lines(shared, 2)
         return "\n".join(header) + f"\n\noutput_dir: {self._folder}\n{card}{arguments}\nstages:\n"
 
@@ -218,7 +231,7 @@ class _Draft:
             (
                 "per_device_train_batch_size",
                 micro,
-                "`gpu_memory` changes these three, and keeps their product" if on_gpu else "",
+                "`gpu_memory` changes both, and keeps their product" if on_gpu and self.model.has_plan else "",
             ),
             ("gradient_accumulation_steps", training.batch // micro, ""),
             ("gradient_checkpointing", on_gpu, ""),
