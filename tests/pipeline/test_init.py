@@ -167,7 +167,7 @@ def test_thirty_pairs_really_train_on_a_cpu():
     write_rows(Path("mine.jsonl"), rows)
     init(TINY, "mine.jsonl")
     run_recipe("pipeline", "--config", "my.yaml")
-    losses = [entry["eval_loss"] for entry in read_json(Path("runs/my/sft/recipe.json"))["log_history"] if "eval_loss" in entry]
+    losses = [entry["eval_loss"] for entry in read_json(Path("runs/my/sft/recipe.json"))["log"] if "eval_loss" in entry]
     assert losses[-1] < losses[0] - 0.5
     policies = read_json(Path("runs/my/evaluate/metrics.json"))["policies"]
     assert {*policies} == {"base", "sft", "dpo", "ppo"}

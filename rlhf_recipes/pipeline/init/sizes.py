@@ -44,7 +44,7 @@ class Training:
 
 
 def choose_lengths(files: Sequence[DataFile], model: Model, on_gpu: bool) -> Lengths:
-    """Return lengths that hold 95% of the rows, within what the model and the machine can do."""
+    """Return lengths that hold 95% of the rows, if model and machine can do that."""
     context = model.context or 1 << 20
     answer = min(_most(files, "answer", 256 if on_gpu else 64), 256 if on_gpu else 128, max(1, context // 2))
     prompt = min(max(32, _most(files, "prompt", 256)), 512, context - answer)
