@@ -7,8 +7,15 @@
 answer, `/help` shows the rest. Lines may come through a pipe. Launch it with `python`: Ctrl-C would end `accelerate launch`.
 """
 
+try:
+    from rlhf_recipes.cli import check_early, exit_on_recipe_error
+except ModuleNotFoundError as error:
+    raise SystemExit(f"error: {error}. Fix: run `source .venv/bin/activate` first") from None
+
+if __name__ == "__main__":
+    check_early(__file__)  # a misspelt key or path, before the seconds that the imports below take
+
 from rlhf_recipes.chat import Chat
-from rlhf_recipes.cli import exit_on_recipe_error
 from rlhf_recipes.evaluation.named_rewards import load_named_rewards
 from rlhf_recipes.feedback.sampling import reject_best_of
 from rlhf_recipes.generation.policies import load_policy_bank, load_policy_tokenizer, read_policies, warn_of_plain_text

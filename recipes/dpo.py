@@ -7,7 +7,11 @@ Learns from the same preferences as a reward model; rankings become pairs. The p
 the frozen reference, on the same base (in 4 bits with `load_in_4bit: true`), so there is no second model.
 """
 
-from rlhf_recipes.cli import exit_on_recipe_error
+from rlhf_recipes.cli import check_early, exit_on_recipe_error
+
+if __name__ == "__main__":
+    check_early(__file__)  # a misspelt key or path, before the seconds that the imports below take
+
 from rlhf_recipes.data import load_data
 from rlhf_recipes.models.loading import load_policy
 from rlhf_recipes.models.positions import position_limit

@@ -3,16 +3,20 @@
     accelerate launch recipes/evaluate.py                     # configs/tiny/evaluate.yaml: the tiny world, on a CPU
     accelerate launch recipes/evaluate.py --config my.yaml --num_answers 4
 
-Writes `metrics.json`, and `index.html`, which needs no other file: a verdict in words, a table of the policies, learning
-curves, reward against KL, reliability diagrams, and answers side by side. Runs in one process.
+Writes `metrics.json`, all answers in `answers.jsonl`, and `index.html`, which needs no other file: a verdict in words, a table
+of the policies, learning curves, reward against KL, reliability diagrams, and answers side by side. Runs in one process.
 """
 
 from pathlib import Path
 
-from rlhf_recipes.cli import exit_on_recipe_error
+from rlhf_recipes.cli import check_early, exit_on_recipe_error
+
+if __name__ == "__main__":
+    check_early(__file__)  # a misspelt key or path, before the seconds that the imports below take
+
 from rlhf_recipes.core.files import check_writable
 from rlhf_recipes.data import check_positions, check_rendered, drop_overlong_mode, load_texts
-from rlhf_recipes.evaluation.collect import collect_results
+from rlhf_recipes.evaluation.collect import collect_results, write_answers
 from rlhf_recipes.evaluation.frontier import measure_frontier
 from rlhf_recipes.evaluation.measurement import Measurement, check_choosers, check_names, choose_judge, sample_policy
 from rlhf_recipes.evaluation.named_rewards import load_named_rewards
@@ -63,6 +67,7 @@ def main() -> None:
     frontier = measure_frontier(measurement, evaluate_args.seed + len(policies))
     results = collect_results(measurement, policies, samples, judge, frontier, texts)
 
+    write_answers(evaluate_args.output_dir, measurement, samples)
     page = write_report(evaluate_args.output_dir, results)
     print(*results.verdict, f"The report is {page}", sep="\n")
 

@@ -11,7 +11,10 @@ Labels are kept in a SQLite file, which can be exported while people label. The 
 import argparse
 import os
 
-from rlhf_recipes.cli import exit_on_recipe_error
+try:
+    from rlhf_recipes.cli import exit_on_recipe_error
+except ModuleNotFoundError as error:
+    raise SystemExit(f"error: {error}. Fix: run `source .venv/bin/activate` first") from None
 from rlhf_recipes.core.errors import RecipeError
 from rlhf_recipes.core.paths import user_path
 from rlhf_recipes.feedback.labels import Store, agreement, export_labels, import_labels, read_groups

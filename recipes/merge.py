@@ -8,7 +8,14 @@ or scores are compared with the adapter's before it is in `output_dir`. With it 
 normalisation of a reward model, `recipe.json` and a model card. It runs on the CPU, in one process.
 """
 
-from rlhf_recipes.cli import exit_on_recipe_error
+try:
+    from rlhf_recipes.cli import check_early, exit_on_recipe_error
+except ModuleNotFoundError as error:
+    raise SystemExit(f"error: {error}. Fix: run `source .venv/bin/activate` first") from None
+
+if __name__ == "__main__":
+    check_early(__file__)  # a misspelt key or path, before the seconds that the imports below take
+
 from rlhf_recipes.core.files import atomic_directory
 from rlhf_recipes.export.merge import check_merged, merge_policy, merge_reward, push, resolve_base, write_merge_record
 from rlhf_recipes.models.tokenizer import load_tokenizer

@@ -11,14 +11,18 @@ Reads only the model's config.json. Prints what is in memory at the peak of ever
 import argparse
 from pathlib import Path
 
-from rlhf_recipes.cli import exit_on_recipe_error
-from rlhf_recipes.config.parser import COMMAND_LINE
+try:
+    from rlhf_recipes.cli import exit_on_recipe_error
+except ModuleNotFoundError as error:
+    raise SystemExit(f"error: {error}. Fix: run `source .venv/bin/activate` first") from None
+from rlhf_recipes.config.origins import COMMAND_LINE
 from rlhf_recipes.core.errors import error_context
 from rlhf_recipes.core.paths import user_path
 from rlhf_recipes.core.yaml import read_yaml
-from rlhf_recipes.memory import advice, format_plans, plan_stage
-from rlhf_recipes.pipeline.estimates import plannable_stages
+from rlhf_recipes.pipeline.early import check_recipe_keys, check_stage_keys
+from rlhf_recipes.pipeline.reading import read_stages
 from rlhf_recipes.pipeline.schema import check_gpu_memory
+from rlhf_recipes.pipeline.settings import read_settings
 
 RECIPES = Path(__file__).resolve().parent
 
@@ -28,6 +32,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--config", type=user_path, default=RECIPES.parent / "configs" / "tiny" / "pipeline.yaml")
     parser.add_argument("--recipe", help="recipe that the file is for (default: that of its name)")
+    parser.add_argument("--set", action="append", default=[], metavar="STAGE.KEY=VALUE", help="as of recipes/pipeline.py")
     parser.add_argument(
         "--gpu_memory",
         type=float,
@@ -36,10 +41,20 @@ def main() -> None:
     )
     options = parser.parse_args()
 
+    # Keys; the plan imports PyTorch, which takes seconds
     with error_context(COMMAND_LINE):
         card = None if options.gpu_memory is None else check_gpu_memory(options.gpu_memory)
-    stages = plannable_stages(options.config, RECIPES, options.recipe, gpu_memory=card)
-    card = read_yaml(options.config).get("gpu_memory") if card is None else card
+    settings, values = read_settings(options.set), read_yaml(options.config)
+    if "stages" in values:
+        file = read_stages(options.config, RECIPES, settings)
+        check_stage_keys(file)
+        card = file.gpu_memory if card is None else card
+    else:
+        check_recipe_keys(options.config, values, options.recipe or options.config.stem)
+    from rlhf_recipes.memory import advice, format_plans, plan_stage
+    from rlhf_recipes.pipeline.estimates import plannable_stages
+
+    stages = plannable_stages(options.config, RECIPES, options.recipe, gpu_memory=options.gpu_memory, settings=settings)
     plans = [plan_stage(stage) for stage in stages]
     print(*format_plans(plans), sep="\n")
 

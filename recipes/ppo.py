@@ -7,7 +7,11 @@ The policy starts as the SFT adapter, and a frozen copy of it is the reference. 
 same base, in 4 bits with `load_in_4bit: true`. Saves the policy's adapter with its tokenizer, the critic, and `recipe.json`.
 """
 
-from rlhf_recipes.cli import exit_on_recipe_error
+from rlhf_recipes.cli import check_early, exit_on_recipe_error
+
+if __name__ == "__main__":
+    check_early(__file__)  # a misspelt key or path, before the seconds that the imports below take
+
 from rlhf_recipes.data import check_positions, drop_overlong_mode, load_data, load_texts
 from rlhf_recipes.models.loading import load_policy
 from rlhf_recipes.models.positions import position_limit

@@ -9,7 +9,11 @@ it prints how many: run it again when they are there. Runs in one process.
 
 from pathlib import Path
 
-from rlhf_recipes.cli import exit_on_recipe_error
+from rlhf_recipes.cli import check_early, exit_on_recipe_error
+
+if __name__ == "__main__":
+    check_early(__file__)  # a misspelt key or path, before the seconds that the imports below take
+
 from rlhf_recipes.core.files import check_writable
 from rlhf_recipes.feedback.groups import read_groups
 from rlhf_recipes.feedback.ranking import choose_groups, load_ensemble, read_labeler, write_rankings

@@ -8,7 +8,11 @@ or from pairs. Saves a LoRA adapter with its scalar head (several for an ensembl
 average with deviation 1, and its results on held-out comparisons: `evaluation.json` and pictures.
 """
 
-from rlhf_recipes.cli import exit_on_recipe_error
+from rlhf_recipes.cli import check_early, exit_on_recipe_error
+
+if __name__ == "__main__":
+    check_early(__file__)  # a misspelt key or path, before the seconds that the imports below take
+
 from rlhf_recipes.data import load_demonstrations
 from rlhf_recipes.evaluation.reward_evaluation import measure_and_scale, summary, write_evaluation
 from rlhf_recipes.models.positions import position_limit

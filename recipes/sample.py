@@ -8,7 +8,11 @@ Writes groups of unranked completions to `groups.jsonl`. The same command resume
 
 from dataclasses import asdict
 
-from rlhf_recipes.cli import exit_on_recipe_error
+from rlhf_recipes.cli import check_early, exit_on_recipe_error
+
+if __name__ == "__main__":
+    check_early(__file__)  # a misspelt key or path, before the seconds that the imports below take
+
 from rlhf_recipes.data import check_positions, check_rendered, drop_overlong_mode, load_data
 from rlhf_recipes.feedback.sampling import GroupFile, reject_best_of, sample_groups
 from rlhf_recipes.generation.policies import load_policy_bank, load_policy_tokenizer, read_policies
@@ -44,8 +48,8 @@ def main() -> None:
     # Roles: every policy as an adapter on one base; they take turns
     bank = load_policy_bank(model_args, sample_args, policies, tokenizer)
     with tqdm(total=len(rows), initial=file.prompts, unit="prompt") as bar:
-        for part in sample_groups(bank, list(policies), rows, sample_args, done=file.prompts):
-            file.append(part)
+        for part, ended in sample_groups(bank, list(policies), rows, sample_args, done=file.prompts):
+            file.append(part, ended)
             bar.update(len(part))
     alike = file.prompts - file.groups
     print(f"{file.groups} groups are in {file.path}; {alike} prompts with equal completions were left out")

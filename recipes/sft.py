@@ -7,7 +7,11 @@ Trains a LoRA adapter on the base model (in 4 bits with `load_in_4bit: true`), o
 with the tokenizer, the chat template and `recipe.json`, which holds the arguments, the data and the cost of the run.
 """
 
-from rlhf_recipes.cli import exit_on_recipe_error
+from rlhf_recipes.cli import check_early, exit_on_recipe_error
+
+if __name__ == "__main__":
+    check_early(__file__)  # a misspelt key or path, before the seconds that the imports below take
+
 from rlhf_recipes.data import load_data
 from rlhf_recipes.models.loading import load_policy
 from rlhf_recipes.models.positions import position_limit

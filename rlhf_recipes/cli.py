@@ -2,12 +2,20 @@
 
 import contextlib
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 from rlhf_recipes.config.current import CURRENT_RUN, CurrentRun
+from rlhf_recipes.config.keys import check_all_keys, read_options
+from rlhf_recipes.config.origins import config_of, origin_of
+from rlhf_recipes.config.overrides import merge_overrides
 from rlhf_recipes.core.errors import RecipeError, causes, failed_write, first_line, lack_of_memory
-from rlhf_recipes.core.warning_log import below_progress_bar, repeat_warnings
+from rlhf_recipes.core.paths import add_current_folder, expand_paths
+from rlhf_recipes.core.warning_log import repeat_warnings
+from rlhf_recipes.core.yaml import read_yaml
+from rlhf_recipes.inputs import check_inputs, needed_stages
+from rlhf_recipes.stages import find_stage
 
 # What imports PyTorch is imported where it is needed: recipes/label.py starts without it
 
@@ -30,14 +38,54 @@ def exit_on_recipe_error() -> Iterator[None]:
         message = _message(error, run)
         if message is None:
             raise
-        print(f"{below_progress_bar()}error: {f'{run.source}: ' if run else ''}{message}", file=sys.stderr)
+        print(f"error: {f'{run.origin.place(message)}: ' if run else ''}{message}", file=sys.stderr)
         sys.exit(2)
     except KeyboardInterrupt:
         run = CURRENT_RUN.get()
-        print(below_progress_bar() + "; ".join([f"stopped{_when(run)}", *_kept(run, "true")]), file=sys.stderr)
+        print("; ".join([f"stopped{_when(run)}", *_kept(run, "true")]), file=sys.stderr)
         sys.exit(130)
     finally:
         CURRENT_RUN.reset(token)
+
+
+def check_early(recipe: str | Path) -> None:
+    """Exit with one message for a misspelt key or path, in less than a second.
+
+    Recipes call it before they import PyTorch. Everything else that may be wrong is found when they parse their arguments.
+    """
+    with exit_on_recipe_error():
+        add_current_folder()
+        recipe = Path(recipe).resolve()
+        types = find_stage(recipe.stem).argument_types()
+        options = expand_paths(read_options(sys.argv[1:], types))
+        config = config_of(recipe, options.pop("config", None))
+        check_file(config, types, recipe.parent, options)
+
+
+def check_file(
+    config: Path, types: Mapping[str, str], recipes: Path, overrides: Mapping[str, Any], written: Sequence[Path] = ()
+) -> None:
+    """Check the keys and paths of a recipe's YAML file, and of those that it needs.
+
+    Args:
+        config: the file.
+        types: the keys of the recipe, with their types as text.
+        recipes: the folder of the recipes.
+        overrides: keys and values of the command line.
+        written: folders that other stages will write.
+
+    Raises:
+        RecipeError: with the file and the line, or the command line.
+    """
+    values = read_yaml(config)
+    with origin_of(config, values, overrides).context():
+        check_all_keys(values, types)
+        merged = merge_overrides(values, overrides)
+        needed = dict(needed_stages(merged.get("needs") or (), merged, recipes))
+        written = [*written, *needed.values()]
+        check_inputs(merged, types, lambda path: any(Path(path).is_relative_to(folder) for folder in written))
+    for path in needed:
+        check_file(path, find_stage(path.stem).argument_types(), recipes, {}, written)
 
 
 def _message(error: Exception, run: CurrentRun | None) -> str | None:

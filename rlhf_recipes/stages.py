@@ -6,9 +6,11 @@ from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
 
-from rlhf_recipes.config.parser import parse_dataclasses, parse_mapping
 from rlhf_recipes.core.errors import RecipeError, did_you_mean
 from rlhf_recipes.core.files import METRICS, RANKED, RECIPE, SAMPLED
+from rlhf_recipes.core.inspection import dataclass_fields
+
+# The parser and the argument classes import PyTorch, which takes seconds: they are imported where they are needed
 
 _CONFIG, _DATA, _MODEL = "rlhf_recipes.config", "rlhf_recipes.config.data.DataArguments", "trl.ModelConfig"
 
@@ -43,13 +45,19 @@ class Stage:
         """Import the dataclasses of its arguments."""
         return tuple(map(pkgutil.resolve_name, self.arguments))
 
-    def argument_names(self) -> set[str]:
-        """Return the keys of its YAML file."""
-        return {item.name for cls in self.argument_classes() for item in fields(cls) if item.init}
+    def argument_types(self) -> dict[str, str]:
+        """Return the keys of its YAML file with their types as text."""
+        return {name: annotation for path in self.arguments for name, annotation in _fields_of(path).items()}
 
     def memory_planner(self) -> Callable[..., Any] | None:
         """Import the function that predicts its memory."""
         return pkgutil.resolve_name(self.planner) if self.planner else None
+
+
+def _fields_of(path: str) -> dict[str, str]:
+    """Return the fields of an argument class, imported if its text does not tell."""
+    found = dataclass_fields(path)
+    return {item.name: str(item.type) for item in fields(pkgutil.resolve_name(path))} if found is None else found
 
 
 STAGES: dict[str, Stage] = {
@@ -134,9 +142,13 @@ def find_stage(recipe: str) -> Stage:
 
 def parse_arguments(recipe: str | Path, argv: Sequence[str] | None = None) -> tuple[Any, ...]:
     """Return a recipe's arguments, as `parse_dataclasses`, in the registry's order."""
+    from rlhf_recipes.config.parser import parse_dataclasses
+
     return parse_dataclasses(recipe, *find_stage(Path(recipe).stem).argument_classes(), argv=argv)
 
 
 def parse_values(recipe: str, values: Mapping[str, Any], here: bool = True) -> tuple[Any, ...]:
     """Return a recipe's arguments from its YAML file's content, as `parse_mapping`."""
+    from rlhf_recipes.config.parser import parse_mapping
+
     return parse_mapping(recipe, *find_stage(recipe).argument_classes(), values=values, here=here)

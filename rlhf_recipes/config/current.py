@@ -5,6 +5,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from rlhf_recipes.config.origins import Origin
+
 if TYPE_CHECKING:  # recipes/label.py starts without PyTorch
     from transformers import Trainer
 
@@ -16,14 +18,14 @@ class CurrentRun:
     Parameters:
         recipe: its file.
         config: its YAML file.
-        source: where its arguments come from: the YAML file, and perhaps the command line.
+        origin: where its arguments come from.
         values: the fields of all its dataclasses.
         trainer: the trainer that was started last, or None.
     """
 
     recipe: Path
     config: Path
-    source: str
+    origin: Origin
     values: dict[str, Any]
     trainer: "Trainer | None" = None
 

@@ -4,11 +4,9 @@ from dataclasses import dataclass
 from typing import Any
 
 from rlhf_recipes.config import option
+from rlhf_recipes.config.overrides import SINGLE_DATASET_KEYS
 
 from trl.scripts.utils import DatasetConfig
-
-SINGLE_DATASET_KEYS = ("dataset_config", "column_mapping", "dataset_arguments")
-"""Keys that belong to `dataset_name`."""
 
 
 @dataclass

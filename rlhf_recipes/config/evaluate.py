@@ -70,6 +70,8 @@ class EvaluateArguments:
             raise ValueError(
                 f"compare_with: {self.compare_with!r} is none of the policies. Fix: name one of {', '.join(self.policies)}"
             )
+        if self.policies and self.kl_reference is not None and self.kl_reference not in self.policies:
+            raise ValueError(f"kl_reference: {self.kl_reference!r} is none of the policies ({', '.join(self.policies)})")
         names = [reward.get("name") if isinstance(reward, dict) else None for reward in self.rewards]
         if isinstance(self.judge, str) and None not in names and self.judge not in names:
             choice = f"name one of {', '.join(names)}, or " if names else ""

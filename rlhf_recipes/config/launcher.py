@@ -10,8 +10,6 @@ from typing import Any
 from rlhf_recipes.core.errors import RecipeError, error_context
 from rlhf_recipes.core.yaml import read_yaml
 
-from accelerate.utils import parse_flag_from_env
-
 _DDP = "configs/accelerate/ddp.yaml"
 _FSDP = "configs/accelerate/fsdp.yaml"
 _MALFORMED = (OSError, ValueError, TypeError, AttributeError)
@@ -59,8 +57,16 @@ def read_launcher(path: str | Path) -> Launcher:
         return Launcher(zero=int(config.get("zero_stage", 2)))
 
 
+def default_launcher_config() -> Path:
+    """Return the file of `accelerate config`: where accelerate would look for it."""
+    home = os.environ.get("HF_HOME", os.path.join(os.environ.get("XDG_CACHE_HOME", "~/.cache"), "huggingface"))
+    return Path(os.path.expanduser(home), "accelerate", "default_config.yaml")
+
+
 def current_launcher() -> Launcher:
     """Return the launcher of this process, from the variables of `accelerate launch`."""
+    from accelerate.utils import parse_flag_from_env  # it imports PyTorch
+
     if parse_flag_from_env("ACCELERATE_USE_DEEPSPEED"):
         file = os.environ.get("ACCELERATE_DEEPSPEED_CONFIG_FILE", "none")
         if file != "none":

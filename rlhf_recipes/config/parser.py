@@ -3,7 +3,6 @@
 import argparse
 import dataclasses
 import json
-import os
 import re
 import sys
 import warnings
@@ -21,16 +20,18 @@ from rlhf_recipes.config.checks import (
     set_machine_defaults,
 )
 from rlhf_recipes.config.current import CURRENT_RUN, CurrentRun
-from rlhf_recipes.config.data import SINGLE_DATASET_KEYS, DatasetSource
+from rlhf_recipes.config.data import DatasetSource
+from rlhf_recipes.config.keys import check_keys, unknown_option
 from rlhf_recipes.config.launcher import check_launcher_support, current_launcher
+from rlhf_recipes.config.origins import COMMAND_LINE, config_of, origin_of
+from rlhf_recipes.config.overrides import merge_overrides
 from rlhf_recipes.core.errors import RecipeError, did_you_mean, error_context, one_line
-from rlhf_recipes.core.paths import expand_paths, user_path
+from rlhf_recipes.core.paths import add_current_folder, expand_paths
 from rlhf_recipes.core.yaml import read_yaml
 
 from pydantic import ConfigDict, TypeAdapter, ValidationError
 from trl import TrlParser
 
-COMMAND_LINE = "the command line"
 _STRICT = ConfigDict(strict=True, arbitrary_types_allowed=True, allow_inf_nan=False)
 _REWARDS = list[str | dict[str, Any]]  # a mapping has a weight or arguments, which no command line could write
 # Keys that the libraries annotate more narrowly than they read them
@@ -62,26 +63,23 @@ def parse_dataclasses(recipe: str | Path, *types: type, argv: Sequence[str] | No
         RecipeError: a missing or malformed file, an unknown key, a value of the wrong type, options that exclude each other,
             or what this machine or launcher cannot do.
     """
-    if os.getcwd() not in sys.path:
-        sys.path.append(os.getcwd())  # for dotted paths of the user's functions
+    add_current_folder()
     recipe = Path(recipe).resolve()
     parser = _CommandLineParser(types, allow_abbrev=False, usage=f"{recipe.name} [--config FILE] [--key value ...]")
     parser.add_argument("--config", help=f"YAML file with the arguments (default: configs/tiny/{recipe.stem}.yaml)")
     overrides = parser.read(sys.argv[1:] if argv is None else argv)
-    default = recipe.parent.parent / "configs" / "tiny" / f"{recipe.stem}.yaml"
-    with error_context(f"{COMMAND_LINE}: --config"):
-        config = user_path(overrides.pop("config", None) or str(default))
+    config = config_of(recipe, overrides.pop("config", None))
 
     values, fields = read_yaml(config), _fields(types)
-    with error_context(str(config)):
+    with origin_of(config, values).context():
         values = _check_types(values, fields)
     with error_context(COMMAND_LINE):
         overrides = {key: _parse_json_entries(value) for key, value in overrides.items()}
         overrides = _check_types(expand_paths(overrides), fields)
-    source = f"{config} and {COMMAND_LINE}" if overrides else str(config)
-    with error_context(source):
+    origin = origin_of(config, values, overrides)
+    with origin.context():
         groups = _fill(recipe.stem, types, merge_overrides(values, overrides), here=True)
-    CURRENT_RUN.set(CurrentRun(recipe, config, source, values_of(groups)))
+    CURRENT_RUN.set(CurrentRun(recipe, config, origin, values_of(groups)))
     return groups
 
 
@@ -91,25 +89,6 @@ def parse_mapping(recipe: str, *types: type, values: Mapping[str, Any], here: bo
     `here` tells whether the recipe will run on this machine, which then must have what it needs.
     """
     return _fill(recipe, types, _check_types(values, _fields(types)), here)
-
-
-def merge_overrides(values: Mapping[str, Any], overrides: Mapping[str, Any]) -> dict[str, Any]:
-    """Return `values` with `overrides` taking precedence.
-
-    Overrides that name other data replace those of `values`, with what belongs to them. A `column_mapping` stays: the new
-    data may well have the same columns.
-    """
-    removed = set()
-    if overrides.get("dataset_name") not in (None, values.get("dataset_name")):
-        removed |= {"dataset_arguments", "dataset_config"}
-    for key, replaced in (
-        ("datasets", ("dataset_name", *SINGLE_DATASET_KEYS)),
-        ("dataset_name", ("datasets",)),
-        ("eval_datasets", ("test_split_size",)),
-        ("test_split_size", ("eval_datasets",)),
-    ):
-        removed.update(replaced if overrides.get(key) else ())
-    return {key: value for key, value in values.items() if key not in removed} | dict(overrides)
 
 
 def _fields(types: Sequence[type]) -> dict[str, _Field]:
@@ -183,9 +162,7 @@ class _CommandLineParser(TrlParser):
         for word in unknown[:1]:
             if not word.startswith("--"):
                 raise RecipeError(f"{COMMAND_LINE}: '{word}' belongs to no option. Fix: write `--key value`")
-            key = word.removeprefix("--").split("=")[0].replace("-", "_")
-            known = [action.dest for action in self._actions]
-            raise RecipeError(f"{COMMAND_LINE}: unknown option '{word}'{did_you_mean(key, known)}")
+            raise unknown_option(word, [action.dest for action in self._actions])
         return vars(options)
 
 
@@ -222,11 +199,7 @@ def _parse_json_entries(value: Any) -> Any:
 
 def _check_types(values: Mapping[str, Any], fields: Mapping[str, _Field]) -> dict[str, Any]:
     """Return the values in the types of their fields."""
-    if "stages" in values and "stages" not in fields:
-        raise RecipeError("stages: this is the file of a pipeline. Fix: launch it with recipes/pipeline.py")
-    for key in values:
-        if key not in fields:
-            raise RecipeError(f"unknown key '{key}'{did_you_mean(str(key), fields)}")
+    check_keys(values, fields)
     return {key: _check_type(key, value, fields[key]) for key, value in values.items()}
 
 

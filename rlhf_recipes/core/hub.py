@@ -5,7 +5,6 @@ from pathlib import Path
 
 from rlhf_recipes.core.errors import causes, first_line
 
-from datasets.exceptions import DatasetNotFoundError
 from huggingface_hub import constants
 from huggingface_hub.errors import (
     EntryNotFoundError,
@@ -35,7 +34,7 @@ def explain_load_error(name: str, error: BaseException, kind: str = "model") -> 
     not_local = f"there is no folder {name} here, and " if kind == "model" else ""
     address = f"https://huggingface.co/{'datasets/' if kind == 'dataset' else ''}{name}"
     for cause in causes(error):
-        absent = isinstance(cause, DatasetNotFoundError)  # `datasets` raises it without its cause
+        absent = type(cause).__name__ == "DatasetNotFoundError"  # of `datasets`, which takes a second to import
         if isinstance(cause, GatedRepoError) or (absent and "gated" in str(cause)):
             return f"it is gated. Fix: accept its licence at {address}, and log in with `hf auth login` (or set HF_TOKEN)"
         if isinstance(cause, RevisionNotFoundError):

@@ -1,11 +1,14 @@
-"""`~` and `$NAME` in the paths of YAML files and command lines."""
+"""`~` and `$NAME` in the paths of YAML files and command lines, and what is there."""
 
 import os
 import re
+import sys
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
 from rlhf_recipes.core.errors import RecipeError, error_context
+from rlhf_recipes.core.hub import resolve_path
 
 PATH_KEYS = {"output_dir", "model_name_or_path", "start_from", "chat_template_path", "resume_from_checkpoint", "needs", "path"}
 PATH_KEYS |= {"dataset_name", "data_dir", "data_files", "policies", "rewards", "reward_funcs", "adapter", "groups", "reward"}
@@ -31,6 +34,18 @@ def expand_path(text: str) -> str:
     if path.startswith("~") or "~" in path.split("/"):
         raise RecipeError(f"{text}: `~` is a home folder at the start of a path only. Fix: write the path out")
     return path
+
+
+def add_current_folder() -> None:
+    """Let Python find functions in the current folder, which dotted paths name."""
+    if os.getcwd() not in sys.path:
+        sys.path.append(os.getcwd())
+
+
+def resolve_config_path(path: str, recipes: Path) -> Path:
+    """Return a path in the current folder, else in the checkout of `recipes`."""
+    in_checkout = recipes.parent / path
+    return in_checkout if in_checkout.exists() and not Path(path).exists() else Path(path)
 
 
 def user_path(text: str) -> Path:
@@ -59,3 +74,24 @@ def _expand(place: str, key: Any, value: Any, is_path: bool) -> Any:
         with error_context(place):
             return expand_path(value)
     return value
+
+
+def files_in(values: Any, exclude: Iterable[Path | None] = ()) -> list[tuple[str, int, int]]:
+    """Return path, size and mtime (ns) of files that are named or in a named folder.
+
+    Args:
+        values: texts, in lists and mappings; those that are no paths are skipped.
+        exclude: folders and files to leave out.
+    """
+    if isinstance(values, dict | list):
+        items = values.values() if isinstance(values, dict) else values
+        return [file for item in items for file in files_in(item, exclude)]
+    if not isinstance(values, str) or len(values) > 1000:
+        return []
+    try:
+        path = Path(resolve_path(values))
+        files = [path] if path.is_file() else sorted(path.rglob("*")) if path.is_dir() else []
+        files = [file for file in files if file.is_file() and not {file, *file.parents} & set(exclude)]
+        return [(str(file), file.stat().st_size, file.stat().st_mtime_ns) for file in files]
+    except (OSError, RuntimeError, ValueError):  # a text that is no path
+        return []

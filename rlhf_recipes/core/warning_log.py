@@ -7,6 +7,7 @@ import sys
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 from rlhf_recipes.core.errors import printable
 
@@ -27,7 +28,8 @@ class _WarningLog(logging.Handler):
         if text in self.texts or os.environ.get("RANK", "0") != "0":
             return
         self.texts.append(text)
-        print(f"{below_progress_bar()}{record.levelname.lower()}: {text}", file=sys.stderr, flush=True)
+        below_bar = "\n" if _progress_bars() else ""
+        print(f"{below_bar}{record.levelname.lower()}: {text}", file=sys.stderr, flush=True)
         if self.relay:
             with open(self.relay, "a", encoding="utf-8") as file:
                 file.write(f"{text}\n")
@@ -35,19 +37,24 @@ class _WarningLog(logging.Handler):
     def repeat(self) -> None:
         """Print all warnings again, unless a launcher will."""
         if self.texts and not self.relay:
-            print(f"{below_progress_bar()}Warnings of this run, again:", file=sys.stderr)
-            print(*(f"warning: {text}" for text in self.texts), sep="\n", file=sys.stderr, flush=True)
+            again = (f"warning: {text}" for text in self.texts)
+            print("Warnings of this run, again:", *again, sep="\n", file=sys.stderr, flush=True)
 
 
 @contextlib.contextmanager
 def repeat_warnings() -> Iterator[None]:
-    """Print this project's warnings as they come, and all of them again at the end."""
+    """Print this project's warnings as they come, and all of them again at the end.
+
+    The end closes progress bars that a failure left open.
+    """
     log = _WarningLog()
     logger.addHandler(log)
     try:
         yield
     finally:
         logger.removeHandler(log)
+        for bar in _progress_bars():
+            bar.close()
         log.repeat()
 
 
@@ -67,7 +74,7 @@ def relay_warnings(name: str) -> Iterator[dict[str, str]]:
                 logger.warning("%s: %s", name, text)
 
 
-def below_progress_bar() -> str:
-    """Return a line break where a progress bar holds the line of the terminal."""
+def _progress_bars() -> list[Any]:
+    """Return the progress bars that are open; one holds the line of the terminal."""
     tqdm = sys.modules.get("tqdm")
-    return "\n" if tqdm and getattr(tqdm.tqdm, "_instances", ()) else ""
+    return [*getattr(tqdm.tqdm, "_instances", ())] if tqdm else []

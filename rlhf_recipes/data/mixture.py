@@ -12,7 +12,8 @@ from rlhf_recipes.core.errors import RecipeError, first_line
 from rlhf_recipes.data.conversion import Kind
 from rlhf_recipes.data.rendering import check_positions, check_rendered, drop_overlong_mode, strip_bos
 from rlhf_recipes.data.rows import Converted, convert, find_shape, reject_bad_rows
-from rlhf_recipes.data.sources import Part, UnknownSplitError, has_splits, is_file, open_source, require_file
+from rlhf_recipes.data.sources import Part, UnknownSplitError, has_splits, open_source
+from rlhf_recipes.inputs import is_data_file, require_data
 
 from datasets import Dataset, Features, concatenate_datasets
 from transformers import PreTrainedTokenizerBase
@@ -154,8 +155,8 @@ def check_source(source: DatasetSource, kind: Kind | None) -> None:
 
     With None, it must only be there. Hub datasets and functions are not opened.
     """
-    require_file(source.path)
-    if kind and is_file(source.path):
+    require_data(source.path)
+    if kind and is_data_file(source.path):
         for part in open_source(source):
             find_shape(part, kind)
 

@@ -17,6 +17,7 @@ from typing import Any
 from rlhf_recipes.config.data import DatasetSource
 from rlhf_recipes.core.errors import RecipeError, did_you_mean, first_line
 from rlhf_recipes.core.hub import explain_load_error
+from rlhf_recipes.inputs import DATA_ENDINGS, builder_of, is_data_file, is_function, no_data_function, require_data
 
 import pandas
 from datasets import (
@@ -35,8 +36,6 @@ SHOWN = 3  # rows or files named in a message
 BATCH = 1000  # rows converted or tokenised at once
 
 _TEXT_COLUMNS = ("text", "prompt", "completion", "chosen", "rejected", "instruction", "input", "output", "system", "reference")
-_BUILDERS = {".json": "json", ".jsonl": "json", ".csv": "csv", ".parquet": "parquet"}
-_ENDINGS = f"{', '.join(_BUILDERS)} (text files also with .gz)"
 
 
 class UnknownSplitError(RecipeError):
@@ -56,36 +55,23 @@ def open_source(source: DatasetSource) -> list[Part]:
     return [Part(part.label, _select_columns(part, source).with_format(None)) for part in _open_parts(source)]
 
 
-def is_file(path: str) -> bool:
-    """Return whether a source is a single file, by its name."""
-    return _builder_of(path) is not None
-
-
 def has_splits(path: str) -> bool:
     """Return whether a source can have more than one split; a single file cannot."""
-    return not is_file(path) and not (Path(path) / "state.json").is_file()
-
-
-def require_file(path: str) -> None:
-    """Raise a RecipeError if a source names a local file or folder, and there is none."""
-    if is_file(path) and not Path(path).is_file():
-        raise RecipeError(f"{path}: there is no such file in {Path(path).absolute().parent}. Fix: correct the path.")
-    if (path.count("/") > 1 or path.startswith((".", "/", "~"))) and not Path(path).exists():  # Hub names are OWNER/NAME
-        raise RecipeError(f"{path}: there is no such file or folder (looked in {Path.cwd()}). Fix: correct the path.")
+    return not is_data_file(path) and not (Path(path) / "state.json").is_file()
 
 
 def _open_parts(source: DatasetSource) -> list[Part]:
     path = Path(source.path)
-    require_file(source.path)
-    if is_file(source.path):
+    require_data(source.path)
+    if is_data_file(source.path):
         _reject_options(source, "a file", "name", "data_dir", "data_files", "arguments")
         return [_read_file(source.path, source)]
     if path.is_file():
-        raise RecipeError(f"{source.path}: unknown file type. Fix: name a file that ends in {_ENDINGS}.")
+        raise RecipeError(f"{source.path}: unknown file type. Fix: name a file that ends in {DATA_ENDINGS}.")
     if (path / "state.json").is_file() or (path / "dataset_dict.json").is_file():  # of `save_to_disk`
         _reject_options(source, "a saved dataset", "name", "data_dir", "data_files", "arguments")
         return [_read_saved(source)]
-    if not path.exists() and "." in source.path and all(name.isidentifier() for name in source.path.split(".")):
+    if is_function(source.path):
         _reject_options(source, "a function", "name", "data_dir", "data_files")
         return [_call_function(source)]
     _reject_options(source, "a folder or Hub dataset", "arguments")
@@ -100,11 +86,6 @@ def _reject_options(source: DatasetSource, what: str, *names: str) -> None:
             raise RecipeError(f"{source.path}: {keys.get(name, name)}: {what} does not read this key. Fix: remove the key.")
 
 
-def _builder_of(path: str) -> str | None:
-    """Return the builder of `datasets` that reads a file of this ending, or None."""
-    return _BUILDERS.get(Path(path.lower().removesuffix(".gz")).suffix)
-
-
 def _read_file(path: str, source: DatasetSource) -> Part:
     """Read one local file; its one split is `train`."""
     if source.split.partition("[")[0] != "train":
@@ -116,7 +97,7 @@ def _read_file(path: str, source: DatasetSource) -> Part:
 
 
 def _parse_file(path: str, source: DatasetSource) -> Dataset:
-    builder, options = _builder_of(path), {}
+    builder, options = builder_of(path), {}
     if builder == "parquet" and path.lower().endswith(".gz"):
         raise ValueError("compressed Parquet cannot be read. Fix: decompress it with `gunzip`.")
     if builder == "csv":  # only an empty cell is empty: "NA" and "007" are texts
@@ -206,10 +187,7 @@ def _call_function(source: DatasetSource) -> Part:
     try:
         function = pkgutil.resolve_name(source.path)
     except (ImportError, AttributeError) as error:
-        raise RecipeError(
-            f"{source.path}: neither a file that ends in {_ENDINGS}, nor a folder, nor a Python function ({error}). "
-            "Fix: correct it, or put the folder of the function on PYTHONPATH."
-        ) from error
+        raise no_data_function(source.path, error) from error
     arguments = source.arguments or {}
     try:
         dataset = function(split=source.split, **arguments)
@@ -229,7 +207,7 @@ def _read_builder(source: DatasetSource) -> list[Part]:
         files = {str(split): list(paths) for split, paths in data_files.items()}
         paths = files.get(split, [])
         # A slice of several files counts the rows of all of them
-        if paths and (not bracket or len(paths) == 1) and all(is_file(path) and Path(path).is_file() for path in paths):
+        if paths and (not bracket or len(paths) == 1) and all(is_data_file(path) and Path(path).is_file() for path in paths):
             if not source.data_files:
                 _warn_of_ignored_files(Path(source.path, source.data_dir or ""), files)
             return [_read_file(path, replace(source, split=f"train{bracket}{slice_}")) for path in paths]
@@ -249,7 +227,7 @@ def _read_builder(source: DatasetSource) -> list[Part]:
 def _warn_of_ignored_files(folder: Path, files: dict[str, list[str]]) -> None:
     """Warn of files that `datasets` ignores: it reads a folder's commonest format."""
     used = {Path(path).resolve() for paths in files.values() for path in paths}
-    ignored = [path.name for path in sorted(folder.rglob("*")) if is_file(path.name) and path.resolve() not in used]
+    ignored = [path.name for path in sorted(folder.rglob("*")) if is_data_file(path.name) and path.resolve() not in used]
     if ignored:
         logger.warning(
             "%s: %d files of another format are ignored: %s. To read them, list them in `datasets`.",

@@ -1,9 +1,11 @@
 """All results of an evaluation, from the answers of its policies."""
 
+import json
+import math
 from dataclasses import replace
 from pathlib import Path
 
-from rlhf_recipes.core.files import REWARD_EVALUATION, read_json
+from rlhf_recipes.core.files import ANSWERS, REWARD_EVALUATION, read_json, write_text
 from rlhf_recipes.core.provenance import versions
 from rlhf_recipes.evaluation.measurement import Measurement, PolicySamples
 from rlhf_recipes.evaluation.policy_results import contains, measure_policy
@@ -67,15 +69,47 @@ def _examples(measurement: Measurement, samples: dict[str, PolicySamples]) -> li
         reference = rows[row].get("reference")
         accepted = accepted_answers(reference)
         texts = {name: one.texts[row * arguments.num_answers] for name, one in samples.items()}
-        kinds = [None] * len(texts)
-        if accepted and measurement.compares_references:
-            kinds = kinds_of(list(texts.values()), [accepted] * len(texts), arguments.abstentions)
-            kinds = [
-                "contains_reference" if kind == "made_up" and contains(text, accepted) else kind
-                for kind, text in zip(kinds, texts.values(), strict=True)
-            ]
+        kinds = _kinds(measurement, list(texts.values()), accepted)
         answers = {name: ExampleAnswer(text=text, kind=kind) for (name, text), kind in zip(texts.items(), kinds, strict=True)}
         shown = None if group == "all" else group
         reference = " / ".join(accepted) if isinstance(reference, list) else reference
         examples.append(Example(prompt=prompt_as_text(rows[row]["prompt"]), reference=reference, group=shown, answers=answers))
     return examples
+
+
+def _kinds(measurement: Measurement, texts: list[str], accepted: list[str]) -> list[str | None]:
+    """Return kinds of answers to one prompt, None without a reference.
+
+    An answer that is made up and holds an accepted one "contains_reference".
+    """
+    if not accepted or not measurement.compares_references:
+        return [None] * len(texts)
+    kinds = kinds_of(texts, [accepted] * len(texts), measurement.arguments.abstentions)
+    return [
+        "contains_reference" if kind == "made_up" and contains(text, accepted) else kind
+        for kind, text in zip(kinds, texts, strict=True)
+    ]
+
+
+def write_answers(folder: str | Path, measurement: Measurement, samples: dict[str, PolicySamples]) -> None:
+    """Write all answers to `answers.jsonl`, a line for each policy and prompt.
+
+    Each answer has its text, its kind as in the report, whether it ended, its log-probability in nats (of best-of-n none) and
+    its scores.
+    """
+    count = measurement.arguments.num_answers
+    lines = []
+    for policy, one in samples.items():
+        for row, content in enumerate(measurement.rows):
+            places = slice(row * count, (row + 1) * count)
+            texts, accepted = one.texts[places], accepted_answers(content.get("reference"))
+            kinds = _kinds(measurement, texts, accepted)
+            logps = [None] * count if one.logps is None else one.logps[row].tolist()
+            scores = [
+                {name: None if math.isnan(values[row, turn]) else values[row, turn] for name, values in one.scores.items()}
+                for turn in range(count)
+            ]
+            columns = zip(texts, kinds, [answer.ended for answer in one.answers[places]], logps, scores, strict=True)
+            answers = [dict(zip(("text", "kind", "ended", "logp", "scores"), values, strict=True)) for values in columns]
+            lines.append(json.dumps({"policy": policy, **content, "answers": answers}, ensure_ascii=False, default=str) + "\n")
+    write_text(Path(folder) / ANSWERS, "".join(lines))

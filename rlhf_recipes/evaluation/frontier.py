@@ -2,11 +2,13 @@
 
 from pathlib import Path
 
+from rlhf_recipes.core.errors import error_context
 from rlhf_recipes.evaluation.estimates import best_of_n_kl_bound, estimate, kl_and_entropy, mean_estimate
 from rlhf_recipes.evaluation.measurement import Measurement, sample_policy
 from rlhf_recipes.evaluation.metrics.comparison import best_of_n
 from rlhf_recipes.evaluation.types import Frontier, FrontierPoint
-from rlhf_recipes.generation.policies import Policy, require_adapter
+from rlhf_recipes.generation.policies import Policy
+from rlhf_recipes.inputs import require_adapter
 from rlhf_recipes.training.resume import TRAINER_STATE, checkpoints_in, step_of
 
 import numpy as np
@@ -27,7 +29,8 @@ def _run_points(measurement: Measurement, run: Path, seed: int) -> list[Frontier
     for checkpoint in sorted(checkpoints_in(run), key=step_of):
         if not (checkpoint / TRAINER_STATE).is_file():  # an incomplete checkpoint of a killed run
             continue
-        require_adapter(str(checkpoint), "frontier")
+        with error_context("frontier"):
+            require_adapter(str(checkpoint))
         policy = Policy(f"frontier: {checkpoint}", str(checkpoint))  # a policy may be called checkpoint-10 too
         measurement.bank.add(policy.name, policy.folder, "frontier")
         samples = sample_policy(measurement, policy, seed)

@@ -6,17 +6,18 @@
 import functools
 import importlib.util
 import math
-from collections.abc import Hashable
+from collections.abc import Hashable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 from rlhf_recipes.config.evaluate import EvaluateArguments
-from rlhf_recipes.core.errors import RecipeError
+from rlhf_recipes.core.errors import RecipeError, did_you_mean, error_context
 from rlhf_recipes.evaluation.metrics.intervals import Floats
 from rlhf_recipes.evaluation.named_rewards import NamedReward
 from rlhf_recipes.generation.answers import Answer, log_probs, sample
 from rlhf_recipes.generation.judges import ChatJudge, read_chat_judge
-from rlhf_recipes.generation.policies import Policy, PolicyBank, require_adapter
+from rlhf_recipes.generation.policies import Policy, PolicyBank
+from rlhf_recipes.inputs import require_adapter
 from rlhf_recipes.rewards.matching import accepted_answers
 from rlhf_recipes.rewards.protocol import checked_reward, score_completions
 
@@ -160,7 +161,8 @@ def check_names(arguments: EvaluateArguments, policies: dict[str, Policy]) -> No
     if policies[arguments.compare_with].best_of and arguments.kl_reference is None:
         raise RecipeError("kl_reference: `compare_with` is a best-of-n, which has no probabilities. Fix: name another policy.")
     for number, folder in enumerate(arguments.frontier, start=1):
-        require_adapter(folder, f"frontier, entry {number}")
+        with error_context(f"frontier, entry {number}"):
+            require_adapter(folder)
     if arguments.lm_eval_tasks and importlib.util.find_spec("lm_eval") is None:
         raise RecipeError("lm_eval_tasks: lm-eval is not installed. Fix: `pip install lm-eval`, or remove the key.")
 
@@ -178,6 +180,16 @@ def check_choosers(policies: dict[str, Policy], measurement: Measurement) -> Non
             raise RecipeError(f"policies: {policy.name}: best_of: reward: {chooser!r} is none of the rewards ({known})")
 
 
+def check_judge(judge: str | None, rewards: Sequence[str | None]) -> None:
+    """Reject a judge that is none of the rewards; None is one of an unknown name.
+
+    Raises:
+        RecipeError: With the key.
+    """
+    if judge is not None and judge not in rewards and None not in rewards:
+        raise RecipeError(f"judge: {judge!r} is none of the rewards ({', '.join(rewards)}){did_you_mean(judge, rewards)}")
+
+
 def choose_judge(arguments: EvaluateArguments, rewards: dict[str, NamedReward]) -> str | ChatJudge | None:
     """Return who decides wins: a reward's name, a chat model, or None.
 
@@ -188,7 +200,6 @@ def choose_judge(arguments: EvaluateArguments, rewards: dict[str, NamedReward]) 
         judge = read_chat_judge(arguments.judge)
         judge.check_replies()
         return judge
-    if arguments.judge is not None and arguments.judge not in rewards:
-        raise RecipeError(f"judge: {arguments.judge!r} is none of the rewards ({', '.join(rewards)})")
+    check_judge(arguments.judge, [*rewards])
     held_out = (name for name, reward in rewards.items() if not reward.trained)
     return arguments.judge or next(held_out, next(iter(rewards), None))

@@ -14,7 +14,8 @@ from rlhf_recipes.core.files import RECIPE, REWARD, read_json, write_json
 from rlhf_recipes.core.provenance import versions
 from rlhf_recipes.export.model_card import lineage, write_card
 from rlhf_recipes.export.upload import redact, repository_name, upload
-from rlhf_recipes.generation.policies import Placement, PolicyBank, require_adapter
+from rlhf_recipes.generation.policies import Placement, PolicyBank
+from rlhf_recipes.inputs import require_adapter
 from rlhf_recipes.models.adapters import read_adapter_config
 from rlhf_recipes.models.loading import check_vocabulary, load_model, release_memory
 from rlhf_recipes.models.tokenizer import check_tokenizer, encode
@@ -92,7 +93,8 @@ def resolve_base(arguments: MergeArguments, model: ModelConfig) -> tuple[bool, M
         raise RecipeError(f"adapter: {folder} is an ensemble. Fix: merge its members one by one ({folder / members[0]}, ...)")
     if (folder / "config.json").is_file() and not (folder / "adapter_config.json").is_file():
         raise RecipeError(f"adapter: {folder} holds a full model: there is nothing to merge")
-    require_adapter(arguments.adapter, "adapter")
+    with error_context("adapter"):
+        require_adapter(arguments.adapter)
     config = read_adapter_config(folder, "adapter")
     if model.model_name_or_path is None:
         model = replace(model, model_name_or_path=config.base_model_name_or_path)

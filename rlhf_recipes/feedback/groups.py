@@ -21,6 +21,9 @@ from typing import Annotated, Any, Literal, Self, TypeVar
 
 from rlhf_recipes.config.sample import MAX_COMPLETIONS
 from rlhf_recipes.core.errors import RecipeError
+from rlhf_recipes.core.files import SAMPLED, read_json
+from rlhf_recipes.generation.eos import warn_of_endless
+from rlhf_recipes.inputs import require_groups
 
 from pydantic import BaseModel, ConfigDict, Discriminator, Field, Tag, ValidationError, model_validator
 
@@ -160,9 +163,12 @@ def read_rows(path: Path, schema: type[Row]) -> Iterator[tuple[str, Row]]:
 def read_groups(path: str | Path) -> list[Group]:
     """Read a JSONL file of groups, or that in a folder. Identical groups count once.
 
+    Warns if few of the answers that recipes/sample.py sampled ended with EOS.
+
     Raises:
         RecipeError: if the file cannot be read, is empty, mixes texts and messages, or holds one id with different contents.
     """
+    require_groups(str(path))
     path = Path(path) / GROUPS if Path(path).is_dir() else Path(path)
     groups: dict[str, Group] = {}
     for where, row in read_rows(path, GroupRow):
@@ -176,4 +182,7 @@ def read_groups(path: str | Path) -> list[Group]:
             raise RecipeError(f"{where}: prompt: texts and messages are mixed. Fix: write all prompts in one form")
     if not groups:
         raise RecipeError(f"{path}: the file has no rows. Fix: run recipes/sample.py")
+    if path.name == GROUPS and "ended" in (sampled := read_json(path.with_name(SAMPLED))):
+        limit = sampled["arguments"]["max_completion_length"]
+        warn_of_endless(str(path), sampled["ended"], sampled["answers"], limit)
     return list(groups.values())

@@ -191,10 +191,15 @@ def write_rankings(folder: str | Path, rows: Rows, chosen: int) -> str:
     """Write `rankings.jsonl` and then `rank.json`, and return a summary for the user.
 
     `chosen` is the number of groups that were to be ranked.
+
+    Raises:
+        RecipeError: without rankings.
     """
+    if not rows:
+        raise RecipeError(f"labeller: prefers no answer in any of {chosen} groups. Fix: another labeller, or other groups")
     folder, labellers = Path(folder), sorted({row["labeller"] for row in rows})
     folder.mkdir(parents=True, exist_ok=True)
     write_text(folder / RANKINGS, "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
     write_json(folder / RANKED, {"labellers": labellers, "chosen": chosen, "ranked": len(rows)})
-    summary = f"Wrote {len(rows)} rankings of {chosen} groups, by {', '.join(labellers) or 'nobody'}, to {folder / RANKINGS}."
+    summary = f"Wrote {len(rows)} rankings of {chosen} groups, by {', '.join(labellers)}, to {folder / RANKINGS}."
     return summary + (" The others were skipped, or nothing in them was preferred." if len(rows) < chosen else "")

@@ -10,9 +10,10 @@ from typing import Any
 from rlhf_recipes.config.sample import SampleArguments
 from rlhf_recipes.core.errors import RecipeError
 from rlhf_recipes.core.files import SAMPLED, read_json, write_json
-from rlhf_recipes.core.provenance import files_in
+from rlhf_recipes.core.paths import files_in
 from rlhf_recipes.feedback.groups import GROUPS
 from rlhf_recipes.generation.answers import sample
+from rlhf_recipes.generation.eos import warn_of_endless
 from rlhf_recipes.generation.policies import Policy, PolicyBank
 
 from datasets import Dataset
@@ -27,7 +28,7 @@ def reject_best_of(policies: dict[str, Policy]) -> None:
 
 def sample_groups(
     bank: PolicyBank, policies: Sequence[str], rows: Dataset, arguments: SampleArguments, done: int = 0
-) -> Iterator[list[dict[str, Any]]]:
+) -> Iterator[tuple[list[dict[str, Any]], list[bool]]]:
     """Sample groups part by part: `prompt`, `completions`, `sources`, other columns.
 
     A completion that a prompt already has is sampled again, in at most `max_attempts` attempts. Policies take turns in writing
@@ -35,7 +36,8 @@ def sample_groups(
     resumes to the same result, after `done` prompts (a multiple of `part_size`).
 
     Yields:
-        The groups of the next part, one per prompt. A prompt that always gets the same answer has fewer than 2 completions.
+        The groups of the next part, one per prompt: one that always gets the same answer has fewer than 2 completions. And
+        of each answer that was sampled, whether it ends with EOS.
 
     Raises:
         RecipeError: for a prompt that ends with an answer, before anything is sampled: no group may.
@@ -46,8 +48,10 @@ def sample_groups(
     size = part_size(arguments)
     for first in range(done, len(rows), size):
         part = rows.select(range(first, min(first + size, len(rows))))
-        completions = _sample_part(bank, policies, part["prompt"], arguments, first)
-        yield [_group(row, texts) for row, texts in zip(part, completions, strict=True)]
+        completions, ended = _sample_part(bank, policies, part["prompt"], arguments, first)
+        if first == done:
+            warn_of_endless(f"policies: {', '.join(policies)}", sum(ended), len(ended), arguments.max_completion_length)
+        yield [_group(row, texts) for row, texts in zip(part, completions, strict=True)], ended
 
 
 def part_size(arguments: SampleArguments) -> int:
@@ -57,9 +61,13 @@ def part_size(arguments: SampleArguments) -> int:
 
 def _sample_part(
     bank: PolicyBank, policies: Sequence[str], prompts: Sequence[Any], arguments: SampleArguments, first: int
-) -> list[dict[str, tuple[str, str]]]:
-    """Return each prompt's different completions: stripped text -> (text, policy)."""
+) -> tuple[list[dict[str, tuple[str, str]]], list[bool]]:
+    """Return each prompt's different completions, and whether each answer ended.
+
+    A prompt's completions are stripped text -> (text, policy). Answers are all that were sampled.
+    """
     completions: list[dict[str, tuple[str, str]]] = [{} for _ in prompts]
+    ended: list[bool] = []
     for attempt in range(arguments.max_attempts):
         for turn, policy in enumerate(policies):
             indices = []
@@ -78,10 +86,11 @@ def _sample_part(
                     batch_size=arguments.batch_size,
                     seed=random.Random(f"{arguments.seed}/{first}/{attempt}/{turn}").getrandbits(31),
                 )
+            ended += [answer.ended for answer in answers]
             for index, answer in zip(indices, answers, strict=True):
                 if answer.text.strip():
                     completions[index].setdefault(answer.text.strip(), (answer.text, policy))
-    return completions
+    return completions, ended
 
 
 def _share(missing: int, turn: int, policies: int, shift: int) -> int:
@@ -153,14 +162,18 @@ class GroupFile:
         """Number of groups in the file: prompts with at least two completions."""
         return self._state["groups"]
 
-    def append(self, part: Sequence[dict[str, Any]]) -> None:
-        """Append groups with at least two completions, durably when this returns."""
+    def append(self, part: Sequence[dict[str, Any]], ended: Sequence[bool] = ()) -> None:
+        """Append groups with at least two completions, durably when this returns.
+
+        `ended` tells of every answer that was sampled for them whether it ends with EOS.
+        """
         groups = [group for group in part if len(group["completions"]) > 1]
         lines = "".join(json.dumps(group, ensure_ascii=False) + "\n" for group in groups).encode()
         with self.path.open("ab") as file:
             file.write(lines)
             file.flush()
             os.fsync(file.fileno())
-        for key, more in (("prompts", len(part)), ("groups", len(groups)), ("bytes", len(lines))):
-            self._state[key] += more
+        more = {"prompts": len(part), "groups": len(groups), "bytes": len(lines), "answers": len(ended), "ended": sum(ended)}
+        for key, number in more.items():
+            self._state[key] = self._state.get(key, 0) + number
         write_json(self.folder / SAMPLED, self._state)

@@ -12,15 +12,15 @@ from rlhf_recipes.config.chat import ChatArguments
 from rlhf_recipes.config.evaluate import EvaluateArguments
 from rlhf_recipes.config.rank import RankArguments
 from rlhf_recipes.config.sample import SampleArguments
-from rlhf_recipes.core.errors import RecipeError
+from rlhf_recipes.core.errors import RecipeError, error_context
 from rlhf_recipes.core.files import RECIPE, holds_result, read_json, trained_on_conversations
+from rlhf_recipes.inputs import require_adapter
 from rlhf_recipes.models.adapters import add_adapter, check_policy_adapter, read_adapter_config
 from rlhf_recipes.models.fingerprint import check_base
 from rlhf_recipes.models.loading import check_vocabulary, load_model
 from rlhf_recipes.models.roles import NO_ADAPTER, use_adapter
 from rlhf_recipes.models.tokenizer import check_tokenizer, load_tokenizer
 from rlhf_recipes.models.weights import ADAPTER, read_weights
-from rlhf_recipes.stages import training_stages
 
 from accelerate import PartialState
 from peft import LoraConfig, PeftModel, get_peft_model
@@ -80,7 +80,8 @@ def _read_policy(name: str, entry: Any) -> Policy | None:
     if entry is None:
         return Policy(name)
     if isinstance(entry, str):
-        require_adapter(entry, where)
+        with error_context(where):
+            require_adapter(entry, name)
         return Policy(name, folder=entry)
     if not isinstance(entry, dict):
         raise RecipeError(f"{where}: {entry!r}. Fix: set the folder of an adapter, null for the base, or a mapping.")
@@ -96,17 +97,6 @@ def _read_policy(name: str, entry: Any) -> Policy | None:
         print(f"{where}: left out, because {source.path} holds no result")
         return None
     return _read_policy(name, source.path)
-
-
-def require_adapter(folder: str, where: str) -> None:
-    """Raise a RecipeError if a folder holds no adapter; name its recipe."""
-    if (Path(folder) / "adapter_config.json").is_file():
-        return
-    if (Path(folder) / "config.json").is_file():
-        raise RecipeError(f"{where}: {folder} holds a complete model. Fix: evaluate it alone, as `model_name_or_path`.")
-    stage = next((name for name in training_stages() if name in Path(folder).name or name in where), None)
-    recipe = f"recipes/{stage}.py" if stage else "recipes/sft.py, dpo.py or ppo.py"
-    raise RecipeError(f"{where}: {folder} holds no adapter (adapter_config.json). Fix: train it with {recipe}.")
 
 
 class PolicyBank:

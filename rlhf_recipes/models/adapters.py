@@ -7,6 +7,7 @@ from pathlib import Path
 
 from rlhf_recipes.core.errors import RecipeError, error_context, lack_of_memory
 from rlhf_recipes.core.files import read_json
+from rlhf_recipes.inputs import require_start
 from rlhf_recipes.models.backbone import base_name
 
 import torch
@@ -22,8 +23,8 @@ def read_adapter_config(folder: str | Path, where: str = "") -> PeftConfig:
         RecipeError: if there is no adapter, or PEFT rejects its configuration.
     """
     place, path = f"{where}: {folder}" if where else folder, Path(folder) / "adapter_config.json"
-    if not path.is_file():
-        raise RecipeError(f"{place}: no adapter there (no adapter_config.json). Fix: train it first, or name another folder")
+    with error_context(where) if where else contextlib.nullcontext():
+        require_start(folder)
     if read_json(path).get("megatron_config"):  # with it, PEFT imports a module of any name
         raise RecipeError(f"{place}: adapter_config.json: megatron_config: is not supported")
     with error_context(f"{place}: adapter_config.json", Exception):  # PEFT checks some values, and trips over others

@@ -7,10 +7,11 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from rlhf_recipes.core.errors import RecipeError, first_line
+from rlhf_recipes.core.errors import RecipeError, error_context, first_line
 from rlhf_recipes.core.files import RECIPE, read_json
-from rlhf_recipes.core.hub import explain_load_error, resolve_path
+from rlhf_recipes.core.hub import explain_load_error
 from rlhf_recipes.core.machine import check_bitsandbytes
+from rlhf_recipes.inputs import check_model
 from rlhf_recipes.models.adapters import add_adapter, check_policy_adapter, read_adapter_config
 from rlhf_recipes.models.architectures import register_classifier
 from rlhf_recipes.models.fingerprint import check_base
@@ -45,15 +46,8 @@ def model_path(arguments: ModelConfig) -> str:
     name = arguments.model_name_or_path
     if not name:
         raise RecipeError("model_name_or_path: is not set. Fix: name the base model, by Hub name or local folder")
-    path = resolve_path(os.path.expanduser(name))
-    if (Path(path) / "adapter_config.json").exists():
-        raise RecipeError(
-            f"model_name_or_path: {path} holds an adapter, not a model. Fix: name its base here (to resume a run, set "
-            "`resume_from_checkpoint: true`)"
-        )
-    if (path.startswith((".", "/")) or path.count("/") > 1) and not Path(path).is_dir():
-        raise RecipeError(f"model_name_or_path: {path}: no such folder")
-    return path
+    with error_context("model_name_or_path"):
+        return check_model(os.path.expanduser(name))
 
 
 def load_model(arguments: ModelConfig, training: TrainingConfig) -> PreTrainedModel:

@@ -1,7 +1,4 @@
-"""Stages in order, from one YAML file."""
+"""Stages in order, from one YAML file.
 
-from rlhf_recipes.pipeline.checks import check_arguments
-from rlhf_recipes.pipeline.reading import PipelineStage, read_stages
-from rlhf_recipes.pipeline.running import Pipeline, read_pipeline
-
-__all__ = ["Pipeline", "PipelineStage", "check_arguments", "read_pipeline", "read_stages"]
+`reading`, `settings`, `schema` and `early` import no PyTorch: what they find wrong is said at once.
+"""

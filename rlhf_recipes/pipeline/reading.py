@@ -1,25 +1,32 @@
 """Read a pipeline's YAML file: its stages for each seed and round, fully resolved."""
 
+import functools
 import hashlib
 import json
 import re
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from rlhf_recipes.config.launcher import Launcher, check_launcher_support, check_single_gpu_plan, read_launcher
-from rlhf_recipes.config.parser import merge_overrides
+from rlhf_recipes.config.launcher import (
+    Launcher,
+    check_launcher_support,
+    check_single_gpu_plan,
+    default_launcher_config,
+    read_launcher,
+)
+from rlhf_recipes.config.origins import Origin, Source
+from rlhf_recipes.config.overrides import merge_overrides
 from rlhf_recipes.core.errors import RecipeError, did_you_mean, error_context
-from rlhf_recipes.core.provenance import files_in
+from rlhf_recipes.core.paths import files_in, resolve_config_path
 from rlhf_recipes.core.yaml import read_yaml
-from rlhf_recipes.memory import NoFitError, Plan, StageArguments, autofit
-from rlhf_recipes.memory.gpu_arguments import resolve_for_gpu
-from rlhf_recipes.memory.planners import has_planner
 from rlhf_recipes.pipeline.schema import TRACKER_KEYS, PipelineConfig, StageEntry, parse_pipeline
+from rlhf_recipes.pipeline.settings import SET, Settings, apply_settings
 from rlhf_recipes.stages import STAGES, pipeline_stages
 
-from accelerate.commands.config import default_config_file
+if TYPE_CHECKING:  # it imports PyTorch
+    from rlhf_recipes.memory import Plan
 
 _PLACEHOLDER = re.compile(r"\{([^{}]*)\}(.*)", re.DOTALL)
 
@@ -33,6 +40,9 @@ class PipelineStage:
         values: the arguments: those of its YAML file, over them those of the pipeline, with placeholders resolved.
         inputs: names of the stages whose folders it reads.
         fingerprint: changes with its arguments, the files that they name, and the fingerprints of its inputs.
+        files: path, size and time of the files that its arguments name.
+        origin: where each argument was written.
+        fixed: the arguments that the pipeline's file sets.
         entry: its name in the file, which all seeds and rounds share.
         unseeded: its name without the seed.
         autofitted: the arguments that `gpu_memory` chose.
@@ -44,10 +54,13 @@ class PipelineStage:
     values: dict[str, Any]
     inputs: tuple[str, ...]
     fingerprint: str
+    files: list[tuple[str, int, int]]
+    origin: Origin
+    fixed: frozenset[str]
     entry: str
     unseeded: str
     autofitted: dict[str, Any] = field(default_factory=dict)
-    plan: Plan | None = None
+    plan: "Plan | None" = None
 
     @property
     def folder(self) -> Path:
@@ -69,6 +82,7 @@ class PipelineFile:
         stages: in the order in which they run.
         jobs: how many stages may run side by side.
         launcher: that `accelerate_config` describes.
+        gpu_memory: GB of the card that the stages are to fit, or None.
     """
 
     folder: Path
@@ -76,53 +90,65 @@ class PipelineFile:
     accelerate_config: str | None
     jobs: int
     launcher: Launcher
+    gpu_memory: float | None
+
+    def select(self, names: Sequence[str] | None) -> list[PipelineStage]:
+        """Return the stages of some entries, or all of them.
+
+        Raises:
+            RecipeError: for a name that is no entry's.
+        """
+        entries = dict.fromkeys(stage.entry for stage in self.stages)
+        for name in names or ():
+            if name not in entries:
+                raise RecipeError(f"--stages: {name!r} is none of {', '.join(entries)}{did_you_mean(name, entries)}")
+        return [stage for stage in self.stages if names is None or stage.entry in names]
 
 
-def read_stages(config: Path, recipes: Path, gpu_memory: float | None = None, must_fit: bool = True) -> PipelineFile:
+def read_stages(config: Path, recipes: Path, settings: Settings = ()) -> PipelineFile:
     """Read a pipeline's YAML file; docs/pipeline.md explains its keys.
+
+    It imports no PyTorch: what `gpu_memory` chooses is left to `fit_stages`, and the stages' keys to `check_stage_keys`.
 
     Args:
         config: the file. Files that it names are relative to the current folder, or else to the parent of `recipes`.
         recipes: the folder of the recipes.
-        gpu_memory: GB of a card, in place of the file's `gpu_memory`.
-        must_fit: whether to reject a stage that does not fit its card; else it gets the arguments that take least memory.
+        settings: those of `--set`.
 
     Raises:
-        RecipeError: with the file, and the key or stage.
+        RecipeError: with the file and its line, and the key or stage.
     """
-    values = read_yaml(config)
-    with error_context(str(config)):
-        settings = parse_pipeline(values if gpu_memory is None else values | {"gpu_memory": gpu_memory})
+    values, set_keys = apply_settings(read_yaml(config), settings)
+    with Origin((Source(SET, set_keys.get("", ())),), Source(file=config)).context():
+        settings = parse_pipeline(values)
         accelerate_config = _find_accelerate_config(settings.accelerate_config, recipes)
         launcher = read_launcher(accelerate_config) if accelerate_config else Launcher()
         if settings.gpu_memory is not None:
             check_single_gpu_plan(launcher)
         order = _order(settings)
-        with error_context("arguments"):
-            _check_shared(settings)
-        stages: list[PipelineStage] = []
-        for seed in [None] if settings.seeds is None else settings.seeds:
-            reader = _SeedReader(settings, recipes, seed, accelerate_config, launcher, must_fit)
-            for turn, number in order:
-                with error_context(f"stages, entry {number + 1}"):
-                    stages.append(reader.read(settings.stages[number], turn))
-        owners: dict[Path, str] = {}
-        for stage in stages:
-            owner = owners.setdefault(stage.folder.absolute(), stage.name)
-            if owner != stage.name:
-                raise RecipeError(f"stages: {owner} and {stage.name} both write to {stage.folder}. Fix: leave `output_dir` out")
-    return PipelineFile(Path(settings.output_dir), stages, accelerate_config, settings.jobs, launcher)
-
-
-def resolve_config_path(path: str, recipes: Path) -> Path:
-    """Return a path in the current folder, else in the checkout of `recipes`."""
-    in_checkout = recipes.parent / path
-    return in_checkout if in_checkout.exists() and not Path(path).exists() else Path(path)
+    for_all = (
+        Source(f"{SET}: arguments", set_keys.get("arguments", ())),
+        Source("arguments", settings.arguments, config, ("arguments",)),
+    )
+    with Origin(for_all, for_all[-1]).context():
+        _check_shared(settings)
+    stages: list[PipelineStage] = []
+    read_file = functools.cache(read_yaml)  # all seeds and rounds read the same files
+    for seed in [None] if settings.seeds is None else settings.seeds:
+        reader = _SeedReader(config, settings, for_all, read_file, set_keys, recipes, seed, accelerate_config, launcher)
+        stages += [reader.read(number, turn) for turn, number in order]
+    owners: dict[Path, str] = {}
+    for stage in stages:
+        owner = owners.setdefault(stage.folder.absolute(), stage.name)
+        if owner != stage.name:
+            message = f"output_dir: {owner} and {stage.name} both write to {stage.folder}. Fix: leave `output_dir` out"
+            raise RecipeError(f"{stage.origin.place(message)}: {message}")
+    return PipelineFile(Path(settings.output_dir), stages, accelerate_config, settings.jobs, launcher, settings.gpu_memory)
 
 
 def _find_accelerate_config(path: str | None, recipes: Path) -> str | None:
     """Return the launcher's configuration: by default that of `accelerate config`."""
-    found = Path(default_config_file) if path is None else resolve_config_path(path, recipes)
+    found = default_launcher_config() if path is None else resolve_config_path(path, recipes)
     if found.is_file():
         return str(found)
     if path is None:
@@ -151,7 +177,7 @@ def _check_shared(settings: PipelineConfig) -> None:
     recipes = {entry.recipe or entry.name for entry in settings.stages}
     if not recipes <= STAGES.keys():
         return  # the message about that stage comes first
-    known = {name for recipe in recipes for name in STAGES[recipe].argument_names()}
+    known = {name for recipe in recipes for name in STAGES[recipe].argument_types()}
     for key in settings.arguments:
         if key == "output_dir":
             raise RecipeError("output_dir: each stage has its own. Fix: write it beside `arguments`, for all folders")
@@ -165,24 +191,53 @@ def _check_shared(settings: PipelineConfig) -> None:
 class _SeedReader:
     """Reads the entries of one seed, in the order in which they run."""
 
+    config: Path
     settings: PipelineConfig
+    for_all: tuple[Source, Source]
+    read_file: Callable[[Path], dict[str, Any]]
+    set_keys: Mapping[str, Sequence[str]]
     recipes: Path
     seed: int | None
     accelerate_config: str | None
     launcher: Launcher
-    must_fit: bool
     stages: dict[str, list[PipelineStage]] = field(default_factory=dict)  # entry -> its stages so far, one a round
-    producers: dict[str, StageArguments] = field(default_factory=dict)  # folder -> arguments of the stage that writes it
 
-    def read(self, entry: StageEntry, turn: int | None) -> PipelineStage:
+    def read(self, number: int, turn: int | None) -> PipelineStage:
         """Return the stage of an entry in a round."""
+        entry = self.settings.stages[number]
         recipe = entry.recipe or entry.name
-        if len(self.stages.get(entry.name, ())) >= (turn or 1):
-            raise RecipeError(f"name: '{entry.name}' is taken. Fix: give each stage its own name, and set `recipe`")
-        if recipe not in pipeline_stages():
-            known = pipeline_stages()
-            raise RecipeError(f"recipe: {recipe!r} is none of {', '.join(known)}{did_you_mean(recipe, known)}")
-        values = self._arguments(entry, recipe, turn)
+        place = Source(f"stages: {entry.name}", StageEntry.model_fields, self.config, ("stages", number))
+        with Origin((), place).context():
+            if len(self.stages.get(entry.name, ())) >= (turn or 1):
+                raise RecipeError(f"name: '{entry.name}' is taken. Fix: give each stage its own name, and set `recipe`")
+            if recipe not in pipeline_stages():
+                known = pipeline_stages()
+                raise RecipeError(f"recipe: {recipe!r} is none of {', '.join(known)}{did_you_mean(recipe, known)}")
+            with error_context("config"):
+                file = resolve_config_path(entry.config, self.recipes)
+                written = self.read_file(file)
+        types = STAGES[recipe].argument_types()
+        shared = {key: value for key, value in self.settings.arguments.items() if key in types}
+        arguments = Source(place.label, entry.arguments, self.config, ("stages", number, "arguments"))
+        given = Source(f"{SET}: {entry.name}", self.set_keys.get(entry.name, ()))
+        origin = Origin((given, arguments, *self.for_all, Source(keys=written, file=file)), place)
+        with origin.context():
+            values = merge_overrides(merge_overrides(written, shared), self._own(entry, recipe, turn))
+            values.pop("needs", None)  # the pipeline's order takes its place
+            stage = self._stage(entry, recipe, turn, values, origin, frozenset({*shared, *entry.arguments}))
+        self.stages.setdefault(entry.name, []).append(stage)
+        return stage
+
+    def _stage(
+        self,
+        entry: StageEntry,
+        recipe: str,
+        turn: int | None,
+        values: dict[str, Any],
+        origin: Origin,
+        fixed: frozenset[str],
+    ) -> PipelineStage:
+        """Return a stage from its arguments, whose placeholders it replaces."""
         named = {key: value for key, value in values.items() if key != "output_dir"}
         # A store of labels is no input, or every new label would repeat all rounds; for other stages their fingerprints stand
         earlier = [stage.folder for stages in self.stages.values() for stage in stages]
@@ -193,72 +248,42 @@ class _SeedReader:
         )
         resolver = PlaceholderResolver(self.stages, {"seed": self.seed or 0, "round": turn})
         values = {key: resolver.resolve(value, key) for key, value in values.items()}
-        with error_context(entry.name):
-            if STAGES[recipe].trains:
-                check_launcher_support(recipe, values, self.launcher)
-        autofitted, plan = self._autofit(entry, recipe, values)
-        values |= autofitted
+        if STAGES[recipe].trains:
+            check_launcher_support(recipe, values, self.launcher)
         unseeded = entry.name if turn is None else f"{entry.name}-round-{turn}"
-        stage = PipelineStage(
+        return PipelineStage(
             name=unseeded if self.seed is None else f"{unseeded}-{self.seed}",
             recipe=recipe,
             values=values,
             inputs=tuple(dict.fromkeys(stage.name for stage in resolver.inputs)),
-            fingerprint=_fingerprint(recipe, values, files, resolver.inputs),
+            fingerprint=fingerprint(recipe, values, files, [stage.fingerprint for stage in resolver.inputs]),
+            files=files,
+            origin=origin,
+            fixed=fixed,
             entry=entry.name,
             unseeded=unseeded,
-            autofitted=autofitted,
-            plan=plan,
         )
-        self.stages.setdefault(entry.name, []).append(stage)
-        return stage
 
-    def _arguments(self, entry: StageEntry, recipe: str, turn: int | None) -> dict[str, Any]:
-        """Return the keys of the recipe's YAML file, and over them the pipeline's."""
+    def _own(self, entry: StageEntry, recipe: str, turn: int | None) -> dict[str, Any]:
+        """Return the arguments that the pipeline sets for one stage."""
         output = Path(self.settings.output_dir)
         output = output if self.seed is None else output / f"seed-{self.seed}"
         output = output if turn is None else output / f"round-{turn}"
-        overrides: dict[str, Any] = {"output_dir": str(output / entry.name)}
+        own: dict[str, Any] = {"output_dir": str(output / entry.name)}
         if self.seed is not None:
-            overrides["seed"] = self.seed
+            own["seed"] = self.seed
         if STAGES[recipe].trains:
-            overrides |= self.settings.tracker_arguments()
-        with error_context("config"):
-            values = read_yaml(resolve_config_path(entry.config, self.recipes))
-        values = merge_overrides(values, self._shared(recipe))
-        values = merge_overrides(values, overrides | entry.arguments)
-        values.pop("needs", None)  # the pipeline's order takes its place
-        return values
-
-    def _shared(self, recipe: str) -> dict[str, Any]:
-        """Return those of the pipeline's `arguments` that a recipe has."""
-        known = STAGES[recipe].argument_names()
-        return {key: value for key, value in self.settings.arguments.items() if key in known}
-
-    def _autofit(self, entry: StageEntry, recipe: str, values: dict[str, Any]) -> tuple[dict[str, Any], Plan | None]:
-        """Return the arguments that `gpu_memory` chooses for a stage, and their plan."""
-        if self.settings.gpu_memory is None or not has_planner(recipe):
-            return {}, None
-        arguments = resolve_for_gpu(entry.name, recipe, values, dict(self.producers))
-        try:
-            chosen, plan = autofit(arguments, self.settings.gpu_memory, fixed={*self._shared(recipe), *entry.arguments})
-        except NoFitError as error:
-            if self.must_fit:
-                raise
-            chosen, plan = error.choice, error.plan
-        self.producers[values["output_dir"]] = arguments.override(chosen)
-        return chosen, plan
+            own |= self.settings.tracker_arguments()
+        return own | entry.arguments
 
 
-def _fingerprint(
-    recipe: str, values: Mapping[str, Any], files: list[tuple[str, int, int]], inputs: Iterable[PipelineStage]
-) -> str:
+def fingerprint(recipe: str, values: Mapping[str, Any], files: Sequence[Any], inputs: Sequence[str]) -> str:
     """Return a stage's hash; computed differently, it would rerun finished stages."""
     identity = {
         "recipe": recipe,
         "values": {key: value for key, value in values.items() if key not in TRACKER_KEYS},
         "files": files,
-        "inputs": [stage.fingerprint for stage in inputs],
+        "inputs": [*inputs],
     }
     return hashlib.sha256(json.dumps(_sort_keys(identity), default=str).encode()).hexdigest()
 
@@ -317,9 +342,11 @@ class PlaceholderResolver:
     def _writers(self, value: Any) -> Iterator[PipelineStage]:
         """Yield the stages whose folder a text names in full."""
         path = Path(value).absolute() if isinstance(value, str) else Path()
-        for stage in (stage for stages in self.stages.values() for stage in stages):
-            if stage.folder.absolute() in (path, *path.parents):
-                yield stage
+        yield from (self._folders[folder] for folder in (path, *path.parents) if folder in self._folders)
+
+    @functools.cached_property
+    def _folders(self) -> dict[Path, PipelineStage]:
+        return {stage.folder.absolute(): stage for stages in self.stages.values() for stage in stages}
 
     def _repeat(self, item: Any, key: str) -> list[Any]:
         """Return an item of a list once for each stage that `{name*}` in it stands for."""

@@ -14,7 +14,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from rlhf_recipes.core.errors import RecipeError, did_you_mean
+from rlhf_recipes.config.origins import WRITTEN_FOR
+from rlhf_recipes.core.errors import RecipeError
 from rlhf_recipes.core.files import LOG, METRICS, read_json, write_json, write_text
 from rlhf_recipes.core.warning_log import relay_warnings
 from rlhf_recipes.core.yaml import to_yaml
@@ -24,7 +25,9 @@ from rlhf_recipes.evaluation.types import read_results
 from rlhf_recipes.feedback.sampling import delete_samples
 from rlhf_recipes.memory.autofit import as_yaml
 from rlhf_recipes.memory.plan import GIB
+from rlhf_recipes.pipeline.fitting import fit_stages
 from rlhf_recipes.pipeline.reading import PipelineFile, PipelineStage, read_stages
+from rlhf_recipes.pipeline.settings import Settings
 from rlhf_recipes.stages import STAGES
 from rlhf_recipes.training.resume import checkpoints_in, remove_checkpoint
 
@@ -160,7 +163,7 @@ class Pipeline:
             _discard_partial_result(stage)
         config = self.folder / "configs" / f"{stage.name}.yaml"
         config.parent.mkdir(parents=True, exist_ok=True)
-        write_text(config, f"# Written by recipes/pipeline.py\n{to_yaml(stage.values)}")
+        write_text(config, f"{WRITTEN_FOR}{stage.origin.default.place()}\n{to_yaml(stage.values)}")
         self._remember(stage, begun=stage.fingerprint)
         command = [sys.executable, *self._launcher(), str(self.recipes / f"{stage.recipe}.py"), "--config", str(config)]
         return [*command, "--resume_from_checkpoint", "true"] if resumes and STAGES[stage.recipe].trains else command
@@ -256,16 +259,12 @@ def _discard_partial_result(stage: PipelineStage) -> None:
         delete_samples(stage.folder)
 
 
-def read_pipeline(config: Path, recipes: Path, names: list[str] | None = None) -> Pipeline:
+def read_pipeline(config: Path, recipes: Path, names: list[str] | None = None, settings: Settings = ()) -> Pipeline:
     """Return the pipeline of a YAML file.
 
-    `names` are the entries to run, by default all; the others must be done where these read them.
+    `names` are the entries to run, by default all; the others must be done where these read them. `settings` are those of
+    `--set`.
     """
-    file = read_stages(config, recipes)
-    entries = dict.fromkeys(stage.entry for stage in file.stages)
-    for name in names or ():
-        if name not in entries:
-            raise RecipeError(f"--stages: {name!r} is none of {', '.join(entries)}{did_you_mean(name, entries)}")
-    selected = [stage for stage in file.stages if names is None or stage.entry in names]
-    unselected = tuple(stage for stage in file.stages if stage not in selected)
-    return Pipeline(file, selected, recipes, unselected)
+    file = fit_stages(read_stages(config, recipes, settings))
+    selected = file.select(names)
+    return Pipeline(file, selected, recipes, tuple(stage for stage in file.stages if stage not in selected))

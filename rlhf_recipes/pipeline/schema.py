@@ -80,5 +80,7 @@ def _first_problem(error: ValidationError) -> str:
         text = f"unknown key '{key}'{did_you_mean(str(key), (StageEntry if place else PipelineConfig).model_fields)}"
     elif problem["type"] != "missing":
         text = f"{repr(problem['input'])[:100]}: {text}"
+    if problem["loc"] in ((), ("gpu_memory",)):
+        text += ". Fix: write the GB of your card, as a number such as 12 or 22.5"
     names = "".join(f", entry {part + 1}" if isinstance(part, int) else f": {part}" for part in place)
     return f"{names}: {text}".removeprefix(": ")

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from rlhf_recipes.core.errors import RecipeError, did_you_mean, error_context, one_line
+from rlhf_recipes.inputs import is_reward_folder, require_reward, require_reward_folder
 from rlhf_recipes.rewards.functions import CONVERT_REFERENCES, FINITE_FLOATS, NAME_A_REFERENCE
 from rlhf_recipes.rewards.matching import accepted_answers
 from rlhf_recipes.rewards.protocol import TRL_KEYWORDS, Reward, checked_reward
@@ -66,7 +67,7 @@ def load_rewards(entries: Any, *data: Dataset | None) -> tuple[list[Reward | Sav
             path, weight, arguments = _read_entry(entry)
         weights.append(weight)
         with error_context(f"reward_funcs, entry {number}: {path}"):
-            if "/" in path or Path(path).is_dir():
+            if is_reward_folder(path):
                 rewards.append(_saved_reward(path, arguments or {}))
                 continue
             reward = _build(path, arguments)
@@ -76,6 +77,40 @@ def load_rewards(entries: Any, *data: Dataset | None) -> tuple[list[Reward | Sav
         names.append(name)
         rewards.append(checked_reward(reward, name if names.count(name) == 1 else f"{name}_{names.count(name)}"))
     return rewards, weights
+
+
+def check_reward_funcs(key: str, entries: Sequence[Any], is_written: Callable[[str], bool]) -> list[str | None]:
+    """Import the functions of a list of rewards, and check their arguments' names.
+
+    Nothing is made of the arguments, and no model is loaded.
+
+    Args:
+        key: of the list.
+        entries: as of `load_rewards`, or `load_named_rewards`.
+        is_written: whether an earlier stage writes a folder.
+
+    Returns:
+        The name under which each reports its scores; None if only the reward itself could tell.
+
+    Raises:
+        RecipeError: as `load_rewards`.
+    """
+    names = []
+    for number, entry in enumerate(entries, start=1):
+        place = f"{key}, entry {number}"
+        name = entry.get("name") if isinstance(entry, dict) else None
+        if isinstance(entry, dict):
+            entry = {option: value for option, value in entry.items() if option not in ("name", "trained", "optional")}
+        with error_context(place):
+            path, _, arguments = _read_entry(entry)
+        if is_reward_folder(path) or is_written(path):
+            names.append(name or Path(path).name)
+            continue
+        with error_context(f"{place}: {path}"):
+            target = _import(path)
+            makes_one = _check_target(target, arguments)
+        names.append(name or (None if makes_one and not inspect.isclass(target) else get_callable_name(target)))
+    return names
 
 
 def check_references(*data: Dataset | None) -> None:
@@ -118,8 +153,7 @@ def _read_entry(entry: Any) -> tuple[str, float, dict[str, Any] | None]:
 
 
 def _saved_reward(path: str, arguments: dict[str, Any]) -> SavedReward:
-    if not Path(path).is_dir():
-        raise RecipeError("no such folder. Fix: train it first (recipes/reward.py), or name it in `needs`")
+    require_reward_folder(path)
     try:
         return SavedReward(folder=path, **arguments)
     except (TypeError, ValidationError) as error:
@@ -129,29 +163,46 @@ def _saved_reward(path: str, arguments: dict[str, Any]) -> SavedReward:
 
 def _build(path: str, arguments: dict[str, Any] | None) -> Reward:
     target = _import(path)
+    if _check_target(target, arguments):
+        reward = _make(target, arguments or {})
+        _check_keywords(reward)
+        return reward
+    return partial(target, **arguments) if arguments else target
+
+
+def _check_target(target: Any, arguments: dict[str, Any] | None) -> bool:
+    """Check an entry's arguments; return whether they make a reward, not call one."""
     try:
         parameters = inspect.signature(target).parameters
     except (TypeError, ValueError) as error:  # not callable, or a builtin
         raise RecipeError(f"expected a function or a class with known parameters ({error})") from error
     makes_one = arguments is not None and not _takes_any_keyword(target) and "completions" not in parameters
     if inspect.isclass(target) or makes_one:
-        reward = _make(target, arguments or {})
-    else:
-        reward = _bind(target, arguments) if arguments else target
+        if not (inspect.isclass(target) and _takes_any_keyword(target)):
+            _check_names(target, arguments or {})
+        return True
+    _check_names(target, arguments or {})
+    for name in arguments or {}:
+        if name in TRL_KEYWORDS:
+            raise RecipeError(f"arguments: '{name}' comes from TRL and cannot be set")
+    _check_keywords(target)
+    return False
+
+
+def _check_keywords(reward: Reward) -> None:
+    """Refuse a reward that does not take what TRL passes."""
     missing = [name for name in TRL_KEYWORDS if name not in inspect.signature(reward).parameters]
     if missing and not _takes_any_keyword(reward):
         raise RecipeError(
             f"TRL passes {', '.join(TRL_KEYWORDS)} and the columns of the data, and {_signature(reward)} does not take "
             f"{missing[0]}. Fix: add `**columns` to them, or, if it makes a reward, give it `arguments` (even {{}})"
         )
-    return reward
 
 
 def _import(path: str) -> Any:
     """Return the object that a dotted path names."""
+    require_reward(path)
     module_name, _, name = path.rpartition(".")
-    if not module_name or not all(part.isidentifier() for part in path.split(".")):
-        raise RecipeError("expected a folder, or a dotted path such as rlhf_recipes.rewards.exact_match")
     with error_context(f"cannot import {module_name} (it is neither in this folder nor on PYTHONPATH)", ImportError):
         module = importlib.import_module(module_name)
     if not hasattr(module, name):
@@ -161,8 +212,6 @@ def _import(path: str) -> Any:
 
 def _make(maker: Callable[..., Reward], arguments: dict[str, Any]) -> Reward:
     """Return the reward that a class or a factory makes."""
-    if not (inspect.isclass(maker) and _takes_any_keyword(maker)):
-        _check_names(maker, arguments)
     try:
         reward = maker(**arguments)
     except (TypeError, ValueError) as error:
@@ -170,15 +219,6 @@ def _make(maker: Callable[..., Reward], arguments: dict[str, Any]) -> Reward:
     if not callable(reward):
         raise RecipeError(f"makes a {type(reward).__name__}, not a reward function")
     return reward
-
-
-def _bind(function: Reward, arguments: dict[str, Any]) -> Reward:
-    """Return a reward function with `arguments` bound to it."""
-    _check_names(function, arguments)
-    for name in arguments:
-        if name in TRL_KEYWORDS:
-            raise RecipeError(f"arguments: '{name}' comes from TRL and cannot be set")
-    return partial(function, **arguments)
 
 
 def _check_names(function: Callable[..., Any], arguments: dict[str, Any]) -> None:

@@ -2,15 +2,15 @@
 
 import subprocess
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 from rlhf_recipes.config.parser import values_of
 from rlhf_recipes.core.errors import RecipeError
 from rlhf_recipes.core.warning_log import relay_warnings
-from rlhf_recipes.core.yaml import read_yaml
-from rlhf_recipes.stages import STAGES, find_stage
+from rlhf_recipes.inputs import needed_stages
+from rlhf_recipes.stages import STAGES
 
 from accelerate import PartialState
 
@@ -31,7 +31,7 @@ def run_dependencies(recipe: str | Path, arguments: Sequence[Any]) -> None:
     """
     recipes = Path(recipe).parent
     needs = next((group.needs for group in arguments if hasattr(group, "needs")), ())
-    needed = list(_needed(needs, values_of(arguments), recipes))
+    needed = list(needed_stages(needs, values_of(arguments), recipes))
     for number, (config, output) in enumerate(needed, start=1):
         stage = recipes / f"{config.stem}.py"
         if PartialState().num_processes > 1:
@@ -45,33 +45,3 @@ def run_dependencies(recipe: str | Path, arguments: Sequence[Any]) -> None:
             code = subprocess.run([sys.executable, str(stage), "--config", str(config), *resume], env=environment).returncode
         if code:
             raise RecipeError(f"needs: {config}: this stage failed; its own message is above")
-
-
-def _needed(needs: Sequence[str], values: dict[str, Any], recipes: Path) -> Iterator[tuple[Path, Path]]:
-    """Yield YAML file and folder of each stage to run, in order."""
-    named, found = set(_paths_in(values)), []
-    for name in reversed(needs):
-        config = Path(name) if Path(name).exists() else recipes.parent / name
-        settings = read_yaml(config)
-        output = Path(settings.get("output_dir") or ".")
-        if (
-            any(output in (path, *path.parents[:-1]) for path in named)
-            and not (output / find_stage(config.stem).result).exists()
-        ):
-            found.append((config, output))
-            named.update(_paths_in(settings))
-    yield from reversed(found)
-
-
-def _paths_in(values: Any) -> Iterator[Path]:
-    """Yield all texts in arguments as paths, but for the stage's own folder."""
-    if isinstance(values, dict):
-        for key, value in values.items():
-            yield from _paths_in(value) if key not in ("output_dir", "needs") else ()
-    elif isinstance(values, list):
-        for value in values:
-            yield from _paths_in(value)
-    elif hasattr(values, "path"):  # an entry of `datasets`
-        yield from _paths_in(values.path)
-    elif isinstance(values, str):
-        yield Path(values)

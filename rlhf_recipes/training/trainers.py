@@ -6,6 +6,7 @@
 import contextlib
 import copy
 import json
+import logging
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
@@ -19,6 +20,7 @@ from rlhf_recipes.models.positions import check_packing, positions_of
 from rlhf_recipes.models.precision import keep_adapter_in_fp32, preserve_param_dtypes
 from rlhf_recipes.models.roles import POLICY, save_single_adapter
 from rlhf_recipes.models.weights import ADAPTER, iterate_weights, read_weights
+from rlhf_recipes.training.effect import EffectCallback
 from rlhf_recipes.training.resume import ARGUMENTS, read_trainer_state, resume_errors
 
 import torch
@@ -27,6 +29,8 @@ from accelerate.utils import is_peft_model
 from peft import PeftModel
 from torch import Tensor, nn
 from transformers import PreTrainedModel, Trainer
+
+logger = logging.getLogger(__name__)
 
 SAMPLING_METRICS = ("reward", "reward_std", "frac_reward_zero_std", "rlhf_reward", "score", "score_std", "kl", "kl_coef")
 SAMPLING_METRICS += ("entropy", "entropy_coef", "aux_loss", "policy_loss", "num_tokens")
@@ -43,6 +47,7 @@ class TrainerMixin:
     - A checkpoint holds one adapter, though several share the base. TRL writes no model card beside it.
     - A resumed run logs what the unbroken one does: tokens, averages and losses are saved with each checkpoint.
     - A damaged checkpoint is one message.
+    - A run that cannot change the model is refused, and one that has not changed it fails.
     """
 
     run_arguments: dict[str, Any] | None = None
@@ -55,6 +60,7 @@ class TrainerMixin:
         types = preserve_param_dtypes(model) if isinstance(model, nn.Module) else contextlib.nullcontext()
         with as_recipe_error(self._name.lower()), types:
             super().__init__(model, *args, **kwargs)
+        self.add_callback(EffectCallback())
         keep_adapter_in_fp32(self)
         if getattr(self.args, "disable_dropout", False):
             disable_dropout(self.model)
@@ -65,7 +71,7 @@ class TrainerMixin:
         """Write nothing: at a checkpoint, TRL would replace an earlier result's card."""
 
     def check_before_training(self) -> None:
-        """Refuse a run that would train no step, or fail at its first evaluation.
+        """Refuse a run without a step, or whose evaluation would fail; warn of few rows.
 
         Raises:
             RecipeError: with the key.
@@ -76,6 +82,12 @@ class TrainerMixin:
             raise RecipeError(
                 f"dataloader_drop_last: {rows} rows are less than a batch of {batch}: no step would be trained. Fix: set it to "
                 "false, or a smaller `per_device_train_batch_size`"
+            )
+        batch *= args.gradient_accumulation_steps
+        if rows < batch and not samples:
+            logger.warning(
+                "per_device_train_batch_size: %d rows do not fill a batch of %d: one step an epoch. Fix: lower it, or add rows",
+                *(rows, batch),
             )
         wrapped, limit = getattr(args, "packing", False) and not self.padding_free, positions_of(self.model)
         if wrapped and limit is not None and args.max_length > limit:

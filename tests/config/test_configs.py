@@ -6,7 +6,7 @@ import re
 from rlhf_recipes.config import chat, data, evaluate, merge, policy, ppo, rank, reward, sample
 from rlhf_recipes.core.yaml import read_yaml
 from rlhf_recipes.memory import estimator
-from rlhf_recipes.pipeline import read_pipeline
+from rlhf_recipes.pipeline.running import read_pipeline
 from rlhf_recipes.stages import STAGES, parse_arguments, parse_values, pipeline_stages
 from support import ROOT, published
 

@@ -13,7 +13,8 @@ from rlhf_recipes.core.yaml import read_yaml, to_yaml
 from rlhf_recipes.data import load_data
 from rlhf_recipes.models.loading import load_policy
 from rlhf_recipes.models.tokenizer import load_tokenizer
-from rlhf_recipes.pipeline import check_arguments, read_pipeline
+from rlhf_recipes.pipeline.checks import check_arguments
+from rlhf_recipes.pipeline.running import read_pipeline
 from rlhf_recipes.stages import STAGES, parse_arguments
 from support import ROOT, hostile
 
@@ -116,7 +117,7 @@ def test_pipelines(config, name, data):
 
     def check() -> list[str]:
         pipeline = read_pipeline(config, ROOT / "recipes", None)
-        check_arguments(pipeline, config)
+        check_arguments(pipeline)
         return list(pipeline.describe())
 
     plan, message = hostile.outcome(check)

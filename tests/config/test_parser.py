@@ -190,7 +190,7 @@ def test_names_in_an_evaluation_are_checked_with_its_arguments(tmp_path, text, e
         ("load_best_model_at_end: true\neval_strategy: epoch\nsave_strategy: steps\n", (), ("my.yaml", "strategy")),
         ("bf16: true\n", (), ("my.yaml", "bf16", "no GPU", "`bf16: false`")),
         ("per_device_train_batch_size: 0\n", (), ("my.yaml", "per_device_train_batch_size: 0", "1 or more")),
-        ("learning_rate: -1.0\n", (), ("my.yaml", "learning_rate: -1.0", "0 or more")),
+        ("learning_rate: -1.0\n", (), ("my.yaml", "learning_rate: -1.0", "above 0")),
         ("truncation_mode: keep_end\n", (), ("my.yaml", "truncation_mode", "max_length")),
         ("dataset_text_field: content\n", (), ("my.yaml", "dataset_text_field", "column_mapping: {content: text}")),
     ],
@@ -209,7 +209,7 @@ def test_error_of_a_dataclass_is_one_line(tmp_path):
             if self.size < 0:
                 raise ValueError("size: -1: must be\npositive")
 
-    with pytest.raises(RecipeError, match=r"my\.yaml: size: -1: must be positive$"):
+    with pytest.raises(RecipeError, match=r"my\.yaml: line 1: size: -1: must be positive$"):
         parse(tmp_path, "size: -1\n", types=(Picky,))
 
 

@@ -11,7 +11,8 @@ from types import SimpleNamespace
 from rlhf_recipes import stages
 from rlhf_recipes.core.errors import RecipeError
 from rlhf_recipes.evaluation.report.html import _curves
-from rlhf_recipes.pipeline import check_arguments, read_pipeline
+from rlhf_recipes.pipeline.checks import check_arguments
+from rlhf_recipes.pipeline.running import read_pipeline
 from rlhf_recipes.stages import STAGES, find_stage, parse_arguments, parse_values
 from support import ROOT
 
@@ -74,7 +75,7 @@ def test_a_stage_costs_a_recipe_an_entry_and_a_yaml_file(kto, capsys):
 
     def run():
         pipeline = read_pipeline(folder / "pipeline.yaml", folder / "recipes")
-        check_arguments(pipeline, folder / "pipeline.yaml")
+        check_arguments(pipeline)
         pipeline.run()
         return pipeline
 

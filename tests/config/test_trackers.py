@@ -126,9 +126,10 @@ def test_a_missing_tracker_is_an_error_before_a_model_is_loaded(launch, config, 
             (tmp_path / "wandb" / "__init__.py").write_text("import nothing_of_this_name")
         monkeypatch.delitem(sys.modules, "wandb", raising=False)
         monkeypatch.syspath_prepend(tmp_path)
-    status, error = launch("sft", "--config", config("sft", model_name_or_path="/nowhere"), "--report_to", "none")
-    assert "/nowhere" in error
-    status, error = launch("sft", "--config", config("sft", model_name_or_path="/nowhere"), "--report_to", "wandb")
+    (tmp_path / "config.json").write_text("{}")  # of no model
+    status, error = launch("sft", "--config", config("sft", model_name_or_path=str(tmp_path)), "--report_to", "none")
+    assert f"model_name_or_path: {tmp_path}: " in error
+    status, error = launch("sft", "--config", config("sft", model_name_or_path=str(tmp_path)), "--report_to", "wandb")
     assert status == 2
     assert message in error
     assert "Traceback" not in error

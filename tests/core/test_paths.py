@@ -8,7 +8,7 @@ from rlhf_recipes.core.errors import RecipeError
 from rlhf_recipes.core.files import RECIPE
 from rlhf_recipes.core.paths import PATH_KEYS, expand_path, expand_paths, user_path
 from rlhf_recipes.core.yaml import read_yaml
-from rlhf_recipes.pipeline import read_pipeline
+from rlhf_recipes.pipeline.running import read_pipeline
 from rlhf_recipes.stages import STAGES, parse_arguments
 from rlhf_recipes.training import dependencies
 from support import ROOT

@@ -195,7 +195,7 @@ def test_a_function_is_called_with_split_and_arguments(module):
         ("made_up_rows.rows", {"dataset_train_split": "dev"}, "no dev here"),
         ("made_up_rows.as_list", {}, "returned a list"),
         ("made_up_rows.number", {}, "not callable"),
-        ("made_up_rows.none", {}, "no attribute 'none'"),
+        ("made_up_rows.none", {}, "made_up_rows has no 'none'"),
         ("no_such_module.rows", {}, "neither a file"),
     ],
 )

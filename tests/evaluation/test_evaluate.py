@@ -8,6 +8,7 @@ import shutil
 import subprocess
 import sys
 from dataclasses import replace
+from pathlib import Path
 
 from rlhf_recipes.evaluation.measurement import Measurement
 from rlhf_recipes.evaluation.report.html import render
@@ -84,6 +85,23 @@ def test_the_recipe_measures_every_policy(evaluated):
     }
     assert metrics["policies"]["ppo"]["kl"]["mean"] > 0
     assert metrics["policies"]["best-of-4"]["rewards"]["Abstention"]["difference"]["mean"] > 0
+
+
+def test_the_figures_are_means_over_the_answers_that_are_kept(evaluated):
+    metrics, _, printed = evaluated
+    page = Path(re.search("The report is (.*)", printed)[1])
+    rows = [json.loads(line) for line in (page.parent / "answers.jsonl").read_text().splitlines()]
+    for name, policy in metrics["policies"].items():
+        answers = [answer for row in rows if row["policy"] == name for answer in row["answers"]]
+        assert len(answers) == 16 * metrics["num_answers"]
+        right = [answer["kind"] == "right" for answer in answers]
+        assert sum(right) / len(right) == pytest.approx(policy["truthfulness"]["all"]["right"]["mean"])
+        scores = [answer["scores"]["Abstention"] for answer in answers]
+        assert sum(scores) / len(scores) == pytest.approx(policy["rewards"]["Abstention"]["mean"])
+        if name != "best-of-4":
+            entropy = -sum(answer["logp"] for answer in answers) / len(answers)
+            assert entropy == pytest.approx(policy["entropy"]["mean"], abs=1e-4)
+    assert {"prompt", "reference", "known"} <= set(rows[0])
 
 
 def test_the_frontier_shows_complete_checkpoints_in_order(evaluated):

@@ -61,3 +61,14 @@ def test_a_file_without_groups_is_named(tmp_path, content, problem):
         path.write_bytes(content)
     with pytest.raises(RecipeError, match=f"{path}: .*{problem}"):
         read_groups(path)
+
+
+def test_answers_that_were_cut_off_are_warned_of(tmp_path, caplog):
+    write(tmp_path / GROUPS, {"prompt": "Q", "completions": ["a", "b"]})
+    record = {"arguments": {"max_completion_length": 7}, "answers": 9}
+    for ended in (4, 5):
+        (tmp_path / "sample.json").write_text(json.dumps(record | {"ended": ended}))
+        read_groups(tmp_path)
+    (warning,) = caplog.messages
+    assert "only 4 of 9 answers end with EOS" in warning
+    assert "`max_completion_length: 7`" in warning

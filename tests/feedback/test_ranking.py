@@ -201,6 +201,13 @@ def test_the_recipe_writes_rankings_with_their_labeler(launch, tmp_path, file):
     assert len(load_data(arguments, "ranking", evaluate=False, seed=0).train) == 3
 
 
+def test_rankings_without_a_preference_are_an_error(launch, tmp_path, file):
+    alike = '{"path": "rlhf_recipes.rewards.LengthPenalty", "arguments": {"slope": 1, "longest": 99, "unit": "words"}}'
+    status, error = launch("rank", "--groups", file, "--output_dir", tmp_path / "out", "--labeller", alike)
+    assert (status, "labeller: prefers no answer in any of 5 groups" in error) == (2, True)
+    assert not (tmp_path / "out" / "rank.json").exists()
+
+
 def test_the_choice_is_random_while_there_is_no_ensemble(launch, tmp_path, file):
     options = ("--groups", file, "--num_groups", 3)
     assert launch("rank", *options, "--output_dir", tmp_path / "random") == (0, "")

@@ -49,7 +49,7 @@ def arguments(**options):
 
 
 def all_groups(bank, policies, rows, options, done=0):
-    return [group for part in sample_groups(bank, policies, rows, options, done) for group in part]
+    return [group for part, _ in sample_groups(bank, policies, rows, options, done) for group in part]
 
 
 def texts(group):
@@ -210,7 +210,7 @@ def test_an_interrupted_recipe_resumes_to_the_same_file(launch, tmp_path, monkey
     assert (len(groups), parts) == (6, [0, 2, 4])
 
     append = GroupFile.append
-    monkeypatch.setattr(GroupFile, "append", lambda file, part: append(file, part) if not file.prompts else sys.exit(9))
+    monkeypatch.setattr(GroupFile, "append", lambda file, *part: append(file, *part) if not file.prompts else sys.exit(9))
     assert launch("sample", *options, "--output_dir", resumed)[0] == 9
     monkeypatch.setattr(GroupFile, "append", append)
     with (resumed / "groups.jsonl").open("a") as file:

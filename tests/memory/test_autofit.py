@@ -6,8 +6,9 @@ from rlhf_recipes.core.errors import RecipeError
 from rlhf_recipes.memory import autofit, plan_stage
 from rlhf_recipes.memory.autofit import choices
 from rlhf_recipes.memory.plan import GIB, OVERHEAD
-from rlhf_recipes.pipeline import read_pipeline
 from rlhf_recipes.pipeline.estimates import plannable_stages
+from rlhf_recipes.pipeline.running import read_pipeline
+from rlhf_recipes.pipeline.settings import read_settings
 from support import ROOT, run_recipe
 
 import pytest
@@ -172,9 +173,15 @@ def test_gpu_memory_goes_over_the_file_and_under_the_arguments(tmp_path):
         assert not arguments.keys() & fixed.autofitted.keys()
 
 
-def test_the_plan_recipe_reads_the_arguments_of_all_stages(tmp_path):
-    (stage,) = plannable_stages(write_pipeline(tmp_path, arguments={"max_length": 48, "lora_r": 4}), RECIPES)
-    assert (stage.max_length, stage.lora_r) == (48, 4)
+def test_the_plan_recipe_reads_the_arguments_of_all_stages_and_those_of_its_command_line(tmp_path):
+    config = write_pipeline(tmp_path, arguments={"max_length": 48, "lora_r": 4})
+    (stage,) = plannable_stages(config, RECIPES, settings=read_settings(["sft.lora_r=8"]))
+    assert (stage.max_length, stage.lora_r) == (48, 8)
+    recipe = ROOT / "configs" / "tiny" / "sft.yaml"
+    (stage,) = plannable_stages(recipe, RECIPES, settings=read_settings(["lora_r=8"]))
+    assert stage.lora_r == 8
+    with pytest.raises(RecipeError, match=r"--set: sft\.lora_r: the file is of one recipe"):
+        plannable_stages(recipe, RECIPES, settings=read_settings(["sft.lora_r=8"]))
 
 
 def test_assumptions_of_the_plan_are_printed_before_anything_runs(tmp_path, capsys):
@@ -209,10 +216,10 @@ def test_gpu_memory_is_rejected_where_cards_share_a_model(tmp_path, launcher):
 
 @pytest.mark.parametrize("value", ["12", 0, True, -1, float("nan"), float("inf")])
 def test_gpu_memory_must_be_a_size(tmp_path, value):
-    with pytest.raises(RecipeError, match=r"pipeline\.yaml: gpu_memory: "):
+    with pytest.raises(RecipeError, match=r"pipeline\.yaml: line 1: gpu_memory: "):
         read_pipeline(write_pipeline(tmp_path, gpu_memory=value), RECIPES)
 
 
 def test_a_stage_that_does_not_fit_is_named(tmp_path):
-    with pytest.raises(RecipeError, match=r"pipeline.yaml: stages, entry 1: gpu_memory: 0.5: sft needs"):
+    with pytest.raises(RecipeError, match=r"pipeline.yaml: line 1: stages: sft: gpu_memory: 0.5: sft needs"):
         read_pipeline(write_pipeline(tmp_path, gpu_memory=0.5), RECIPES)

@@ -5,7 +5,8 @@ import subprocess
 import threading
 from pathlib import Path
 
-from rlhf_recipes.pipeline import read_pipeline
+from rlhf_recipes.pipeline.running import read_pipeline
+from rlhf_recipes.pipeline.settings import read_settings
 from support import ROOT
 
 import pytest
@@ -31,7 +32,7 @@ class Project:
             "accelerate_config": "launcher.yaml",
             "stages": [
                 {"name": "sft", "config": "sft.yaml"},
-                {"name": "other", "recipe": "sft", "config": "sft.yaml", "arguments": {"dataset_name": "a.b"}},
+                {"name": "other", "recipe": "sft", "config": "sft.yaml", "arguments": {"dataset_name": "me/rows"}},
                 {"name": "dpo", "config": "dpo.yaml", "arguments": {"start_from": "{sft}", "beta": 0.3}},
             ],
         }
@@ -48,8 +49,8 @@ class Project:
         entry.setdefault("arguments", {}).update(arguments)
         self.write()
 
-    def read(self, names=None, recipes=ROOT / "recipes"):
-        return read_pipeline(self.path, recipes, names)
+    def read(self, names=None, recipes=ROOT / "recipes", settings=()):
+        return read_pipeline(self.path, recipes, names, read_settings(settings))
 
     def run(self, names=None):
         self.read(names).run()

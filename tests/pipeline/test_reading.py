@@ -1,21 +1,32 @@
 """What a pipeline's YAML file says: keys, arguments, placeholders, launchers, rounds and seeds."""
 
+import re
+import shutil
 from pathlib import Path
 
 from rlhf_recipes.cli import exit_on_recipe_error
+from rlhf_recipes.config.launcher import default_launcher_config
 from rlhf_recipes.core.errors import RecipeError
-from rlhf_recipes.pipeline import check_arguments, reading
+from rlhf_recipes.pipeline.checks import check_arguments
+from rlhf_recipes.pipeline.early import check_stage_inputs, check_stage_keys
+from rlhf_recipes.pipeline.reading import read_stages
 from support import ROOT
 
 import pytest
+from accelerate.commands.config import default_config_file
 
 SEEDS = [(["a"], ", entry 1"), (0, ""), ([], ""), ([1, 1], ""), ([True], ", entry 1")]
+
+
+def line(text, path="pipeline.yaml"):
+    """Return the number of the first line with a text."""
+    return next(number for number, line in enumerate(Path(path).read_text().splitlines(), start=1) if text in line)
 
 
 def message(project, names=None):
     with pytest.raises(RecipeError) as caught:
         project.read(names)
-    return str(caught.value)
+    return re.sub(r": line \d+", "", str(caught.value))
 
 
 @pytest.mark.parametrize(
@@ -30,16 +41,16 @@ def message(project, names=None):
         ({"stages": [{"name": "sft"}]}, "stages, entry 1: config: "),
         ({"stages": [{"name": "sft", "config": 5}]}, "stages, entry 1: config: 5"),
         ({"stages": [{"name": "sft", "config": "sft.yaml", "arguments": ["a"]}]}, "stages, entry 1: arguments: ['a']"),
-        ({"stages": [{"name": "sftt", "config": "sft.yaml"}]}, "entry 1: recipe: 'sftt' is none of sft, "),
-        ({"stages": [{"name": "sft", "config": "sft.yml"}]}, "entry 1: config: sft.yml: "),
-        ({"stages": [{"name": "sft", "config": "sft.yaml"}] * 2}, "stages, entry 2: name: 'sft'"),
+        ({"stages": [{"name": "sftt", "config": "sft.yaml"}]}, "pipeline.yaml: stages: sftt: recipe: 'sftt' is none of sft, "),
+        ({"stages": [{"name": "sft", "config": "sft.yml"}]}, "pipeline.yaml: stages: sft: config: sft.yml: "),
+        ({"stages": [{"name": "sft", "config": "sft.yaml"}] * 2}, "stages: sft: name: 'sft'"),
         (
             {"stages": [{"name": "dpo", "config": "dpo.yaml", "arguments": {"start_from": "{stf}"}}]},
-            "stages, entry 1: start_from: {stf} ",
+            "pipeline.yaml: stages: dpo: start_from: {stf} ",
         ),
         (
             {"seeds": [0, 1], "stages": [{"name": "sft", "config": "sft.yaml", "arguments": {"output_dir": "here"}}]},
-            "pipeline.yaml: stages: sft-0 and sft-1 both write to here",
+            "pipeline.yaml: stages: sft: output_dir: sft-0 and sft-1 both write to here",
         ),
         ({"arguments": {"betta": 1}}, "pipeline.yaml: arguments: no stage has the key 'betta'; did you mean 'beta'?"),
         ({"arguments": {"kl_coef": 1}}, "pipeline.yaml: arguments: no stage has the key 'kl_coef'"),
@@ -68,7 +79,7 @@ def test_errors_name_the_key_and_the_value(project, changes, expected):
 
 def test_the_file_of_a_recipe_is_no_pipeline():
     with pytest.raises(RecipeError, match="model_name_or_path: this is the file of one recipe"):
-        reading.read_stages(ROOT / "configs" / "tiny" / "sft.yaml", ROOT / "recipes")
+        read_stages(ROOT / "configs" / "tiny" / "sft.yaml", ROOT / "recipes")
 
 
 def test_an_unknown_stage_cannot_be_selected(project):
@@ -90,7 +101,7 @@ def test_shared_arguments_go_over_the_files_and_under_the_arguments_of_a_stage(p
     sft, other, dpo = (stage.values for stage in project.read().stages)
     shared = {"learning_rate": 5e-5, "seed": 3}
     assert sft == {"dataset_name": "data.jsonl", **shared, "lora_r": 4, "output_dir": "runs/sft"}  # it has no `beta`
-    assert other == {"dataset_name": "a.b", **shared, "lora_r": 8, "output_dir": "runs/other"}
+    assert other == {"dataset_name": "me/rows", **shared, "lora_r": 8, "output_dir": "runs/other"}
     assert dpo == {**shared, "lora_r": 4, "beta": 0.3, "start_from": "runs/sft", "output_dir": "runs/dpo"}
 
 
@@ -99,7 +110,7 @@ def test_shared_data_replace_those_of_the_files(project):
     project.write(arguments={"datasets": [{"path": "mine.jsonl"}]})
     sft, other, _ = (stage.values for stage in project.read().stages)
     assert sft == {"datasets": [{"path": "mine.jsonl"}], "output_dir": "runs/sft"}
-    assert other["dataset_name"] == "a.b"
+    assert other["dataset_name"] == "me/rows"
     assert "datasets" not in other
 
 
@@ -111,6 +122,49 @@ def test_placeholders_and_fingerprints_of_shared_arguments(project):
     assert [stage.fingerprint for stage in project.read().stages] == [stage.fingerprint for stage in before]
     project.write(arguments={"lora_r": 4})
     assert not {stage.fingerprint for stage in project.read().stages} & {stage.fingerprint for stage in before}
+
+
+# --- Settings of the command line --------------------------------------------------------------------------
+
+
+def values_with(project, *settings):
+    return {stage.name: stage.values for stage in project.read(settings=settings).stages}
+
+
+def test_settings_go_over_the_file(project):
+    project.write(arguments={"lora_r": 4})
+    values = values_with(project, "dpo.beta=0.5", "arguments.seed=3", "arguments.lora_r=8", "other.learning_rate=1e-4")
+    assert (values["dpo"]["beta"], values["dpo"]["start_from"]) == (0.5, "runs/sft")
+    assert {(stage["seed"], stage["lora_r"]) for stage in values.values()} == {(3, 8)}
+    assert (values["sft"]["learning_rate"], values["other"]["learning_rate"]) == (1e-3, 1e-4)
+    assert project.read(settings=["jobs=2", "output_dir=elsewhere"]).file.jobs == 2
+    assert project.read(settings=["output_dir=elsewhere"]).folder == Path("elsewhere")
+    fingerprints = [stage.fingerprint for stage in project.read(settings=["dpo.beta=0.5"]).stages]
+    assert [one == stage.fingerprint for one, stage in zip(fingerprints, project.read().stages, strict=True)] == [1, 1, 0]
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [
+        ('dataset_arguments={"rows": 3}', {"rows": 3}),
+        ("dataset_arguments={rows: 3}", {"rows": 3}),
+        ("dataset_name=me=more", "me=more"),
+        ("report_to=", None),
+        ("use_peft=true", True),
+        ("start_from={sft}/checkpoint-2", "runs/sft/checkpoint-2"),
+        ("model_name_or_path=$SCRATCH/base", "/disk/base"),
+    ],
+)
+def test_values_of_settings_are_yaml(project, monkeypatch, text, expected):
+    monkeypatch.setenv("SCRATCH", "/disk")
+    text = text if "sft" not in text else f'start_from="{text.partition("=")[2]}"'
+    assert values_with(project, f"dpo.{text}")["dpo"][text.partition("=")[0]] == expected
+
+
+def test_other_data_in_settings_replace_those_of_the_file(project):
+    values = values_with(project, "sft.datasets=[{path: mine.jsonl}]")
+    assert "dataset_name" not in values["sft"]
+    assert values["other"]["dataset_name"] == "me/rows"
 
 
 # --- Launchers -------------------------------------------------------------------------------------------
@@ -135,14 +189,17 @@ def test_what_the_launcher_cannot_do_is_rejected_before_the_first_stage(project,
     stages = [{"name": "sft", "config": "sft.yaml"}, late]
     project.write(accelerate_config=f"configs/accelerate/{launcher}.yaml", stages=stages)
     text = message(project)
-    assert text.startswith("pipeline.yaml: stages, entry 2: late: ")
+    assert text.startswith("pipeline.yaml: stages: late: ")
     assert expected in text
     project.write(accelerate_config="configs/accelerate/ddp.yaml")
     project.read()
 
 
 def test_the_launcher_that_accelerate_finds_by_itself_counts(project, monkeypatch):
-    monkeypatch.setattr(reading, "default_config_file", str(ROOT / "configs" / "accelerate" / "zero3.yaml"))
+    assert str(default_launcher_config()) == default_config_file
+    monkeypatch.setenv("HF_HOME", str(project.path.parent.absolute()))
+    Path("accelerate").mkdir()
+    shutil.copy(ROOT / "configs" / "accelerate" / "zero3.yaml", "accelerate/default_config.yaml")
     project.write(stages=[{"name": "ppo", "config": "dpo.yaml"}])
     project.read()
     project.write(accelerate_config=None)
@@ -153,7 +210,11 @@ def test_the_launcher_that_accelerate_finds_by_itself_counts(project, monkeypatc
 
 
 def check(project):
-    check_arguments(project.read(), project.path)
+    """Check all that recipes/pipeline.py checks before the first stage."""
+    file = read_stages(project.path, ROOT / "recipes")
+    check_stage_keys(file)
+    check_stage_inputs(file, file.stages)
+    check_arguments(project.read())
 
 
 def test_a_misspelt_argument_of_the_last_stage_is_found_at_once(project, capsys):
@@ -161,13 +222,14 @@ def test_a_misspelt_argument_of_the_last_stage_is_found_at_once(project, capsys)
     with pytest.raises(SystemExit), exit_on_recipe_error():
         check(project)
     error = capsys.readouterr().err
-    assert error.startswith("error: pipeline.yaml: stages: dpo")  # and not a temporary file of the check
-    assert "unknown key 'max_stps'" in error
+    assert error == (
+        f"error: pipeline.yaml: line {line('max_stps')}: stages: dpo: unknown key 'max_stps'; did you mean 'max_steps'?\n"
+    )
 
 
 def test_missing_data_are_found_at_once_unless_a_stage_writes_them(project):
     project.change("dpo", datasets=[{"path": "{sft}/rows.jsonl"}, {"path": "nothing.jsonl"}])
-    with pytest.raises(RecipeError, match=r"stages: dpo .*: nothing\.jsonl: "):
+    with pytest.raises(RecipeError, match=r"stages: dpo: datasets, entry 2: nothing\.jsonl: "):
         check(project)
     project.change("dpo", datasets=[{"path": "{sft}/rows.jsonl"}])
     check(project)
@@ -180,8 +242,41 @@ def test_missing_data_are_found_at_once_unless_a_stage_writes_them(project):
 def test_unusable_data_are_found_at_once(project, content, expected, key):
     Path("late.jsonl").write_text(content)
     project.change("dpo", **{key: "late.jsonl" if key == "dataset_name" else [{"path": "late.jsonl"}]})
-    with pytest.raises(RecipeError, match=rf"stages: dpo .*: late\.jsonl: .*{expected}"):
+    with pytest.raises(RecipeError, match=rf"stages: dpo: {key}.*: late\.jsonl: .*{expected}"):
         check(project)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "expected"),
+    [
+        ({"rewards": ["rlhf_recipes.rewards.Abstention"], "judge": "Abstension"}, "judge: 'Abstension' .*'Abstention'"),
+        ({"rewards": ["early_rewards.missing_import"]}, "rewards, entry 1: .*: cannot import early_rewards.*no_such_package"),
+        (
+            {"rewards": [{"path": "rlhf_recipes.rewards.LengthPenalty", "arguments": {"slop": 1}}]},
+            "rewards, entry 1: .*unknown argument 'slop'",
+        ),
+        ({"policies": {"sft": None}, "kl_reference": "stf"}, "kl_reference: 'stf' is none of the policies"),
+        ({"batch_size": "eight"}, "batch_size: expected int"),
+    ],
+)
+def test_an_evaluation_is_checked_before_what_it_evaluates(project, monkeypatch, arguments, expected):
+    monkeypatch.syspath_prepend(Path.cwd())
+    Path("early_rewards.py").write_text("import no_such_package\ndef missing_import(**columns): ...\n")
+    Path("evaluate.yaml").write_text("policies: {sft: null}\n")
+    evaluate = {"name": "evaluate", "config": "evaluate.yaml", "arguments": arguments}
+    project.write(stages=[{"name": "sft", "config": "sft.yaml"}, evaluate])
+    with pytest.raises(RecipeError, match=rf"pipeline\.yaml: line \d+: stages: evaluate: {expected}"):
+        check(project)
+
+
+def test_a_judge_may_have_a_name_that_only_its_reward_knows(project, monkeypatch):
+    monkeypatch.syspath_prepend(Path.cwd())
+    Path("made_rewards.py").write_text("def make(size):\n    def made(prompts, completions, **columns): ...\n    return made\n")
+    rewards = [{"path": "made_rewards.make", "arguments": {"size": 3}}, "{sft}"]
+    Path("evaluate.yaml").write_text("policies: {sft: null}\n")
+    evaluate = {"name": "evaluate", "config": "evaluate.yaml", "arguments": {"rewards": rewards, "judge": "made"}}
+    project.write(stages=[{"name": "sft", "config": "sft.yaml"}, evaluate])
+    check(project)
 
 
 # --- Rounds ----------------------------------------------------------------------------------------------
@@ -231,4 +326,4 @@ def test_a_placeholder_may_be_empty_in_the_first_round(rounds):
 @pytest.mark.parametrize(("value", "expected"), [("{ppo}", "start_from: {ppo} "), (["{sftt*}"], "start_from: {sftt} ")])
 def test_a_placeholder_must_name_an_earlier_stage(rounds, value, expected):
     rounds.change("reward", start_from=value)
-    assert f"stages, entry 2: {expected}" in message(rounds)
+    assert f"stages: reward: {expected}" in message(rounds)

@@ -6,7 +6,7 @@ import statistics
 from importlib import import_module
 
 from rlhf_recipes.evaluation.reward_evaluation import measure_reward
-from rlhf_recipes.pipeline import read_pipeline
+from rlhf_recipes.pipeline.running import read_pipeline
 from support import ROOT, run_recipe
 
 import pytest

@@ -16,7 +16,9 @@ from rlhf_recipes.core.errors import RecipeError
 from rlhf_recipes.evaluation.types import to_json
 from rlhf_recipes.feedback.groups import read_groups
 from rlhf_recipes.feedback.labels import Label, Store
-from rlhf_recipes.pipeline import read_pipeline, running
+from rlhf_recipes.pipeline import running
+from rlhf_recipes.pipeline.running import read_pipeline
+from rlhf_recipes.stages import parse_arguments
 from support import ROOT, run_recipe
 from support.evaluations import evaluation_results, exactly, policy_result
 
@@ -37,7 +39,7 @@ def test_stages_get_their_arguments_and_the_results_of_others(project, launched)
     project.run()
     assert launched.calls == [("sft", False), ("other", False), ("dpo", False)]
     assert written("sft") == {"dataset_name": "data.jsonl", "learning_rate": 1e-3, "output_dir": "runs/sft"}
-    assert (written("other")["dataset_name"], written("other")["output_dir"]) == ("a.b", "runs/other")
+    assert (written("other")["dataset_name"], written("other")["output_dir"]) == ("me/rows", "runs/other")
     assert written("dpo") == {"beta": 0.3, "output_dir": "runs/dpo", "start_from": "runs/sft"}
 
 
@@ -66,6 +68,13 @@ def test_a_stage_is_launched_by_accelerate_where_that_is_configured(project, tmp
     project.write(stages=[SFT], accelerate_config=config)
     project.read(recipes=recipes).run()
     assert json.loads(Path("runs/sft/launch.json").read_text()) == {"argv": [], "accelerate": bool(config)}
+
+
+def test_errors_of_a_stage_name_the_file_of_the_pipeline(project, launched):
+    project.change("other", learning_rate=-1.0)
+    project.run()
+    with pytest.raises(RecipeError, match=r"^pipeline\.yaml: line 6: stages: other: learning_rate: -1\.0: must be 0 or more"):
+        parse_arguments(RECIPES / "sft.py", argv=["--config", "runs/configs/other.yaml"])
 
 
 # --- Skip, run again, resume -----------------------------------------------------------------------------
@@ -352,7 +361,7 @@ def test_a_stage_that_outlives_its_pipeline_holds_the_lock(project, tmp_path):
     recipes.mkdir()
     (recipes / "sft.py").write_text("import pathlib, time\npathlib.Path('begun').touch()\ntime.sleep(60)\n")
     project.write(stages=[SFT])
-    program = "from pathlib import Path\nfrom rlhf_recipes.pipeline import read_pipeline\n"
+    program = "from pathlib import Path\nfrom rlhf_recipes.pipeline.running import read_pipeline\n"
     program += f"read_pipeline(Path('pipeline.yaml'), Path({str(recipes)!r})).run()"
     process = subprocess.Popen([sys.executable, "-c", program], start_new_session=True, stdout=subprocess.DEVNULL)
     try:
@@ -449,7 +458,7 @@ def test_people_label_round_after_round_in_one_store(project, tmp_path, in_proce
 def test_two_rounds_from_sampling_to_ppo(tmp_path, in_process):
     """The second round starts from the first, on what the members of its reward ensemble disagree about most."""
     quick = {"eval_strategy": "no", "save_strategy": "no", "per_device_train_batch_size": 16}
-    once = quick | {"test_split_size": None, "num_train_epochs": 1}
+    once = quick | {"test_split_size": None, "num_train_epochs": 1, "warmup_steps": 0}
     ppo = {"start_from": "{ppo|sft}", "reward_funcs": ["{reward}"], "value_warmup_steps": 0}
     arguments = {
         "sft": quick | {"dataset_arguments": {"rows": 64}},

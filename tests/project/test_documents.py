@@ -21,7 +21,7 @@ from rlhf_recipes.core.yaml import read_yaml
 from rlhf_recipes.feedback.labels import server
 from rlhf_recipes.feedback.labels.server import listen
 from rlhf_recipes.memory import estimator
-from rlhf_recipes.pipeline import read_pipeline
+from rlhf_recipes.pipeline.running import read_pipeline
 from rlhf_recipes.stages import parse_arguments, training_stages
 from support import ROOT, published
 

@@ -223,7 +223,8 @@ def test_pickled_weights_are_refused(tmp_path):
 
 
 def test_missing_extra_is_one_message_before_anything_is_loaded(monkeypatch):
-    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+    find = importlib.util.find_spec
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None if "sentence" in name else find(name))
     with pytest.raises(RecipeError, match=r"sentence-transformers.*pip install .*\[similarity\]"):
         load_rewards(
             [{"path": "rlhf_recipes.rewards.Similarity", "arguments": {"model_name_or_path": "x", "kind": "embedding"}}]

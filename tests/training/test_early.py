@@ -2,6 +2,7 @@
 
 import json
 import logging
+import re
 
 from rlhf_recipes.core.errors import RecipeError
 from rlhf_recipes.models.positions import check_packing, position_limit
@@ -154,7 +155,7 @@ def test_no_limit_of_a_base_that_cannot_be_read(tmp_path):
 def test_rows_beyond_the_positions_are_refused(refusal, files, recipe, data, options, key):
     options = json.loads(json.dumps(options).replace("{}/", f"{files}/"))
     message = refusal(recipe, "gpt2", data, **options)
-    assert f"{recipe}.yaml: {key}: " in message
+    assert re.search(rf"{recipe}\.yaml: (line \d+: )?{key}: ", message)
     assert "positions" in message
     assert "32" in message
     assert "Fix: set `" in message
@@ -193,7 +194,7 @@ def test_packing_is_refused_where_rows_read_each_other(family):
 def test_recipe_refuses_to_pack(refusal, files, options):
     if not (files / "falcon").exists():
         save("falcon", files / "falcon")
-    assert f"sft.yaml: {next(iter(options))}: {files}/falcon" in refusal("sft", "falcon", **options)
+    assert re.search(rf"sft\.yaml: line \d+: {next(iter(options))}: {files}/falcon", refusal("sft", "falcon", **options))
 
 
 def test_rounding_is_no_leak():

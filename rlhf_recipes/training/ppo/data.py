@@ -1,6 +1,7 @@
 """Data of PPO: the order of prompts, checks of rollouts, pretraining text."""
 
 import functools
+import logging
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -13,6 +14,8 @@ from datasets import Dataset
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 from trl.trainer.utils import RepeatSampler, pad
+
+logger = logging.getLogger(__name__)
 
 
 class EpochRepeatSampler(RepeatSampler):
@@ -40,6 +43,10 @@ def fill_batch(dataset: Any, args: PPOConfig) -> Any:
         return dataset
     if not len(dataset):
         raise RecipeError("train_dataset: no prompts. Fix: add rows")
+    logger.warning(
+        "per_device_train_batch_size: %d prompts do not fill a rollout of %d: they are repeated. Fix: lower it, or add rows",
+        *(len(dataset), needed),
+    )
     return dataset.select([row % len(dataset) for row in range(needed)])
 
 

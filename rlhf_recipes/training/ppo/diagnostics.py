@@ -6,34 +6,36 @@ from dataclasses import dataclass
 from typing import Any
 
 from rlhf_recipes.core.errors import RecipeError
+from rlhf_recipes.generation.eos import NO_EOS
 from rlhf_recipes.training.ppo.maths import Moments
 
 import torch
 from torch import Tensor, nn
-from transformers import TrainerCallback, TrainerState, TrainingArguments
+from transformers import TrainerCallback, TrainerState
 
 logger = logging.getLogger(__name__)
-
-PATIENCE = 3
-"""Logged values in a row outside the healthy range before a warning: one alone is noise."""
 
 
 @dataclass(frozen=True)
 class HealthyRange:
-    """Healthy range of a logged figure, checked `after` so many optimizer steps."""
+    """Healthy range of a logged figure.
+
+    It is checked `after` so many optimizer steps, and left before a warning by `patience` logged values in a row.
+    """
 
     metric: str
     low: float
     high: float
     advice: str
     after: int = 0
+    patience: int = 3
 
 
 RANGES = (
     HealthyRange("kl", -0.5, 50.0, "nats a completion: raise `kl_coef`, or set `kl_target`"),
     HealthyRange("entropy", 0.01, math.inf, "nats a token, one answer to all: raise `kl_coef` or `entropy_coef`"),
     HealthyRange("score_std", 1e-6, math.inf, "all scores are equal: check the rewards, and what the SFT model samples"),
-    HealthyRange("completions/ended_ratio", 0.5, 1.0, "most are cut off: `max_completion_length`, `missing_eos_penalty`"),
+    HealthyRange("completions/ended_ratio", 0.5, 1.0, f"few completions end with EOS: {NO_EOS}", patience=1),
     HealthyRange("approx_kl", 0.0, 0.1, "nats a token: lower `learning_rate` or `num_iterations`, or set `target_kl`"),
     HealthyRange("clip_ratio/region_mean", 0.0, 0.3, "steps are too large: lower `learning_rate` or `num_iterations`"),
     HealthyRange("value/explained_variance", -0.5, 1.0, "raise `value_learning_rate` or `value_warmup_steps`", after=20),
@@ -43,48 +45,38 @@ RANGES = (
 
 
 class DiagnosticsCallback(TrainerCallback):
-    """Warnings of unhealthy figures, and an error if the policy did not change."""
+    """Warnings of unhealthy figures."""
 
     def __init__(self) -> None:
-        self._outside = dict.fromkeys((entry.metric for entry in RANGES), 0)
-        self._before: dict[str, float] = {}
+        self._outside, self._logged = dict.fromkeys(RANGES, 0), dict.fromkeys(RANGES, 0)
+        self._newest = dict.fromkeys(RANGES, math.nan)
 
     def on_log(self, args: Any, state: TrainerState, control: Any, logs: dict[str, float], **kwargs: Any) -> None:
-        """Warn after `PATIENCE` unhealthy values in a row."""
+        """Warn after unhealthy values in a row, of which one alone is noise."""
         for entry in RANGES:
             value = logs.get(entry.metric)
             if value is None or state.global_step <= entry.after or not state.is_world_process_zero:
                 continue
             healthy = math.isnan(value) or entry.low <= value <= entry.high  # NaN: it could not be measured
-            self._outside[entry.metric] = 0 if healthy else self._outside[entry.metric] + 1
-            if self._outside[entry.metric] == PATIENCE:
-                logger.warning(
-                    "step %d: %s is %.3g, not within %g and %g: %s (docs/ppo.md, A healthy run)",
-                    *(state.global_step, entry.metric, value, entry.low, entry.high, entry.advice),
-                )
+            self._outside[entry] = 0 if healthy else self._outside[entry] + 1
+            self._logged[entry] += 1
+            self._newest[entry] = value
+            if self._outside[entry] == entry.patience:
+                self._warn(entry, state)
 
-    def on_train_begin(
-        self, args: TrainingArguments, state: TrainerState, control: Any, model: nn.Module, **kwargs: Any
-    ) -> None:
-        """Remember the weights of the policy, which must be due to change."""
-        if 0 < state.max_steps <= args.value_warmup_steps:
-            raise RecipeError(
-                f"value_warmup_steps: {args.value_warmup_steps}: the critic alone would learn in all {state.max_steps} steps. "
-                "Fix: fewer, or train longer"
-            )
-        self._before, self._first_step = _digests(model), state.global_step
+    def on_train_end(self, args: Any, state: TrainerState, control: Any, **kwargs: Any) -> None:
+        """Warn of a short run's figures that were never healthy."""
+        for entry, outside in self._outside.items():
+            if 0 < outside == self._logged[entry] < entry.patience:
+                self._warn(entry, state)
 
-    def on_train_end(self, args: TrainingArguments, state: TrainerState, control: Any, model: nn.Module, **kwargs: Any) -> None:
-        """Fail if steps that should have changed the policy have not."""
-        steps = state.global_step - max(self._first_step, args.value_warmup_steps)
-        enough = 1
-        if args.target_kl is not None:  # a resumed run may start in an iteration that was stopped early
-            enough = math.ceil(args.num_iterations * args.steps_per_generation / args.gradient_accumulation_steps)
-        if steps >= enough and _digests(model) == self._before:
-            raise RecipeError(
-                f"{steps} steps have not changed the policy by one bit. Fix: check `learning_rate` ({args.learning_rate:g}), "
-                "whether scores differ, and which adapter is active"
-            )
+    def _warn(self, entry: HealthyRange, state: TrainerState) -> None:
+        value = self._newest[entry]
+        limit = f"below {entry.low:g}" if value < entry.low else f"above {entry.high:g}"
+        logger.warning(
+            "step %d: %s is %.3g, %s: %s. See docs/ppo.md, A healthy run",
+            *(state.global_step, entry.metric, value, limit, entry.advice),
+        )
 
 
 # --- Checks that stop a run ------------------------------------------------------------------------------
@@ -147,13 +139,3 @@ def check_ratio(gap: float, tokens: float, step: int, exact: bool) -> None:
 def rounding_tolerance(tokens: float, exact: bool) -> float:
     """Return the nats a token that rounding may account for; more for few tokens."""
     return 1e-3 if exact else 0.05 + 0.2 / max(tokens, 1) ** 0.5
-
-
-@torch.no_grad()
-def _digests(model: nn.Module) -> dict[str, float]:
-    """Return a number for each trained weight that changes when the weight does."""
-    return {
-        name: weight.double().abs().sum().item() + weight.double().sum().item() / 3
-        for name, weight in model.named_parameters()
-        if weight.requires_grad
-    }

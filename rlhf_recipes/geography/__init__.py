@@ -1,0 +1,1 @@
+"""Questions whose answers a real model knows or lacks: cities, capitals and sums."""
