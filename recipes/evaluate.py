@@ -3,8 +3,8 @@
     accelerate launch recipes/evaluate.py                     # configs/tiny/evaluate.yaml: the tiny world, on a CPU
     accelerate launch recipes/evaluate.py --config my.yaml --num_answers 4
 
-Writes `metrics.json`, all answers in `answers.jsonl`, and `index.html`, which needs no other file: a verdict in words, a table
-of the policies, learning curves, reward against KL, reliability diagrams, and answers side by side. Runs in one process.
+Writes `metrics.json`, all answers in `answers.jsonl`, and `index.html`, which needs no other file: a verdict in plain words
+with a picture, what was trained on what, answers side by side, and all numbers. Prints the verdict. Runs in one process.
 """
 
 from pathlib import Path
@@ -20,6 +20,7 @@ from rlhf_recipes.evaluation.collect import collect_results, write_answers
 from rlhf_recipes.evaluation.frontier import measure_frontier
 from rlhf_recipes.evaluation.measurement import Measurement, check_choosers, check_names, choose_judge, sample_policy
 from rlhf_recipes.evaluation.named_rewards import load_named_rewards
+from rlhf_recipes.evaluation.policy_checks import check_policies
 from rlhf_recipes.evaluation.prompts import held_out_prompts
 from rlhf_recipes.evaluation.report.html import write_report
 from rlhf_recipes.generation.policies import load_policy_bank, load_policy_tokenizer, read_policies
@@ -37,6 +38,7 @@ def main() -> None:
     check_writable(Path(evaluate_args.output_dir))
     policies = read_policies(evaluate_args.policies)
     check_names(evaluate_args, policies)
+    same = check_policies(policies, evaluate_args)
 
     # Data: prompts that no stage was trained on
     rows = held_out_prompts(data_args, evaluate_args)
@@ -65,7 +67,7 @@ def main() -> None:
         samples[name] = sample_policy(measurement, policy, evaluate_args.seed + number)
         print(f"{name} has answered", flush=True)
     frontier = measure_frontier(measurement, evaluate_args.seed + len(policies))
-    results = collect_results(measurement, policies, samples, judge, frontier, texts)
+    results = collect_results(measurement, policies, samples, judge, frontier, texts, same)
 
     write_answers(evaluate_args.output_dir, measurement, samples)
     page = write_report(evaluate_args.output_dir, results)

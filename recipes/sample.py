@@ -51,8 +51,7 @@ def main() -> None:
         for part, ended in sample_groups(bank, list(policies), rows, sample_args, done=file.prompts):
             file.append(part, ended)
             bar.update(len(part))
-    alike = file.prompts - file.groups
-    print(f"{file.groups} groups are in {file.path}; {alike} prompts with equal completions were left out")
+    print(file.summary())
 
 
 if __name__ == "__main__":

@@ -8,9 +8,9 @@ from typing import Any
 
 from rlhf_recipes.config.current import CURRENT_RUN, CurrentRun
 from rlhf_recipes.config.keys import check_all_keys, read_options
-from rlhf_recipes.config.origins import config_of, origin_of
+from rlhf_recipes.config.origins import COMMAND_LINE, config_of, origin_of
 from rlhf_recipes.config.overrides import merge_overrides
-from rlhf_recipes.core.errors import RecipeError, causes, failed_write, first_line, lack_of_memory
+from rlhf_recipes.core.errors import RecipeError, causes, error_context, failed_write, first_line, lack_of_memory
 from rlhf_recipes.core.paths import add_current_folder, expand_paths
 from rlhf_recipes.core.warning_log import repeat_warnings
 from rlhf_recipes.core.yaml import read_yaml
@@ -31,7 +31,7 @@ def exit_on_recipe_error() -> Iterator[None]:
         sys.stdout.reconfigure(line_buffering=True)  # keeps the order of stdout and stderr in one file
     token = CURRENT_RUN.set(None)
     try:
-        with repeat_warnings():
+        with repeat_warnings(_written_at):
             yield
     except Exception as error:
         run = CURRENT_RUN.get()
@@ -48,6 +48,12 @@ def exit_on_recipe_error() -> Iterator[None]:
         CURRENT_RUN.reset(token)
 
 
+def _written_at(message: str) -> str:
+    """Return where the argument that a warning begins with was written."""
+    run = CURRENT_RUN.get()
+    return run.origin.written_at(message) if run else ""
+
+
 def check_early(recipe: str | Path) -> None:
     """Exit with one message for a misspelt key or path, in less than a second.
 
@@ -57,8 +63,10 @@ def check_early(recipe: str | Path) -> None:
         add_current_folder()
         recipe = Path(recipe).resolve()
         types = find_stage(recipe.stem).argument_types()
-        options = expand_paths(read_options(sys.argv[1:], types))
+        options = read_options(sys.argv[1:], types)
         config = config_of(recipe, options.pop("config", None))
+        with error_context(COMMAND_LINE):
+            options = expand_paths(options)
         check_file(config, types, recipe.parent, options)
 
 

@@ -4,12 +4,12 @@ The recipes check them again where they read them, by the functions below.
 """
 
 import functools
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from rlhf_recipes.core.errors import RecipeError, error_context
-from rlhf_recipes.core.files import holds_result
+from rlhf_recipes.core.files import ADAPTER, REWARD, holds_result
 from rlhf_recipes.core.hub import resolve_path
 from rlhf_recipes.core.inspection import check_dotted_path
 from rlhf_recipes.core.paths import resolve_config_path
@@ -36,9 +36,9 @@ def check_inputs(
     """
     for key, value in values.items():
         for place, path, check in _inputs(key, value, types.get(key, "")):
-            if path and not is_written(path):
-                named = f": {path}" if check in (require_reward, require_reward_folder) else ""
-                with error_context(f"{place}{named}"):
+            named = f": {path}" if check in (require_reward, require_reward_folder) else ""
+            with error_context(f"{place}{named}"):
+                if path and not is_written(path):
                     check(path)
 
 
@@ -55,6 +55,11 @@ def _inputs(key: str, value: Any, annotation: str) -> Iterator[tuple[str, Any, C
         check = require_data if "DatasetSource" in annotation else _LISTS.get(key)
         for number, entry in enumerate(value if check else (), start=1):
             yield f"{key}, entry {number}", _path_of(entry), check
+
+
+def is_within(path: str, folders: Iterable[Path]) -> bool:
+    """Return whether a path is one of some absolute folders, or in one."""
+    return any(Path(path).absolute().is_relative_to(folder) for folder in folders)
 
 
 def _path_of(entry: Any) -> str | None:
@@ -178,6 +183,7 @@ def require_start(folder: str) -> None:
     """Raise a RecipeError if a folder holds no adapter to start from."""
     if not (Path(folder) / "adapter_config.json").is_file():
         raise RecipeError(f"{folder}: no adapter there (no adapter_config.json). Fix: train it first, or name another folder")
+    require_weights(Path(folder) / ADAPTER)
 
 
 def require_adapter(folder: str, name: str = "") -> None:
@@ -186,12 +192,21 @@ def require_adapter(folder: str, name: str = "") -> None:
     `name` is that of the policy, which may be the recipe's.
     """
     if (Path(folder) / "adapter_config.json").is_file():
+        require_weights(Path(folder) / ADAPTER)
         return
     if (Path(folder) / "config.json").is_file():
         raise RecipeError(f"{folder} holds a complete model. Fix: evaluate it alone, as `model_name_or_path`.")
     stage = next((stage for stage in training_stages() if stage in Path(folder).name or stage in name), None)
     recipe = f"recipes/{stage}.py" if stage else "recipes/sft.py, dpo.py or ppo.py"
     raise RecipeError(f"{folder} holds no adapter (adapter_config.json). Fix: train it with {recipe}, or name another folder.")
+
+
+def require_weights(path: Path) -> None:
+    """Raise a RecipeError if there is no safetensors file of an adapter or a model."""
+    if not path.is_file():
+        pickles = [name for name in ("adapter_model.bin", "pytorch_model.bin") if (path.parent / name).exists()]
+        fix = f". Fix: save {pickles[0]} as safetensors; pickles are not read" if pickles else ""
+        raise RecipeError(f"{path.parent}: no {path.name} there{fix}")
 
 
 def require_merge_source(folder: str) -> None:
@@ -222,8 +237,22 @@ def require_reward_folder(folder: str) -> None:
     """Raise a RecipeError if a folder holds no reward model."""
     if not Path(folder).is_dir():
         raise RecipeError("no such folder. Fix: train it first (recipes/reward.py), or name another")
+    reject_unfinished_ensemble(Path(folder))
     if not holds_result(folder):
-        raise RecipeError("holds no finished reward model. Fix: train it first (recipes/reward.py), or name another folder")
+        raise RecipeError("holds no reward model. Fix: train it first (recipes/reward.py), or name another folder")
+    if (Path(folder) / "adapter_config.json").is_file():
+        require_weights(Path(folder) / ADAPTER)
+
+
+def reject_unfinished_ensemble(folder: Path) -> None:
+    """Raise a RecipeError if a folder holds members of an ensemble that are unlisted."""
+    if not any((folder / name).exists() for name in (REWARD, "adapter_config.json", "config.json")) and any(
+        folder.glob("member-*/*config.json")
+    ):
+        raise RecipeError(
+            f"{folder}: is an unfinished ensemble: no {REWARD} lists its members. Fix: resume it with "
+            "`resume_from_checkpoint: true`, or name one member"
+        )
 
 
 _SINGLE: dict[str, Callable[[str], Any]] = {

@@ -34,6 +34,11 @@ class EvaluateArguments:
         "Column that splits truthfulness and calibration by its values. If it holds true and false, true is what the model "
         "could know, where abstaining is over-abstention.",
     )
+    group_names: dict[str, str] = option(
+        {},
+        "Words for the groups in the report, to follow 'answers': `{known: about people it has read about, not known: about "
+        "strangers}`. Without them a group is called by its column and value.",
+    )
     truthfulness: bool | None = option(
         None,
         "Compare answers with the column `reference`, word for word; default: if half of the references have at most eight "

@@ -1,6 +1,7 @@
 """Where each argument of a run was written: what messages begin with."""
 
 import contextlib
+import itertools
 import re
 from collections.abc import Collection, Iterator
 from dataclasses import dataclass
@@ -12,7 +13,10 @@ from rlhf_recipes.core.yaml import line_of
 
 COMMAND_LINE = "the command line"
 WRITTEN_FOR = "# Written by recipes/pipeline.py for "
-"""The first line of a stage's YAML file, before the stage's place in the file of the pipeline."""
+"""The first line of a stage's YAML file, before the stage's place in the file of the pipeline.
+
+The comment above each key says where it was written.
+"""
 
 
 @dataclass(frozen=True)
@@ -51,9 +55,12 @@ class Origin:
 
     def place(self, message: str) -> str:
         """Return where the key that a message begins with was written."""
+        return self.written_at(message) or self.default.place(_steps(message))
+
+    def written_at(self, message: str) -> str:
+        """Return the place of the key that a message begins with; "" if it has none."""
         steps = _steps(message)
-        source = next((source for source in self.sources if steps[0] in source.keys), self.default)
-        return source.place(steps)
+        return next((source.place(steps) for source in self.sources if steps[0] in source.keys), "")
 
     @contextlib.contextmanager
     def context(self) -> Iterator[None]:
@@ -74,14 +81,15 @@ def origin_of(config: Path, values: Collection[str], overrides: Collection[str] 
     """Return where the arguments of a recipe come from.
 
     Args:
-        config: its YAML file. In one that a pipeline wrote, a first line names the place in the pipeline's own file.
+        config: its YAML file. In one that a pipeline wrote, comments name the places in the user's files.
         values: the keys in that file.
         overrides: the keys on the command line.
     """
-    with config.open(encoding="utf-8") as file:
-        written = file.readline().strip()
-    if written.startswith(WRITTEN_FOR):
-        return Origin((), Source(written.removeprefix(WRITTEN_FOR)))
+    first, *lines = config.read_text(encoding="utf-8").splitlines() or [""]
+    if first.startswith(WRITTEN_FOR):
+        pairs = [(line, below.partition(":")[0]) for line, below in itertools.pairwise(lines) if line.startswith("# ")]
+        sources = (Source(line.removeprefix("# "), [key]) for line, key in pairs)
+        return Origin(tuple(sources), Source(first.removeprefix(WRITTEN_FOR)))
     both = Source(f"{config} and {COMMAND_LINE}") if overrides else Source(file=config)
     return Origin((Source(COMMAND_LINE, overrides), Source(keys=values, file=config)), both)
 

@@ -9,6 +9,7 @@ from rlhf_recipes.config import option
 from rlhf_recipes.config.data import DatasetSource
 from rlhf_recipes.config.launcher import check_launcher_support, current_launcher
 from rlhf_recipes.config.policy import PolicyArguments
+from rlhf_recipes.core.errors import RecipeError
 
 from trl import GRPOConfig
 
@@ -68,7 +69,7 @@ class PPOConfig(GRPOConfig):
 
     Raises:
         ValueError: for values that make no sense, alone or together.
-        RecipeError: for what the launcher does not support.
+        RecipeError: for what the launcher does not support, or steps of nothing but value warm-up.
     """
 
     # GRPO's, with other defaults
@@ -172,4 +173,21 @@ class PPOConfig(GRPOConfig):
                 "top_p, top_k, min_p or repetition_penalty: the policy that is sampled is not the one that PPO has the "
                 "log-probabilities of. Fix: leave them at 1, 0, null and 1 in training"
             )
+        check_value_warmup(self.value_warmup_steps, self.max_steps)
         check_launcher_support("ppo", vars(self), current_launcher())
+
+
+def check_value_warmup(warmup: int, steps: int) -> None:
+    """Refuse a run in which only the critic would learn.
+
+    Args:
+        warmup: `value_warmup_steps`.
+        steps: optimizer steps of the whole run; not positive if they are not known.
+
+    Raises:
+        RecipeError: with the key and the fix.
+    """
+    if 0 < steps <= warmup:
+        raise RecipeError(
+            f"value_warmup_steps: {warmup}: only the critic would learn in all {steps} steps. Fix: lower it, or train longer"
+        )

@@ -5,7 +5,7 @@ import logging
 import os
 import sys
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -18,20 +18,22 @@ _RELAY = "RLHF_RECIPES_WARNINGS"  # environment variable of a launched recipe: t
 class _WarningLog(logging.Handler):
     """Handler of the main process, which prints each text once as `warning: TEXT`."""
 
-    def __init__(self) -> None:
+    def __init__(self, place: Callable[[str], str]) -> None:
         super().__init__(logging.WARNING)
+        self.place = place
         self.texts: list[str] = []
         self.relay = os.environ.get(_RELAY)
 
     def emit(self, record: logging.LogRecord) -> None:
         text = " ".join(printable(record.getMessage()).split("\n"))
+        text = ": ".join(filter(None, (self.place(text), text)))
         if text in self.texts or os.environ.get("RANK", "0") != "0":
             return
         self.texts.append(text)
         below_bar = "\n" if _progress_bars() else ""
         print(f"{below_bar}{record.levelname.lower()}: {text}", file=sys.stderr, flush=True)
         if self.relay:
-            with open(self.relay, "a", encoding="utf-8") as file:
+            with contextlib.suppress(OSError), open(self.relay, "a", encoding="utf-8") as file:  # a full disk
                 file.write(f"{text}\n")
 
     def repeat(self) -> None:
@@ -42,12 +44,12 @@ class _WarningLog(logging.Handler):
 
 
 @contextlib.contextmanager
-def repeat_warnings() -> Iterator[None]:
+def repeat_warnings(place: Callable[[str], str] = lambda text: "") -> Iterator[None]:
     """Print this project's warnings as they come, and all of them again at the end.
 
-    The end closes progress bars that a failure left open.
+    The end closes progress bars that a failure left open. `place` returns what a warning is about, to stand in front of it.
     """
-    log = _WarningLog()
+    log = _WarningLog(place)
     logger.addHandler(log)
     try:
         yield

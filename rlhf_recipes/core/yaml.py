@@ -1,5 +1,6 @@
 """YAML 1.2 files: `1e-4` is a number, `yes` is text, and keys are unique."""
 
+import contextlib
 import io
 from collections.abc import Sequence
 from pathlib import Path
@@ -9,7 +10,7 @@ from rlhf_recipes.core.errors import RecipeError, did_you_mean, error_context, o
 from rlhf_recipes.core.paths import expand_paths
 
 from ruamel.yaml import YAML
-from ruamel.yaml.error import MarkedYAMLError
+from ruamel.yaml.error import MarkedYAMLError, YAMLError
 from ruamel.yaml.nodes import MappingNode, SequenceNode
 
 
@@ -50,7 +51,9 @@ def line_of(path: Path, steps: Sequence[str | int]) -> int | None:
 
     `steps` are keys of mappings, and positions in lists from 0.
     """
-    line, node = None, YAML(typ="safe", pure=True).compose(path.read_text(encoding="utf-8"))
+    line, node = None, None
+    with contextlib.suppress(OSError, ValueError, YAMLError):  # it may have been edited since it was read
+        node = YAML(typ="safe", pure=True).compose(path.read_text(encoding="utf-8"))
     for step in steps:
         if isinstance(node, MappingNode):
             found = next(((key, value) for key, value in node.value if key.value == str(step)), None)

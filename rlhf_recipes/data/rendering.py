@@ -71,17 +71,18 @@ def check_rendered(
     verdicts = {row: checks[row].verdict for row in good}
     count = Counter(verdicts.values())
     counts = f"{where}: of {len(good)} rows, {count['truncated']} lose the end of an answer or text at "
-    counts += f"`max_length: {max_length}`, and {count['unusable']} are too long to be used"
+    key = "max_prompt_length" if kind == "prompt" else "max_length"
+    counts += f"`{key}: {max_length}`, and {count['unusable']} are too long to be used"
     if long_rows == "error" and (count["truncated"] or count["unusable"]):
         # Row numbers of the file are lost by now: the text of a row finds it
         rows = [_beginning(dataset[row], kind) for row, verdict in verdicts.items() if verdict][:SHOWN]
-        raise RecipeError(f"{counts} ({', '.join(rows)}). Fix: raise `max_length`, or set `long_rows` to `truncate` or `drop`.")
+        raise RecipeError(f"{counts} ({', '.join(rows)}). Fix: raise `{key}`, or set `long_rows` to `truncate` or `drop`.")
     rejected = {"unusable", "truncated"} if long_rows == "drop" else {"unusable"}
     keep = [row for row, verdict in verdicts.items() if verdict not in rejected]
     if count["truncated"] or count["unusable"]:
         logger.warning("%s; %d are dropped", counts, len(good) - len(keep))
     if not keep:
-        raise RecipeError(f"{counts}: no row is left. Fix: raise `max_length`.")
+        raise RecipeError(f"{counts}: no row is left. Fix: raise `{key}`.")
     context = tokenizer.model_max_length
     if max_length is not None and context < max_length and (beyond := sum(checks[row].size > context for row in keep)):
         logger.warning(

@@ -2,16 +2,22 @@
 
 import json
 import math
+from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
 
 from rlhf_recipes.core.files import ANSWERS, REWARD_EVALUATION, read_json, write_text
 from rlhf_recipes.core.provenance import versions
+from rlhf_recipes.core.warning_log import warnings_so_far
+from rlhf_recipes.evaluation.estimates import win_rate_of
 from rlhf_recipes.evaluation.measurement import Measurement, PolicySamples
+from rlhf_recipes.evaluation.policy_checks import check_answers, check_changes, read_training
 from rlhf_recipes.evaluation.policy_results import contains, measure_policy
 from rlhf_recipes.evaluation.prompts import groups_of
+from rlhf_recipes.evaluation.report.details import details
+from rlhf_recipes.evaluation.report.standing import leader_of
 from rlhf_recipes.evaluation.report.verdict import verdict
-from rlhf_recipes.evaluation.types import EvaluationResults, Example, ExampleAnswer, Frontier, RewardInfo
+from rlhf_recipes.evaluation.types import UNSET, EvaluationResults, Example, ExampleAnswer, Frontier, RewardInfo
 from rlhf_recipes.generation.judges import ChatJudge, prompt_as_text
 from rlhf_recipes.generation.policies import Policy
 from rlhf_recipes.rewards.matching import accepted_answers, kinds_of
@@ -27,18 +33,31 @@ def collect_results(
     judge: str | ChatJudge | None,
     frontier: Frontier | None,
     texts: Dataset | None,
+    same: Mapping[str, str],
 ) -> EvaluationResults:
-    """Measure every policy, compare it with the baseline, and state the verdict."""
+    """Measure every policy, compare it with the baseline, and state the verdict.
+
+    `same` maps policies to others of exactly their weights.
+    """
     arguments = measurement.arguments
     baseline = arguments.compare_with
     measured = {}
     for name, policy in policies.items():
         others = None if name == baseline else samples[baseline]
-        measured[name] = measure_policy(measurement, policy, samples[name], others, judge, texts)
+        result = measure_policy(measurement, policy, samples[name], others, judge, texts)
+        measured[name] = replace(result, training=read_training(policy.folder), same_as=same.get(name, UNSET))
     rewards = {}
     for name, reward in measurement.rewards.items():
         evaluation = read_json(Path(reward.folder) / REWARD_EVALUATION[0]) or None if reward.folder else None
-        rewards[name] = RewardInfo(trained=reward.trained, folder=reward.folder, about=reward.about, evaluation=evaluation)
+        rewards[name] = RewardInfo(
+            trained=reward.trained,
+            folder=reward.folder,
+            about=reward.about,
+            evaluation=evaluation,
+            training=read_training(reward.folder),
+        )
+    check_answers(samples, policies, arguments)
+    check_changes(samples, measurement.reference, same)
     results = EvaluationResults(
         verdict=[],
         compare_with=baseline,
@@ -53,8 +72,27 @@ def collect_results(
         frontier=frontier,
         examples=_examples(measurement, samples),
         versions=versions(),
+        group_names=arguments.group_names,
     )
-    return replace(results, verdict=verdict(results))
+    results = _compare_with_leader(results, samples, judge)
+    return replace(results, verdict=verdict(results), details=details(results), warnings=warnings_so_far())
+
+
+def _compare_with_leader(
+    results: EvaluationResults, samples: Mapping[str, PolicySamples], judge: str | ChatJudge | None
+) -> EvaluationResults:
+    """Add the leader's wins against every other policy, where the judge is a reward."""
+    leader = leader_of(results)
+    if leader is None or not isinstance(judge, str):
+        return results
+    scores = samples[leader].scores[judge]
+    policies = {
+        name: replace(policy, leader_wins=win_rate_of(scores, samples[name].scores[judge], results.seed, judge))
+        if name not in (leader, results.compare_with)
+        else policy
+        for name, policy in results.policies.items()
+    }
+    return replace(results, policies=policies)
 
 
 def _examples(measurement: Measurement, samples: dict[str, PolicySamples]) -> list[Example]:

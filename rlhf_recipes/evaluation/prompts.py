@@ -24,8 +24,8 @@ def held_out_prompts(data: DataArguments, arguments: EvaluateArguments) -> Datas
     independent prompts, and intervals would be too narrow.
 
     Raises:
-        RecipeError: As `load_data`. Also if the column `group_by` is missing or holds lists or mappings, or a `reference` is
-            neither a text nor a list of texts.
+        RecipeError: As `load_data`. Also if the column `group_by` is missing or holds lists or mappings, `group_names` names
+            no group, or a `reference` is neither a text nor a list of texts.
     """
     if data.eval_datasets:
         for key in ("column_mapping", "dataset_arguments"):
@@ -45,6 +45,10 @@ def held_out_prompts(data: DataArguments, arguments: EvaluateArguments) -> Datas
             if not isinstance(value, Hashable):
                 fix = "name a column of texts, numbers or truth values"
                 raise RecipeError(f"group_by: the column '{column}' holds {value!r:.80} in row {row}. Fix: {fix}.")
+    groups = groups_of(rows, arguments.group_by)
+    for name in arguments.group_names if arguments.group_by else ():
+        if name not in groups:
+            raise RecipeError(f"group_names: {name!r} is no group. Fix: name one of {', '.join(groups)}.")
     if "reference" in rows.column_names:
         for row, value in enumerate(rows["reference"]):
             with error_context(f"reference: row {row}", ValueError, fix=CONVERT_REFERENCES):

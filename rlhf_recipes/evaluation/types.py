@@ -6,7 +6,7 @@ is left out. Intervals are of 95%, with prompts resampled.
 """
 
 import dataclasses
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from enum import Enum
 from pathlib import Path
 from typing import Any, TypeVar
@@ -99,13 +99,31 @@ class BestOf:
 
 
 @dataclass(frozen=True, kw_only=True)
+class Training:
+    """How an adapter was trained, as its `recipe.json` tells."""
+
+    recipe: str
+    base: str | None  # name or folder of the base model
+    start_from: str | None  # folder of the adapter that it began as
+    sources: list[str]  # of its data
+    rows: int | None
+    steps: int | None
+    seconds: float | None
+    rewards: list[str]  # what PPO was paid by: folders and dotted paths
+    max_completion_length: int | None  # of the answers that PPO sampled, in tokens
+
+
+@dataclass(frozen=True, kw_only=True)
 class PolicyResult:
     """All that was measured of one policy."""
 
     adapter: str | None  # its folder; None for the base model and best-of-n
     best_of: BestOf | Unset = UNSET
+    training: Training | Unset = UNSET  # where there is a record
+    same_as: str | Unset = UNSET  # another policy of exactly these weights
     rewards: dict[str, Estimate | None]  # reward -> mean score
     win_rate: WinRate | Unset | None = UNSET  # against the baseline, by the judge
+    leader_wins: WinRate | Unset | None = UNSET  # of the best policy against this one, where the judge is a reward
     kl: Estimate | None  # from the KL reference, in nats per answer
     entropy: Estimate | None  # in nats per answer
     length: Estimate  # in tokens
@@ -132,6 +150,7 @@ class RewardInfo:
     folder: str | None  # of a reward model
     about: str | None  # first line of a function's docstring
     evaluation: dict[str, Any] | None  # `evaluation.json` of a reward model
+    training: Training | Unset = UNSET  # of a reward model with a record
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -175,7 +194,9 @@ class Example:
 class EvaluationResults:
     """All that `metrics.json` holds."""
 
-    verdict: list[str]  # the result in sentences
+    verdict: list[str]  # the result in a few plain sentences
+    details: list[str] = field(default_factory=list)  # every difference in words, with intervals
+    warnings: list[str] = field(default_factory=list)  # of the run
     compare_with: str  # the baseline of win rates and differences
     kl_reference: str  # the policy that KL is measured from
     prompts: int
@@ -188,12 +209,22 @@ class EvaluationResults:
     frontier: Frontier | None
     examples: list[Example]
     versions: dict[str, Any]  # of the libraries
+    group_names: dict[str, str] = field(default_factory=dict)  # group -> words that follow "answers"
 
     @property
     def groups(self) -> list[str]:
         """Groups of prompts that truthfulness is reported for."""
         measured = next((list(policy.truthfulness) for policy in self.policies.values() if policy.truthfulness), [])
         return measured[1:] or measured
+
+    @property
+    def could_know(self) -> str | None:
+        """The group whose answers could be known, where another could not."""
+        return next((group for group in self.groups if f"not {group}" in self.groups), None)
+
+    def words_for(self, group: str) -> str:
+        """Return words for a group of prompts that follow "answers"; "" for all."""
+        return "" if group == "all" else self.group_names.get(group, f"in the group '{group}'")
 
     @property
     def others(self) -> dict[str, PolicyResult]:

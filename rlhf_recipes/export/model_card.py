@@ -92,7 +92,7 @@ def _card(record: dict[str, Any], stages: list[dict[str, Any]], location: str) -
     form, origin = "full model", f"{display_name(name)}, with all weights trained"
     if record.get("recipe") == "merge":
         origin = f"{display_name(name)} with a LoRA adapter merged into it"
-    elif _argument(record, "use_peft"):
+    elif recorded_argument(record, "use_peft"):
         form, origin = "adapter", f"an adapter on {display_name(name)}"
     sections = [
         f"# {Path(location).name}",
@@ -115,7 +115,8 @@ def _card(record: dict[str, Any], stages: list[dict[str, Any]], location: str) -
     return f"---\n{metadata.to_yaml()}\n---\n\n" + "\n\n".join(sections) + "\n"
 
 
-def _argument(record: dict[str, Any], name: str) -> Any:
+def recorded_argument(record: dict[str, Any], name: str) -> Any:
+    """Return an argument of a run from its record; None if it has none."""
     groups = (record.get("arguments") or {}).values()
     return next((group[name] for group in groups if isinstance(group, dict) and name in group), None)
 
@@ -128,9 +129,9 @@ def _stage(number: int, record: dict[str, Any]) -> str:
     cost = f", {run['steps']} steps in {run['wall_time_s']:.0f} s" if run.get("steps") else ""
     paper = f" ([arXiv](https://arxiv.org/abs/{stage.paper}))" if stage.paper else ""
     lines = [f"{number}. **{record['recipe']}**{paper}, `{record['folder']}`{cost}", *_data(record)]
-    inherited = ("lora_",) if _argument(record, "start_from") else ()  # the parent adapter decides these
+    inherited = ("lora_",) if recorded_argument(record, "start_from") else ()  # the parent adapter decides these
     names = [name for name in (*_ARGUMENTS, *stage.card_arguments) if not name.startswith(inherited)]
-    values = {name: _argument(record, name) for name in names}
+    values = {name: recorded_argument(record, name) for name in names}
     values = [f"`{name}: {_format(value)}`" for name, value in values.items() if value is not False and value not in _UNSET]
     if values:
         lines.append(f"   - {', '.join(values)}")
@@ -172,7 +173,7 @@ def _merge_check(record: dict[str, Any], stages: list[dict[str, Any]]) -> list[s
     check = record.get("check")
     if not check:
         return []
-    bits = next((bits for stage in stages for bits in (4, 8) if _argument(stage, f"load_in_{bits}bit")), None)
+    bits = next((bits for stage in stages for bits in (4, 8) if recorded_argument(stage, f"load_in_{bits}bit")), None)
     text = (
         f"The {check['what']} of the saved model were compared with those of the adapter on its base, in {check['dtype']}. "
         f"They differ by {check['difference']:.1e} of their deviation (at most {check['tolerance']:.0e} is allowed)."

@@ -1,6 +1,7 @@
 """Sample several different completions of each prompt, from one or more policies."""
 
 import json
+import logging
 import os
 import random
 from collections.abc import Iterator, Sequence
@@ -17,6 +18,8 @@ from rlhf_recipes.generation.eos import warn_of_endless
 from rlhf_recipes.generation.policies import Policy, PolicyBank
 
 from datasets import Dataset
+
+logger = logging.getLogger(__name__)
 
 
 def reject_best_of(policies: dict[str, Policy]) -> None:
@@ -177,3 +180,17 @@ class GroupFile:
         for key, number in more.items():
             self._state[key] = self._state.get(key, 0) + number
         write_json(self.folder / SAMPLED, self._state)
+
+    def summary(self) -> str:
+        """Return a line for the user, and warn if hardly any prompt makes a group.
+
+        Raises:
+            RecipeError: if none does.
+        """
+        fix = "Fix: raise `temperature` or `max_attempts`, or ask other prompts"
+        if not self.groups:
+            raise RecipeError(f"temperature: the completions of each of {self.prompts} prompts are alike. {fix}")
+        if 10 * self.groups < self.prompts:
+            logger.warning("temperature: only %d of %d prompts have different completions. %s", self.groups, self.prompts, fix)
+        alike = self.prompts - self.groups
+        return f"{self.groups} groups are in {self.path}; {alike} prompts with equal completions were left out"

@@ -13,14 +13,14 @@ from rlhf_recipes.config.evaluate import EvaluateArguments
 from rlhf_recipes.config.rank import RankArguments
 from rlhf_recipes.config.sample import SampleArguments
 from rlhf_recipes.core.errors import RecipeError, error_context
-from rlhf_recipes.core.files import RECIPE, holds_result, read_json, trained_on_conversations
+from rlhf_recipes.core.files import ADAPTER, RECIPE, holds_result, read_json, trained_on_conversations
 from rlhf_recipes.inputs import require_adapter
 from rlhf_recipes.models.adapters import add_adapter, check_policy_adapter, read_adapter_config
 from rlhf_recipes.models.fingerprint import check_base
 from rlhf_recipes.models.loading import check_vocabulary, load_model
 from rlhf_recipes.models.roles import NO_ADAPTER, use_adapter
 from rlhf_recipes.models.tokenizer import check_tokenizer, load_tokenizer
-from rlhf_recipes.models.weights import ADAPTER, read_weights
+from rlhf_recipes.models.weights import read_weights
 
 from accelerate import PartialState
 from peft import LoraConfig, PeftModel, get_peft_model

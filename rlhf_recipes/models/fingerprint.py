@@ -1,12 +1,15 @@
-"""Fingerprints of base models, by which an adapter recognises its base."""
+"""Fingerprints of base models and adapters, by which they are recognised."""
 
 import hashlib
+import json
 import logging
 from pathlib import Path
 from typing import Any
 
 from rlhf_recipes.core.errors import RecipeError
+from rlhf_recipes.core.files import ADAPTER, read_json
 from rlhf_recipes.models.backbone import backbone, base_name, base_of
+from rlhf_recipes.models.weights import read_weights
 
 import torch
 from peft.tuners.tuners_utils import BaseTunerLayer
@@ -15,6 +18,7 @@ from transformers.integrations import is_deepspeed_zero3_enabled
 
 logger = logging.getLogger(__name__)
 _ADAPTER_PARTS = ("lora_", "trainable_tokens_", ".modules_to_save.")  # in the names of weights that PEFT adds
+_SCALING = ("r", "lora_alpha", "use_rslora", "use_dora", "rank_pattern", "alpha_pattern")  # of `adapter_config.json`
 _DIMENSIONS = ("model_type", "vocab_size", "hidden_size", "num_hidden_layers", "num_attention_heads", "intermediate_size")
 
 
@@ -109,3 +113,23 @@ def _difference(recorded: dict[str, Any], loaded: dict[str, Any]) -> str:
         if not differences and recorded.get(part) and loaded[part] and recorded[part] != loaded[part]:
             differences = [text]
     return ", ".join(differences)
+
+
+def adapter_fingerprint(folder: str | Path) -> str | None:
+    """Return a digest of the change that a saved adapter makes; None if it makes none.
+
+    A LoRA adapter of which no B was trained leaves its base as it is.
+
+    Raises:
+        RecipeError: as `read_weights`.
+    """
+    weights = read_weights(Path(folder) / ADAPTER)
+    effects = {name: weight for name, weight in weights.items() if "lora_A" not in name and "lora_embedding_A" not in name}
+    if all("lora_B" in name or "lora_embedding_B" in name for name in effects) and not any(map(torch.any, effects.values())):
+        return None
+    config = read_json(Path(folder) / "adapter_config.json")
+    digest = hashlib.sha256(json.dumps([config.get(name) for name in _SCALING]).encode())
+    for name, weight in sorted(weights.items()):
+        digest.update(name.encode())
+        digest.update(weight.contiguous().flatten().view(torch.uint8).numpy().tobytes())
+    return digest.hexdigest()

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from rlhf_recipes.core.errors import RecipeError, error_context, first_line
-from rlhf_recipes.core.files import RECIPE, read_json
+from rlhf_recipes.core.files import ADAPTER, RECIPE, read_json
 from rlhf_recipes.core.hub import explain_load_error
 from rlhf_recipes.core.machine import check_bitsandbytes
 from rlhf_recipes.inputs import check_model
@@ -18,7 +18,7 @@ from rlhf_recipes.models.fingerprint import check_base
 from rlhf_recipes.models.kernels import check_kernel_options, compile_layers, without_compilation
 from rlhf_recipes.models.lm_head import keep_head_inputs_contiguous
 from rlhf_recipes.models.precision import check_4bit_shapes, check_quantised_share, disable_cpu_4bit_repacking
-from rlhf_recipes.models.weights import ADAPTER, check_finite, read_weights
+from rlhf_recipes.models.weights import check_finite, read_weights
 
 import torch
 from accelerate.utils import parse_flag_from_env

@@ -4,12 +4,10 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 
 from rlhf_recipes.core.errors import RecipeError, first_line
+from rlhf_recipes.inputs import require_weights
 
 import torch
 from safetensors import SafetensorError, safe_open
-
-ADAPTER = "adapter_model.safetensors"
-"""File name of an adapter's weights."""
 
 
 def read_weights(path: str | Path) -> dict[str, torch.Tensor]:
@@ -28,10 +26,7 @@ def iterate_weights(path: str | Path) -> Iterator[tuple[str, torch.Tensor]]:
         RecipeError: as in `read_weights`.
     """
     path = Path(path)
-    if not path.is_file():
-        pickles = [name for name in ("adapter_model.bin", "pytorch_model.bin") if (path.parent / name).exists()]
-        fix = f". Fix: save {pickles[0]} as safetensors; pickles are not read" if pickles else ""
-        raise RecipeError(f"{path.parent}: no {path.name} there{fix}")
+    require_weights(path)
     try:
         with safe_open(path, framework="pt") as file:
             for name in file.keys():  # noqa: SIM118 - not a mapping

@@ -6,8 +6,9 @@ from typing import Any
 
 from rlhf_recipes.config.keys import check_all_keys
 from rlhf_recipes.config.origins import origin_of
+from rlhf_recipes.core.errors import RecipeError
 from rlhf_recipes.core.paths import add_current_folder
-from rlhf_recipes.inputs import check_inputs
+from rlhf_recipes.inputs import check_inputs, is_within
 from rlhf_recipes.pipeline.reading import PipelineFile, PipelineStage
 from rlhf_recipes.stages import STAGES
 
@@ -42,12 +43,15 @@ def check_stage_inputs(file: PipelineFile, stages: Collection[PipelineStage]) ->
     """
     add_current_folder()
     written: list[Path] = []
+    names = {stage.entry for stage in file.stages}
+
+    def is_written(path: str) -> bool:
+        if path in names and not Path(path).exists():
+            raise RecipeError(f'{path}: is a stage, not a folder. Fix: write "{{{path}}}"')
+        return is_within(path, written)
+
     for stage in file.stages:
         if stage in stages:
             with stage.origin.context():
-                check_inputs(
-                    stage.values,
-                    STAGES[stage.recipe].argument_types(),
-                    lambda path: any(Path(path).absolute().is_relative_to(folder) for folder in written),
-                )
+                check_inputs(stage.values, STAGES[stage.recipe].argument_types(), is_written)
         written.append(stage.folder.absolute())

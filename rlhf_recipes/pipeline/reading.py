@@ -16,13 +16,14 @@ from rlhf_recipes.config.launcher import (
     default_launcher_config,
     read_launcher,
 )
-from rlhf_recipes.config.origins import Origin, Source
+from rlhf_recipes.config.origins import Origin
 from rlhf_recipes.config.overrides import merge_overrides
 from rlhf_recipes.core.errors import RecipeError, did_you_mean, error_context
 from rlhf_recipes.core.paths import files_in, resolve_config_path
 from rlhf_recipes.core.yaml import read_yaml
+from rlhf_recipes.pipeline.places import Places
 from rlhf_recipes.pipeline.schema import TRACKER_KEYS, PipelineConfig, StageEntry, parse_pipeline
-from rlhf_recipes.pipeline.settings import SET, Settings, apply_settings
+from rlhf_recipes.pipeline.settings import Settings, apply_settings
 from rlhf_recipes.stages import STAGES, pipeline_stages
 
 if TYPE_CHECKING:  # it imports PyTorch
@@ -119,23 +120,20 @@ def read_stages(config: Path, recipes: Path, settings: Settings = ()) -> Pipelin
         RecipeError: with the file and its line, and the key or stage.
     """
     values, set_keys = apply_settings(read_yaml(config), settings)
-    with Origin((Source(SET, set_keys.get("", ())),), Source(file=config)).context():
-        settings = parse_pipeline(values)
-        accelerate_config = _find_accelerate_config(settings.accelerate_config, recipes)
+    places = Places(config, set_keys)
+    with places.of_file().context():
+        content = parse_pipeline(values)
+        accelerate_config = _find_accelerate_config(content.accelerate_config, recipes)
         launcher = read_launcher(accelerate_config) if accelerate_config else Launcher()
-        if settings.gpu_memory is not None:
+        if content.gpu_memory is not None:
             check_single_gpu_plan(launcher)
-        order = _order(settings)
-    for_all = (
-        Source(f"{SET}: arguments", set_keys.get("arguments", ())),
-        Source("arguments", settings.arguments, config, ("arguments",)),
-    )
-    with Origin(for_all, for_all[-1]).context():
-        _check_shared(settings)
+        order = _order(content)
+    with places.of_arguments(content).context():
+        _check_shared(content)
     stages: list[PipelineStage] = []
     read_file = functools.cache(read_yaml)  # all seeds and rounds read the same files
-    for seed in [None] if settings.seeds is None else settings.seeds:
-        reader = _SeedReader(config, settings, for_all, read_file, set_keys, recipes, seed, accelerate_config, launcher)
+    for seed in [None] if content.seeds is None else content.seeds:
+        reader = _SeedReader(places, content, read_file, recipes, seed, accelerate_config, launcher)
         stages += [reader.read(number, turn) for turn, number in order]
     owners: dict[Path, str] = {}
     for stage in stages:
@@ -143,7 +141,7 @@ def read_stages(config: Path, recipes: Path, settings: Settings = ()) -> Pipelin
         if owner != stage.name:
             message = f"output_dir: {owner} and {stage.name} both write to {stage.folder}. Fix: leave `output_dir` out"
             raise RecipeError(f"{stage.origin.place(message)}: {message}")
-    return PipelineFile(Path(settings.output_dir), stages, accelerate_config, settings.jobs, launcher, settings.gpu_memory)
+    return PipelineFile(Path(content.output_dir), stages, accelerate_config, content.jobs, launcher, content.gpu_memory)
 
 
 def _find_accelerate_config(path: str | None, recipes: Path) -> str | None:
@@ -158,30 +156,30 @@ def _find_accelerate_config(path: str | None, recipes: Path) -> str | None:
     )
 
 
-def _order(settings: PipelineConfig) -> list[tuple[int | None, int]]:
+def _order(content: PipelineConfig) -> list[tuple[int | None, int]]:
     """Return the round (or None) and index of each entry, in the order of the run."""
-    repeated = [number for number, entry in enumerate(settings.stages) if entry.each_round]
-    if (settings.rounds is None) == bool(repeated):
+    repeated = [number for number, entry in enumerate(content.stages) if entry.each_round]
+    if (content.rounds is None) == bool(repeated):
         raise RecipeError("rounds: needs stages with `each_round: true`, and they need `rounds`. Fix: set both, or neither")
     if not repeated:
-        return [(None, number) for number in range(len(settings.stages))]
+        return [(None, number) for number in range(len(content.stages))]
     if repeated != list(range(repeated[0], repeated[-1] + 1)):
         raise RecipeError("stages: those with `each_round: true` must stand next to each other. Fix: move them together")
     before = [(None, number) for number in range(repeated[0])]
-    rounds = [(turn, number) for turn in range(1, settings.rounds + 1) for number in repeated]
-    return before + rounds + [(None, number) for number in range(repeated[-1] + 1, len(settings.stages))]
+    rounds = [(turn, number) for turn in range(1, content.rounds + 1) for number in repeated]
+    return before + rounds + [(None, number) for number in range(repeated[-1] + 1, len(content.stages))]
 
 
-def _check_shared(settings: PipelineConfig) -> None:
+def _check_shared(content: PipelineConfig) -> None:
     """Reject shared arguments that no stage has, or that each stage has its own of."""
-    recipes = {entry.recipe or entry.name for entry in settings.stages}
+    recipes = {entry.recipe or entry.name for entry in content.stages}
     if not recipes <= STAGES.keys():
         return  # the message about that stage comes first
     known = {name for recipe in recipes for name in STAGES[recipe].argument_types()}
-    for key in settings.arguments:
+    for key in content.arguments:
         if key == "output_dir":
             raise RecipeError("output_dir: each stage has its own. Fix: write it beside `arguments`, for all folders")
-        if key == "seed" and settings.seeds is not None:
+        if key == "seed" and content.seeds is not None:
             raise RecipeError("seed: `seeds` sets it. Fix: leave one of the two out")
         if key not in known:
             raise RecipeError(f"no stage has the key '{key}'{did_you_mean(key, known)}")
@@ -191,11 +189,9 @@ def _check_shared(settings: PipelineConfig) -> None:
 class _SeedReader:
     """Reads the entries of one seed, in the order in which they run."""
 
-    config: Path
-    settings: PipelineConfig
-    for_all: tuple[Source, Source]
+    places: Places
+    content: PipelineConfig
     read_file: Callable[[Path], dict[str, Any]]
-    set_keys: Mapping[str, Sequence[str]]
     recipes: Path
     seed: int | None
     accelerate_config: str | None
@@ -204,10 +200,9 @@ class _SeedReader:
 
     def read(self, number: int, turn: int | None) -> PipelineStage:
         """Return the stage of an entry in a round."""
-        entry = self.settings.stages[number]
+        entry = self.content.stages[number]
         recipe = entry.recipe or entry.name
-        place = Source(f"stages: {entry.name}", StageEntry.model_fields, self.config, ("stages", number))
-        with Origin((), place).context():
+        with self.places.of_entry(number, entry).context():
             if len(self.stages.get(entry.name, ())) >= (turn or 1):
                 raise RecipeError(f"name: '{entry.name}' is taken. Fix: give each stage its own name, and set `recipe`")
             if recipe not in pipeline_stages():
@@ -217,12 +212,11 @@ class _SeedReader:
                 file = resolve_config_path(entry.config, self.recipes)
                 written = self.read_file(file)
         types = STAGES[recipe].argument_types()
-        shared = {key: value for key, value in self.settings.arguments.items() if key in types}
-        arguments = Source(place.label, entry.arguments, self.config, ("stages", number, "arguments"))
-        given = Source(f"{SET}: {entry.name}", self.set_keys.get(entry.name, ()))
-        origin = Origin((given, arguments, *self.for_all, Source(keys=written, file=file)), place)
+        shared = {key: value for key, value in self.content.arguments.items() if key in types}
+        own = self._own(entry, recipe, turn)
+        origin = self.places.of_stage(number, self.content, [*own], file, [*written])
         with origin.context():
-            values = merge_overrides(merge_overrides(written, shared), self._own(entry, recipe, turn))
+            values = merge_overrides(merge_overrides(written, shared), own | entry.arguments)
             values.pop("needs", None)  # the pipeline's order takes its place
             stage = self._stage(entry, recipe, turn, values, origin, frozenset({*shared, *entry.arguments}))
         self.stages.setdefault(entry.name, []).append(stage)
@@ -266,15 +260,15 @@ class _SeedReader:
 
     def _own(self, entry: StageEntry, recipe: str, turn: int | None) -> dict[str, Any]:
         """Return the arguments that the pipeline sets for one stage."""
-        output = Path(self.settings.output_dir)
+        output = Path(self.content.output_dir)
         output = output if self.seed is None else output / f"seed-{self.seed}"
         output = output if turn is None else output / f"round-{turn}"
         own: dict[str, Any] = {"output_dir": str(output / entry.name)}
         if self.seed is not None:
             own["seed"] = self.seed
         if STAGES[recipe].trains:
-            own |= self.settings.tracker_arguments()
-        return own | entry.arguments
+            own |= self.content.tracker_arguments()
+        return own
 
 
 def fingerprint(recipe: str, values: Mapping[str, Any], files: Sequence[Any], inputs: Sequence[str]) -> str:

@@ -2,6 +2,7 @@
 
 import fcntl
 import json
+import logging
 import os
 import subprocess
 import sys
@@ -17,7 +18,7 @@ from typing import Any
 from rlhf_recipes.config.origins import WRITTEN_FOR
 from rlhf_recipes.core.errors import RecipeError
 from rlhf_recipes.core.files import LOG, METRICS, read_json, write_json, write_text
-from rlhf_recipes.core.warning_log import relay_warnings
+from rlhf_recipes.core.warning_log import relay_warnings, warnings_so_far
 from rlhf_recipes.core.yaml import to_yaml
 from rlhf_recipes.evaluation.report.html import PAGE
 from rlhf_recipes.evaluation.report.seeds import write_summary
@@ -33,6 +34,7 @@ from rlhf_recipes.training.resume import checkpoints_in, remove_checkpoint
 
 import torch
 
+logger = logging.getLogger(__name__)
 STATE, LOCK = "pipeline.json", "pipeline.lock"
 LOG_TAIL = 30  # lines of a failed stage's output that are shown
 PROGRESS_INTERVAL = 30  # seconds between lines about stages that run side by side
@@ -123,12 +125,14 @@ class Pipeline:
                 )
 
     def _waiting(self) -> list[PipelineStage]:
-        """Return the stages that are not done, and print the others."""
+        """Return the stages that are not done; print the others, with their warnings."""
         waiting = [stage for stage in self.stages if self.status(stage) != "done"]
         for stage in self.stages:
             if stage not in waiting:
                 report = f"; its report is {stage.folder / PAGE}" if stage.recipe == "evaluate" else ""
                 print(f"{self._head(stage)}: skipped, done with the same arguments and inputs{report}", flush=True)
+                for text in self._state[stage.name].get("warnings", ()):
+                    logger.warning("%s", text)
         return waiting
 
     def _run(self, waiting: list[PipelineStage], lock: int) -> None:
@@ -150,7 +154,8 @@ class Pipeline:
                     stage = running.pop(future)
                     try:
                         future.result()
-                        self._remember(stage, done=stage.fingerprint, result=stage.result())
+                        warnings = [text for text in warnings_so_far() if text.startswith(f"{stage.name}: ")]
+                        self._remember(stage, done=stage.fingerprint, result=stage.result(), warnings=warnings)
                     except RecipeError as error:
                         failure = error
         if failure:
@@ -163,7 +168,7 @@ class Pipeline:
             _discard_partial_result(stage)
         config = self.folder / "configs" / f"{stage.name}.yaml"
         config.parent.mkdir(parents=True, exist_ok=True)
-        write_text(config, f"{WRITTEN_FOR}{stage.origin.default.place()}\n{to_yaml(stage.values)}")
+        write_text(config, "\n".join(_commented(stage)))
         self._remember(stage, begun=stage.fingerprint)
         command = [sys.executable, *self._launcher(), str(self.recipes / f"{stage.recipe}.py"), "--config", str(config)]
         return [*command, "--resume_from_checkpoint", "true"] if resumes and STAGES[stage.recipe].trains else command
@@ -242,6 +247,14 @@ def _progress(stage: PipelineStage) -> str:
         return f"{stage.name}: step {json.loads(last)['step']}"
     except (OSError, ValueError, KeyError, TypeError):  # no log, or a line that is being written
         return f"{stage.name}: running"
+
+
+def _commented(stage: PipelineStage) -> Iterator[str]:
+    """Yield the lines of a stage's YAML file, and where each key was written."""
+    yield f"{WRITTEN_FOR}{stage.origin.default.place()}"
+    for key, value in stage.values.items():
+        yield f"# {'gpu_memory' if key in stage.autofitted else stage.origin.place(str(key))}"
+        yield to_yaml({key: value})
 
 
 def _discard_partial_result(stage: PipelineStage) -> None:

@@ -3,13 +3,13 @@
 from pathlib import Path
 
 from rlhf_recipes.core.errors import RecipeError, error_context
-from rlhf_recipes.core.files import RECIPE, read_json
+from rlhf_recipes.core.files import ADAPTER, RECIPE, read_json
 from rlhf_recipes.models.adapters import add_adapter, read_adapter_config
 from rlhf_recipes.models.fingerprint import check_base
 from rlhf_recipes.models.loading import check_vocabulary, load_architecture
 from rlhf_recipes.models.roles import POLICY
 from rlhf_recipes.models.tokenizer import check_tokenizer
-from rlhf_recipes.models.weights import ADAPTER, check_finite, read_weights
+from rlhf_recipes.models.weights import check_finite, read_weights
 from rlhf_recipes.rewards.reward_models import HEAD, HEAD_IN_ADAPTER, ScalarHead
 
 import transformers

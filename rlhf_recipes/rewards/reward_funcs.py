@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from rlhf_recipes.core.errors import RecipeError, did_you_mean, error_context, one_line
-from rlhf_recipes.inputs import is_reward_folder, require_reward, require_reward_folder
+from rlhf_recipes.inputs import is_reward_folder, is_within, require_reward, require_reward_folder
 from rlhf_recipes.rewards.functions import CONVERT_REFERENCES, FINITE_FLOATS, NAME_A_REFERENCE
 from rlhf_recipes.rewards.matching import accepted_answers
 from rlhf_recipes.rewards.protocol import TRL_KEYWORDS, Reward, checked_reward
@@ -79,7 +79,7 @@ def load_rewards(entries: Any, *data: Dataset | None) -> tuple[list[Reward | Sav
     return rewards, weights
 
 
-def check_reward_funcs(key: str, entries: Sequence[Any], is_written: Callable[[str], bool]) -> list[str | None]:
+def check_reward_funcs(key: str, entries: Sequence[Any], written: Sequence[Path]) -> list[str | None]:
     """Import the functions of a list of rewards, and check their arguments' names.
 
     Nothing is made of the arguments, and no model is loaded.
@@ -87,7 +87,7 @@ def check_reward_funcs(key: str, entries: Sequence[Any], is_written: Callable[[s
     Args:
         key: of the list.
         entries: as of `load_rewards`, or `load_named_rewards`.
-        is_written: whether an earlier stage writes a folder.
+        written: folders of stages, which will be there.
 
     Returns:
         The name under which each reports its scores; None if only the reward itself could tell.
@@ -103,7 +103,7 @@ def check_reward_funcs(key: str, entries: Sequence[Any], is_written: Callable[[s
             entry = {option: value for option, value in entry.items() if option not in ("name", "trained", "optional")}
         with error_context(place):
             path, _, arguments = _read_entry(entry)
-        if is_reward_folder(path) or is_written(path):
+        if is_reward_folder(path) or is_within(path, written):
             names.append(name or Path(path).name)
             continue
         with error_context(f"{place}: {path}"):

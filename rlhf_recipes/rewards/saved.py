@@ -5,7 +5,8 @@ from pathlib import Path
 from typing import Any
 
 from rlhf_recipes.core.errors import RecipeError, error_context
-from rlhf_recipes.core.files import REWARD, read_json
+from rlhf_recipes.core.files import ADAPTER, REWARD, read_json
+from rlhf_recipes.inputs import reject_unfinished_ensemble
 from rlhf_recipes.models.adapters import adapter_errors, add_adapter, read_adapter_config
 from rlhf_recipes.models.architectures import register_classifier
 from rlhf_recipes.models.backbone import backbone, hidden_width
@@ -13,7 +14,7 @@ from rlhf_recipes.models.fingerprint import check_base
 from rlhf_recipes.models.precision import disable_cpu_4bit_repacking
 from rlhf_recipes.models.roles import restore_adapter_state
 from rlhf_recipes.models.tokenizer import check_tokenizer
-from rlhf_recipes.models.weights import ADAPTER, check_finite, read_weights
+from rlhf_recipes.models.weights import check_finite, read_weights
 from rlhf_recipes.rewards.classifier import read_head, scalar_head
 from rlhf_recipes.rewards.reward_json import read_ensemble, read_normalisation
 from rlhf_recipes.rewards.reward_models import HEAD_IN_ADAPTER, Ensemble, RewardModel, ScalarHead, Scorer
@@ -142,12 +143,7 @@ def load_saved_reward(
         members, trained, coefficient = ensemble
         rewards = [_load_member(member, model, tokenizer, f"{folder.name}-{member.name}", batch_size) for member in members]
         return Ensemble(rewards, combine or trained, coefficient if uncertainty_coef is None else uncertainty_coef, folder.name)
-    is_single = any((folder / name).exists() for name in ("adapter_config.json", "config.json"))
-    if not is_single and any(folder.glob("member-*/*config.json")):
-        raise RecipeError(
-            f"{folder}: is an unfinished ensemble: no {REWARD} lists its members. Fix: resume it with "
-            "`resume_from_checkpoint: true`, or name one member"
-        )
+    reject_unfinished_ensemble(folder)
     if combine is not None or uncertainty_coef is not None:
         raise RecipeError(f"{folder}: holds one reward model. Fix: remove `combine` and `uncertainty_coef`")
     return _load_member(folder, model, tokenizer, folder.name, batch_size)

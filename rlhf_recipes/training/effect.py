@@ -1,10 +1,10 @@
 """Whether a training will change the model, and whether it has."""
 
 import logging
-import math
 from typing import Any
 
 from rlhf_recipes.config.launcher import plain
+from rlhf_recipes.config.ppo import check_value_warmup
 from rlhf_recipes.core.errors import RecipeError
 
 import torch
@@ -13,6 +13,8 @@ from transformers import TrainerCallback, TrainerState, TrainingArguments
 
 logger = logging.getLogger(__name__)
 
+_SHORTEST = 1e-6  # sum of all learning rates: Adam, and SGD with clipped gradients, move no weight much farther
+
 
 class EffectCallback(TrainerCallback):
     """Errors and warnings about runs that learn nothing, or next to nothing."""
@@ -20,12 +22,12 @@ class EffectCallback(TrainerCallback):
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: Any, model: nn.Module, **kwargs: Any
     ) -> None:
-        """Look at the warm-up, and remember the weights.
+        """Look at the schedule, and remember the weights.
 
         Raises:
             RecipeError: if the model could not change.
         """
-        check_warmup(args, state.max_steps)
+        check_schedule(args, state.max_steps)
         self._before, self._first_step = _digests(model), state.global_step
 
     def on_step_end(self, args: TrainingArguments, state: TrainerState, control: Any, **kwargs: Any) -> None:
@@ -37,21 +39,24 @@ class EffectCallback(TrainerCallback):
     def on_train_end(self, args: TrainingArguments, state: TrainerState, control: Any, model: nn.Module, **kwargs: Any) -> None:
         """Fail if steps that should have changed the weights have not.
 
+        The last steps of a resumed run may be too small for the weights' type: they are only warned of.
+
         Raises:
             RecipeError: with what to look at.
         """
         steps = state.global_step - max(self._first_step, getattr(args, "value_warmup_steps", 0))
-        enough = 1
-        if getattr(args, "target_kl", None) is not None:  # a resumed run may start in an iteration that was stopped early
-            enough = math.ceil(args.num_iterations * args.steps_per_generation / args.gradient_accumulation_steps)
-        if steps >= enough and self._before and _digests(model) == self._before:
-            raise RecipeError(
-                f"{steps} steps have not changed the model by one bit. Fix: check `learning_rate` ({args.learning_rate:g}), "
-                "`lr_scheduler_type` and `warmup_steps`, whether scores or rows differ, and which adapter is active"
-            )
+        if steps <= 0 or not self._before or _digests(model) != self._before:
+            return
+        message = (
+            f"{steps} steps have not changed the model by one bit. Fix: check `learning_rate` ({args.learning_rate:g}), "
+            "`lr_scheduler_type` and `warmup_steps`, whether scores or rows differ, and which adapter is active"
+        )
+        if not self._first_step:
+            raise RecipeError(message)
+        logger.warning("%s", message)
 
 
-def check_warmup(args: TrainingArguments, steps: int) -> None:
+def check_schedule(args: TrainingArguments, steps: int) -> None:
     """Refuse or warn of a run that is over before the model learns.
 
     Args:
@@ -64,15 +69,16 @@ def check_warmup(args: TrainingArguments, steps: int) -> None:
     if steps <= 0:
         return
     critic_alone = getattr(args, "value_warmup_steps", 0)
-    if steps <= critic_alone:
-        raise RecipeError(
-            f"value_warmup_steps: {critic_alone}: the critic alone would learn in all {steps} steps. "
-            "Fix: set it lower, or train longer"
-        )
+    check_value_warmup(critic_alone, steps)
     if steps - critic_alone < critic_alone:
         logger.warning(
             "value_warmup_steps: %d: only %d of %d steps train the policy. Fix: set it lower, or train longer",
             *(critic_alone, steps - critic_alone, steps),
+        )
+    if (distance := args.learning_rate * (steps - critic_alone)) < _SHORTEST:
+        logger.warning(
+            "learning_rate: %g: in %d steps no weight moves farther than about %.0e. Fix: raise it",
+            *(args.learning_rate, steps - critic_alone, distance),
         )
     warmup = 0 if plain(args.lr_scheduler_type) == "constant" else args.get_warmup_steps(steps)
     if warmup < steps:

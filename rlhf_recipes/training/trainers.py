@@ -13,13 +13,13 @@ from typing import Any
 
 from rlhf_recipes.config.launcher import plain
 from rlhf_recipes.core.errors import RecipeError, as_recipe_error, did_you_mean, error_context
-from rlhf_recipes.core.files import read_json, write_json
+from rlhf_recipes.core.files import ADAPTER, read_json, write_json
 from rlhf_recipes.models.adapters import check_adapter_complete
 from rlhf_recipes.models.dropout import disable_dropout
 from rlhf_recipes.models.positions import check_packing, positions_of
 from rlhf_recipes.models.precision import keep_adapter_in_fp32, preserve_param_dtypes
 from rlhf_recipes.models.roles import POLICY, save_single_adapter
-from rlhf_recipes.models.weights import ADAPTER, iterate_weights, read_weights
+from rlhf_recipes.models.weights import iterate_weights, read_weights
 from rlhf_recipes.training.effect import EffectCallback
 from rlhf_recipes.training.resume import ARGUMENTS, read_trainer_state, resume_errors
 
@@ -86,7 +86,8 @@ class TrainerMixin:
         batch *= args.gradient_accumulation_steps
         if rows < batch and not samples:
             logger.warning(
-                "per_device_train_batch_size: %d rows do not fill a batch of %d: one step an epoch. Fix: lower it, or add rows",
+                "per_device_train_batch_size: %d rows do not fill a batch of %d: one step an epoch. Fix: lower it, or raise "
+                "`num_train_epochs`",
                 *(rows, batch),
             )
         wrapped, limit = getattr(args, "packing", False) and not self.padding_free, positions_of(self.model)

@@ -124,6 +124,13 @@ def test_links_in_documents(path):
     assert not [link for link in links if not (path.parent / link).exists()]
 
 
+@pytest.mark.parametrize(("section", "arguments"), [("Sampling", sample.SampleArguments), ("Ranking", rank.RankArguments)])
+def test_tables_of_keys_are_complete(section, arguments):
+    text = (ROOT / "docs" / "label.md").read_text().partition(f"## {section}\n")[2].partition("\n## ")[0]
+    keys = [key for line in text.splitlines() if line.startswith("| `") for key in re.findall(r"`(\w+)`", line.split("|")[1])]
+    assert sorted(keys) == sorted(item.name for item in dataclasses.fields(arguments))
+
+
 def test_the_map_of_the_library_is_complete():
     text = (ROOT / "docs" / "contributing.md").read_text()
     shown = set(re.findall(r"^(\w+)(?:/|\.py) ", text, re.MULTILINE))

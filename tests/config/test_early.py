@@ -98,6 +98,7 @@ def test_a_misspelt_dotted_path(package, path, expected):
         ("sft", ["--config", "data.yaml"], "data.yaml: line 2: dataset_name: rows/mine.csv: there is no such file in "),
         ("sft", ["--dataset_name=./rows"], "the command line: dataset_name: ./rows: there is no such file or folder"),
         ("sft", ["--datasets", "a.b", "c.csv"], "the command line: datasets, entry 1: a.b: neither a file"),
+        ("dpo", ["--start_from", "$NOWHERE/sft"], "the command line: start_from: $NOWHERE/sft: $NOWHERE is not set"),
         ("ppo", ["--start_from", "runs/sft"], "the command line: start_from: runs/sft: no adapter there"),
         ("reward", ["--model_name_or_path", "./base"], "the command line: model_name_or_path: ./base: no such folder"),
         ("ppo", ["--reward_funcs", "runs/reward"], "the command line: reward_funcs, entry 1: runs/reward: no such folder"),
@@ -108,6 +109,7 @@ def test_a_misspelt_dotted_path(package, path, expected):
             ["--groups", "runs/sample"],
             "the command line: groups: runs/sample: cannot be read (No such file or directory)",
         ),
+        ("sample", ["--policies", '{"a": "runs/x"}'], "the command line: policies: a: runs/x holds no adapter"),
         ("merge", ["--adapter", "runs/ppo"], "the command line: adapter: runs/ppo holds no adapter"),
     ],
 )

@@ -5,6 +5,8 @@ import subprocess
 import sys
 
 from rlhf_recipes.cli import exit_on_recipe_error
+from rlhf_recipes.config.current import CURRENT_RUN, CurrentRun
+from rlhf_recipes.config.origins import origin_of
 from rlhf_recipes.core.errors import RecipeError
 from rlhf_recipes.core.warning_log import relay_warnings, repeat_warnings, warnings_so_far
 
@@ -64,6 +66,18 @@ def test_an_error_stands_below_the_bar_of_a_training(capsys):
     fail(lambda: bars.append(tqdm(range(3), desc="training")))
     bars[0].close()
     assert "error: seed: wrong" in capsys.readouterr().err.splitlines()
+
+
+def test_the_place_where_an_argument_was_written(tmp_path, capsys):
+    config = tmp_path / "my.yaml"
+    config.write_text("seed: 1\nwarmup_steps: 50\n")
+    origin = origin_of(config, ["seed", "warmup_steps", "max_steps"], ["max_steps"])
+    with exit_on_recipe_error():
+        CURRENT_RUN.set(CurrentRun(tmp_path / "sft.py", config, origin, {}))
+        for text in ("warmup_steps: 50: long", "max_steps: 2: few", "train: few rows"):
+            logger.warning("%s", text)
+    places = [f"{config}: line 2: warmup_steps: 50: long", "the command line: max_steps: 2: few", "train: few rows"]
+    assert capsys.readouterr().err.splitlines()[:3] == [f"warning: {place}" for place in places]
 
 
 def test_only_the_main_process_warns(capsys, monkeypatch):

@@ -1,7 +1,7 @@
 """YAML files: YAML 1.2, keys once, and one line for what is wrong."""
 
 from rlhf_recipes.core.errors import RecipeError
-from rlhf_recipes.core.yaml import read_yaml, to_yaml
+from rlhf_recipes.core.yaml import line_of, read_yaml, to_yaml
 
 import pytest
 
@@ -58,3 +58,22 @@ def test_a_missing_file_names_its_neighbour(tmp_path):
     (tmp_path / "mine.yaml").write_text("seed: 1\n")
     with pytest.raises(RecipeError, match=r"mien\.yaml: no such file; did you mean '.*mine\.yaml'"):
         read_yaml(tmp_path / "mien.yaml")
+
+
+@pytest.mark.parametrize(
+    ("steps", "line"),
+    [
+        (("a",), 1),
+        (("stages", 1, "arguments", "beta"), 6),
+        (("stages", 1, "arguments", "other"), 5),  # the last part that is there
+        (("stages", 7), 2),
+        (("3",), 8),
+        (("nothing",), None),
+    ],
+)
+def test_the_line_of_a_key(tmp_path, steps, line):
+    path = tmp_path / "my.yaml"
+    path.write_text("a: 1\nstages:\n- name: sft\n- name: dpo\n  arguments:\n    beta: 0.1\n\n3: {b: c}\n")
+    assert line_of(path, steps) == line
+    path.write_text("a: [1\n")  # it was edited meanwhile
+    assert line_of(path, steps) is None

@@ -10,11 +10,13 @@ import sys
 from dataclasses import replace
 from pathlib import Path
 
+from rlhf_recipes.core.files import ADAPTER
 from rlhf_recipes.evaluation.measurement import Measurement
 from rlhf_recipes.evaluation.report.html import render
 from rlhf_recipes.evaluation.report.verdict import verdict
 from rlhf_recipes.evaluation.reward_evaluation import measure_reward, write_evaluation
 from rlhf_recipes.evaluation.types import EvaluationResults, from_json, to_json
+from rlhf_recipes.models.weights import read_weights
 from rlhf_recipes.rewards.saved import load_reward_adapter
 from rlhf_recipes.tiny import splits
 from support import NO_EVALUATION, ROOT
@@ -23,6 +25,7 @@ from support.evaluations import BASE, save_adapter, several_turns
 
 import pytest
 import yaml
+from safetensors.torch import save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 
@@ -174,6 +177,55 @@ def test_numbers_are_reproducible(evaluated, runs, tmp_path, launch):
     assert "Reward against KL" not in (tmp_path / "again" / "index.html").read_text()
 
 
+def test_policies_of_equal_weights_and_answers_without_eos_are_said_in_warnings(runs, tmp_path, launch):
+    untrained = shutil.copytree(runs / "sft", tmp_path / "untrained")
+    weights = {name: weight * ("lora_B" not in name) for name, weight in read_weights(untrained / ADAPTER).items()}
+    save_file(weights, untrained / ADAPTER)
+    again = shutil.copytree(runs / "ppo", tmp_path / "again", ignore=shutil.ignore_patterns("checkpoint-*"))
+    record = {
+        "recipe": "ppo",
+        "arguments": {"PPOArguments": {"reward_funcs": ["x.y"]}, "PPOConfig": {"max_completion_length": 8}},
+    }
+    (again / "recipe.json").write_text(json.dumps(record))
+    policies = {
+        "base": None,
+        "sft": str(runs / "sft"),
+        "untrained": str(untrained),
+        "ppo": str(runs / "ppo"),
+        "again": str(again),
+    }
+    few = {"policies": policies, "frontier": [], "frontier_best_of": [], "ptx_dataset": [], "max_completion_length": 1}
+    status, message = launch("evaluate", "--config", settings(runs, tmp_path / "same", **few))
+    assert status == 0, message
+    wanted = [
+        "max_completion_length: 1: again was trained on answers of up to 8 tokens. Fix: set it to 8, or train with 1",
+        "policies: untrained has exactly the weights of base, so",
+        "policies: again has exactly the weights of ppo, so",
+        "policies: no answer of any policy ended with EOS: all were cut off at `max_completion_length: 1`. Fix: ",
+    ]
+    metrics = json.loads((tmp_path / "same" / "metrics.json").read_text())
+    assert len(metrics["warnings"]) == len(wanted)
+    for text in wanted:
+        lines = [line for line in message.splitlines() if line.startswith("warning: ") and text in line]
+        assert len(lines) == 2, "once when it is found, once at the end"
+        assert any(text in warning for warning in metrics["warnings"])
+    assert {name: policy.get("same_as") for name, policy in metrics["policies"].items()} == (
+        dict.fromkeys(policies) | {"untrained": "base", "again": "ppo"}
+    )
+
+
+def test_a_policy_that_hardly_changed_is_named(runs, tmp_path, launch):
+    barely = shutil.copytree(runs / "sft", tmp_path / "barely")
+    weights = {name: weight * (1 + 1e-5) for name, weight in read_weights(barely / ADAPTER).items()}
+    save_file(weights, barely / ADAPTER)
+    few = {"frontier": [], "frontier_best_of": [], "ptx_dataset": []}
+    policies = {"sft": str(runs / "sft"), "barely": str(barely), "ppo": str(runs / "ppo")}
+    status, message = launch("evaluate", "--config", settings(runs, tmp_path / "report", policies=policies, **few))
+    assert status == 0, message
+    assert "policies: barely hardly differs from sft" in message
+    assert "ppo hardly differs" not in message
+
+
 def test_a_chat_model_may_be_the_judge(runs, tmp_path, launch):
     with chat_server(lambda question: "[[A]]") as (url, seen):
         judge = {"url": url, "model": "a-model", "max_pairs": 3}
@@ -216,6 +268,7 @@ def test_several_turns_on_a_4_bit_base(runs, tmp_path, launch):
         ({"temperature": 0.0}, "temperature: 0.0"),
         ({"polices": {}}, "'polices'.*'policies'"),
         ({"judge": "nobody"}, "judge: 'nobody'"),
+        ({"group_names": {"unknown": "x"}}, "group_names: 'unknown' is no group. Fix: name one of all, known, not known"),
         ({"judge": {"url": "localhost", "model": "m"}}, "judge: url: "),
         ({"judge": {"url": NOWHERE, "model": "m", "retries": 0}}, "judge: http://127.0.0.1:9/v1"),
         ({"judge": {"url": NOWHERE, "model": "m", "api_key_env": "NO_SUCH_KEY"}}, "judge: api_key_env: .*NO_SUCH_KEY"),

@@ -171,14 +171,14 @@ def test_calibration_is_compared_with_the_baseline_and_with_chance():
     measurement = measurement_of(rows=questions(count, reference=["a"] * count), num_answers=2)
     answers = ["wrong" if number % 8 < 5 else "a" for number in range(count)]  # right in 3 of 8
     samples = {name: confident(answers, confidence) for name, confidence in (("x", 0.5), ("y", 0.9), ("z", 0.5))}
-    results = collect_results(measurement, {name: Policy(name) for name in samples}, samples, None, None, None)
+    results = collect_results(measurement, {name: Policy(name) for name in samples}, samples, None, None, None, {})
     x, y = (results.policies[name].calibration_of_all for name in "xy")
     assert not x.difference
     assert y.difference["ece"].mean == pytest.approx((0.9 - 3 / 8) - (0.5 - 3 / 8), abs=0.02)
     assert y.difference["brier"].mean == pytest.approx((3 * 0.1**2 + 5 * 0.9**2) / 8 - 0.25)
     # of 40 coins, and not of 80: the mean of |heads / 40 - 1/2|
     assert x.ece_if_calibrated == pytest.approx(math.sqrt(2 / math.pi) * 0.5 / math.sqrt(40), rel=0.15)
-    noise = results.verdict[-1]
+    noise = results.details[-1]
     assert "z: all that was compared" in noise
     assert "y: right, abstained, made up, length, share ended" in noise
     page = " ".join(render(results).split())
@@ -208,7 +208,7 @@ def test_invalid_scores_are_an_error_that_names_the_prompt(scores, message):
 def test_an_example_that_contains_its_reference_says_so():
     measurement = measurement_of(rows=questions(reference=[["a", "b"], ["c"]]))
     samples = {"x": PolicySamples(answers_of("b", "It is c")), "y": PolicySamples(answers_of("I do not know", "d"))}
-    results = collect_results(measurement, {name: Policy(name) for name in samples}, samples, None, None, None)
+    results = collect_results(measurement, {name: Policy(name) for name in samples}, samples, None, None, None, {})
     kinds = [[answer.kind for answer in example.answers.values()] for example in results.examples]
     assert kinds == [["right", "abstained"], ["contains_reference", "made_up"]]
     assert [example.reference for example in results.examples] == ["a / b", "c"]
@@ -221,11 +221,11 @@ def test_a_reward_that_applies_nowhere_is_a_dash():
     samples = {name: PolicySamples(texts, {"nowhere": measurement.score("nowhere", texts)}) for name, texts in answers.items()}
     points = [FrontierPoint(step=1, kl=None, rewards={"nowhere": None})]
     frontier = Frontier(runs={"r": points}, best_of=[], chooser=None)
-    results = collect_results(measurement, {name: Policy(name) for name in answers}, samples, "nowhere", frontier, None)
+    results = collect_results(measurement, {name: Policy(name) for name in answers}, samples, "nowhere", frontier, None, {})
     content = to_json(results)
     assert content["policies"]["y"]["rewards"] == {"nowhere": None}
     assert content["policies"]["y"]["win_rate"] is None
-    assert results.verdict[0].startswith("There is no reward or judge")
+    assert results.details[0].startswith("There is no reward or judge")
     assert render(results).count("<td>-</td>") >= 4
 
 

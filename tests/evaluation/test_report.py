@@ -1,15 +1,17 @@
 """Pictures and verdict of the report."""
 
 import re
+from dataclasses import replace
 from xml.etree import ElementTree
 
 from rlhf_recipes.evaluation.metrics.calibration import calibration
 from rlhf_recipes.evaluation.metrics.scores import score_distribution
 from rlhf_recipes.evaluation.report import plots
+from rlhf_recipes.evaluation.report.details import details
 from rlhf_recipes.evaluation.report.html import render
-from rlhf_recipes.evaluation.report.verdict import verdict
+from rlhf_recipes.evaluation.report.verdict import heading, verdict
 from rlhf_recipes.evaluation.reward_evaluation import evaluate_reward
-from rlhf_recipes.evaluation.types import BestOf, CalibrationBin, Estimate, WinRate
+from rlhf_recipes.evaluation.types import BestOf, CalibrationBin, Estimate, Training, WinRate
 from rlhf_recipes.rewards.matching import KINDS
 from support.evaluations import evaluation_results, exactly, noisy_rankings, policy_result
 
@@ -94,7 +96,7 @@ def test_pictures_of_edge_cases_are_drawn():
     ElementTree.fromstring(plots.score_histogram(score_distribution([0.1] * 3), "constant"))
 
 
-# --- The verdict in words --------------------------------------------------------------------------------
+# --- All differences in words --------------------------------------------------------------------------------
 
 
 def changed(mean, low, high):
@@ -107,39 +109,39 @@ def rate(judge, share, low, high):
 
 
 def sentences(trained=("ppo",), **differences):
-    """Return the verdict on `ppo` against `sft`, by differences in rewards."""
+    """Return the details on `ppo` against `sft`, by differences in rewards."""
     rewards = {name: changed(*values) for name, values in differences.items()}
     ppo = policy_result(rewards=rewards, win_rate=rate("gold", 0.4, 0.3, 0.55), length=changed(2, -1, 5))
-    return verdict(evaluation_results({"sft": policy_result(), "ppo": ppo}, {"proxy": list(trained), "gold": False}))
+    return details(evaluation_results({"sft": policy_result(), "ppo": ppo}, {"proxy": list(trained), "gold": False}))
 
 
-def test_the_verdict_lists_differences_that_may_be_chance():
+def test_the_details_lists_differences_that_may_be_chance():
     first, second, *_, last = sentences(proxy=(1.0, 0.5, 1.5), gold=(0.1, -0.1, 0.3))
     assert first == "Judged by gold, not told apart from sft: ppo (40% [30%, 55%])."
     assert "proxy +1.00 [+0.50, +1.50]; gold (not trained against) +0.10 [-0.10, +0.30] (inside the noise)" in second
     assert last.startswith("Inside the noise, as differences from sft: ppo: score by gold, length. Looked at: scores,")
 
 
-def test_the_verdict_warns_of_answers_that_are_cut_off_or_say_more_than_the_reference():
+def test_the_details_warns_of_answers_that_are_cut_off_or_say_more_than_the_reference():
     often, rarely = ({"ended": exactly(1 - share), "reworded": exactly(share)} for share in (0.3, 0.04))
-    lines = verdict(evaluation_results({"sft": policy_result(**rarely), "ppo": policy_result(**often)}, {}))
+    lines = details(evaluation_results({"sft": policy_result(**rarely), "ppo": policy_result(**often)}, {}))
     assert "Answers cut off at max_completion_length: ppo 30%. Raise it to judge them whole." in lines
     assert any(line.startswith("Answers that count as made up though they contain the reference: ppo 30%.") for line in lines)
-    lines = verdict(evaluation_results({"sft": policy_result(**rarely), "ppo": policy_result(**rarely)}, {}))
+    lines = details(evaluation_results({"sft": policy_result(**rarely), "ppo": policy_result(**rarely)}, {}))
     assert not [line for line in lines if line.startswith("Answers")]
 
 
 def test_a_judge_that_prefers_nothing_says_so():
     ties = WinRate(judge="gold", win_rate=0.5, interval=[0.4, 0.6], n=9, prompts=9, ties=9)
     results = evaluation_results({"sft": policy_result(), "ppo": policy_result(win_rate=ties)}, {"gold": False})
-    assert verdict(results)[0] == "Judged by gold, not told apart from sft: ppo (all tie)."
+    assert details(results)[0] == "Judged by gold, not told apart from sft: ppo (all tie)."
 
 
 @pytest.mark.parametrize(("share", "prompts", "words"), [(0.9, 20, "better"), (0.9, 5, "not told apart"), (0.1, 20, "worse")])
 def test_wins_count_as_other_differences_do(share, prompts, words):
     wins = WinRate(judge="gold", win_rate=share, interval=[share - 0.05, share + 0.05], n=9, prompts=prompts, ties=0)
     results = evaluation_results({"sft": policy_result(), "ppo": policy_result(win_rate=wins)}, {"gold": False})
-    assert f"Judged by gold, {words}" in verdict(results)[0]
+    assert f"Judged by gold, {words}" in details(results)[0]
     row = re.search(r"<th>ppo</th>(.*?)</tr>", render(results), re.DOTALL)[1]
     assert row.count('class="noise"') == (words == "not told apart")
     assert ("▲" in row, "▼" in row) == (words == "better", words == "worse")
@@ -149,7 +151,7 @@ def test_wins_count_as_other_differences_do(share, prompts, words):
     ("gold", "trained", "warns"),
     [((0.1, -0.1, 0.3), ("ppo",), False), ((-0.2, -0.3, -0.1), ("ppo",), True), ((-0.2, -0.3, -0.1), ("another",), False)],
 )
-def test_the_verdict_warns_of_over_optimisation(gold, trained, warns):
+def test_the_details_warns_of_over_optimisation(gold, trained, warns):
     warning = "ppo may be over-optimised: it gains by proxy"
     lines = sentences(trained, proxy=(1.0, 0.5, 1.5), gold=gold)
     assert any(line.startswith(warning) for line in lines) == warns
@@ -159,10 +161,10 @@ CHOSEN = {"best_of": BestOf(policy="sft", n=4, reward="proxy")}
 
 
 def winners(judge, **policies):
-    """Return the verdict on policies that all win, of which `ppo` was trained against `proxy`."""
+    """Return the details on policies that all win, of which `ppo` was trained against `proxy`."""
     fields = {"rewards": {"proxy": changed(1.0, 0.5, 1.5)}, "win_rate": rate(judge, 0.7, 0.6, 0.8)}
     results = {name: policy_result(**fields | more) for name, more in policies.items()}
-    return verdict(evaluation_results({"sft": policy_result()} | results, {"proxy": ["ppo"], "gold": False}))
+    return details(evaluation_results({"sft": policy_result()} | results, {"proxy": ["ppo"], "gold": False}))
 
 
 def test_wins_by_the_judge_that_a_policy_was_made_for_are_marked():
@@ -180,3 +182,145 @@ def test_rewards_that_a_policy_was_not_trained_against_are_marked():
     assert dpo.startswith("dpo against sft: proxy (not trained against) +1.00")
     assert ppo.startswith("ppo against sft: proxy +1.00")
     assert best.startswith("best against sft: proxy +1.00")
+
+
+# --- The verdict in plain words ---------------------------------------------------------------------------
+
+
+def share(mean, difference=None):
+    """Return a share of the answers to 60 prompts."""
+    changed = {} if difference is None else {"difference": Estimate(mean=difference[0], interval=list(difference[1:]), n=60)}
+    return Estimate(mean=mean, interval=[mean, mean], n=60, **changed)
+
+
+def truth(known, unknown, difference=None):
+    """Return truthfulness of two groups, each by its shares right, abstained and made up."""
+    groups = {"all": known, "known": known, "not known": unknown}
+    kinds = {
+        group: dict(zip(KINDS, (share(one, difference) for one in shares), strict=True)) for group, shares in groups.items()
+    }
+    return {"truthfulness": kinds, "over_abstained": kinds["known"]["abstained"]}
+
+
+CLEAR, NOISE = (0.4, 0.3, 0.5), (0.01, -0.1, 0.1)
+
+
+def results_of(prompts=60, group_names=None, warnings=(), rewards=None, **policies):
+    """Return results of `sft` and other policies, with a judge that no policy was trained against unless `rewards` says so."""
+    return evaluation_results(
+        policies, rewards or {"gold": False}, prompts=prompts, group_names=group_names or {}, warnings=list(warnings)
+    )
+
+
+SFT = truth((0.75, 0.22, 0.03), (0.09, 0.27, 0.64))
+PPO = truth((0.985, 0.01, 0.005), (0.02, 0.93, 0.05), CLEAR)
+
+
+def test_the_first_screen_says_who_is_better_what_it_answers_and_what_it_costs():
+    groups = {"known": "about people it has read about", "not known": "about strangers"}
+    ppo = policy_result(win_rate=rate("gold", 0.7, 0.6, 0.8), perplexity=12.96, **PPO)
+    results = replace(
+        results_of(group_names=groups, sft=policy_result(perplexity=7.06, **SFT), ppo=ppo), num_answers=2, has_perplexity=True
+    )
+    first, answers, cost, trust = verdict(results)
+    assert heading(results) == "ppo is better than sft"
+    assert first.startswith("ppo is better than sft, judged by gold: its answer is the better one in 70 of 100 comparisons,")
+    assert answers == (
+        "ppo makes things up in 5 of 100 answers about strangers (sft: 64). Of 100 answers about people it has read about, "
+        "98 are right (sft: 75) and 1 abstains (sft: 22)."
+    )
+    assert "went from 7.1 (sft) to 13.0" in cost
+    assert "a cost" in cost
+    assert "no policy was trained directly against gold" in trust
+    page = render(replace(results, verdict=[first, answers, cost, trust]))
+    assert page.index(">Answers about strangers<") < page.index("What was trained on what") < page.index("<h2>Scores")
+    assert "http" not in page.replace("http://www.w3.org", "")
+
+
+def test_differences_inside_the_noise_are_said_to_be_chance():
+    ppo = policy_result(win_rate=rate("gold", 0.52, 0.4, 0.6), **truth((0.76, 0.2, 0.04), (0.1, 0.3, 0.6), NOISE))
+    results = results_of(prompts=30, sft=policy_result(**SFT), ppo=ppo)
+    first, answers, _, trust = verdict(results)
+    assert first == "No policy is better than sft, judged by gold: ppo cannot be told apart from it."
+    assert "(sft: 38, which may be chance)" in answers
+    assert answers.endswith("; all of this may be chance.")
+    assert "a small sample" in trust
+
+
+def test_a_judge_that_favours_the_leader_is_said_in_the_first_line():
+    ppo = policy_result(win_rate=rate("gold", 0.8, 0.7, 0.9))
+    dpo = policy_result(win_rate=rate("gold", 0.6, 0.55, 0.65))
+    results = results_of(rewards={"gold": ["ppo"]}, sft=policy_result(), ppo=ppo, dpo=dpo)
+    assert heading(results) == "ppo is better than sft, by a judge that favours it"
+    assert "But it was trained against this very judge, which flatters it. The best that was not: dpo." in verdict(results)[0]
+    assert "favours ppo" in verdict(results)[-1]
+
+
+def test_a_judge_that_the_record_names_favours_a_policy_that_the_key_forgets(tmp_path):
+    training = Training(
+        recipe="ppo",
+        base="somebody/model",
+        start_from=None,
+        sources=[],
+        rows=8,
+        steps=2,
+        seconds=1.0,
+        rewards=[str(tmp_path / "reward")],
+        max_completion_length=8,
+    )
+    ppo = policy_result(adapter="x/ppo", training=training, win_rate=rate("gold", 0.8, 0.7, 0.9))
+    results = results_of(sft=policy_result(), ppo=ppo)
+    results.rewards["gold"] = replace(results.rewards["gold"], folder=str(tmp_path / "reward"))
+    assert "trained against this very judge" in verdict(results)[0]
+    assert "paid by gold; 2 steps in 1 s" in render(results)
+
+
+def test_a_policy_that_may_be_as_good_is_named():
+    one, other = (policy_result(win_rate=rate("gold", mean, mean - 0.05, mean + 0.05)) for mean in (0.8, 0.78))
+    results = results_of(sft=policy_result(), ppo=one, dpo=other)
+    assert heading(results) == "ppo is better than sft, and dpo may be as good"
+    clear = replace(other, leader_wins=rate("gold", 0.6, 0.55, 0.65))
+    assert heading(results_of(sft=policy_result(), ppo=one, dpo=clear)) == "ppo is the best of 3 policies"
+
+
+def test_policies_of_equal_weights_are_named_and_never_lead():
+    wins = rate("gold", 0.9, 0.8, 1.0)
+    same, again = (policy_result(win_rate=wins, same_as=name) for name in ("sft", "ppo"))
+    results = results_of(sft=policy_result(), ppo=policy_result(win_rate=rate("gold", 0.7, 0.6, 0.8)), same=same, again=again)
+    first, others, *_ = verdict(results)
+    assert first.startswith("ppo is better than sft")
+    assert "Also better: again (it has exactly the weights of ppo)." in others
+    assert "Not told apart from sft: same (it has exactly the weights of sft)." in others
+
+
+def test_without_a_judge_or_another_policy_nothing_is_called_better():
+    alone = results_of(rewards={}, sft=policy_result(**SFT))
+    assert verdict(alone)[:2] == [
+        "sft is the only policy: there is nothing to compare it with.",
+        "sft makes things up in 38 of 60 answers in the group 'not known'. "
+        "Of 60 answers in the group 'known', 45 are right and 13 abstain.",
+    ]
+    results = results_of(rewards={}, sft=policy_result(), ppo=policy_result())
+    assert verdict(results)[0].startswith("No reward or judge compared the answers")
+    assert 'id="picture"' not in render(results)
+
+
+def test_wins_are_drawn_where_there_is_no_truth_and_warnings_stand_on_top():
+    ppo = policy_result(win_rate=rate("gold", 0.7, 0.6, 0.8), ended=exactly(0.2))
+    results = results_of(warnings=["nothing <ended>"], sft=policy_result(), ppo=ppo)
+    page = render(replace(results, verdict=verdict(results)))
+    assert "left: 60.0%; width: 20.0%" in page
+    assert page.index("<b>warning:</b> nothing &lt;ended&gt;") < page.index('class="lead"')
+    assert "most answers were cut off" in heading(results)
+    assert "so this says little" in verdict(results)[0]
+
+
+@pytest.mark.parametrize(("after", "chance"), [(0.50, False), (0.58, True)])
+def test_tasks_of_lm_eval_are_a_cost_beyond_their_errors(after, chance):
+    def tasks(value):
+        return {"arc_easy": {"acc,none": value, "acc_stderr,none": 0.02, "alias": "arc_easy"}}
+
+    ppo = policy_result(win_rate=rate("gold", 0.7, 0.6, 0.8), lm_eval=tasks(after))
+    cost = verdict(results_of(sft=policy_result(lm_eval=tasks(0.60)), ppo=ppo))[-2]
+    assert f"arc_easy went from 60 to {100 * after:.0f} of 100 right" in cost
+    assert (", which may be chance" in cost) == chance

@@ -51,7 +51,9 @@ def test_finished_result_is_uploaded_once(launch, uploads, tmp_path):
 
 def test_members_of_an_ensemble_are_uploaded(launch, uploads, tmp_path, monkeypatch):
     monkeypatch.setattr(HfApi, "list_repo_files", lambda self, name, **_: [".gitattributes"])
-    run = (*SMALL, "--ensemble_size", 2, "--dataset_arguments", DATA["reward"], "--output_dir", tmp_path / "mine")
+    rankings = ("--dataset_name", "rlhf_recipes.tiny.splits.rankings", "--test_split_size", "none")
+    data = (*rankings, "--dataset_arguments", DATA["reward"])
+    run = (*SMALL, "--ensemble_size", 2, *data, "--output_dir", tmp_path / "mine")
     status, error = launch("reward", *run, *PUSH)
     assert status == 0, error
     (files,) = uploads

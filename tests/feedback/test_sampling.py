@@ -220,3 +220,19 @@ def test_an_interrupted_recipe_resumes_to_the_same_file(launch, tmp_path, monkey
         assert launch("sample", *options, "--output_dir", resumed) == (0, ANY)
         assert parts == expected
     assert (resumed / "groups.jsonl").read_bytes() == (complete / "groups.jsonl").read_bytes()
+
+
+@pytest.mark.parametrize(("groups", "warns"), [(1, True), (2, False)])
+def test_few_prompts_with_different_completions(tmp_path, caplog, groups, warns):
+    file = GroupFile(tmp_path, {})
+    different, alike = {"prompt": "a", "completions": ["x", "y"]}, {"prompt": "b", "completions": ["x"]}
+    file.append([different] * groups + [alike] * (20 - groups))
+    assert file.summary().startswith(f"{groups} groups are in {file.path}")
+    assert ("temperature: only 1 of 20 prompts" in caplog.text) == warns
+
+
+def test_no_prompt_with_different_completions(tmp_path):
+    file = GroupFile(tmp_path, {})
+    file.append([{"prompt": "b", "completions": ["x"]}])
+    with pytest.raises(RecipeError, match=r"temperature: the completions of each of 1 prompts are alike"):
+        file.summary()

@@ -11,6 +11,7 @@ import pytest
 def make_adapter(folder, record=None):
     folder.mkdir()
     (folder / "adapter_config.json").write_text("{}")
+    (folder / "adapter_model.safetensors").touch()
     if record is not None:
         (folder / "recipe.json").write_text(json.dumps(record))
     return str(folder)

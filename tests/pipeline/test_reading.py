@@ -227,6 +227,12 @@ def test_a_misspelt_argument_of_the_last_stage_is_found_at_once(project, capsys)
     )
 
 
+def test_a_stage_that_is_named_without_braces(project):
+    project.change("dpo", start_from="sft")
+    with pytest.raises(RecipeError, match=r'stages: dpo: start_from: sft: is a stage, not a folder\. Fix: write "\{sft\}"'):
+        check(project)
+
+
 def test_missing_data_are_found_at_once_unless_a_stage_writes_them(project):
     project.change("dpo", datasets=[{"path": "{sft}/rows.jsonl"}, {"path": "nothing.jsonl"}])
     with pytest.raises(RecipeError, match=r"stages: dpo: datasets, entry 2: nothing\.jsonl: "):
@@ -256,6 +262,8 @@ def test_unusable_data_are_found_at_once(project, content, expected, key):
             "rewards, entry 1: .*unknown argument 'slop'",
         ),
         ({"policies": {"sft": None}, "kl_reference": "stf"}, "kl_reference: 'stf' is none of the policies"),
+        ({"judge": {"url": "http://here", "modl": "x"}}, "judge: "),
+        ({"policies": {"sft": None, "best": {"best_of": {"policy": "stf", "n": 2}}}}, "policies: best: best_of: policy: 'stf'"),
         ({"batch_size": "eight"}, "batch_size: expected int"),
     ],
 )

@@ -3,6 +3,7 @@
 import contextlib
 import json
 import os
+import re
 import runpy
 import shutil
 import signal
@@ -70,11 +71,26 @@ def test_a_stage_is_launched_by_accelerate_where_that_is_configured(project, tmp
     assert json.loads(Path("runs/sft/launch.json").read_text()) == {"argv": [], "accelerate": bool(config)}
 
 
-def test_errors_of_a_stage_name_the_file_of_the_pipeline(project, launched):
+def test_a_stage_names_the_places_of_its_arguments_in_the_files_of_the_user(project, launched):
     project.change("other", learning_rate=-1.0)
-    project.run()
-    with pytest.raises(RecipeError, match=r"^pipeline\.yaml: line 6: stages: other: learning_rate: -1\.0: must be 0 or more"):
-        parse_arguments(RECIPES / "sft.py", argv=["--config", "runs/configs/other.yaml"])
+    project.write(seeds=[3], arguments={"lora_r": 4})
+    pipeline = project.read(settings=["other.lora_alpha=8"])
+    pipeline.run()
+    lines = Path("pipeline.yaml").read_text().splitlines()
+    number = lines.index("    learning_rate: -1.0") + 1
+    with pytest.raises(RecipeError, match=rf"^pipeline\.yaml: line {number}: stages: other: learning_rate: -1\.0: nothing"):
+        parse_arguments(RECIPES / "sft.py", argv=["--config", "runs/configs/other-3.yaml"])
+    entry = f"pipeline.yaml: line {lines.index('- name: other') + 1}: stages: other"
+    comments = re.findall(r"^# (.*)\n(\w+):", Path("runs/configs/other-3.yaml").read_text(), re.MULTILINE)
+    assert {key: place for place, key in comments} == {
+        "dataset_name": f"pipeline.yaml: line {lines.index('    dataset_name: me/rows') + 1}: stages: other",
+        "learning_rate": f"pipeline.yaml: line {number}: stages: other",
+        "lora_r": f"pipeline.yaml: line {lines.index('  lora_r: 4') + 1}: arguments",
+        "lora_alpha": "--set: other",
+        "output_dir": entry,
+        "seed": entry,
+    }
+    assert written("other-3")["lora_alpha"] == 8
 
 
 # --- Skip, run again, resume -----------------------------------------------------------------------------
@@ -337,6 +353,10 @@ def test_warnings_of_all_stages_stand_at_the_end(project, launched, monkeypatch,
     assert error.startswith("error: ")
     assert lines[-2:] == ["warning: dpo: few rows", "warning: dpo: dpo is slow"]
     assert {*lines[:4]} == {f"warning: {name}: {text}" for name in ("sft", "other") for text in ("few rows", f"{name} is slow")}
+    with exit_on_recipe_error():  # those of stages that are done, too
+        project.run(["sft"])
+    again = ["Warnings of this run, again:", "warning: sft: few rows", "warning: sft: sft is slow"]
+    assert capsys.readouterr().err.splitlines() == [*again[1:], *again]
 
 
 def test_progress_of_stages_side_by_side_is_printed(project, launched, monkeypatch, capsys):

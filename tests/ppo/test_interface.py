@@ -549,6 +549,11 @@ def test_invalid_arguments_are_refused(tmp_path, options, message):
         PPOConfig(str(tmp_path), **{"bf16": False, **options})
 
 
+def test_steps_of_nothing_but_value_warmup_are_refused_when_parsed(tmp_path):
+    with pytest.raises(RecipeError, match="value_warmup_steps: 4: only the critic would learn in all 4 steps"):
+        PPOConfig(str(tmp_path), bf16=False, max_steps=4, value_warmup_steps=4)
+
+
 def test_num_generations_is_1_by_default_and_a_plain_int(tmp_path):
     args = PPOConfig(str(tmp_path), bf16=False)
     assert type(args.num_generations) is int

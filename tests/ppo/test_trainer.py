@@ -593,7 +593,13 @@ def test_weight_decay_of_the_critic(tmp_path):
         assert trainer.critic.head.bias.item() == 3.0
 
 
-@pytest.mark.parametrize("options", [{"max_steps": 3}, {"max_steps": -1, "num_train_epochs": 1}])
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"max_steps": -1, "num_train_epochs": 1},
+        {"max_steps": -1, "num_train_epochs": 2, "steps_per_generation": 2, "gradient_accumulation_steps": 2},
+    ],
+)
 def test_run_of_nothing_but_value_warmup_is_refused(tmp_path, options):
     trainer = make_trainer(tmp_path, with_adapter(make_model()), value_warmup_steps=4, **options)
     with pytest.raises(RecipeError, match="value_warmup_steps: 4: "):
@@ -800,7 +806,7 @@ def test_unscored_completion_is_left_out_of_everything(tmp_path):
 
 
 @pytest.mark.parametrize("loss_type", LOSSES)
-def test_unscored_batch_teaches_nothing(tmp_path, loss_type):
+def test_unscored_batch_teaches_nothing(tmp_path, loss_type, caplog):
     calls = []
 
     def second_time(prompts, **columns):
@@ -810,6 +816,7 @@ def test_unscored_batch_teaches_nothing(tmp_path, loss_type):
     trainer = make_trainer(tmp_path, with_adapter(make_model()), second_time, max_steps=4, loss_type=loss_type)
     policy, value = Snapshots().follow(trainer)
     assert policy == value == [False, False, True, True]
+    assert "step 0: every reward returned None for all 4 completions" in caplog.text
     assert all(torch.isfinite(weight).all() for weight in trainer.model.parameters())
 
 

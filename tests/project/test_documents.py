@@ -246,12 +246,14 @@ def read_block(text, recipe, name=None):
 
 
 def begin(page):
-    """Replace the previous page's YAML files by this page's, made small."""
+    """Replace the previous page's YAML files by this page's, made small; write its Python files."""
     shutil.rmtree("my", ignore_errors=True)
     for path in Path().glob("my*.yaml"):
         path.unlink()
     for shown in examples():
         of, (language, *words), text = shown.values
+        if of == page and language == "python" and words:
+            Path(words[0]).write_text(text)
         if of == page and language == "yaml" and len(words) == 2:
             values = yaml.safe_load(text)
             for stage in values.get("stages", []):

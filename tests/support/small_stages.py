@@ -3,7 +3,7 @@
 import json
 import re
 
-from rlhf_recipes.config.parser import merge_overrides
+from rlhf_recipes.config.overrides import merge_overrides
 from rlhf_recipes.tiny import splits
 from support import ROOT
 

@@ -21,7 +21,9 @@ SHORT = (*SGD, "--max_steps", 4, "--logging_steps", 1, "--warmup_steps", 0, *NO_
 TEST = '[{"path": "rlhf_recipes.tiny.splits.rankings", "split": "test", "arguments": {"rows": 20, "k": 4}}]'
 END = ("--eval_datasets", TEST, "--per_device_eval_batch_size", 10)  # evaluated at the end
 SFT = ("--dataset_arguments", '{"rows": 128}')
-RANKINGS = ("--dataset_arguments", '{"rows": 64, "k": 4}')
+RANKINGS = ("--dataset_name", "rlhf_recipes.tiny.splits.rankings", "--dataset_arguments", '{"rows": 64, "k": 4}')
+RANKINGS += ("--test_split_size", "none")
+TRUTH = ("--reward_funcs", "rlhf_recipes.rewards.Abstention")
 IN_4_BITS = ("--load_in_4bit", "true", "--use_bnb_nested_quant", "true")
 SAVING = ("--save_strategy", "steps", "--save_steps", 2, "--save_total_limit", 2)
 METRICS = ("loss", "grad_norm", "num_tokens", "rewards/margins", "accuracy", "margin", "max_reward", "eval_loss")
@@ -40,7 +42,7 @@ def stages(folder, processes):
     return [
         short("sft", folder / "sft", 16, processes, *SFT),
         short("dpo", folder / "dpo", 8, processes, *RANKINGS, *policy, *evaluation),
-        short("ppo", folder / "ppo", 16, processes, *policy, "--max_steps", 1, "--value_warmup_steps", 0),
+        short("ppo", folder / "ppo", 16, processes, *policy, *TRUTH, "--max_steps", 1, "--value_warmup_steps", 0),
         short("reward", folder / "reward", 8, processes, *RANKINGS, *evaluation, "--ensemble_size", 2),
     ]
 

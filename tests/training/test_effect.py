@@ -4,12 +4,13 @@ import json
 from types import SimpleNamespace
 
 from rlhf_recipes.core.errors import RecipeError
-from rlhf_recipes.training.effect import check_warmup
+from rlhf_recipes.training.effect import EffectCallback, check_schedule
 from rlhf_recipes.training.ppo import PPOConfig
 from rlhf_recipes.training.ppo.data import fill_batch
 from rlhf_recipes.training.ppo.diagnostics import DiagnosticsCallback
 
 import pytest
+import torch
 from datasets import Dataset
 from trl import SFTConfig
 
@@ -32,19 +33,25 @@ def config(cls, **options):
     ],
 )
 def test_a_learning_rate_that_is_not_reached(caplog, options, steps, warning):
-    check_warmup(config(SFTConfig, **options), steps)
+    check_schedule(config(SFTConfig, **options), steps)
     assert [warning in message for message in caplog.messages] == ([True] if warning else [])
 
 
 def test_the_only_step_would_have_no_learning_rate():
     with pytest.raises(RecipeError, match="warmup_steps: the learning rate of the only step would be 0"):
-        check_warmup(config(SFTConfig, warmup_steps=0.1), 1)
+        check_schedule(config(SFTConfig, warmup_steps=0.1), 1)
 
 
 @pytest.mark.parametrize(("steps", "warning"), [(6, "only 2 of 6 steps train the policy"), (8, None)])
 def test_few_steps_of_the_policy(caplog, steps, warning):
-    check_warmup(config(PPOConfig, value_warmup_steps=4), steps)
+    check_schedule(config(PPOConfig, value_warmup_steps=4), steps)
     assert [warning in message for message in caplog.messages] == ([True] if warning else [])
+
+
+@pytest.mark.parametrize(("rate", "warns"), [(1e-9, True), (1e-7, False)])
+def test_a_learning_rate_that_moves_nothing(caplog, rate, warns):
+    check_schedule(config(SFTConfig, learning_rate=rate), 100)
+    assert ("learning_rate: 1e-09: in 100 steps no weight moves farther than about 1e-07" in caplog.text) == warns
 
 
 def test_a_batch_of_more_than_all_rows(caplog):
@@ -58,7 +65,8 @@ def test_a_short_run_logs_and_warns_of_few_rows(launch, tmp_path):
     status, error = launch("sft", *options, "--per_device_train_batch_size", 32, "--output_dir", tmp_path)
     warnings = [line for line in error.splitlines() if line.startswith("warning: ")]
     assert status == 0
-    assert ["24 rows do not fill a batch of 32" in warnings[0], "reaches 29%" in warnings[1]] == [True, True]
+    assert "warning: the command line: per_device_train_batch_size: 24 rows do not fill a batch of 32" in warnings[0]
+    assert "reaches 29%" in warnings[1]
     assert warnings[2:] == warnings[:2]
     record = json.loads((tmp_path / "recipe.json").read_text())
     assert record["warnings"] == [warning.removeprefix("warning: ") for warning in warnings[:2]]
@@ -103,3 +111,13 @@ def diagnose(*logs):
 def test_unhealthy_figures(caplog, logs, warning):
     diagnose(*logs)
     assert [message.startswith(warning) for message in caplog.messages] == ([True] if warning else [])
+
+
+def test_a_resumed_run_that_changed_nothing_is_warned_of(caplog):
+    """Its last steps may be smaller than the weights' type can add."""
+    callback, model, arguments = EffectCallback(), torch.nn.Linear(2, 2), config(SFTConfig)
+    state = SimpleNamespace(global_step=3, max_steps=4)
+    callback.on_train_begin(arguments, state, None, model)
+    state.global_step = 4
+    callback.on_train_end(arguments, state, None, model)
+    assert "1 steps have not changed the model by one bit" in caplog.text

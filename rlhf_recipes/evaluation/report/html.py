@@ -7,8 +7,11 @@ from rlhf_recipes.core.files import METRICS, RECIPE, read_json, write_json, writ
 from rlhf_recipes.evaluation.estimates import is_insignificant
 from rlhf_recipes.evaluation.report import plots
 from rlhf_recipes.evaluation.report.columns import form_columns, number, percent, score_columns, truthfulness_columns
+from rlhf_recipes.evaluation.report.picture import panels
+from rlhf_recipes.evaluation.report.trainings import trainings
+from rlhf_recipes.evaluation.report.verdict import heading
 from rlhf_recipes.evaluation.reward_evaluation import summary
-from rlhf_recipes.evaluation.types import UNSET, EvaluationResults, FrontierPoint, PolicyResult, to_json
+from rlhf_recipes.evaluation.types import UNSET, EvaluationResults, Example, FrontierPoint, PolicyResult, to_json
 from rlhf_recipes.stages import STAGES, Stage
 
 from jinja2 import Environment, PackageLoader
@@ -37,6 +40,10 @@ def render(results: EvaluationResults) -> str:
     return environment.get_template("report.html.jinja").render(
         results=results,
         policies=results.policies,
+        heading=heading(results),
+        panels=panels(results),
+        trainings=trainings(results),
+        first=_first_of_groups(results.examples),
         scores=score_columns(results),
         truthfulness=truthfulness_columns(results),
         form=[column for column in form_columns(results) if any(map(column.read, results.policies.values()))],
@@ -49,6 +56,12 @@ def render(results: EvaluationResults) -> str:
             for name, result in (about.evaluation or {}).items()
         ],
     )
+
+
+def _first_of_groups(examples: Sequence[Example]) -> list[Example]:
+    """Return an example of each group, of three at most; two where there is one group."""
+    first = list({example.group: example for example in reversed(examples)}.values())[::-1]
+    return first[:3] if len(first) > 1 else list(examples[:2])
 
 
 def _picture(svg: str) -> Markup:

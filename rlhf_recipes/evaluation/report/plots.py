@@ -5,6 +5,7 @@ as an `<img>`, which cannot see the colours of its page.
 """
 
 import io
+import textwrap
 from collections.abc import Sequence
 from itertools import cycle, pairwise
 from typing import Any
@@ -155,7 +156,7 @@ def _path(axes: Axes, points: Sequence[tuple[float, float, str]], colour: str, n
 
 def _axes(title: str, x: str, y: str) -> Axes:
     axes = Figure(figsize=(4.4, 3.6), layout="constrained").subplots()
-    axes.set(title=title, xlabel=x, ylabel=y)
+    axes.set(title=textwrap.fill(title, 42), xlabel=x, ylabel=y)
     return axes
 
 

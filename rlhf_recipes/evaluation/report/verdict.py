@@ -1,171 +1,225 @@
-"""The verdict of an evaluation: its results in sentences."""
+"""The verdict of an evaluation: five plain sentences, the best policy first."""
 
-from rlhf_recipes.evaluation.estimates import is_insignificant
-from rlhf_recipes.evaluation.report.columns import number
-from rlhf_recipes.evaluation.types import UNSET, Estimate, EvaluationResults, PolicyResult, WinRate
+from rlhf_recipes.evaluation.estimates import MIN_PROMPTS, is_insignificant
+from rlhf_recipes.evaluation.report.details import WORTH_A_WARNING, over_optimised
+from rlhf_recipes.evaluation.report.standing import compared, judge_of, leader_of, made_for, rivals_of
+from rlhf_recipes.evaluation.report.truth import CHANCE, answers_of
+from rlhf_recipes.evaluation.report.words import duration, listed, of_answers, one_decimal
+from rlhf_recipes.evaluation.types import Estimate, EvaluationResults, PolicyResult, WinRate
 
-WORTH_A_WARNING = 0.05  # share of the answers
+_SMALL = 50  # prompts: below, only large differences show
+_SAME = 0.02  # change of perplexity that is not worth a word
+_BESIDE = 3  # other policies whose perplexity is named
 
 
 def verdict(results: EvaluationResults) -> list[str]:
-    """Return the results in a few sentences, the most important first.
-
-    A difference counts if its 95% interval excludes 0. Of twenty null differences, about one counts all the same.
-    """
-    every, calibrations = results.policies, {name: one.calibration_of_all for name, one in results.policies.items()}
-    sentences = [
-        _winner(results),
-        *(_rewards(name, results) for name in results.others),
-        *(_over_optimised(name, results) for name in results.others),
-        _warn(
-            "Answers cut off at max_completion_length",
-            {name: 1 - one.ended.mean for name, one in every.items()},
-            "Raise it to judge them whole.",
-        ),
-        _made_up(results),
-        _warn(
-            "Answers that count as made up though they contain the reference",
-            {name: one.reworded.mean for name, one in every.items() if one.reworded},
-            "Only the very words of the reference are right.",
-        ),
-        _listed(
-            "Abstained although the answer could be known",
-            {name: f"{one.over_abstained.mean:.0%}" for name, one in every.items() if one.over_abstained},
-        ),
-        _listed(
-            "Expected calibration error, beside what chance alone would give",
-            {name: f"{one.ece:.2f} ({one.ece_if_calibrated:.2f})" for name, one in calibrations.items() if one},
-        ),
-        _listed(
-            "Perplexity on pretraining text", {name: number(one.perplexity) for name, one in every.items() if one.perplexity}
-        ),
-        _insignificant(results),
-    ]
+    """Return who is better, the others, what they answer, the cost, and trust."""
+    sentences = [_result(results), _others(results), answers_of(subject_of(results), results), _cost(results), _trust(results)]
     return [sentence for sentence in sentences if sentence]
 
 
-def differences(policy: PolicyResult) -> list[tuple[str, Estimate | None]]:
-    """Return each compared number's label, and its difference from the baseline."""
-    estimates = [(f"score by {name}", reward) for name, reward in policy.rewards.items()]
-    for group, kinds in (policy.truthfulness or {}).items():
-        estimates += [(f"{kind.replace('_', ' ')}{_on(group)}", share) for kind, share in kinds.items()]
-    compared = [(label, one.difference) for label, one in estimates if one]
-    calibration = policy.calibration_of_all
-    labels = {"ece": "calibration error", "brier": "Brier score"}
-    compared += [(labels[key], difference) for key, difference in ((calibration and calibration.difference) or {}).items()]
-    compared += [("length", policy.length.difference), ("share ended", policy.ended.difference)]
-    return [(label, difference) for label, difference in compared if difference is not UNSET]
+def heading(results: EvaluationResults) -> str:
+    """Return the result in few words."""
+    leader, baseline = leader_of(results), results.compare_with
+    if leader:
+        first, judge = [leader, *rivals_of(results)], judge_of(results)
+        if _mostly_cut_off(leader, results):
+            return f"{leader} is ahead of {baseline}, but most answers were cut off"
+        if made_for(leader, judge, results):
+            return f"{leader} is better than {baseline}, by a judge that favours it"
+        if len(first) == 1 < len(results.others):
+            return f"{leader} is the best of {len(results.policies)} policies"
+        if len(first) > 1:
+            rivals = first[1] if len(first) == 2 else f"{len(first) - 1} others"
+            return f"{leader} is better than {baseline}, and {rivals} may be as good"
+        return f"{leader} is better than {baseline}"
+    if not results.others:
+        return f"The answers of {baseline}"
+    return f"No policy is better than {baseline}" if judge_of(results) else f"{listed([*results.policies])}, without a judge"
 
 
-def _winner(results: EvaluationResults) -> str:
-    baseline = results.compare_with
-    rates = {name: policy.win_rate for name, policy in results.others.items() if policy.win_rate}
-    if not rates:
-        return f"There is no reward or judge, or no policy besides {baseline}, so nobody wins."
-    judge = next(iter(rates.values())).judge
-    unclear = [name for name in rates if is_insignificant(rates[name].difference)]
-    clear = sorted((name for name in rates if name not in unclear), key=lambda name: -rates[name].win_rate)
-    better, worse = ([name for name in clear if (rates[name].win_rate > 0.5) == wins] for wins in (True, False))
-    parts = []
-    if better:
-        wins = ", ".join(f"{name} (wins {_rate(rates[name])}{_interest(name, judge, results)})" for name in better)
-        parts.append(f"better than {baseline}: {wins}")
-    if worse:
-        parts.append(f"worse: {', '.join(f'{name} ({_rate(rates[name])})' for name in worse)}")
-    if unclear:
-        parts.append(f"not told apart from {baseline}: {', '.join(f'{name} ({_rate(rates[name])})' for name in unclear)}")
-    return f"Judged by {judge}, {'; '.join(parts)}."
+def _result(results: EvaluationResults) -> str:
+    """Return which policy is better, by whose judgement."""
+    baseline, judge, leader = results.compare_with, judge_of(results), leader_of(results)
+    if not results.others:
+        return f"{baseline} is the only policy: there is nothing to compare it with."
+    if judge is None:
+        return "No reward or judge compared the answers, so no policy is called better."
+    if leader is None:
+        _, worse, unclear = compared(results)
+        told = f"{listed(worse)} {'is' if len(worse) == 1 else 'are'} worse" if worse else ""
+        chance = f"{listed(unclear)} cannot be told apart from it" if unclear else ""
+        return f"No policy is better than {baseline}, judged by {judge}: {'; '.join(filter(None, [told, chance]))}."
+    sentence = f"{leader} is better than {baseline}, judged by {judge}: {_wins(leader, results)}."
+    if made := made_for(leader, judge, results):
+        sentence += f" But it was {made} this very judge, which flatters it."
+        fair = next((name for name in compared(results)[0] if not made_for(name, judge, results)), None)
+        sentence += f" The best that was not: {fair}." if fair else ""
+    if _mostly_cut_off(leader, results):
+        sentence += " But most of the answers were cut off before they ended, so this says little."
+    if rivals := rivals_of(results):
+        sentence += f" {listed(rivals)} may be as good: the difference may be chance."
+    return sentence
 
 
-def _interest(name: str, judge: str, results: EvaluationResults) -> str:
-    """Return what makes a win by this judge count less."""
-    made = _made_for(name, judge, results) if judge in results.rewards else None  # a chat model is no reward
-    return f"; {made} this judge" if made else ""
+def subject_of(results: EvaluationResults) -> str:
+    """Return the policy that answers and costs are told of.
+
+    The leader; without one the last that was trained, or the baseline alone.
+    """
+    trained = [name for name, policy in results.others.items() if policy.adapter]
+    return leader_of(results) or next(iter(reversed(trained or list(results.others))), results.compare_with)
 
 
-def _rewards(name: str, results: EvaluationResults) -> str | None:
-    """Compare a policy's rewards with those of the baseline."""
-    changes = []
-    for reward, score in results.policies[name].rewards.items():
-        if score and score.difference:
-            held_out = "" if _made_for(name, reward, results) else " (not trained against)"
-            changes.append(f"{reward}{held_out} {_change(score.difference)}")
-    return f"{name} against {results.compare_with}: {'; '.join(changes)}." if changes else None
+def _mostly_cut_off(name: str, results: EvaluationResults) -> bool:
+    """Return whether fewer than half of its answers, or of the baseline's, end."""
+    return min(results.policies[one].ended.mean for one in (name, results.compare_with)) < 0.5
 
 
-def _over_optimised(name: str, results: EvaluationResults) -> str | None:
-    """Warn if a trained reward rises while a held-out one falls (Gao et al., 2023)."""
-    compared = {reward: score.difference for reward, score in results.policies[name].rewards.items() if score}
-    clear = {reward: change.mean for reward, change in compared.items() if change and not is_insignificant(change)}
-    trained = [reward for reward in clear if clear[reward] > 0 and _made_for(name, reward, results)]
-    held_out = [reward for reward in clear if not results.rewards[reward].trained and clear[reward] < 0]
-    if not (trained and held_out):
+def _wins(name: str, results: EvaluationResults) -> str:
+    rate = results.policies[name].win_rate
+    if rate.judge not in results.rewards:
+        return f"it wins {100 * rate.win_rate:.0f} of 100 comparisons (a tie counts half)"
+    won, equal, lost = _outcomes(rate)
+    return f"its answer is the better one in {won} of 100 comparisons, equal in {equal}, worse in {lost}"
+
+
+def _outcomes(rate: WinRate) -> tuple[int, int, int]:
+    """Return the wins, ties and losses of 100 comparisons."""
+    equal = rate.ties / rate.n
+    won, lost = (round(100 * (share - equal / 2)) for share in (rate.win_rate, 1 - rate.win_rate))
+    return won, 100 - won - lost, lost
+
+
+def _others(results: EvaluationResults) -> str | None:
+    """Return the other policies against the baseline, the best first."""
+    leader, baseline = leader_of(results), results.compare_with
+    if leader is None:
         return None
+    labels = "Also better", f"Worse than {baseline}", f"Not told apart from {baseline}"
+    parts = []
+    for label, names in zip(labels, compared(results), strict=True):
+        texts = [_other(name, results) for name in names if name != leader]
+        parts += [f"{label}: {', '.join(texts)}."] if texts else []
+    return " ".join(parts) or None
+
+
+def _other(name: str, results: EvaluationResults) -> str:
+    policy = results.policies[name]
+    if policy.same_as:
+        return f"{name} (it has exactly the weights of {policy.same_as})"
+    if policy.win_rate.judge in results.rewards:
+        won, _, lost = _outcomes(policy.win_rate)
+        text = f"{won} of 100 answers better, {lost} worse"
+    else:
+        text = f"wins {100 * policy.win_rate.win_rate:.0f} of 100"
+    made = made_for(name, policy.win_rate.judge, results)
+    return f"{name} ({text}{f'; {made} this judge' if made else ''})"
+
+
+# --- What it cost -----------------------------------------------------------------------------------------
+
+
+def _cost(results: EvaluationResults) -> str:
+    name, baseline = subject_of(results), results.compare_with
+    policy, base = results.policies[name], results.policies[baseline]
+    parts = [_perplexity(name, results), *_tasks(policy, base)]
+    if name != baseline and policy.over_abstained and _rises(policy.over_abstained):
+        parts.append("it abstains more where it could know")
+    if policy.best_of:
+        parts.append(f"{policy.best_of.n} answers are sampled for each that is given")
+    elif policy.kl and name != results.kl_reference:
+        parts.append(
+            f"its answers moved away from those of {results.kl_reference} (KL: {policy.kl.mean:.1f} nats; 0 is no change)"
+        )
+    if policy.training and policy.training.seconds:
+        parts.append(f"its own training took {duration(policy.training.seconds)}")
+    if not (policy.perplexity or policy.lm_eval):
+        parts.append("what it forgot was not measured (`ptx_dataset`, `lm_eval_tasks`)")
+    return f"Cost of {name}: {'; '.join(filter(None, parts))}."
+
+
+def _rises(share: Estimate) -> bool:
+    return bool(share.difference) and share.difference.mean > 0 and not is_insignificant(share.difference)
+
+
+def _perplexity(name: str, results: EvaluationResults) -> str | None:
+    """Return how much worse ordinary text is predicted."""
+    now, before = results.policies[name].perplexity, results.policies[results.compare_with].perplexity
+    if not now:
+        return None
+    if name == results.compare_with or not before:
+        return f"perplexity on ordinary text is {one_decimal(now)} (lower is better)"
+    change = now / before - 1
+    judged = "a cost" if change > _SAME else "no cost" if change < -_SAME else "hardly a change"
+    others = {one: results.policies[one].perplexity for one in compared(results)[0] if one != name}
+    beside = ", ".join([f"{one}: {one_decimal(value)}" for one, value in others.items() if value][:_BESIDE])
     return (
-        f"{name} may be over-optimised: it gains by {', '.join(trained)}, which it was made for, and loses by "
-        f"{', '.join(held_out)}, which no policy was trained against."
+        f"perplexity on ordinary text went from {one_decimal(before)} ({results.compare_with}) to {one_decimal(now)}, "
+        f"lower is better: {judged}{f' ({beside})' if beside else ''}"
     )
 
 
-def _made_for(name: str, reward: str, results: EvaluationResults) -> str | None:
-    """Return how a policy was made to please a reward, or None if it was not."""
-    best_of = results.policies[name].best_of
-    if best_of and best_of.reward == reward:
-        return "chosen by"
-    trained = results.rewards[reward].trained
-    names = {name, best_of.policy} if best_of else {name}
-    return "trained against" if trained is True or (trained and names & set(trained)) else None
-
-
-def _made_up(results: EvaluationResults) -> str | None:
-    """State how much is made up, in the group where most is."""
-    shares = {name: policy.truthfulness for name, policy in results.policies.items() if policy.truthfulness}
-    if not shares:
-        return None
-    groups = next(iter(shares.values()))
-    group = max(groups, key=lambda group: max(policy[group]["made_up"].mean for policy in shares.values()))
-    listed = {name: f"{policy[group]['made_up'].mean:.0%}" for name, policy in shares.items()}
-    return _listed(f"Made up, of the answers{_on(group)}", listed)
-
-
-def _listed(label: str, texts: dict[str, str]) -> str | None:
-    """Return `label: policy text, ...`, or None without policies."""
-    return f"{label}: {', '.join(f'{name} {text}' for name, text in texts.items())}." if texts else None
-
-
-def _warn(label: str, shares: dict[str, float], meaning: str) -> str | None:
-    """Return `_listed` and its meaning, of the policies that it concerns."""
-    concerned = {name: f"{share:.0%}" for name, share in shares.items() if share >= WORTH_A_WARNING}
-    return f"{_listed(label, concerned)} {meaning}" if concerned else None
-
-
-def _insignificant(results: EvaluationResults) -> str:
-    """List the differences that may be chance."""
+def _tasks(policy: PolicyResult, base: PolicyResult) -> list[str]:
+    """Return the accuracy on each task of lm-eval, against that of the baseline."""
     parts = []
-    for name, policy in results.others.items():
-        compared = differences(policy)
-        noise = [label for label, difference in compared if is_insignificant(difference)]
-        if noise:
-            parts.append(f"{name}: {'all that was compared' if len(noise) == len(compared) else ', '.join(noise)}")
-    listed = "; ".join(parts)
-    covered = "Looked at: scores, shares of answers, calibration and length; perplexity and diversity have no interval."
-    if not listed:
-        return f"No difference from {results.compare_with} that was measured lies inside the noise. {covered}"
-    return f"Inside the noise, as differences from {results.compare_with}: {listed}. {covered}"
+    for task, values in (policy.lm_eval or {}).items():
+        key = next((key for key in values if key.startswith("acc,")), None)
+        others = (base.lm_eval or {}).get(task, {})
+        if key is None or policy is base or key not in others:
+            continue
+        error = key.replace("acc,", "acc_stderr,")
+        noise = 1.96 * sum(float(one[error]) ** 2 for one in (values, others) if _is_number(one.get(error))) ** 0.5
+        chance = CHANCE if abs(values[key] - others[key]) <= noise else ""
+        parts.append(f"{task} went from {100 * others[key]:.0f} to {100 * values[key]:.0f} of 100 right{chance}")
+    return parts
 
 
-def _on(group: str) -> str:
-    return "" if group == "all" else f" ({group})"
+def _is_number(value: object) -> bool:
+    return isinstance(value, int | float)
 
 
-def _rate(rate: WinRate) -> str:
-    low, high = rate.interval
-    if rate.ties == rate.n:
-        return "all tie"
-    return f"{rate.win_rate:.0%} [{low:.0%}, {high:.0%}]"
+# --- How far to trust it ----------------------------------------------------------------------------------
 
 
-def _change(difference: Estimate) -> str:
-    interval = difference.interval
-    bounds = f" [{interval[0]:+.2f}, {interval[1]:+.2f}]" if interval else ""
-    return f"{difference.mean:+.2f}{bounds}{' (inside the noise)' if is_insignificant(difference) else ''}"
+def _trust(results: EvaluationResults) -> str:
+    judge, many = judge_of(results), results.num_answers > 1
+    size = f"{results.prompts} held-out prompts, {results.num_answers} answer{'s' if many else ''} each"
+    if results.prompts < MIN_PROMPTS:
+        size += ": too few to tell anything"
+    elif results.prompts < _SMALL:
+        size += ": a small sample, in which only large differences show"
+    parts = [size]
+    if judge:
+        parts += _about_judge(judge, results)
+    parts += [text.rstrip(".") for name in results.others if (text := over_optimised(name, results))]
+    for name in dict.fromkeys([subject_of(results), results.compare_with]):
+        policy = results.policies[name]
+        if 1 - policy.ended.mean >= WORTH_A_WARNING:
+            parts.append(f"{of_answers(policy.ended, results.num_answers)} answers of {name} end, the others were cut off")
+        if policy.reworded and policy.reworded.mean >= WORTH_A_WARNING:
+            reworded = of_answers(policy.reworded, results.num_answers)
+            parts.append(f"{reworded} answers of {name} count as made up though they contain the right one")
+    if any(policy.training for policy in results.others.values()):
+        parts.append("each policy was trained once, and another seed may differ")
+    return f"Trust: {'; '.join(parts)}."
+
+
+def _about_judge(judge: str, results: EvaluationResults) -> list[str]:
+    rates = [policy.win_rate for policy in results.others.values() if policy.win_rate]
+    parts = []
+    if judge in results.rewards:
+        favoured = [name for name in results.policies if made_for(name, judge, results)]
+        if favoured:
+            parts.append(f"{judge}, the judge, favours {listed(favoured)}, made to please it")
+        else:
+            parts.append(f"no policy was trained directly against {judge}, the judge")
+        if about := results.rewards[judge].about:
+            parts.append(f"{judge} is a rule: {about[:1].lower()}{about[1:].rstrip('.')}")
+    swayed = max((rate.swayed for rate in rates if rate.swayed), default=0)
+    if swayed >= 0.2:
+        parts.append(f"the judge changed its mind in up to {100 * swayed:.0f} of 100 pairs when their order changed")
+    fewest = min(rate.prompts for rate in rates)
+    if fewest < results.prompts:
+        parts.append(f"the judge compared answers to {fewest} of these prompts only")
+    return parts

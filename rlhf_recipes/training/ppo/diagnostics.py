@@ -96,6 +96,16 @@ def check_rewards(rewards: Tensor, names: list[str], are_models: list[bool], pro
         )
 
 
+def warn_of_unscored(unscored: Tensor) -> None:
+    """Warn of a first rollout in which no completion is scored; `unscored` is (N,)."""
+    if unscored.all():
+        logger.warning(
+            "step 0: every reward returned None for all %d completions: nothing is learnt from them. Fix: correct the rewards, "
+            "or the columns that they read",
+            len(unscored),
+        )
+
+
 def check_fused_head(model: nn.Module, ids: Tensor, temperature: float, exact: bool) -> None:
     """Refuse a model whose LM head TRL's fused head does not stand for.
 

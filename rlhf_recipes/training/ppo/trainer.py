@@ -27,7 +27,7 @@ from rlhf_recipes.models.kernels import eager_mode
 from rlhf_recipes.models.roles import use_adapter
 from rlhf_recipes.training.ppo import maths
 from rlhf_recipes.training.ppo.actor_critic import ActorCriticTrainer
-from rlhf_recipes.training.ppo.diagnostics import check_fused_head, check_ratio, check_reference
+from rlhf_recipes.training.ppo.diagnostics import check_fused_head, check_ratio, check_reference, warn_of_unscored
 from rlhf_recipes.training.ppo.rollout import IterationProgress, Rollout, TokenBatch, global_moments, rollout_metrics
 
 import torch
@@ -83,6 +83,8 @@ class PPOTrainer(ActorCriticTrainer):
         batch = super()._generate_and_score_completions(inputs)
         tokens, rewards = TokenBatch.from_trl(batch), self._rewards
         unscored = rewards.isnan().all(dim=1) & (rewards.size(1) > 0)
+        if training and not self.state.global_step:
+            warn_of_unscored(unscored)
         mask = tokens.completion_mask * batch.get("tool_mask", 1) * ~self._local(unscored)[:, None]
 
         # 2. Log-probabilities of policy and reference, and values of the critic, on the same tokens
