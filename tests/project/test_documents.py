@@ -58,6 +58,7 @@ INSTEAD = {
     "runs/tiny-experiment/seed-0": "runs/demo",
     "--start_from runs/sft": "--start_from runs/tiny/sft",
     "--config ...": "--config configs/tiny/pipeline.yaml",
+    "--model Qwen/Qwen3-0.6B-Base": "--model rlhf_recipes.tiny.base",
     "trackio,tensorboard": "tensorboard",
     "report_to: trackio": "report_to: tensorboard",
     'PPOConfig("runs/mine",': 'PPOConfig("runs/mine", bf16=False, use_cpu=True, max_steps=2, learning_rate=1e-3,',
