@@ -51,7 +51,7 @@ def check_values(values: dict[str, Any], trains: bool) -> None:
     for key, least in _LEAST.items():
         if values.get(key) is not None and values[key] < least:
             raise RecipeError(f"{key}: {values[key]}: must be {least} or more")
-    if trains and (rate := values.get("learning_rate")) is not None and not rate > 0:
+    if trains and (rate := values.get("learning_rate")) is not None and not rate >= 0:
         raise RecipeError(f"learning_rate: {rate}: nothing would be learnt. Fix: set it above 0")
     if values.get("hub_strategy") in ("checkpoint", "all_checkpoints"):
         raise RecipeError(f"hub_strategy: {values['hub_strategy']}: only complete results are uploaded. Fix: leave it out")

@@ -39,7 +39,8 @@ class EffectCallback(TrainerCallback):
     def on_train_end(self, args: TrainingArguments, state: TrainerState, control: Any, model: nn.Module, **kwargs: Any) -> None:
         """Fail if steps that should have changed the weights have not.
 
-        The last steps of a resumed run may be too small for the weights' type: they are only warned of.
+        Two runs are only warned of: one with a learning rate of 0, and a resumed one, whose last steps may be too small for
+        the weights' type.
 
         Raises:
             RecipeError: with what to look at.
@@ -51,7 +52,7 @@ class EffectCallback(TrainerCallback):
             f"{steps} steps have not changed the model by one bit. Fix: check `learning_rate` ({args.learning_rate:g}), "
             "`lr_scheduler_type` and `warmup_steps`, whether scores or rows differ, and which adapter is active"
         )
-        if not self._first_step:
+        if not self._first_step and args.learning_rate:
             raise RecipeError(message)
         logger.warning("%s", message)
 

@@ -87,6 +87,16 @@ def test_a_model_that_training_left_as_it_was_is_an_error(launch, tmp_path, reci
     assert not (tmp_path / "recipe.json").exists()
 
 
+def test_a_learning_rate_of_zero_is_warned_of(launch, tmp_path):
+    """Some measure a model's loss so."""
+    options = ("--learning_rate", 0, "--max_steps", 2, "--warmup_steps", 0, "--per_device_train_batch_size", 8)
+    status, _ = launch("sft", *options, *ROWS, "--output_dir", tmp_path)
+    assert status == 0
+    before, after = json.loads((tmp_path / "recipe.json").read_text())["warnings"]
+    assert "in 2 steps no weight moves farther than about 0e+00" in before
+    assert "2 steps have not changed the model by one bit" in after
+
+
 def diagnose(*logs):
     """Log these figures, one every ten steps, and end the training."""
     callback, state = DiagnosticsCallback(), SimpleNamespace(global_step=0, is_world_process_zero=True)
