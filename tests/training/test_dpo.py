@@ -7,6 +7,7 @@ import re
 from importlib import import_module
 
 from rlhf_recipes.config.dpo import DIVERGENCES, LOSSES, SMOOTHED, DPOConfig
+from rlhf_recipes.models.tokenizer import load_tokenizer
 from rlhf_recipes.training.trainers import DPOTrainer
 from support import ROOT
 from support.small_ppo import copies, in_4_bits, logged, lora, make_model, make_tokenizer, moved, save_base, with_adapter
@@ -19,7 +20,9 @@ import yaml
 from datasets import Dataset
 from peft import LoraConfig, PeftModel
 from safetensors.torch import load_file
+from tokenizers.processors import TemplateProcessing
 from transformers import AutoModelForCausalLM, TrainerCallback
+from trl import ModelConfig
 
 PAIRS = [("w5 ", "w6 w7", "w8"), ("w9 w10 ", "w11", "w12 w13 w14"), ("w15 ", "w16", "w17 w18"), ("w19 ", "w20 w21", "w22")]
 
@@ -48,6 +51,23 @@ def base(tmp_path_factory):
 @pytest.fixture(params=["fp32", "4bit"])
 def policy(base, request):
     return with_adapter(in_4_bits(base) if request.param == "4bit" else AutoModelForCausalLM.from_pretrained(base))
+
+
+@pytest.mark.parametrize("single", ["w25 $A <eos>", "$A <eos>", "w25 $A", "$A"])
+def test_pairs_begin_and_end_once_whatever_the_tokenizer_adds(tmp_path, single):
+    """TRL encodes pairs within its trainer."""
+    tokenizer = make_tokenizer()
+    tokenizer.bos_token = "w25"
+    tokenizer.backend_tokenizer.post_processor = TemplateProcessing(single, special_tokens=[("w25", 25), ("<eos>", 1)])
+    tokenizer.save_pretrained(tmp_path / "base")
+    loaded = load_tokenizer(ModelConfig(model_name_or_path=str(tmp_path / "base")))
+    args = DPOConfig(str(tmp_path / "run"), bf16=False, use_cpu=True, report_to="none", gradient_checkpointing=False)
+    trainer = DPOTrainer(with_adapter(make_model()), args, train_dataset=pairs(2), processing_class=loaded)
+    begin = [25] if single.startswith("w25") else []
+    for row, texts in zip(trainer.train_dataset, PAIRS, strict=False):
+        prompt, chosen, rejected = (loaded(text, add_special_tokens=False)["input_ids"] for text in texts)
+        ids = row["prompt_ids"], row["chosen_ids"], row["rejected_ids"]
+        assert ids == (begin + prompt, [*chosen, 1], [*rejected, 1])
 
 
 # --- The optimum ------------------------------------------------------------------------------------------
