@@ -176,10 +176,10 @@ def _state(pool: str, split: str, rows: int, rng: random.Random) -> list[Questio
 
 
 def _sum(pool: str, split: str, rows: int, rng: random.Random) -> list[Question]:
-    """Return sums of numbers of one to four digits; a sum's pool is that of its text."""
+    """Return sums of numbers of one or two digits; a sum's pool is that of its text."""
     questions: dict[str, Question] = {}
     while len(questions) < rows:
-        first, second = (rng.randrange(1, 10**digits) for digits in (rng.randint(1, 4), rng.randint(1, 4)))
+        first, second = (rng.randrange(1, 10**digits) for digits in (rng.randint(1, 2), rng.randint(1, 2)))
         text = f"What is {first} + {second}?"
         if _pool(text, split) == (pool, split):
             digits = len(str(max(first, second)))
