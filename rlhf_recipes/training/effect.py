@@ -39,8 +39,8 @@ class EffectCallback(TrainerCallback):
     def on_train_end(self, args: TrainingArguments, state: TrainerState, control: Any, model: nn.Module, **kwargs: Any) -> None:
         """Fail if steps that should have changed the weights have not.
 
-        Two runs are only warned of: one with a learning rate of 0, and a resumed one, whose last steps may be too small for
-        the weights' type.
+        Two runs are only warned of: one with a learning rate of 0 (but for PPO), and a resumed one, whose last steps may be
+        too small for the weights' type.
 
         Raises:
             RecipeError: with what to look at.
@@ -52,7 +52,8 @@ class EffectCallback(TrainerCallback):
             f"{steps} steps have not changed the model by one bit. Fix: check `learning_rate` ({args.learning_rate:g}), "
             "`lr_scheduler_type` and `warmup_steps`, whether scores or rows differ, and which adapter is active"
         )
-        if not self._first_step and args.learning_rate:
+        measures_a_loss = args.learning_rate == 0 and not hasattr(args, "value_warmup_steps")
+        if not (self._first_step or measures_a_loss):
             raise RecipeError(message)
         logger.warning("%s", message)
 

@@ -9,7 +9,7 @@ from support import ROOT
 
 import yaml
 
-TIMES = re.compile("runtime|per_second|step_time|wall_time|tokens_per_s|^peak_memory$|^run$|^resume_from_checkpoint$")
+TIMES = re.compile("runtime|per_second|step_time|wall_time|tokens_per_s|^seconds$|^peak_memory$|^run$|^resume_from_checkpoint$")
 CHECKPOINTS = {"save_steps": 1, "save_total_limit": 2, "eval_steps": 2, "logging_steps": 2, "warmup_steps": 0}
 
 

@@ -4,7 +4,7 @@ from rlhf_recipes.evaluation.estimates import MIN_PROMPTS, is_insignificant
 from rlhf_recipes.evaluation.report.details import WORTH_A_WARNING, over_optimised
 from rlhf_recipes.evaluation.report.standing import compared, judge_of, leader_of, made_for, rivals_of
 from rlhf_recipes.evaluation.report.truth import CHANCE, answers_of
-from rlhf_recipes.evaluation.report.words import duration, listed, of_answers, one_decimal
+from rlhf_recipes.evaluation.report.words import listed, of_answers, one_decimal
 from rlhf_recipes.evaluation.types import Estimate, EvaluationResults, PolicyResult, WinRate
 
 _SMALL = 50  # prompts: below, only large differences show
@@ -132,8 +132,6 @@ def _cost(results: EvaluationResults) -> str:
         parts.append(
             f"its answers moved away from those of {results.kl_reference} (KL: {policy.kl.mean:.1f} nats; 0 is no change)"
         )
-    if policy.training and policy.training.seconds:
-        parts.append(f"its own training took {duration(policy.training.seconds)}")
     if not (policy.perplexity or policy.lm_eval):
         parts.append("what it forgot was not measured (`ptx_dataset`, `lm_eval_tasks`)")
     return f"Cost of {name}: {'; '.join(filter(None, parts))}."

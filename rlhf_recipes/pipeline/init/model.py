@@ -60,7 +60,7 @@ def inspect_model(name: str) -> Model:
         size = f"{_readable(measure_shape(config).parameters(True))} parameters, "
     except RecipeError:  # layers unlike those of Llama
         size = ""
-    own = AutoTokenizer.from_pretrained(model_path(arguments))
+    own = AutoTokenizer.from_pretrained(model_path(arguments), trust_remote_code=False)
     findings = [f"{config.model_type}, {size}context of {context or 'unknown length'} tokens"]
     if position_limit(arguments):
         findings[0] += ", beyond which it has no positions"
