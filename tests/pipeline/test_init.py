@@ -16,7 +16,7 @@ from support import ROOT, run_recipe
 from support.data_files import bot, user, write_rows
 
 import pytest
-from transformers import AutoTokenizer, Gemma3TextConfig, GPT2Config, LlamaConfig
+from transformers import AutoTokenizer, Gemma3TextConfig, GPT2Config, LlamaConfig, Qwen3Config
 
 TINY = resolve_path("rlhf_recipes.tiny.base")
 TEMPLATE = (
@@ -50,6 +50,7 @@ def save_model(family: str) -> str:
         "llama": LlamaConfig(**SIZES, max_position_embeddings=128),
         "gpt2": GPT2Config(vocab_size=2048, n_positions=64, n_embd=64, n_layer=2, n_head=2),
         "gemma": Gemma3TextConfig(**SIZES, max_position_embeddings=256),
+        "qwen": Qwen3Config(**SIZES, max_position_embeddings=512),
     }[family]
     tokenizer = AutoTokenizer.from_pretrained(TINY)
     tokenizer.chat_template = None if family == "gpt2" else TEMPLATE
@@ -73,7 +74,7 @@ def _in_folder(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
 
 
-@pytest.mark.parametrize("family", ["llama", "gpt2", "gemma"])
+@pytest.mark.parametrize("family", ["llama", "gpt2", "gemma", "qwen"])
 @pytest.mark.parametrize("files", CASES)
 @pytest.mark.parametrize("card", [None, 12.0])
 def test_what_is_written_is_a_pipeline_that_passes_all_checks(family, files, card, capsys):
@@ -84,7 +85,7 @@ def test_what_is_written_is_a_pipeline_that_passes_all_checks(family, files, car
     pipeline = read_pipeline(Path("my.yaml"), ROOT / "recipes")
     check_arguments(pipeline)
     assert [stage.name for stage in pipeline.stages] == CASES[files]
-    context = {"llama": 128, "gpt2": 64, "gemma": 256}[family]
+    context = {"llama": 128, "gpt2": 64, "gemma": 256, "qwen": 512}[family]
     for stage in pipeline.stages:
         assert stage.values.get("max_length", 0) <= context
         assert stage.values.get("max_prompt_length", 0) + stage.values.get("max_completion_length", 0) <= context
@@ -127,6 +128,22 @@ def test_it_says_what_it_found_in_a_model(family, expected):
 def test_it_says_what_is_missing(files, expected):
     printed = init(save_model("llama"), files)
     assert not [text for text in expected if text not in printed]
+
+
+@pytest.mark.parametrize(
+    ("prompts", "held_out", "leaked"),
+    [
+        ([one for one in QUESTIONS[:10] for _ in range(3)], 6, 0),  # 4 would tear one apart
+        (QUESTIONS[:15] * 2, 4, 4),
+    ],
+)
+def test_rows_of_a_prompt_are_held_out_together(prompts, held_out, leaked):
+    rows = [{"prompt": one, "chosen": f" In town {number}.", "rejected": " No."} for number, one in enumerate(prompts)]
+    write_rows(Path("mine.jsonl"), rows)
+    printed = init(save_model("llama"), "mine.jsonl")
+    assert f"train[{30 - held_out}:]" in Path("my.yaml").read_text()
+    assert (f"{leaked} of the {held_out} held-out prompts are trained on too" in printed) == bool(leaked)
+    assert (f"of their prompts {leaked} are trained on too" in Path("my.yaml").read_text()) == bool(leaked)
 
 
 def test_other_names_of_columns_are_mapped_and_shown():

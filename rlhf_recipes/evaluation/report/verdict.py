@@ -65,10 +65,15 @@ def _result(results: EvaluationResults) -> str:
 def subject_of(results: EvaluationResults) -> str:
     """Return the policy that answers and costs are told of.
 
-    The leader; without one the last that was trained, or the baseline alone.
+    The leader; without one the last that was trained, or else a best-of-n, the baseline, the base.
     """
-    trained = [name for name, policy in results.others.items() if policy.adapter]
-    return leader_of(results) or next(iter(reversed(trained or list(results.others))), results.compare_with)
+
+    def interest(name: str) -> tuple[bool, bool, bool]:
+        policy = results.policies[name]
+        trained = policy.adapter is not None
+        return trained and name != results.compare_with, policy.best_of is not None, trained
+
+    return leader_of(results) or max([*reversed(results.others), results.compare_with], key=interest)
 
 
 def _mostly_cut_off(name: str, results: EvaluationResults) -> bool:

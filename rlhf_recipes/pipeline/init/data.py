@@ -144,13 +144,32 @@ def _forms(parts: list[Part]) -> dict[str, Form]:
     return forms
 
 
+def _hold_out(prompts: list[str], wanted: int) -> tuple[int, int]:
+    """Return how many rows at the end to hold out, and how many of their prompts are before them too.
+
+    More than `wanted`, up to a third of all, if that keeps the rows of each prompt together.
+    """
+    before, torn, leaked = Counter(prompts), set(), 0
+    for held_out, prompt in enumerate(reversed(prompts), start=1):
+        before[prompt] -= 1
+        (torn.add if before[prompt] else torn.discard)(prompt)
+        if held_out == wanted:
+            leaked = len(torn)
+        if held_out >= wanted and (not torn or held_out >= len(prompts) // 3):
+            break
+    return (wanted, leaked) if torn else (held_out, 0)
+
+
 def _read_prompts(file: DataFile, converted: dict[str, list[Converted]], model: Model) -> None:
     """Fill in prompts, references and lengths."""
     prompts = [part.dataset for part in converted.get("prompt", ())]
     texts = [repr(prompt) for dataset in prompts for prompt in dataset["prompt"]]
     file.prompts = len({*texts})
-    cut = max(0, len(texts) - file.held_out)
-    file.leaked = len({*texts[:cut]} & {*texts[cut:]})
+    if len(texts) == file.rows:
+        file.held_out, file.leaked = _hold_out(texts, file.held_out)
+    else:  # unusable rows, or several prompts in one
+        cut = max(0, len(texts) - file.held_out)
+        file.leaked = len({*texts[:cut]} & {*texts[cut:]})
     file.references = [one for dataset in prompts if "reference" in dataset.column_names for one in dataset["reference"] if one]
     lengths: dict[str, list[int]] = {"prompt": [], "answer": [], "whole": []}
     for row in itertools.islice(itertools.chain.from_iterable(prompts), _SAMPLE):

@@ -49,8 +49,9 @@ def init_pipeline(path: Path, model: str, data: Sequence[str], gpu_memory: float
     yield f"stages: {', '.join(draft.names)}"
     yield from draft.missing()
     write_text(path, text)
-    yield f"{path}: written. Look at its plan, then run it:"
-    yield f"  python recipes/plan.py --config {path}"
+    yield f"{path}: written. Look at what it does, then run it:"
+    if found.has_plan:
+        yield f"  python recipes/plan.py --config {path}"
     yield f"  python recipes/pipeline.py --config {path} --dry-run"
     yield f"  python recipes/pipeline.py --config {path}"
 
@@ -269,12 +270,16 @@ class _Draft:
         keys: Keys = [
             ("policies", {"base": None} | {name: f"{{{name}}}" for name in trained}, ""),
             ("compare_with", "sft" if "sft" in trained else "base", ""),
-            ("eval_datasets", [file.source(held_out=True) for file in self.prompts], "no stage was trained on these"),
+            ("eval_datasets", [file.source(held_out=True) for file in self.prompts], self._about_held_out()),
             ("batch_size", 8, ""),
         ]
         if rewards:
             keys.append(("rewards", rewards, ""))
         return self._stage("evaluate", "All policies on the same held-out prompts, and the report", keys)
+
+    def _about_held_out(self) -> str:
+        leaked = sum(file.leaked for file in self.prompts)
+        return f"of their prompts {leaked} are trained on too" if leaked else "no stage was trained on these"
 
     def _stage(self, name: str, title: str, keys: Keys) -> str:
         self.names.append(name)
