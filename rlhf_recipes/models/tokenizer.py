@@ -90,7 +90,7 @@ def _set_pad(tokenizer: PreTrainedTokenizerBase) -> None:
     last = max(set(tokenizer.get_vocab()) - {tokenizer.eos_token}, key=tokenizer.get_vocab().get)
     candidates = [*spare, tokenizer.unk_token, tokenizer.bos_token, last]
     tokenizer.pad_token = next(token for token in candidates if token not in (None, tokenizer.eos_token))
-    logger.warning("%s has no PAD other than EOS: '%s' becomes PAD", tokenizer.name_or_path, tokenizer.pad_token)
+    logger.info("%s has no PAD other than EOS: '%s' becomes PAD", tokenizer.name_or_path, tokenizer.pad_token)
 
 
 def _end_no_text(tokenizer: PreTrainedTokenizerBase) -> None:

@@ -146,11 +146,12 @@ def test_rows_of_a_prompt_are_held_out_together(prompts, held_out, leaked):
     assert (f"of their prompts {leaked} are trained on too" in Path("my.yaml").read_text()) == bool(leaked)
 
 
-def test_other_names_of_columns_are_mapped_and_shown():
+@pytest.mark.parametrize(("family", "column"), [("llama", "instruction"), ("gpt2", "prompt")])
+def test_other_names_of_columns_are_mapped_and_shown(family, column):
     write_rows(Path("popqa.jsonl"), [{"question": one, "answers": ["town", "a town"]} for one in QUESTIONS])
-    assert "read as question -> prompt, answers -> reference" in init(save_model("llama"), "popqa.jsonl")
+    assert f"read as question -> {column}, answers -> reference" in init(save_model(family), "popqa.jsonl")
     (ppo, _) = read_pipeline(Path("my.yaml"), ROOT / "recipes").stages
-    assert ppo.values["datasets"][0]["column_mapping"] == {"question": "prompt", "answers": "reference"}
+    assert ppo.values["datasets"][0]["column_mapping"] == {"question": column, "answers": "reference"}
 
 
 @pytest.mark.parametrize(

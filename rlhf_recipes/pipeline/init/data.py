@@ -7,6 +7,7 @@ from typing import Any
 
 from rlhf_recipes.config.data import DatasetSource
 from rlhf_recipes.core.errors import RecipeError
+from rlhf_recipes.data.conversion import Kind
 from rlhf_recipes.data.rows import Converted, convert, find_shape
 from rlhf_recipes.data.shapes import Form
 from rlhf_recipes.data.sources import Part, open_source
@@ -21,7 +22,7 @@ ROLES: dict[Form, str] = {
     "prompt": "prompts",
     "text": "plain text",
 }
-_KINDS = ("preference", "sft", "prompt")
+_KINDS: tuple[Kind, ...] = ("preference", "sft", "prompt")
 _NAMES = {"question": "prompt", "query": "prompt", "answer": "completion", "response": "completion", "answers": "reference"}
 """Common names of columns -> those that are read. Tried where no shape fits."""
 _AS_CHAT = {"prompt": "instruction", "completion": "output"}
@@ -92,24 +93,7 @@ def inspect_data(path: str, model: Model) -> DataFile:
     """
     if is_function(path):
         raise RecipeError(f"{path}: is a function. Fix: name a file, folder or Hub dataset")
-    parts, mapping = open_source(DatasetSource(path)), {}
-    forms = _forms(parts)
-    if not forms:
-        columns = parts[0].dataset.column_names
-        mapping = {old: new for old, new in _NAMES.items() if old in columns and new not in columns}
-        renamed = (
-            open_source(DatasetSource(path, column_mapping=mapping)) if len({*mapping.values()}) == len(mapping) else parts
-        )
-        forms = _forms(renamed)
-        if not forms:
-            find_shape(parts[0], "sft")  # raises the message about columns
-        parts = renamed
-    if model.has_template and not mapping and not convert(parts[0], next(iter(forms))).conversational:
-        columns = parts[0].dataset.column_names
-        chat = {old: new for old, new in _AS_CHAT.items() if old in columns and new not in columns}
-        renamed = open_source(DatasetSource(path, column_mapping=chat))
-        if "prompt" in chat and _forms(renamed) == forms:  # rankings have no such columns
-            parts, mapping = renamed, chat
+    parts, mapping, forms = _open(path, model)
     kind, form = next(iter(forms.items()))
     converted = {one: [convert(part, one) for part in parts] for one in forms}
     rows = sum(part.read for part in converted[kind])
@@ -133,7 +117,35 @@ def inspect_data(path: str, model: Model) -> DataFile:
     return file
 
 
-def _forms(parts: list[Part]) -> dict[str, Form]:
+def _open(path: str, model: Model) -> tuple[list[Part], dict[str, str], dict[Kind, Form]]:
+    """Return a file's parts, its `column_mapping`, and what it serves.
+
+    Columns of other names are mapped where no shape fits, and plain prompts to those that a chat template is put around where
+    the model has one.
+    """
+    parts = open_source(DatasetSource(path))
+    columns = parts[0].dataset.column_names
+    guesses: list[dict[str, str]] = [{}, {old: new for old, new in _NAMES.items() if old in columns and new not in columns}]
+    for mapping in guesses:
+        renamed = open_source(DatasetSource(path, column_mapping=mapping)) if _is_one_to_one(mapping) else parts
+        if forms := _forms(renamed):
+            break
+    else:
+        find_shape(parts[0], "sft")  # raises the message about columns
+    if model.has_template and not convert(renamed[0], next(iter(forms))).conversational:
+        names = {name: mapping.get(name, name) for name in columns}
+        chat = mapping | {old: _AS_CHAT[new] for old, new in names.items() if new in _AS_CHAT and _AS_CHAT[new] not in columns}
+        asked = open_source(DatasetSource(path, column_mapping=chat))
+        if "instruction" in chat.values() and _forms(asked) == forms:  # rankings have no such columns
+            return asked, chat, forms
+    return renamed, mapping, forms
+
+
+def _is_one_to_one(mapping: dict[str, str]) -> bool:
+    return len({*mapping.values()}) == len(mapping)
+
+
+def _forms(parts: list[Part]) -> dict[Kind, Form]:
     """Return kind -> form, for each kind that a file serves."""
     forms = {}
     for kind in _KINDS:

@@ -9,6 +9,7 @@ from rlhf_recipes.pipeline.init.model import Model
 
 _STEPS = 40  # fewer than these teach little, so small data are read several times
 _MOST_EPOCHS = 5
+_FEW = 200  # rows, of which none should be lost
 
 
 @dataclass(frozen=True)
@@ -44,7 +45,7 @@ class Training:
 
 
 def choose_lengths(files: Sequence[DataFile], model: Model, on_gpu: bool) -> Lengths:
-    """Return lengths that hold 95% of the rows, if model and machine can do that."""
+    """Return lengths that hold 95% of the rows, or all of few, if model and machine can do that."""
     context = model.context or 1 << 20
     answer = min(_most(files, "answer", 256 if on_gpu else 64), 256 if on_gpu else 128, max(1, context // 2))
     prompt = min(max(32, _most(files, "prompt", 256)), 512, context - answer)
@@ -86,8 +87,9 @@ def _power_of_two(value: float, most: int) -> int:
 
 
 def _most(files: Iterable[DataFile], name: str, default: int) -> int:
-    """Return the length that 95% of the rows have at most, in steps of 16."""
+    """Return the length that 95% of the rows have at most, in steps of 16; of few rows all."""
     lengths = sorted(length for file in files for length in file.lengths[name])
     if not lengths:
         return default
-    return 16 * math.ceil((lengths[int(0.95 * (len(lengths) - 1))] + 2) / 16)  # and EOS
+    longest = lengths[int(0.95 * (len(lengths) - 1))] if len(lengths) > _FEW else lengths[-1]
+    return 16 * math.ceil((longest + 2) / 16)  # and EOS
