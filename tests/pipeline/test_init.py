@@ -133,8 +133,8 @@ def test_it_says_what_is_missing(files, expected):
 @pytest.mark.parametrize(
     ("prompts", "held_out", "leaked"),
     [
-        ([one for one in QUESTIONS[:10] for _ in range(3)], 6, 0),  # 4 would tear one apart
-        (QUESTIONS[:15] * 2, 4, 4),
+        ([one for one in QUESTIONS[:10] for _ in range(3)], 9, 0),  # 8 would tear one apart
+        (QUESTIONS[:15] * 2, 8, 8),
     ],
 )
 def test_rows_of_a_prompt_are_held_out_together(prompts, held_out, leaked):

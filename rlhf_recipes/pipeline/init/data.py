@@ -107,7 +107,7 @@ def inspect_data(path: str, model: Model) -> DataFile:
         bad=bad,
         conversational=converted[kind][0].conversational,
         prompts=0,
-        held_out=min(max(4, min(100, rows // 10)), rows // 3) if form != "text" else 0,
+        held_out=min(max(8, min(100, rows // 10)), rows // 3) if form != "text" else 0,
         leaked=0,
         references=[],
     )

@@ -18,6 +18,7 @@ import torch
 
 Keys = list[tuple[str, Any, str]]
 """Keys, values and comments."""
+_SMALL = 50  # held-out prompts: of fewer, one answer says little
 _SHORT = 5  # words of an answer that a function can compare
 
 
@@ -271,6 +272,7 @@ class _Draft:
             ("policies", {"base": None} | {name: f"{{{name}}}" for name in trained}, ""),
             ("compare_with", "sft" if "sft" in trained else "base", ""),
             ("eval_datasets", [file.source(held_out=True) for file in self.prompts], self._about_held_out()),
+            ("num_answers", 1 if sum(file.held_out for file in self.prompts) > _SMALL else 4, "sampled to each prompt"),
             ("batch_size", 8, ""),
         ]
         if rewards:
