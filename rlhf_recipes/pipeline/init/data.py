@@ -157,9 +157,9 @@ def _forms(parts: list[Part]) -> dict[Kind, Form]:
 
 
 def _hold_out(prompts: list[str], wanted: int) -> tuple[int, int]:
-    """Return how many rows at the end to hold out, and how many of their prompts are before them too.
+    """Return the rows to hold out at the end, and how many prompts leak.
 
-    More than `wanted`, up to a third of all, if that keeps the rows of each prompt together.
+    These are trained on too. More rows than `wanted`, up to a third of all, if that keeps the rows of each prompt together.
     """
     before, torn, leaked = Counter(prompts), set(), 0
     for held_out, prompt in enumerate(reversed(prompts), start=1):

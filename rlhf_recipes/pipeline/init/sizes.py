@@ -45,7 +45,10 @@ class Training:
 
 
 def choose_lengths(files: Sequence[DataFile], model: Model, on_gpu: bool) -> Lengths:
-    """Return lengths that hold 95% of the rows, or all of few, if model and machine can do that."""
+    """Return lengths that hold 95% of the rows, or all of few.
+
+    Model and machine may allow less.
+    """
     context = model.context or 1 << 20
     answer = min(_most(files, "answer", 256 if on_gpu else 64), 256 if on_gpu else 128, max(1, context // 2))
     prompt = min(max(32, _most(files, "prompt", 256)), 512, context - answer)
@@ -87,7 +90,7 @@ def _power_of_two(value: float, most: int) -> int:
 
 
 def _most(files: Iterable[DataFile], name: str, default: int) -> int:
-    """Return the length that 95% of the rows have at most, in steps of 16; of few rows all."""
+    """Return the greatest length of 95% of the rows, or of few, in steps of 16."""
     lengths = sorted(length for file in files for length in file.lengths[name])
     if not lengths:
         return default
