@@ -1,7 +1,10 @@
 """Means over prompts, their intervals, and whether a difference may be chance."""
 
+from dataclasses import replace
+
 from rlhf_recipes.evaluation.metrics.comparison import best_of_n_kl, divergence, win_rate
 from rlhf_recipes.evaluation.metrics.intervals import Floats, mean_interval, wilson_interval
+from rlhf_recipes.evaluation.metrics.length_control import length_controlled
 from rlhf_recipes.evaluation.types import UNSET, Estimate, WinRate
 
 import numpy as np
@@ -46,17 +49,35 @@ def is_insignificant(difference: Estimate | None) -> bool:
     return difference.interval is not None and difference.interval[0] <= 0 <= difference.interval[1]
 
 
-def win_rate_of(scores: Floats, others: Floats, seed: int, judge: str | None = None) -> WinRate | None:
+def win_rate_of(
+    scores: Floats, others: Floats, seed: int, judge: str | None = None, lengths: tuple[Floats, Floats] | None = None
+) -> WinRate | None:
     """Compare every answer with every answer of the other policy to the same prompt.
 
-    Scores are (P, K) and (P, K'), NaN where there is none. `judge` names the reward where it is the judge.
+    Scores are (P, K) and (P, K'), NaN where there is none. `judge` names the reward where it is the judge. `lengths`, of the
+    same shapes, add the win rate at equal length.
     """
-    one, other = np.broadcast_arrays(scores[:, :, None], others[:, None, :])
+
+    def paired(mine: Floats, theirs: Floats) -> list[Floats]:
+        return np.broadcast_arrays(mine[:, :, None], theirs[:, None, :])
+
+    one, other = paired(scores, others)
     present = ~(np.isnan(one) | np.isnan(other))
     if not present.any():
         return None
-    prompts = np.broadcast_to(np.arange(len(scores))[:, None, None], one.shape)
-    return WinRate(judge=judge or UNSET, **win_rate(one[present], other[present], groups=prompts[present].tolist(), seed=seed))
+    prompts = np.broadcast_to(np.arange(len(scores))[:, None, None], one.shape)[present].tolist()
+    result = WinRate(judge=judge or UNSET, **win_rate(one[present], other[present], groups=prompts, seed=seed))
+    if lengths is None:
+        return result
+    credits = (np.sign(one - other)[present] + 1) / 2
+    return replace(result, equal_length=at_equal_length(credits, *(one[present] for one in paired(*lengths)), prompts, seed))
+
+
+def at_equal_length(credits: Floats, lengths: Floats, others: Floats, prompts: list[int], seed: int) -> Estimate:
+    """Return the win rate at equal length, from (N,) comparisons and lengths."""
+    result = length_controlled(credits, lengths, others, groups=prompts, seed=seed)
+    difference = Estimate(mean=result["win_rate"] - 0.5, interval=[end - 0.5 for end in result["interval"]], n=len({*prompts}))
+    return Estimate(mean=result["win_rate"], interval=result["interval"], n=difference.n, difference=difference)
 
 
 def kl_and_entropy(logps: Floats, ref_logps: Floats, seed: int) -> tuple[Estimate, Estimate]:

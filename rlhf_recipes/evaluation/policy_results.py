@@ -5,7 +5,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Any
 
-from rlhf_recipes.evaluation.estimates import best_of_n_kl_bound, estimate, kl_and_entropy, win_rate_of
+from rlhf_recipes.evaluation.estimates import at_equal_length, best_of_n_kl_bound, estimate, kl_and_entropy, win_rate_of
 from rlhf_recipes.evaluation.measurement import Measurement, PolicySamples
 from rlhf_recipes.evaluation.metrics.calibration import calibration, calibration_difference
 from rlhf_recipes.evaluation.metrics.comparison import share_won
@@ -88,12 +88,15 @@ def _judged(
     seed, count = measurement.arguments.seed, measurement.arguments.num_answers
     if judge is None:
         return None
+    mine, theirs = (np.array([len(answer.ids) for answer in one.answers], float) for one in (samples, baseline))
     if isinstance(judge, str):
-        return win_rate_of(samples.scores[judge], baseline.scores[judge], seed, judge)
+        lengths = None if measurement.compares_references else (mine.reshape(-1, count), theirs.reshape(-1, count))
+        return win_rate_of(samples.scores[judge], baseline.scores[judge], seed, judge, lengths)
     pairs = min(judge.max_pairs, len(samples.answers))
     verdict = judge.compare(measurement.repeated("prompt", count)[:pairs], samples.texts[:pairs], baseline.texts[:pairs])
-    prompts = [pair // count for pair in range(pairs)]
-    return WinRate(judge=judge.model, **share_won(verdict.pop("credits"), groups=prompts, seed=seed), **verdict)
+    prompts, credits = [pair // count for pair in range(pairs)], verdict.pop("credits")
+    equal = at_equal_length(credits, mine[:pairs], theirs[:pairs], prompts, seed)
+    return WinRate(judge=judge.model, **share_won(credits, groups=prompts, seed=seed), equal_length=equal, **verdict)
 
 
 def lm_eval_results(measurement: Measurement, policy: Policy) -> dict[str, Any]:

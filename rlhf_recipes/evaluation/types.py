@@ -41,6 +41,7 @@ class WinRate:
     n: int  # comparisons
     prompts: int
     ties: int
+    equal_length: "Estimate | Unset" = UNSET  # what it would be if all answers were equally long; for free text
     swayed: float | Unset = UNSET  # of a chat model: the share of pairs whose winner changed with their order
     unreadable: int | Unset = UNSET  # of a chat model: replies without a verdict
 

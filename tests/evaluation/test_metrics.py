@@ -18,6 +18,7 @@ from rlhf_recipes.evaluation.metrics.comparison import (
     divergence,
     win_rate,
 )
+from rlhf_recipes.evaluation.metrics.length_control import length_controlled
 from rlhf_recipes.evaluation.metrics.perplexity import perplexity
 from rlhf_recipes.evaluation.metrics.scores import PairAccuracy, RankingTau, ScoreLength
 from rlhf_recipes.evaluation.metrics.texts import Diversity, Truthfulness, distinct_n, repetition, self_bleu
@@ -26,6 +27,7 @@ import evaluate
 import numpy as np
 import pytest
 import torch
+from sklearn.linear_model import LogisticRegression
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 
@@ -224,6 +226,54 @@ def test_the_evaluate_library_is_importable_beside_the_recipe():
 def test_invalid_inputs_are_rejected(call, message):
     with pytest.raises(ValueError, match=message):
         call()
+
+
+# --- Win rates at equal length -----------------------------------------------------------------------------
+
+
+def judged(preference, longer, prompts=300, answers=4, seed=0):
+    """Return credits, lengths, others and prompts of a judge that prefers long answers by `longer`."""
+    rng = np.random.default_rng(seed)
+    lengths, others = rng.normal(60, 15, (2, prompts, answers))
+    lengths += 10
+    differences = lengths - others
+    logits = preference + longer * np.tanh(differences / differences.std()) + rng.normal(0, 0.7, (prompts, 1))
+    credits = (rng.random((prompts, answers)) < 1 / (1 + np.exp(-logits))).astype(float)
+    return credits.ravel(), lengths.ravel(), others.ravel(), np.repeat(np.arange(prompts), answers).tolist()
+
+
+@pytest.mark.parametrize(("preference", "longer"), [(0.0, 1.5), (0.5, 1.5), (-0.5, 0.0)])
+def test_length_is_taken_out_of_win_rates(preference, longer):
+    *columns, groups = judged(preference, longer)
+    result = length_controlled(*columns, groups=groups)
+    low, high = result["interval"]
+    assert low <= 1 / (1 + math.exp(-0.9 * preference)) <= high  # 0.9: the mean over prompts lies nearer to one half
+    assert high - low < 0.1
+    if longer:
+        assert result["phi"] > 1
+        assert result["win_rate"] < columns[0].mean() - 0.05
+
+
+def test_the_model_of_length_is_a_penalised_logistic_regression():
+    credits, lengths, others, groups = (column[:80] for column in judged(0.3, 1.0))
+    credits = np.where(np.arange(80) % 7 == 0, 0.5, credits)
+    differences = lengths - others
+    features = np.column_stack(
+        [np.full(80, 100.0), 100 * np.tanh(differences / differences.std()), np.equal.outer(groups, np.unique(groups))]
+    )  # a precision of 1e-4 is one of 1 where the column is 100 times as large
+    model = LogisticRegression(C=1.0, fit_intercept=False, tol=1e-10, max_iter=10_000)
+    model.fit(np.vstack([features, features]), np.repeat([1, 0], 80), np.concatenate([credits, 1 - credits]))
+    result = length_controlled(credits, lengths, others, groups=groups)
+    assert result["phi"] == pytest.approx(100 * model.coef_[0, 1], rel=1e-4)
+    features[:, 1] = 0
+    assert result["win_rate"] == pytest.approx(model.predict_proba(features)[:, 1].mean(), rel=1e-4)
+
+
+def test_equal_lengths_leave_the_win_rate_as_it_is():
+    credits, lengths, _, groups = judged(0.4, 0.0, prompts=50)
+    assert length_controlled(credits, lengths, lengths, groups=groups)["win_rate"] == pytest.approx(credits.mean(), abs=1e-3)
+    won = length_controlled([1.0] * 9, range(9), [4] * 9)
+    assert won["interval"][0] < 0.75 < won["win_rate"]
 
 
 # --- Perplexity ------------------------------------------------------------------------------------------

@@ -275,6 +275,14 @@ def test_a_judge_that_the_record_names_favours_a_policy_that_the_key_forgets(tmp
     assert "paid by gold; 2 steps in 1 s" in render(results)
 
 
+def test_wins_at_equal_length_stand_beside_the_others():
+    equal = Estimate(mean=0.52, interval=[0.4, 0.6], n=60, difference=Estimate(mean=0.02, interval=[-0.1, 0.1], n=60))
+    ppo = policy_result(win_rate=replace(rate("gold", 0.8, 0.7, 0.9), equal_length=equal))
+    results = results_of(sft=policy_result(), ppo=ppo)
+    assert "If all answers were equally long, it would win 52 of 100, which may be chance." in verdict(results)[0]
+    assert "wins at" in render(results)
+
+
 def test_a_policy_that_may_be_as_good_is_named():
     one, other = (policy_result(win_rate=rate("gold", mean, mean - 0.05, mean + 0.05)) for mean in (0.8, 0.78))
     results = results_of(sft=policy_result(), ppo=one, dpo=other)

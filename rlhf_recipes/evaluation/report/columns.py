@@ -45,9 +45,11 @@ def score_columns(results: EvaluationResults) -> list[Column]:
         rate = policy.win_rate
         return Estimate(mean=rate.win_rate, interval=rate.interval, difference=rate.difference) if rate else None
 
+    columns.append(Column(wins, f"wins against\n{results.compare_with}", win_rate, percent))
+    if any(policy.win_rate and policy.win_rate.equal_length for policy in results.others.values()):
+        columns.append(Column(f"{wins} at equal length", "wins at\nequal length", _equal_length, percent))
     return [
         *columns,
-        Column(wins, f"wins against\n{results.compare_with}", win_rate, percent),
         Column(kl, f"{kl}\nnats an answer", lambda policy: policy.kl),
     ]
 
@@ -106,6 +108,10 @@ def kind_label(group: str, kind: str) -> str:
 def _plain(value: float | Unset | None, difference: Estimate | Unset | None = UNSET) -> Estimate | None:
     """Return a number without an interval."""
     return None if value is None or value is UNSET else Estimate(mean=value, interval=None, difference=difference)
+
+
+def _equal_length(policy: PolicyResult) -> Estimate | None:
+    return (policy.win_rate and policy.win_rate.equal_length) or None
 
 
 def _share(group: str, kind: str) -> Callable[[PolicyResult], Estimate | None]:

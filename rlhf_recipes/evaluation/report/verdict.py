@@ -51,6 +51,9 @@ def _result(results: EvaluationResults) -> str:
         chance = f"{listed(unclear)} cannot be told apart from it" if unclear else ""
         return f"No policy is better than {baseline}, judged by {judge}: {'; '.join(filter(None, [told, chance]))}."
     sentence = f"{leader} is better than {baseline}, judged by {judge}: {_wins(leader, results)}."
+    if equal := results.policies[leader].win_rate.equal_length:
+        chance = CHANCE if is_insignificant(equal.difference) else ""
+        sentence += f" If all answers were equally long, it would win {100 * equal.mean:.0f} of 100{chance}."
     if made := made_for(leader, judge, results):
         sentence += f" But it was {made} this very judge, which flatters it."
         fair = next((name for name in compared(results)[0] if not made_for(name, judge, results)), None)
