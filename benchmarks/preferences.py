@@ -89,18 +89,18 @@ def _likelihood_of_instructions(evaluate: dict[str, Any], model: str, shared: Pa
 
 def rewards(folders: list[Path]) -> str:
     """Return a table of the reward models of all seeds on held-out pairs."""
-    lines = [
-        "| seed | reward model | pairs | accuracy | least sure third to surest | calibration error (chance) | score, length |"
-    ]
-    lines.append("|---" * 7 + "|")
+    header = ["seed", "reward model", "pairs", "accuracy", "by quarters, the least sure first"]
+    header += ["calibration error (chance)", "score, length"]
+    lines = [f"| {' | '.join(header)} |", "|---" * len(header) + "|"]
     for folder in folders:
         for stage in ("reward", "judge"):
-            for name, one in _read(folder / stage / "evaluation.json").items():
+            models = _read(folder / stage / "evaluation.json")
+            for name, one in models.items():
                 accuracy, calibration = one["accuracy"], one["calibration"]
                 low, high = accuracy["interval"]
                 bins = ", ".join(f"{part['accuracy']:.2f}" for part in accuracy["by_predicted_margin"])
                 lines.append(
-                    f"| {folder.name[5:]} | {stage if name == stage else f'{stage}, {name}'} | {accuracy['n']} "
+                    f"| {folder.name[5:]} | {stage if len(models) == 1 else f'{stage}, {name}'} | {accuracy['n']} "
                     f"| {accuracy['accuracy']:.3f} [{low:.3f}, {high:.3f}] | {bins} "
                     f"| {calibration['ece']:.3f} ({calibration['ece_if_calibrated']:.3f}) "
                     f"| {one['score_length']['spearman']:.2f} |"

@@ -15,51 +15,63 @@ import yaml
 pytestmark = [pytest.mark.real, pytest.mark.slow]
 
 
+STORIES = {  # of all stages
+    "dtype": "float32",
+    "eos_token": "<s>",  # ends a story; the model has never seen </s>
+    "max_length": 128,
+    "max_prompt_length": 64,
+    "max_completion_length": 24,
+    "eval_strategy": "no",
+    "save_strategy": "no",
+    "per_device_train_batch_size": 8,
+    "gradient_accumulation_steps": 1,
+}
+REWARD = {"num_train_epochs": 2, "learning_rate": 5e-4, "weight_decay": 0.1, "lora_dropout": 0.1, "ensemble_size": 1}
+
+
 @pytest.fixture(scope="module")
 def benchmarks():
-    """Import `benchmarks/real_pipeline.py` and `benchmarks/real_rewards.py`."""
+    """Import `benchmarks/preferences.py` and `benchmarks/real_rewards.py`."""
     with pytest.MonkeyPatch.context() as patch:
         patch.syspath_prepend(ROOT / "benchmarks")
-        return import_module("real_pipeline"), import_module("real_rewards")
+        return import_module("preferences"), import_module("real_rewards")
 
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory, shared, benchmarks):
-    """Run the stages with shorter completions, fewer steps and rows than the benchmark; return the output folder."""
+    """Run the stages with shorter answers, fewer steps and rows than the benchmark; return the output folder."""
     output = tmp_path_factory.mktemp("real")
-    instructions, hh, stories = (
-        str(shared / "data" / f"{name}.jsonl.gz") for name in ("instructions.1100", "hh_pairs.train", "tinystories.1000")
+    instructions, pairs, hh, stories = (
+        str(shared / "data" / f"{name}.jsonl.gz")
+        for name in ("instructions.1100", "preferences.1100", "hh_pairs.train", "tinystories.1000")
     )
     small = {
         "sft": {
             "datasets": [{"path": instructions, "split": "train[:320]"}, {"path": hh, "split": "train[:80]"}],
-            "num_train_epochs": 1,
-            "eval_strategy": "no",
+            "learning_rate": 2e-3,
         },
-        "reward": {"num_train_epochs": 2, "eval_strategy": "steps", "eval_steps": 1000, "dataset_train_split": "train[:320]"},
-        "judge": {"num_train_epochs": 2, "eval_strategy": "no", "dataset_train_split": "train[475:635]"},
+        "reward": {**REWARD, "eval_strategy": "epoch", "datasets": [{"path": pairs, "split": "train[:320]"}]},
+        "judge": {**REWARD, "datasets": [{"path": pairs, "split": "train[475:635]"}]},
+        "dpo": {"datasets": [{"path": pairs, "split": "train[:240]"}], "learning_rate": 5e-4},
         "ppo": {
+            "datasets": [{"path": pairs, "split": "train[:950]"}],
             "per_device_train_batch_size": 48,
             "max_steps": 12,
-            "max_completion_length": 24,
             "warmup_steps": 2,
             "value_warmup_steps": 2,
             "learning_rate": 2e-3,
             "kl_coef": 0.03,
-            "save_strategy": "no",
         },
-        "dpo": {"num_train_epochs": 1, "dataset_train_split": "train[:160]", "eval_strategy": "no"},
         "evaluate": {
-            "policies": {"sft": "{sft}", "dpo": "{dpo}", "ppo": "{ppo}"},
-            "eval_datasets": [{"path": str(shared / "data" / "preferences.1100.jsonl.gz"), "split": "train[950:990]"}],
-            "max_completion_length": 24,
-            "num_answers": 2,
+            "policies": {"SFT": "{sft}", "DPO": "{dpo}", "PPO": "{ppo}"},
+            "eval_datasets": [{"path": pairs, "split": "train[950:990]"}],
             "frontier": [],
             "frontier_best_of": [],
             "ptx_dataset": [{"path": stories, "split": "train[:10]"}],
         },
     }
-    config = benchmarks[0].write_pipeline(shared, output, [0], 1, **small)
+    model = str(shared / "models" / "stories3M")
+    config = benchmarks[0].write_pipeline(model, shared, output, [0], "polite", STORIES, **small)
     for stage in read_pipeline(config, ROOT / "recipes").stages:  # in this process: each would take ten seconds to start
         path = output / "configs" / f"{stage.name}.yaml"
         path.parent.mkdir(exist_ok=True)
@@ -97,23 +109,36 @@ def test_reward_model_is_about_as_accurate_as_a_bag_of_words(folder, shared, ben
 
 def test_the_learned_reward_rises(metrics):
     rewards = {name: policy["rewards"]["reward model"] for name, policy in metrics["policies"].items()}
-    for name in ("ppo", "dpo"):
+    for name in ("PPO", "DPO"):
         assert rewards[name]["difference"]["interval"][0] > 0, name
-    assert metrics["policies"]["ppo"]["kl"]["mean"] > 0
+    assert metrics["policies"]["PPO"]["kl"]["mean"] > 0
 
 
 def test_policies_win_against_sft_by_another_reward_model(metrics):
     """It was trained on other pairs, and no policy was trained against it."""
-    rates = {name: policy["win_rate"] for name, policy in metrics["policies"].items() if name != "sft"}
+    rates = {name: policy["win_rate"] for name, policy in metrics["policies"].items() if name != "SFT"}
     assert {rate["judge"] for rate in rates.values()} == {"other reward model"}
-    for name in ("ppo", "dpo"):
+    for name in ("PPO", "DPO"):
         assert rates[name]["interval"][0] > 0.5, (name, rates[name])
 
 
 def test_the_report_shows_the_results(folder, metrics):
     page = (folder / "seed-0" / "evaluate" / "index.html").read_text()
     assert metrics["verdict"][0] in page.replace("&#39;", "'")
-    rate = metrics["policies"]["ppo"]["win_rate"]["win_rate"]
+    rate = metrics["policies"]["PPO"]["win_rate"]["win_rate"]
     assert f"{rate:.0%}" in page
     assert page.count("<svg") >= 4, "learning curves of the policies and reward models"
     assert "made up" not in page.lower(), "nobody can tell of free text"
+
+
+def test_the_benchmark_prints_its_tables(folder, benchmarks, metrics):
+    seeds = [folder / "seed-0"]
+    models, policies = benchmarks[0].rewards(seeds), benchmarks[0].policies(seeds)
+    (model,) = json.loads((seeds[0] / "reward" / "evaluation.json").read_text()).values()
+    assert f"| 0 | reward | {model['accuracy']['n']} | {model['accuracy']['accuracy']:.3f} [" in models
+    assert "| 0 | judge | " in models
+    line = next(line for line in policies.splitlines() if line.startswith("| PPO"))
+    rate = metrics["policies"]["PPO"]["win_rate"]
+    assert f"| {rate['win_rate']:.2f} | {rate['equal_length']['mean']:.2f} |" in line
+    instructions = json.loads((seeds[0] / "instructions" / "metrics.json").read_text())["policies"]["PPO"]["perplexity"]
+    assert line.endswith(f"{instructions:.1f} |")
