@@ -65,7 +65,7 @@ exact_match.compares_references = normalised_match.compares_references = True  #
 
 @dataclass(config=FINITE_FLOATS)
 class Abstention:
-    """Score a right answer 1, an abstention 0 and anything else -1, by default.
+    """Score a right answer 1, an abstention 0, and any other answer -1.
 
     Teaches a model to say that it does not know what it does not know (Schulman, "Reinforcement Learning from Human Feedback:
     Progress and Challenges", 2023). Demonstrations cannot: their author knew other things than the model. The best policy

@@ -86,7 +86,7 @@ def test_bars_of_kinds_show_means_and_a_dot_per_seed():
             widths.setdefault(colour[1], []).append(max(across) - min(across))
     # 0.2 of the axis lie between the two dots
     unit = (second - first) / 0.2
-    for colour, share in ((plots.RED, 0.3), (plots.GREY, 0.2), (plots.GREEN, 0.5)):
+    for colour, share in ((plots.ORANGE, 0.3), (plots.GREY, 0.2), (plots.BLUE, 0.5)):
         assert widths[colour][0] / unit == pytest.approx(share, abs=0.01)
 
 
@@ -233,7 +233,8 @@ def test_the_first_screen_says_who_is_better_what_it_answers_and_what_it_costs()
     assert "a cost" in cost
     assert "no policy was trained directly against gold" in trust
     page = render(replace(results, verdict=[first, answers, cost, trust]))
-    assert page.index(">Answers about strangers<") < page.index("What was trained on what") < page.index("<h2>Scores")
+    picture = page.index(">Answers about strangers (60 prompts)<")
+    assert picture < page.index("What was trained on what") < page.index("<h2>Scores")
     assert "http" not in page.replace("http://www.w3.org", "")
 
 
@@ -272,7 +273,7 @@ def test_a_judge_that_the_record_names_favours_a_policy_that_the_key_forgets(tmp
     results = results_of(sft=policy_result(), ppo=ppo)
     results.rewards["gold"] = replace(results.rewards["gold"], folder=str(tmp_path / "reward"))
     assert "trained against this very judge" in verdict(results)[0]
-    assert "paid by gold; 2 steps in 1 s" in render(results)
+    assert "scored by gold; 2 steps in 1 s" in render(results)
 
 
 def test_wins_at_equal_length_stand_beside_the_others():
@@ -287,8 +288,11 @@ def test_a_policy_that_may_be_as_good_is_named():
     one, other = (policy_result(win_rate=rate("gold", mean, mean - 0.05, mean + 0.05)) for mean in (0.8, 0.78))
     results = results_of(sft=policy_result(), ppo=one, dpo=other)
     assert heading(results) == "ppo is better than sft, and dpo may be as good"
+    assert "Directly against" not in verdict(results)[0]
     clear = replace(other, leader_wins=rate("gold", 0.6, 0.55, 0.65))
-    assert heading(results_of(sft=policy_result(), ppo=one, dpo=clear)) == "ppo is the best of 3 policies"
+    results = results_of(sft=policy_result(), ppo=one, dpo=clear)
+    assert heading(results) == "ppo is the best of 3 policies"
+    assert "Directly against dpo, the next: better in 60 of 100, worse in 40." in verdict(results)[0]
 
 
 def test_policies_of_equal_weights_are_named_and_never_lead():
@@ -298,7 +302,7 @@ def test_policies_of_equal_weights_are_named_and_never_lead():
     first, others, *_ = verdict(results)
     assert first.startswith("ppo is better than sft")
     assert "Also better: again (it has exactly the weights of ppo)." in others
-    assert "Not told apart from sft: same (it has exactly the weights of sft)." in others
+    assert "No clear difference from sft: same (it has exactly the weights of sft)." in others
 
 
 def test_without_a_judge_or_another_policy_nothing_is_called_better():

@@ -31,9 +31,10 @@ def panels(results: EvaluationResults) -> list[Panel]:
     notes = dict.fromkeys(order, "") | {results.compare_with: "baseline"}
     if results.groups:
         shown = {name: results.policies[name].truthfulness for name in order if results.policies[name].truthfulness}
+        baseline = results.policies[results.compare_with].truthfulness
         return [
             Panel(
-                f"Answers {results.words_for(group)}".strip(),
+                f"Answers {results.words_for(group)}".strip() + f" ({baseline[group]['right'].n} prompts)",
                 [
                     Bar(name, notes[name], shares={kind: groups[group][kind].mean for kind in KINDS})
                     for name, groups in shown.items()

@@ -130,7 +130,7 @@ def shares_of_kinds(groups: dict[str, dict[str, dict[str, Sequence[float]]]]) ->
 def _bars(axes: Axes, policies: dict[str, dict[str, Sequence[float]]]) -> None:
     """Draw made-up shares first, where their lengths can be compared."""
     left = np.zeros(len(policies))
-    for kind, colour in (("made_up", RED), ("abstained", GREY), ("right", GREEN)):
+    for kind, colour in (("made_up", ORANGE), ("abstained", GREY), ("right", BLUE)):
         values = [shares[kind] for shares in policies.values()]
         means = np.array([np.mean(seeds) if len(seeds) else 0.0 for seeds in values])
         axes.barh(range(len(values)), means, left=left, color=colour, alpha=0.75, label=kind.replace("_", " "))

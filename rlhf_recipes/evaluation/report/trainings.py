@@ -9,7 +9,7 @@ from rlhf_recipes.export.model_card import display_name
 # How each recipe trains, and on rows of what
 _METHODS = {
     "sft": ("taught (SFT) on", "answers to imitate"),
-    "reward": ("taught to score answers on", "comparisons or rankings"),
+    "reward": ("taught to score answers on", "rankings, or comparisons of two answers"),
     "dpo": ("taught (DPO) on", "pairs of a better and a worse answer"),
     "ppo": ("rewarded (PPO) for its own answers to", "prompts"),
 }
@@ -41,7 +41,7 @@ def _line(training: Training | None, folder: str, results: EvaluationResults) ->
     start = _name_of(training.start_from, results) if training.start_from else "the base"
     rows = f"{training.rows:,} {kind}" if training.rows is not None else kind
     sources = listed([_short(source) for source in training.sources])
-    paid = f", paid by {listed([_name_of(path, results) for path in training.rewards])}" if training.rewards else ""
+    paid = f", scored by {listed([_name_of(path, results) for path in training.rewards])}" if training.rewards else ""
     steps = f"{training.steps} steps" if training.steps else ""
     cost = " in ".join(filter(None, [steps, duration(training.seconds) if training.seconds else ""]))
     return f"{start}, {method} {rows}{f' ({sources})' if sources else ''}{paid}{f'; {cost}' if cost else ''}"

@@ -51,6 +51,7 @@ def _result(results: EvaluationResults) -> str:
         chance = f"{listed(unclear)} cannot be told apart from it" if unclear else ""
         return f"No policy is better than {baseline}, judged by {judge}: {'; '.join(filter(None, [told, chance]))}."
     sentence = f"{leader} is better than {baseline}, judged by {judge}: {_wins(leader, results)}."
+    sentence += _against_the_next(leader, results)
     if equal := results.policies[leader].win_rate.equal_length:
         chance = CHANCE if is_insignificant(equal.difference) else ""
         sentence += f" If all answers were equally long, it would win {100 * equal.mean:.0f} of 100{chance}."
@@ -92,6 +93,16 @@ def _wins(name: str, results: EvaluationResults) -> str:
     return f"its answer is the better one in {won} of 100 comparisons, equal in {equal}, worse in {lost}"
 
 
+def _against_the_next(leader: str, results: EvaluationResults) -> str:
+    """Return the leader's direct comparison with the second best, if it is clear."""
+    better = [name for name in compared(results)[0] if name != leader and not results.policies[name].same_as]
+    wins = results.policies[better[0]].leader_wins if better else None
+    if not wins or better[0] in rivals_of(results):
+        return ""
+    won, _, lost = _outcomes(wins)
+    return f" Directly against {better[0]}, the next: better in {won} of 100, worse in {lost}."
+
+
 def _outcomes(rate: WinRate) -> tuple[int, int, int]:
     """Return the wins, ties and losses of 100 comparisons."""
     equal = rate.ties / rate.n
@@ -104,7 +115,7 @@ def _others(results: EvaluationResults) -> str | None:
     leader, baseline = leader_of(results), results.compare_with
     if leader is None:
         return None
-    labels = "Also better", f"Worse than {baseline}", f"Not told apart from {baseline}"
+    labels = "Also better", f"Worse than {baseline}", f"No clear difference from {baseline}"
     parts = []
     for label, names in zip(labels, compared(results), strict=True):
         texts = [_other(name, results) for name in names if name != leader]
@@ -159,10 +170,10 @@ def _perplexity(name: str, results: EvaluationResults) -> str | None:
     change = now / before - 1
     judged = "a cost" if change > _SAME else "no cost" if change < -_SAME else "hardly a change"
     others = {one: results.policies[one].perplexity for one in compared(results)[0] if one != name}
-    beside = ", ".join([f"{one}: {one_decimal(value)}" for one, value in others.items() if value][:_BESIDE])
+    beside = [f"with {one} to {one_decimal(value)}" for one, value in others.items() if value][:_BESIDE]
     return (
-        f"perplexity on ordinary text went from {one_decimal(before)} ({results.compare_with}) to {one_decimal(now)}, "
-        f"lower is better: {judged}{f' ({beside})' if beside else ''}"
+        f"perplexity on ordinary text (lower is better) went from {one_decimal(before)} ({results.compare_with}) to "
+        f"{one_decimal(now)}, {judged}{f'; {listed(beside)}' if beside else ''}"
     )
 
 
@@ -207,7 +218,7 @@ def _trust(results: EvaluationResults) -> str:
             reworded = of_answers(policy.reworded, results.num_answers)
             parts.append(f"{reworded} answers of {name} count as made up though they contain the right one")
     if any(policy.training for policy in results.others.values()):
-        parts.append("each policy was trained once, and another seed may differ")
+        parts.append("each training ran once, and another seed may differ")
     return f"Trust: {'; '.join(parts)}."
 
 
