@@ -7,15 +7,24 @@ export HF_HUB_OFFLINE := 1
 export OMP_WAIT_POLICY := passive
 export TOKENIZERS_PARALLELISM := false
 
-.PHONY: demo test test-all smoke lint format
+MODEL ?= HuggingFaceTB/SmolLM2-135M-Instruct
+SEEDS ?= 0
+
+.PHONY: demo real test test-all smoke lint format
 
 demo: .venv/installed
 	$(BIN)/python recipes/pipeline.py
 	@echo "Next: $(BIN)/python recipes/chat.py talks to these policies. README.md shows how to use your own data."
 
+# A real chat model, and what it knows of cities: hours on a CPU (docs/experiment.md). MODEL may be a folder.
+real: export HF_HUB_OFFLINE := 0
+real: .venv/installed
+	$(BIN)/python recipes/pipeline.py --config configs/smollm2-135m/knowledge.yaml \
+	  --set arguments.model_name_or_path=$(MODEL) --set "seeds=[$(SEEDS)]"
+
 # What a user needs to know that an installation or a change works.
 test: .venv/installed
-	$(PYTEST) -m "not (browser or fuzz or kill or real)"
+	$(PYTEST) -m "not (browser or fuzz or kill or real or smollm2)"
 
 # All tests: those of the page in a browser, of random input, of killed processes, on real models too.
 test-all: .venv/installed

@@ -9,9 +9,16 @@ from support import SHARED, has_gpu, run_recipe  # first, since it sets the envi
 import pytest
 
 # Files whose few tests take long run first, so that no worker is left alone with them at the end.
-LONG = ("test_real_pipeline.py", "test_tiny_stages.py", "test_distributed.py", "test_real_rewards.py", "test_real.py")
+LONG = (
+    "test_real_pipeline.py",
+    "test_smollm2.py",
+    "test_tiny_stages.py",
+    "test_distributed.py",
+    "test_real_rewards.py",
+    "test_real.py",
+)
 LONG += ("test_documents.py", "test_pipeline.py", "test_real_input.py", "test_kills.py", "test_smoke.py")
-LEFT_OUT = ("browser", "fuzz", "kill", "real", "slow")
+LEFT_OUT = ("browser", "fuzz", "kill", "real", "slow", "smollm2")
 """Markers of tests that `make test` leaves out."""
 
 deselected: Counter[str] = Counter()
