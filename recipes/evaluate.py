@@ -20,7 +20,7 @@ from rlhf_recipes.evaluation.collect import collect_results, write_answers
 from rlhf_recipes.evaluation.frontier import measure_frontier
 from rlhf_recipes.evaluation.measurement import Measurement, check_choosers, check_names, choose_judge, sample_policy
 from rlhf_recipes.evaluation.named_rewards import load_named_rewards
-from rlhf_recipes.evaluation.policy_checks import check_policies
+from rlhf_recipes.evaluation.policy_checks import add_recorded_training, check_policies
 from rlhf_recipes.evaluation.prompts import held_out_prompts
 from rlhf_recipes.evaluation.report.html import write_report
 from rlhf_recipes.generation.policies import load_policy_bank, load_policy_tokenizer, read_policies
@@ -57,6 +57,7 @@ def main() -> None:
     # Roles: every policy and every reward model as an adapter on one base
     bank = load_policy_bank(model_args, evaluate_args, policies, tokenizer)
     rewards = load_named_rewards(evaluate_args.rewards, bank, evaluate_args.batch_size, rows)
+    rewards = add_recorded_training(rewards, policies)
     judge = choose_judge(evaluate_args, rewards)
     measurement = Measurement(bank, rows, rewards, evaluate_args)
     check_choosers(policies, measurement)

@@ -9,7 +9,7 @@ from pathlib import Path
 
 from rlhf_recipes.core.errors import RecipeError, did_you_mean, one_line
 
-_DYNAMIC = ("__getattr__", "globals()", "sys.modules", "import *")
+_DYNAMIC = (b"__getattr__", b"globals()", b"sys.modules", b"import *")
 """A module with one of these may have names that its text does not show."""
 
 
@@ -37,7 +37,7 @@ def check_dotted_path(path: str) -> None:
         raise RecipeError(f"{file}: not valid Python: {one_line(error)}") from error
     if file.name == "__init__.py":
         known |= {entry.name.partition(".")[0] for entry in file.parent.iterdir()}
-    if names and names[0] not in known and not any(sign in file.read_text(encoding="utf-8") for sign in _DYNAMIC):
+    if names and names[0] not in known and not any(sign in file.read_bytes() for sign in _DYNAMIC):
         raise RecipeError(f"{module} has no {names[0]!r}{did_you_mean(names[0], known)}")
 
 
@@ -126,16 +126,17 @@ def _imported_module(module: str, file: Path, node: ast.ImportFrom) -> str:
 
 @functools.cache
 def _parse(file: Path) -> ast.Module:
-    return ast.parse(file.read_text(encoding="utf-8"))
+    return ast.parse(file.read_bytes())  # Python finds out the encoding
 
 
 def _statements(body: Sequence[ast.AST]) -> Iterator[ast.AST]:
-    """Yield the statements at the top of a module, also those within `if` and `try`."""
+    """Yield the statements of a module that are in no function or class."""
     for node in body:
         yield node
-        if isinstance(node, ast.If | ast.Try | ast.With | ast.ExceptHandler):
-            for name in ("body", "handlers", "orelse", "finalbody"):
-                yield from _statements(getattr(node, name, ()))
+        if not isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef | ast.ClassDef):
+            for name in ("body", "handlers", "orelse", "finalbody", "cases"):
+                inner = getattr(node, name, ())
+                yield from _statements(inner if isinstance(inner, list) else ())  # an expression's `body` is no list
 
 
 def _defined(tree: ast.Module) -> Iterator[str]:

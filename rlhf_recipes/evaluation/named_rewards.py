@@ -29,6 +29,7 @@ class NamedReward:
     function: Callable[..., Any]  # with TRL's signature
     trained: bool | list[str] = False  # the policies that were trained against it; True for all, False for none
     folder: str | None = None  # of a reward model
+    path: str | None = None  # as the user wrote it
 
     @property
     def about(self) -> str | None:
@@ -70,5 +71,5 @@ def load_named_rewards(
         name = options.get("name") or get_callable_name(function)
         if name in rewards:
             raise RecipeError(f"{key}: two rewards are called '{name}'. Fix: set another `name`.")
-        rewards[name] = NamedReward(name, function, options.get("trained", False), folder)
+        rewards[name] = NamedReward(name, function, options.get("trained", False), folder, str(spec["path"]))
     return rewards

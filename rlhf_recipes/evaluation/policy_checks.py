@@ -2,15 +2,18 @@
 
 import logging
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 
 from rlhf_recipes.config.evaluate import EvaluateArguments
 from rlhf_recipes.core.files import RECIPE, read_json
 from rlhf_recipes.evaluation.measurement import PolicySamples
+from rlhf_recipes.evaluation.named_rewards import NamedReward
 from rlhf_recipes.evaluation.types import UNSET, Training, Unset
 from rlhf_recipes.export.model_card import recorded_argument
 from rlhf_recipes.generation.eos import NO_EOS, warn_of_endless
 from rlhf_recipes.generation.policies import Policy
+from rlhf_recipes.inputs import is_reward_folder
 from rlhf_recipes.models.fingerprint import adapter_fingerprint
 
 import numpy as np
@@ -26,6 +29,8 @@ def read_training(folder: str | Path | None) -> Training | Unset:
     record = read_json(Path(folder) / RECIPE) or read_json(Path(folder).parent / RECIPE)  # of a checkpoint: its run's
     if "recipe" not in record:
         return UNSET
+    is_checkpoint, number = Path(folder).name.startswith("checkpoint-"), Path(folder).name.partition("-")[2]
+    checkpoint = int(number) if is_checkpoint and number.isdecimal() else None
     train, run = (record.get("data") or {}).get("train") or {}, record.get("run") or {}
     rewards = recorded_argument(record, "reward_funcs") or []
     return Training(
@@ -34,11 +39,31 @@ def read_training(folder: str | Path | None) -> Training | Unset:
         start_from=recorded_argument(record, "start_from"),
         sources=[source["source"] for source in train.get("sources") or ()],
         rows=train.get("rows"),
-        steps=run.get("steps"),
-        seconds=run.get("wall_time_s"),
+        steps=run.get("steps") if checkpoint is None else checkpoint,
+        seconds=run.get("wall_time_s") if checkpoint is None else None,
         rewards=[str(reward.get("path")) if isinstance(reward, dict) else str(reward) for reward in rewards],
         max_completion_length=recorded_argument(record, "max_completion_length") if rewards else None,
     )
+
+
+def add_recorded_training(rewards: Mapping[str, NamedReward], policies: Mapping[str, Policy]) -> dict[str, NamedReward]:
+    """Return rewards whose `trained` also names the policies that they paid.
+
+    The records of the policies' trainings know these; a key is easily forgotten.
+    """
+    records = {name: read_training(policy.folder) for name, policy in policies.items()}
+    paid = {name: {_absolute(path) for path in record.rewards} for name, record in records.items() if record}
+    found = {}
+    for name, reward in rewards.items():
+        names = [policy for policy, paths in paid.items() if reward.path and _absolute(reward.path) in paths]
+        trained = reward.trained if reward.trained is True else [*dict.fromkeys([*(reward.trained or ()), *names])]
+        found[name] = replace(reward, trained=trained or False)
+    return found
+
+
+def _absolute(path: str) -> str:
+    """Return a folder as absolute; a dotted path stays."""
+    return str(Path(path).resolve()) if is_reward_folder(path) else path
 
 
 def check_policies(policies: Mapping[str, Policy], arguments: EvaluateArguments) -> dict[str, str]:

@@ -3,11 +3,12 @@
 import multiprocessing
 from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import Executor, ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
 from pathlib import Path
 from typing import Any
 
 from rlhf_recipes.config.data import DatasetSource
-from rlhf_recipes.core.errors import error_context
+from rlhf_recipes.core.errors import RecipeError, error_context
 from rlhf_recipes.data import Kind, check_source
 from rlhf_recipes.evaluation.measurement import check_judge
 from rlhf_recipes.feedback.ranking import read_labeler
@@ -17,6 +18,8 @@ from rlhf_recipes.inputs import is_reward_folder, is_within
 from rlhf_recipes.pipeline.running import Pipeline
 from rlhf_recipes.rewards.reward_funcs import check_reward_funcs, reward_paths
 from rlhf_recipes.stages import STAGES, parse_values
+
+_DATA = ("dataset_name", "datasets", "eval_datasets")
 
 
 def check_arguments(pipeline: Pipeline) -> None:
@@ -41,6 +44,9 @@ def check_arguments(pipeline: Pipeline) -> None:
                             check_source(source, kind)
                         checked.add(f"{source} {kind}")
                 _check_names(stage.values, written, apart)
+                kind = STAGES[stage.recipe]
+                if kind.data == "prompt" and not kind.trains and not any(stage.values.get(key) for key in _DATA):
+                    raise RecipeError("eval_datasets: missing, and there is no `dataset_name`. Fix: name prompts")
 
 
 def _check_names(values: Mapping[str, Any], written: Sequence[Path], apart: Executor) -> None:
@@ -68,7 +74,13 @@ def _check_rewards(key: str, entries: Sequence[Any], written: Sequence[Path], ap
     """
     paths = [path for path in reward_paths(entries) if path and not is_reward_folder(path)]
     if any(not path.startswith("rlhf_recipes.") for path in paths):
-        return apart.submit(check_reward_funcs, key, entries, written).result()
+        try:
+            return apart.submit(check_reward_funcs, key, entries, written).result()
+        except (BrokenProcessPool, SystemExit) as error:
+            named = ", ".join(path for path in paths if not path.startswith("rlhf_recipes."))
+            raise RecipeError(
+                f"{key}: {named}: importing it ended Python ({type(error).__name__}). Fix: mend its module"
+            ) from error
     return check_reward_funcs(key, entries, written)
 
 

@@ -47,14 +47,12 @@ class Places:
             written: the keys in that.
         """
         entry = content.stages[number]
-        place = self.of_entry(number, entry).default
+        place, shared = self.of_entry(number, entry).default, self.of_arguments(content).sources
+        inline = Source(place.label, written, self.config, (*place.steps, "config"))
         sources = (
             Source(f"{SET}: {entry.name}", self.set_keys.get(entry.name, ())),
             Source(place.label, entry.arguments, self.config, (*place.steps, "arguments")),
             Source(place.label, own, self.config, place.steps),
-            *self.of_arguments(content).sources,
-            Source(place.label, written, self.config, (*place.steps, "config"))
-            if file is None
-            else Source(keys=written, file=file),
+            *([inline, *shared] if file is None else [*shared, Source(keys=written, file=file)]),
         )
         return Origin(sources, place)

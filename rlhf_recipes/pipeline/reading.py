@@ -213,10 +213,15 @@ class _SeedReader:
                 written = entry.config if file is None else self.read_file(file)
         types = STAGES[recipe].argument_types()
         shared = {key: value for key, value in self.content.arguments.items() if key in types}
+        if not STAGES[recipe].trains and "eval_datasets" in {*written, *entry.arguments}:
+            shared.pop("test_split_size", None)  # of the rows of trainings; it would take the place of those
+        if self.seed is not None and "seed" in entry.arguments:
+            raise RecipeError(f"stages: {entry.name}: seed: `seeds` sets it. Fix: leave one of the two out")
         own = self._own(entry, recipe, turn)
         origin = self.places.of_stage(number, self.content, [*own], file, [*written])
         with origin.context():
-            values = merge_overrides(merge_overrides(written, shared), own | entry.arguments)
+            below, above = (written, shared) if file else (shared, written)
+            values = merge_overrides(merge_overrides(below, above), own | entry.arguments)
             values.pop("needs", None)  # the pipeline's order takes its place
             stage = self._stage(entry, recipe, turn, values, origin, frozenset({*shared, *entry.arguments}))
         self.stages.setdefault(entry.name, []).append(stage)

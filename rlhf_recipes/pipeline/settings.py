@@ -29,8 +29,29 @@ def read_settings(texts: Iterable[str]) -> Settings:
         if not equals or not key:
             raise RecipeError(f"{SET}: {text!r}. Fix: write STAGE.KEY=VALUE, arguments.KEY=VALUE or KEY=VALUE")
         with error_context(f"{SET}: {name}"):
-            settings.append((scope, key, expand_paths({key: parse_yaml(value)})[key]))
+            settings.append((scope, key, expand_paths({key: _read_value(value)})[key]))
     return settings
+
+
+def _read_value(text: str) -> Any:
+    """Return a value as YAML; `{sft}`, a mapping in YAML, stands for a stage.
+
+    Raises:
+        RecipeError: for a text that YAML takes for a comment.
+    """
+    value = parse_yaml(text)
+    if value is None and text.strip().lower() not in ("", "null", "~"):
+        raise RecipeError(f"{text!r} is a comment in YAML. Fix: put it in quotes")
+    return _with_placeholders(value)
+
+
+def _with_placeholders(value: Any) -> Any:
+    if isinstance(value, dict):
+        names = [name for name, content in value.items() if content is None]
+        if len(value) == len(names) == 1:
+            return f"{{{names[0]}}}"
+        return {name: _with_placeholders(content) for name, content in value.items()}
+    return [_with_placeholders(one) for one in value] if isinstance(value, list) else value
 
 
 def apply_settings(values: Mapping[str, Any], settings: Settings) -> tuple[dict[str, Any], dict[str, list[str]]]:

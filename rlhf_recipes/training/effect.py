@@ -14,6 +14,7 @@ from transformers import TrainerCallback, TrainerState, TrainingArguments
 logger = logging.getLogger(__name__)
 
 _SHORTEST = 1e-6  # sum of all learning rates: Adam, and SGD with clipped gradients, move no weight much farther
+_WITHOUT_WARMUP = ("constant", "reduce_lr_on_plateau", "greedy")
 
 
 class EffectCallback(TrainerCallback):
@@ -82,7 +83,7 @@ def check_schedule(args: TrainingArguments, steps: int) -> None:
             "learning_rate: %g: in %d steps no weight moves farther than about %.0e. Fix: raise it",
             *(args.learning_rate, steps - critic_alone, distance),
         )
-    warmup = 0 if plain(args.lr_scheduler_type) == "constant" else args.get_warmup_steps(steps)
+    warmup = 0 if plain(args.lr_scheduler_type) in _WITHOUT_WARMUP else args.get_warmup_steps(steps)
     if warmup < steps:
         return
     if steps == 1:

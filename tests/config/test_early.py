@@ -38,6 +38,14 @@ def test_fields_of_argument_classes_are_read_from_their_text(path):
     assert [*dataclass_fields(path)] == [item.name for item in dataclasses.fields(cls) if item.init]
 
 
+@pytest.mark.parametrize("content", [b"\xef\xbb\xbfdef one(): ...", b"# -*- coding: latin-1 -*-\n# \xe9\ndef one(): ..."])
+def test_files_of_other_encodings_are_read_as_python_does(tmp_path, monkeypatch, content):
+    monkeypatch.syspath_prepend(tmp_path)
+    name = f"early_encoding_{len(content)}"
+    (tmp_path / f"{name}.py").write_bytes(content)
+    check_dotted_path(f"{name}.one")
+
+
 def test_a_class_whose_text_is_not_found_is_imported(monkeypatch):
     assert dataclass_fields("no_such_module.Arguments") is None
     monkeypatch.setitem(sys.modules, "__main__", sys.modules[__name__])
@@ -56,7 +64,10 @@ def package(tmp_path, monkeypatch):
     folder = tmp_path / "early_package"
     folder.mkdir()
     (folder / "__init__.py").write_text("raise RuntimeError('imported')\n")
-    (folder / "plain.py").write_text("import json as j\nif j:\n    def one(): ...\nx, (y, z) = 1, (2, 3)\nclass C: ...\n")
+    (folder / "plain.py").write_text(
+        "import json as j\nif j:\n    def one(): ...\nx, (y, z) = 1, (2, 3)\nclass C: ...\n"
+        "for n in 'a':\n    def looped(): ...\nmatch x:\n    case _:\n        def matched(): ...\n"
+    )
     (folder / "starred.py").write_text("from json import *\n")
     (folder / "lazy.py").write_text("def __getattr__(name): ...\n")
     (folder / "broken.py").write_text("def one(:\n")
@@ -65,7 +76,19 @@ def package(tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize(
-    "name", ["plain.one", "plain.j", "plain.x", "plain.z", "plain.C.method", "starred.loads", "lazy.any", "compiled.f"]
+    "name",
+    [
+        "plain.one",
+        "plain.j",
+        "plain.x",
+        "plain.z",
+        "plain.C.method",
+        "plain.looped",
+        "plain.matched",
+        "starred.loads",
+        "lazy.any",
+        "compiled.f",
+    ],
 )
 def test_names_in_a_module_are_found_without_importing_it(package, name):
     check_dotted_path(f"{package}.{name}")

@@ -4,14 +4,18 @@ import re
 from dataclasses import replace
 from xml.etree import ElementTree
 
+from rlhf_recipes.core.files import write_json
 from rlhf_recipes.evaluation.metrics.calibration import calibration
 from rlhf_recipes.evaluation.metrics.scores import score_distribution
+from rlhf_recipes.evaluation.named_rewards import NamedReward
+from rlhf_recipes.evaluation.policy_checks import add_recorded_training, read_training
 from rlhf_recipes.evaluation.report import plots
 from rlhf_recipes.evaluation.report.details import details
 from rlhf_recipes.evaluation.report.html import render
 from rlhf_recipes.evaluation.report.verdict import heading, verdict
 from rlhf_recipes.evaluation.reward_evaluation import evaluate_reward
-from rlhf_recipes.evaluation.types import BestOf, CalibrationBin, Estimate, Training, WinRate
+from rlhf_recipes.evaluation.types import UNSET, BestOf, CalibrationBin, Estimate, WinRate
+from rlhf_recipes.generation.policies import Policy
 from rlhf_recipes.rewards.matching import KINDS
 from support.evaluations import evaluation_results, exactly, noisy_rankings, policy_result
 
@@ -257,23 +261,36 @@ def test_a_judge_that_favours_the_leader_is_said_in_the_first_line():
     assert "favours ppo" in verdict(results)[-1]
 
 
-def test_a_judge_that_the_record_names_favours_a_policy_that_the_key_forgets(tmp_path):
-    training = Training(
-        recipe="ppo",
-        base="somebody/model",
-        start_from=None,
-        sources=[],
-        rows=8,
-        steps=2,
-        seconds=1.0,
-        rewards=[str(tmp_path / "reward")],
-        max_completion_length=8,
+def record(folder, **arguments):
+    """Write a policy's record of its training by PPO; return the policy."""
+    folder.mkdir()
+    write_json(
+        folder / "recipe.json", {"recipe": "ppo", "arguments": {"PPO": arguments}, "run": {"steps": 280, "wall_time_s": 180.0}}
     )
-    ppo = policy_result(adapter="x/ppo", training=training, win_rate=rate("gold", 0.8, 0.7, 0.9))
+    return Policy(folder.name, str(folder))
+
+
+def test_policies_that_records_name_count_as_trained_against_a_reward(tmp_path):
+    function, folder = "rlhf_recipes.rewards.exact_match", str(tmp_path / "reward")
+    policies = {"ppo": record(tmp_path / "ppo", reward_funcs=[{"path": folder}, function]), "base": Policy("base", None)}
+    rewards = {
+        "model": NamedReward("model", len, ["dpo"], folder, f"{tmp_path}/./reward"),
+        "function": NamedReward("function", len, path=function),
+        "other": NamedReward("other", len, path="rlhf_recipes.rewards.normalised_match"),
+        "all": NamedReward("all", len, True, path=function),
+    }
+    trained = {name: reward.trained for name, reward in add_recorded_training(rewards, policies).items()}
+    assert trained == {"model": ["dpo", "ppo"], "function": ["ppo"], "other": False, "all": True}
+
+
+def test_what_the_record_of_a_policy_says_stands_in_the_report(tmp_path):
+    record(tmp_path / "ppo", reward_funcs=[str(tmp_path / "reward")])
+    whole, part = (read_training(folder) for folder in (tmp_path / "ppo", tmp_path / "ppo" / "checkpoint-10"))
+    assert (part.steps, part.seconds) == (10, None)
+    ppo = policy_result(adapter="x/ppo", training=whole, win_rate=rate("gold", 0.8, 0.7, 0.9))
     results = results_of(sft=policy_result(), ppo=ppo)
     results.rewards["gold"] = replace(results.rewards["gold"], folder=str(tmp_path / "reward"))
-    assert "trained against this very judge" in verdict(results)[0]
-    assert "scored by gold; 2 steps in 1 s" in render(results)
+    assert "scored by gold; 280 steps in 3 min" in render(results)
 
 
 def test_wins_at_equal_length_stand_beside_the_others():
@@ -293,6 +310,42 @@ def test_a_policy_that_may_be_as_good_is_named():
     results = results_of(sft=policy_result(), ppo=one, dpo=clear)
     assert heading(results) == "ppo is the best of 3 policies"
     assert "Directly against dpo, the next: better in 60 of 100, worse in 40." in verdict(results)[0]
+
+
+def wins_of(won, lost, n):
+    """Return wins of n comparisons."""
+    share = (won + (n - won - lost) / 2) / n
+    return WinRate(judge="gold", win_rate=share, interval=[0.6, 1.0], n=n, prompts=n, ties=n - won - lost)
+
+
+@pytest.mark.parametrize(
+    ("wins", "words"),
+    [
+        (wins_of(39, 1, 40), "in 98 of 100 comparisons, equal in 0, worse in 2."),
+        (wins_of(25, 15, 40), "in 62 of 100 comparisons, equal in 0, worse in 38."),
+        (wins_of(998, 2, 1000), "in more than 99 of 100 comparisons, equal in 0, worse in fewer than 1."),
+    ],
+)
+def test_wins_ties_and_losses_are_rounded_one_by_one(wins, words):
+    assert words in verdict(results_of(sft=policy_result(), ppo=policy_result(win_rate=wins)))[0]
+
+
+def test_an_unchanged_policy_is_said_and_has_moved_nowhere():
+    same = policy_result(win_rate=rate("gold", 0.5, 0.4, 0.6), same_as="sft", adapter="x/same", kl=exactly(-0.001))
+    first, cost, *_ = verdict(results_of(sft=policy_result(adapter="x/sft"), same=same))
+    assert "same (it has exactly the weights of sft) cannot be told apart from it" in first
+    assert "moved" not in cost
+    hardly = replace(same, same_as=UNSET, kl=Estimate(mean=-0.001, interval=[-0.1, 0.1], n=60))
+    cost = verdict(results_of(sft=policy_result(), hardly=hardly))[-2]
+    assert "its answers hardly moved away from those of sft (KL: 0.0 nats" in cost
+
+
+def test_a_twin_stands_where_its_twin_stands():
+    ppo, twin = policy_result(win_rate=rate("gold", 0.55, 0.45, 0.65)), policy_result(win_rate=rate("gold", 0.7, 0.6, 0.8))
+    results = results_of(sft=policy_result(), ppo=ppo, twin=replace(twin, same_as="ppo"))
+    assert "twin (it has exactly the weights of ppo) and ppo cannot be told apart from it" in verdict(results)[0]
+    better = results_of(sft=policy_result(), ppo=twin, twin=replace(twin, same_as="ppo"))
+    assert heading(better) == "ppo is better than sft"
 
 
 def test_policies_of_equal_weights_are_named_and_never_lead():

@@ -172,6 +172,43 @@ def test_what_cannot_be_looked_at_is_said(model, files, expected):
     assert not Path("my.yaml").exists()
 
 
+def test_rows_that_are_too_long_are_counted():
+    long = "word " * 400
+    rows = [
+        {"prompt": one, "chosen": f" {long if n % 4 == 0 else 'In a town.'}", "rejected": " No."}
+        for n, one in enumerate(QUESTIONS)
+    ]
+    write_rows(Path("mine.jsonl"), rows)
+    assert "warning: mine.jsonl: 10 of 40 rows are longer than 128 tokens" in init(save_model("llama"), "mine.jsonl")
+    write_rows(Path("mine.jsonl"), [row | {"chosen": long} for row in rows])
+    with pytest.raises(RecipeError, match=r"mine\.jsonl: all rows are longer than 128 tokens"):
+        init("llama", "mine.jsonl", name="other.yaml")
+
+
+def test_few_rows_and_references_that_are_not_held_out():
+    save_model("llama")
+    write_rows(Path("mine.jsonl"), DATA["pairs.jsonl"][:9])
+    with pytest.raises(RecipeError, match=r"mine\.jsonl: 9 rows are too few"):
+        init("llama", "mine.jsonl")
+    write_rows(Path("half.jsonl"), [{"prompt": one, "reference": "town" if n < 20 else ""} for n, one in enumerate(QUESTIONS)])
+    with pytest.raises(RecipeError, match="only prompts"):
+        init("llama", "half.jsonl")
+
+
+@pytest.mark.parametrize(
+    ("name", "model"), [("my #1.yaml", "llama"), ("my: x.yaml", "llama"), ("my.yaml", "2024"), ("my.yaml", "1e5")]
+)
+def test_names_that_yaml_would_read_otherwise_are_quoted(name, model):
+    save_model("llama")
+    if model != "llama":
+        Path("llama").rename(model)
+    init(model, "pairs.jsonl", name=name)
+    pipeline = read_pipeline(Path(name), ROOT / "recipes")
+    assert pipeline.folder == Path("runs") / Path(name).stem
+    assert pipeline.stages[0].values["model_name_or_path"] == model
+    check_arguments(pipeline)
+
+
 def test_no_file_is_overwritten():
     Path("my.yaml").write_text("mine")
     with pytest.raises(RecipeError, match=r"my\.yaml: exists"):

@@ -105,6 +105,31 @@ def test_shared_arguments_go_over_the_files_and_under_the_arguments_of_a_stage(p
     assert dpo == {**shared, "lora_r": 4, "beta": 0.3, "start_from": "runs/sft", "output_dir": "runs/dpo"}
 
 
+def test_keys_in_place_of_a_file_are_the_stages_own(project):
+    entry = {"name": "sft", "config": {"dataset_name": "data.jsonl", "lora_r": 8}}
+    project.write(arguments={"lora_r": 4, "seed": 3}, stages=[entry])
+    (sft,) = project.read().stages
+    assert (sft.values["lora_r"], sft.values["seed"]) == (8, 3)
+    entry["config"]["lora_r"] = "eight"
+    project.write()
+    with pytest.raises(RecipeError, match=rf"line {line('eight')}: stages: sft: lora_r: expected int"):
+        check_arguments(project.read())
+
+
+def test_a_shared_share_of_held_out_rows_leaves_the_data_of_an_evaluation(project):
+    data = {"dataset_name": "t.jsonl", "eval_datasets": [{"path": "q.jsonl"}]}
+    project.write(arguments={"test_split_size": 10}, stages=[{"name": "evaluate", "config": {"policies": {"a": None}, **data}}])
+    values = project.read().stages[0].values
+    assert {key: values[key] for key in data} == data
+    assert "test_split_size" not in values
+
+
+def test_the_seed_of_one_stage_is_refused_where_the_pipeline_has_several(project):
+    project.write(seeds=[0, 1])
+    project.change("dpo", seed=7)
+    assert "stages: dpo: seed: `seeds` sets it" in message(project)
+
+
 def test_shared_data_replace_those_of_the_files(project):
     Path("sft.yaml").write_text("dataset_name: a.function\ndataset_arguments: {rows: 3}\ncolumn_mapping: {q: prompt}\n")
     project.write(arguments={"datasets": [{"path": "mine.jsonl"}]})
@@ -150,6 +175,7 @@ def test_settings_go_over_the_file(project):
         ("dataset_arguments={rows: 3}", {"rows": 3}),
         ("dataset_name=me=more", "me=more"),
         ("report_to=", None),
+        ("reference={sft}", "runs/sft"),
         ("use_peft=true", True),
         ("start_from={sft}/checkpoint-2", "runs/sft/checkpoint-2"),
         ("model_name_or_path=$SCRATCH/base", "/disk/base"),
@@ -157,8 +183,13 @@ def test_settings_go_over_the_file(project):
 )
 def test_values_of_settings_are_yaml(project, monkeypatch, text, expected):
     monkeypatch.setenv("SCRATCH", "/disk")
-    text = text if "sft" not in text else f'start_from="{text.partition("=")[2]}"'
+    text = text if "sft}/" not in text else f'start_from="{text.partition("=")[2]}"'
     assert values_with(project, f"dpo.{text}")["dpo"][text.partition("=")[0]] == expected
+
+
+def test_a_comment_is_no_value(project):
+    with pytest.raises(RecipeError, match=r"--set: dpo.run_name: '#3' is a comment in YAML"):
+        project.read(settings=["dpo.run_name=#3"])
 
 
 def test_other_data_in_settings_replace_those_of_the_file(project):
@@ -265,10 +296,13 @@ def test_unusable_data_are_found_at_once(project, content, expected, key):
         ({"judge": {"url": "http://here", "modl": "x"}}, "judge: "),
         ({"policies": {"sft": None, "best": {"best_of": {"policy": "stf", "n": 2}}}}, "policies: best: best_of: policy: 'stf'"),
         ({"batch_size": "eight"}, "batch_size: expected int"),
+        ({}, "eval_datasets: missing, and there is no `dataset_name`"),
+        ({"rewards": ["early_rewards_exit.leave"]}, "rewards: early_rewards_exit.leave: importing it ended Python"),
     ],
 )
 def test_an_evaluation_is_checked_before_what_it_evaluates(project, monkeypatch, arguments, expected):
     monkeypatch.syspath_prepend(Path.cwd())
+    Path("early_rewards_exit.py").write_text("import os\ndef leave(**columns): ...\nos._exit(3)\n")
     Path("early_rewards.py").write_text("import no_such_package\ndef missing_import(**columns): ...\n")
     Path("evaluate.yaml").write_text("policies: {sft: null}\n")
     evaluate = {"name": "evaluate", "config": "evaluate.yaml", "arguments": arguments}
@@ -281,7 +315,7 @@ def test_a_judge_may_have_a_name_that_only_its_reward_knows(project, monkeypatch
     monkeypatch.syspath_prepend(Path.cwd())
     Path("made_rewards.py").write_text("def make(size):\n    def made(prompts, completions, **columns): ...\n    return made\n")
     rewards = [{"path": "made_rewards.make", "arguments": {"size": 3}}, "{sft}"]
-    Path("evaluate.yaml").write_text("policies: {sft: null}\n")
+    Path("evaluate.yaml").write_text("policies: {sft: null}\ndataset_name: rlhf_recipes.tiny.splits.prompts\n")
     evaluate = {"name": "evaluate", "config": "evaluate.yaml", "arguments": {"rewards": rewards, "judge": "made"}}
     project.write(stages=[{"name": "sft", "config": "sft.yaml"}, evaluate])
     check(project)

@@ -29,6 +29,7 @@ def config(cls, **options):
         ({"warmup_steps": 9}, 10, None),
         ({"warmup_steps": 0.5}, 2, None),
         ({"warmup_steps": 50, "lr_scheduler_type": "constant"}, 2, None),
+        ({"warmup_steps": 50, "lr_scheduler_type": "reduce_lr_on_plateau", "eval_strategy": "epoch"}, 2, None),
         ({"warmup_steps": 50}, 0, None),
     ],
 )

@@ -1,7 +1,5 @@
 """Who is better than whom, by the judge, and whom the judge favours."""
 
-from pathlib import Path
-
 from rlhf_recipes.evaluation.estimates import is_insignificant
 from rlhf_recipes.evaluation.types import EvaluationResults
 
@@ -30,14 +28,16 @@ def ranked(results: EvaluationResults) -> list[str]:
 def compared(results: EvaluationResults) -> tuple[list[str], list[str], list[str]]:
     """Return those better than, worse than, not told apart from the baseline.
 
-    Each the best first. A policy of exactly the baseline's weights cannot be told apart from it.
+    Each the best first. A policy of exactly another's weights stands where that stands; with the baseline's it cannot be told
+    apart from it.
     """
     better, worse, unclear = [], [], []
     for name in ranked(results):
-        rate = results.policies[name].win_rate
-        if name == results.compare_with or not rate:
+        owner = results.policies[name].same_as or name
+        rate = results.policies[owner].win_rate
+        if name == results.compare_with or not results.policies[name].win_rate:
             continue
-        if results.policies[name].same_as == results.compare_with or is_insignificant(rate.difference):
+        if not rate or is_insignificant(rate.difference):  # the baseline has none
             unclear.append(name)
         else:
             (better if rate.win_rate > 0.5 else worse).append(name)
@@ -71,15 +71,12 @@ def _may_be_as_good(name: str, leader: str, results: EvaluationResults) -> bool:
 def made_for(name: str, reward: str, results: EvaluationResults) -> str | None:
     """Return how a policy was made to please a reward, or None if it was not.
 
-    By the key `trained`, or by what the records of the policy, and of the one it is the best of, name.
+    By `trained`, of the policy or of the one that it is the best of.
     """
     if reward not in results.rewards:  # a chat model
         return None
     best_of = results.policies[name].best_of
     if best_of and best_of.reward == reward:
         return "chosen by"
-    trained, folder = results.rewards[reward].trained, results.rewards[reward].folder
-    names = {name, best_of.policy} if best_of else {name}
-    records = [results.policies[one].training for one in names if one in results.policies]
-    paid = folder and any(Path(path).resolve() == Path(folder).resolve() for one in records if one for path in one.rewards)
-    return "trained against" if paid or trained is True or (trained and names & set(trained)) else None
+    trained, names = results.rewards[reward].trained, {name, best_of.policy} if best_of else {name}
+    return "trained against" if trained is True or (trained and names & set(trained)) else None

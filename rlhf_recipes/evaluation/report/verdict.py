@@ -4,7 +4,7 @@ from rlhf_recipes.evaluation.estimates import MIN_PROMPTS, is_insignificant
 from rlhf_recipes.evaluation.report.details import WORTH_A_WARNING, over_optimised
 from rlhf_recipes.evaluation.report.standing import compared, judge_of, leader_of, made_for, rivals_of
 from rlhf_recipes.evaluation.report.truth import CHANCE, answers_of
-from rlhf_recipes.evaluation.report.words import listed, of_answers, one_decimal
+from rlhf_recipes.evaluation.report.words import hundredths, listed, of_answers, one_decimal
 from rlhf_recipes.evaluation.types import Estimate, EvaluationResults, PolicyResult, WinRate
 
 _SMALL = 50  # prompts: below, only large differences show
@@ -27,8 +27,9 @@ def heading(results: EvaluationResults) -> str:
             return f"{leader} is ahead of {baseline}, but most answers were cut off"
         if made_for(leader, judge, results):
             return f"{leader} is better than {baseline}, by a judge that favours it"
-        if len(first) == 1 < len(results.others):
-            return f"{leader} is the best of {len(results.policies)} policies"
+        distinct = [name for names in compared(results) for name in names if not results.policies[name].same_as]
+        if len(first) == 1 < len(distinct):
+            return f"{leader} is the best of {len(distinct) + 1} policies"
         if len(first) > 1:
             rivals = first[1] if len(first) == 2 else f"{len(first) - 1} others"
             return f"{leader} is better than {baseline}, and {rivals} may be as good"
@@ -46,7 +47,7 @@ def _result(results: EvaluationResults) -> str:
     if judge is None:
         return "No reward or judge compared the answers, so no policy is called better."
     if leader is None:
-        _, worse, unclear = compared(results)
+        _, worse, unclear = ([_with_twin(name, results) for name in names] for names in compared(results))
         told = f"{listed(worse)} {'is' if len(worse) == 1 else 'are'} worse" if worse else ""
         chance = f"{listed(unclear)} cannot be told apart from it" if unclear else ""
         return f"No policy is better than {baseline}, judged by {judge}: {'; '.join(filter(None, [told, chance]))}."
@@ -74,7 +75,7 @@ def subject_of(results: EvaluationResults) -> str:
 
     def interest(name: str) -> tuple[bool, bool, bool]:
         policy = results.policies[name]
-        trained = policy.adapter is not None
+        trained = policy.adapter is not None and not policy.same_as
         return trained and name != results.compare_with, policy.best_of is not None, trained
 
     return leader_of(results) or max([*reversed(results.others), results.compare_with], key=interest)
@@ -103,11 +104,14 @@ def _against_the_next(leader: str, results: EvaluationResults) -> str:
     return f" Directly against {better[0]}, the next: better in {won} of 100, worse in {lost}."
 
 
-def _outcomes(rate: WinRate) -> tuple[int, int, int]:
+def _outcomes(rate: WinRate) -> tuple[str, str, str]:
     """Return the wins, ties and losses of 100 comparisons."""
     equal = rate.ties / rate.n
-    won, lost = (round(100 * (share - equal / 2)) for share in (rate.win_rate, 1 - rate.win_rate))
-    return won, 100 - won - lost, lost
+    won, lost = (max(0.0, share - equal / 2) for share in (rate.win_rate, 1 - rate.win_rate))
+    texts = hundredths(won), hundredths(equal), hundredths(lost)
+    if all(text.isdigit() for text in texts):  # they add up
+        return *texts[:2], str(max(0, 100 - int(texts[0]) - int(texts[1])))
+    return texts
 
 
 def _others(results: EvaluationResults) -> str | None:
@@ -126,7 +130,7 @@ def _others(results: EvaluationResults) -> str | None:
 def _other(name: str, results: EvaluationResults) -> str:
     policy = results.policies[name]
     if policy.same_as:
-        return f"{name} (it has exactly the weights of {policy.same_as})"
+        return _with_twin(name, results)
     if policy.win_rate.judge in results.rewards:
         won, _, lost = _outcomes(policy.win_rate)
         text = f"{won} of 100 answers better, {lost} worse"
@@ -134,6 +138,12 @@ def _other(name: str, results: EvaluationResults) -> str:
         text = f"wins {100 * policy.win_rate.win_rate:.0f} of 100"
     made = made_for(name, policy.win_rate.judge, results)
     return f"{name} ({text}{f'; {made} this judge' if made else ''})"
+
+
+def _with_twin(name: str, results: EvaluationResults) -> str:
+    """Return a policy's name, with the one whose weights it has."""
+    twin = results.policies[name].same_as
+    return f"{name} (it has exactly the weights of {twin})" if twin else name
 
 
 # --- What it cost -----------------------------------------------------------------------------------------
@@ -147,9 +157,10 @@ def _cost(results: EvaluationResults) -> str:
         parts.append("it abstains more where it could know")
     if policy.best_of:
         parts.append(f"{policy.best_of.n} answers are sampled for each that is given")
-    elif policy.kl and name != results.kl_reference:
+    elif policy.kl and results.kl_reference not in (name, policy.same_as):
+        moved = "moved away" if policy.kl.mean > 0 and (policy.kl.interval or [1])[0] > 0 else "hardly moved away"
         parts.append(
-            f"its answers moved away from those of {results.kl_reference} (KL: {policy.kl.mean:.1f} nats; 0 is no change)"
+            f"its answers {moved} from those of {results.kl_reference} (KL: {max(0, policy.kl.mean):.1f} nats; 0 is no change)"
         )
     if not (policy.perplexity or policy.lm_eval):
         parts.append("what it forgot was not measured (`ptx_dataset`, `lm_eval_tasks`)")
@@ -236,7 +247,7 @@ def _about_judge(judge: str, results: EvaluationResults) -> list[str]:
     swayed = max((rate.swayed for rate in rates if rate.swayed), default=0)
     if swayed >= 0.2:
         parts.append(f"the judge changed its mind in up to {100 * swayed:.0f} of 100 pairs when their order changed")
-    fewest = min(rate.prompts for rate in rates)
-    if fewest < results.prompts:
-        parts.append(f"the judge compared answers to {fewest} of these prompts only")
+    most = max(rate.prompts for rate in rates)
+    if most < results.prompts:
+        parts.append(f"the judge compared answers to {most} of these prompts only")
     return parts

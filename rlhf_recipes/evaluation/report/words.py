@@ -13,7 +13,7 @@ def of_answers(share: Estimate, num_answers: int) -> str:
 def alone(share: Estimate, num_answers: int) -> str:
     """Return the number of such answers among `out_of`."""
     total = out_of(share, num_answers)
-    return _hundredths(share.mean) if total == _FEW else f"{share.mean * total:.0f}"
+    return hundredths(share.mean) if total == _FEW else f"{share.mean * total:.0f}"
 
 
 def out_of(share: Estimate, num_answers: int) -> int:
@@ -21,7 +21,8 @@ def out_of(share: Estimate, num_answers: int) -> int:
     return min(_FEW, (share.n or _FEW) * num_answers)
 
 
-def _hundredths(share: float) -> str:
+def hundredths(share: float) -> str:
+    """Return a share as a number of 100."""
     if 0 < share < 0.005:
         return "fewer than 1"
     return "more than 99" if 0.995 <= share < 1 else f"{100 * share:.0f}"

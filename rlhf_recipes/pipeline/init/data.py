@@ -27,6 +27,7 @@ _NAMES = {"question": "prompt", "query": "prompt", "answer": "completion", "resp
 """Common names of columns -> those that are read. Tried where no shape fits."""
 _AS_CHAT = {"prompt": "instruction", "completion": "output"}
 """Columns of plain text -> those that the chat template is put around."""
+_FEWEST = 10
 _SAMPLE = 500  # rows whose tokens are counted
 
 
@@ -111,6 +112,8 @@ def inspect_data(path: str, model: Model) -> DataFile:
         leaked=0,
         references=[],
     )
+    if rows < _FEWEST:
+        raise RecipeError(f"{path}: {rows} rows are too few to train on and to hold some out. Fix: at least {_FEWEST}")
     if not file.usable:
         raise RecipeError(f"{path}: none of its {rows} rows can be used: {bad.most_common(1)[0][0]}")
     _read_prompts(file, converted, model)
@@ -182,7 +185,9 @@ def _read_prompts(file: DataFile, converted: dict[str, list[Converted]], model: 
     else:  # unusable rows, or several prompts in one
         cut = max(0, len(texts) - file.held_out)
         file.leaked = len({*texts[:cut]} & {*texts[cut:]})
-    file.references = [one for dataset in prompts if "reference" in dataset.column_names for one in dataset["reference"] if one]
+    references = [one for dataset in prompts if "reference" in dataset.column_names for one in dataset["reference"]]
+    if any(references[-file.held_out :]):  # to evaluate by
+        file.references = [one for one in references if one]
     lengths: dict[str, list[int]] = {"prompt": [], "answer": [], "whole": []}
     for row in itertools.islice(itertools.chain.from_iterable(prompts), _SAMPLE):
         lengths["prompt"].append(model.count_tokens(row["prompt"]))
@@ -193,10 +198,9 @@ def _read_prompts(file: DataFile, converted: dict[str, list[Converted]], model: 
             if "prompt" not in row:
                 lengths["whole"].append(model.count_tokens(row.get("messages") or row["text"]))
                 continue
-            for key in ("chosen", "rejected", "completion"):
-                if key in row:
-                    lengths["whole"].append(model.count_tokens(row["prompt"] + row[key]))
-                    if key != "completion":
-                        answer = row[key] if isinstance(row[key], str) else row[key][-1]["content"]
-                        lengths["answer"].append(model.count_tokens(answer))
+            answers = [row[key] for key in ("chosen", "rejected", "completion") if key in row]
+            lengths["whole"].append(max(model.count_tokens(row["prompt"] + answer) for answer in answers))
+            if "completion" not in row:
+                texts = (answer if isinstance(answer, str) else answer[-1]["content"] for answer in answers)
+                lengths["answer"] += map(model.count_tokens, texts)
     file.lengths = lengths

@@ -56,6 +56,13 @@ def choose_lengths(files: Sequence[DataFile], model: Model, on_gpu: bool) -> Len
     return Lengths(whole, prompt, answer)
 
 
+def too_long(file: DataFile, lengths: Lengths) -> tuple[int, int]:
+    """Return how many rows of the sample are too long, and its size."""
+    sampled = file.lengths["whole"] or file.lengths["prompt"]
+    most = lengths.whole if file.lengths["whole"] else lengths.prompt
+    return sum(length > most for length in sampled), len(sampled)
+
+
 def plan_training(rows: int, prompts: int) -> Training:
     """Return the sizes of SFT, of a reward model or of DPO.
 

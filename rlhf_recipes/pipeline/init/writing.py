@@ -1,6 +1,8 @@
 """The text of a pipeline's YAML file, and what it lacks."""
 
 import json
+import re
+import shlex
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -8,9 +10,10 @@ from typing import Any
 
 from rlhf_recipes.core.errors import RecipeError
 from rlhf_recipes.core.files import write_text
+from rlhf_recipes.core.yaml import parse_yaml
 from rlhf_recipes.pipeline.init.data import DataFile, inspect_data
 from rlhf_recipes.pipeline.init.model import Model, inspect_model
-from rlhf_recipes.pipeline.init.sizes import Lengths, Training, choose_lengths, plan_ppo, plan_training
+from rlhf_recipes.pipeline.init.sizes import Lengths, Training, choose_lengths, plan_ppo, plan_training, too_long
 from rlhf_recipes.rewards.matching import accepted_answers
 
 import datasets
@@ -18,6 +21,7 @@ import torch
 
 Keys = list[tuple[str, Any, str]]
 """Keys, values and comments."""
+_PLAIN = re.compile(r"[\w./-]+")  # texts without quotes, where YAML reads them as texts
 _SMALL = 50  # held-out prompts: of fewer, one answer says little
 _SHORT = 5  # words of an answer that a function can compare
 
@@ -48,13 +52,14 @@ def init_pipeline(path: Path, model: str, data: Sequence[str], gpu_memory: float
     draft = _Draft(path, found, files, gpu_memory)
     text = draft.text()
     yield f"stages: {', '.join(draft.names)}"
+    yield from draft.left_out()
     yield from draft.missing()
     write_text(path, text)
     yield f"{path}: written. Look at what it does, then run it:"
     if found.has_plan:
-        yield f"  python recipes/plan.py --config {path}"
-    yield f"  python recipes/pipeline.py --config {path} --dry-run"
-    yield f"  python recipes/pipeline.py --config {path}"
+        yield f"  python recipes/plan.py --config {shlex.quote(str(path))}"
+    yield f"  python recipes/pipeline.py --config {shlex.quote(str(path))} --dry-run"
+    yield f"  python recipes/pipeline.py --config {shlex.quote(str(path))}"
 
 
 @dataclass
@@ -87,17 +92,17 @@ class _Draft:
         """
         stages = ""
         if self.demonstrations:
-            stages += self._trained("sft", self.demonstrations, "2.0e-4" if self._is_large() else "5.0e-4")
+            stages += self._trained("sft", self.demonstrations, 2e-4 if self._is_large() else 5e-4)
         start: Keys = [("start_from", "{sft}", "the policy of SFT")] if self.demonstrations else []
         if self.compared:
-            stages += self._trained("reward", self.compared, "1.0e-4", start)
+            stages += self._trained("reward", self.compared, 1e-4, start)
         if (self.compared or self.function) and self.prompts:
             stages += self._ppo(start)
         if self.compared:
             stages += self._trained(
                 "dpo",
                 self.compared,
-                "1.0e-5" if self._is_large() else "1.0e-4",
+                1e-5 if self._is_large() else 1e-4,
                 [*start, ("beta", 0.1, "price of leaving that policy")],
             )
         if not stages:
@@ -110,6 +115,23 @@ class _Draft:
         if self.prompts:
             stages += self._evaluate()
         return self._head() + stages
+
+    def left_out(self) -> Iterator[str]:
+        """Yield how many rows are too long for the model or the machine.
+
+        Raises:
+            RecipeError: if all rows of a file are.
+        """
+        for file in self.files:
+            count, sample = too_long(file, self.lengths)
+            longest = f"{self.lengths.whole} tokens ({self.lengths.prompt} of a prompt)"
+            if count == sample:
+                raise RecipeError(f"{file.path}: all rows are longer than {longest}. Fix: shorten them, or use another model")
+            if count > 0.06 * sample:
+                yield (
+                    f"warning: {file.path}: {count} of {sample} rows are longer than {longest}, and will be left out; raise "
+                    "`max_length` and `max_prompt_length` if memory and context allow"
+                )
 
     def missing(self) -> Iterator[str]:
         """Yield what the data do not serve, and how to get there."""
@@ -145,7 +167,7 @@ class _Draft:
         header = [
             f"# {', '.join(self.names)} of {self.model.name}, written by `recipes/pipeline.py --init`. Change what you like.",
             *found,
-            f"# Launch: python recipes/pipeline.py --config {self.path}",
+            f"# Launch: python recipes/pipeline.py --config {shlex.quote(str(self.path))}",
         ]
         shared: Keys = [
             ("model_name_or_path", self.model.name, ""),
@@ -177,10 +199,10 @@ class _Draft:
             if on_gpu and self.model.has_plan
             else ""
         )
-        arguments = "\n# For every stage that has the key; they go over a stage's `config`\narguments:\n" + _lines(shared, 2)
-        return "\n".join(header) + f"\n\noutput_dir: {self._folder}\n{card}{arguments}\nstages:\n"
+        arguments = "\n# For every stage that has the key, where its own `config` has not\narguments:\n" + _lines(shared, 2)
+        return "\n".join(header) + f"\n\noutput_dir: {_scalar(self._folder)}\n{card}{arguments}\nstages:\n"
 
-    def _trained(self, name: str, files: list[DataFile], rate: str, first: Sequence[tuple[str, Any, str]] = ()) -> str:
+    def _trained(self, name: str, files: list[DataFile], rate: float, first: Sequence[tuple[str, Any, str]] = ()) -> str:
         rows = sum(file.usable - file.held_out for file in files)
         prompts = sum(min(file.prompts or file.usable, file.usable) - file.held_out for file in files)
         training = plan_training(rows, rows if name == "sft" else max(2, prompts))
@@ -219,7 +241,7 @@ class _Draft:
             ("value_warmup_steps", training.warmup, "of them, in which only the critic learns"),
             ("kl_coef", 0.05, "price of leaving the policy that it starts from"),
             ("critic", "shared", ""),
-            ("learning_rate", "1.0e-5" if self.gpu_memory else "1.0e-4", ""),
+            ("learning_rate", 1e-5 if self.gpu_memory else 1e-4, ""),
             ("lr_scheduler_type", "constant_with_warmup", ""),
             ("warmup_steps", training.warmup, ""),
             *self._batches(training),
@@ -319,7 +341,8 @@ def _scalar(value: Any) -> str:
         return "{" + ", ".join(f"{_scalar(key)}: {_scalar(item)}" for key, item in value.items()) + "}"
     if isinstance(value, list):
         return "[" + ", ".join(map(_scalar, value)) + "]"
-    if isinstance(value, str) and value.replace("-", "").replace("_", "").replace(".", "").replace("/", "").isalnum():
-        plain = value.lower() not in ("null", "true", "false", "yes", "no", "on", "off")
-        return value if plain else json.dumps(value)
+    if isinstance(value, str) and _PLAIN.fullmatch(value) and parse_yaml(value) == value:
+        return value
+    if isinstance(value, float) and 0 < value < 1e-3:
+        return f"{value:.1e}"
     return json.dumps(value, ensure_ascii=False)
