@@ -108,10 +108,13 @@ def _outcomes(rate: WinRate) -> tuple[str, str, str]:
     """Return the wins, ties and losses of 100 comparisons."""
     equal = rate.ties / rate.n
     won, lost = (max(0.0, share - equal / 2) for share in (rate.win_rate, 1 - rate.win_rate))
-    texts = hundredths(won), hundredths(equal), hundredths(lost)
-    if all(text.isdigit() for text in texts):  # they add up
-        return *texts[:2], str(max(0, 100 - int(texts[0]) - int(texts[1])))
-    return texts
+    shares = won, equal, lost
+    if any(0 < share < 0.005 for share in shares):
+        return tuple(map(hundredths, shares))
+    # They add up: of those rounded down, the ones with the largest rests get one more
+    whole = [int(100 * share + 1e-9) for share in shares]
+    largest = sorted(range(3), key=lambda place: whole[place] - 100 * shares[place])
+    return tuple(str(whole[place] + (place in largest[: 100 - sum(whole)])) for place in range(3))
 
 
 def _others(results: EvaluationResults) -> str | None:
