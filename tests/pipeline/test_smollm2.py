@@ -15,11 +15,13 @@ import yaml
 
 pytestmark = [pytest.mark.smollm2, pytest.mark.slow]
 QUESTIONS = "rows: 20, kinds: {country: 0.75, continent: 0.25}"
+STAGES = ["known", "sft", "sample", "rank", "reward", "dpo", "ppo", "ppo-learned", "evaluate"]
+POLICIES = """{base: null, SFT: "{sft}", DPO: "{dpo}", "PPO, automatic reward": "{ppo}", "PPO, learned reward": "{ppo-learned}",
+  best of 4: {best_of: {policy: SFT, n: 4, reward: reward model}}}"""
 SMALL = [
     "arguments.max_completion_length=10",
     f"known.dataset_arguments={{{QUESTIONS}, shots: 2}}",
     "known.num_answers=1",
-    "sft-answers.dataset_arguments={rows: 8, abstain: 0.0}",
     "sft.dataset_arguments={rows: 40, abstain: 0.25}",
     "sample.dataset_arguments={rows: 16}",
     "reward.test_split_size=4",
@@ -33,6 +35,7 @@ SMALL = [
     "ppo-learned.value_warmup_steps=1",
     f'evaluate.dataset_arguments={{{QUESTIONS}, known: "{{known}}/answers.jsonl"}}',
     "evaluate.num_answers=1",
+    f"evaluate.policies={POLICIES}",
 ]
 TRAINED = {"per_device_train_batch_size": 8, "eval_strategy": "no", "eval_datasets": [], "logging_steps": 1, "warmup_steps": 0}
 
@@ -52,7 +55,7 @@ def folder(smollm2, tmp_path_factory) -> Path:
     output = tmp_path_factory.mktemp("smollm2")
     settings = [*SMALL, "seeds=[0]", f"output_dir={output}", f"arguments.model_name_or_path={smollm2}"]
     config = ROOT / "configs" / "smollm2-135m" / "knowledge.yaml"
-    for stage in read_pipeline(config, ROOT / "recipes", settings=read_settings(settings)).stages:
+    for stage in read_pipeline(config, ROOT / "recipes", STAGES, read_settings(settings)).stages:
         path = output / f"{stage.name}.yaml"
         small = TRAINED if stage.recipe in ("sft", "reward", "dpo", "ppo") else {}
         path.write_text(yaml.safe_dump(stage.values | small))
