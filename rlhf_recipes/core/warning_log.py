@@ -31,7 +31,8 @@ class _WarningLog(logging.Handler):
             return
         self.texts.append(text)
         below_bar = "\n" if _progress_bars() else ""
-        print(f"{below_bar}{record.levelname.lower()}: {text}", file=sys.stderr, flush=True)
+        if not getattr(record, "on_terminal", False):
+            print(f"{below_bar}{record.levelname.lower()}: {text}", file=sys.stderr, flush=True)
         if self.relay:
             with contextlib.suppress(OSError), open(self.relay, "a", encoding="utf-8") as file:  # a full disk
                 file.write(f"{text}\n")
@@ -66,14 +67,17 @@ def warnings_so_far() -> list[str]:
 
 
 @contextlib.contextmanager
-def relay_warnings(name: str) -> Iterator[dict[str, str]]:
-    """Yield the environment for a recipe whose warnings become ours, as `NAME: TEXT`."""
+def relay_warnings(name: str, on_terminal: bool = False) -> Iterator[dict[str, str]]:
+    """Yield the environment for a recipe whose warnings become ours, as `NAME: TEXT`.
+
+    With `on_terminal` the recipe has printed them there: they come again at the end only.
+    """
     with tempfile.NamedTemporaryFile("r", encoding="utf-8") as file:
         try:
             yield os.environ | {_RELAY: file.name}
         finally:
             for text in Path(file.name).read_text(encoding="utf-8").splitlines():
-                logger.warning("%s: %s", name, text)
+                logger.warning("%s: %s", name, text, extra={"on_terminal": on_terminal})
 
 
 def _progress_bars() -> list[Any]:

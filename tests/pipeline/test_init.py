@@ -32,6 +32,7 @@ DATA = {
     "pairs.jsonl": [{"prompt": one, "chosen": " In a town.", "rejected": " No."} for one in QUESTIONS],
     "rankings.jsonl": [{"prompt": one, "completions": [" A.", " B.", " C."], "ranks": [1, 0, 2]} for one in QUESTIONS],
     "references.jsonl": [{"prompt": one, "reference": "town"} for one in QUESTIONS],
+    "prompts.jsonl": [{"prompt": one} for one in QUESTIONS],
 }
 ALL = ["sft", "reward", "ppo", "dpo", "evaluate"]
 CASES = {
@@ -40,6 +41,7 @@ CASES = {
     "pairs.jsonl": ALL,
     "rankings.jsonl": ALL,
     "references.jsonl": ["ppo", "evaluate"],
+    "prompts.jsonl": ["sample", "rank", "reward", "ppo", "dpo", "evaluate"],
     "demonstrations.csv pairs.jsonl": ALL,
 }
 
@@ -90,7 +92,7 @@ def test_what_is_written_is_a_pipeline_that_passes_all_checks(family, files, car
         assert stage.values.get("max_length", 0) <= context
         assert stage.values.get("max_prompt_length", 0) + stage.values.get("max_completion_length", 0) <= context
         assert stage.values["dtype"] == ("bfloat16" if card else "float32")
-        assert (stage.plan is not None) == bool(card and family != "gpt2")
+        assert (stage.plan is not None) == bool(card and family != "gpt2" and stage.recipe != "rank")
     if family != "gpt2":  # the plan does not know its layers, as `--init` says
         run_recipe("plan", "--config", "my.yaml")
         assert "peak" in capsys.readouterr().out
@@ -122,6 +124,7 @@ def test_it_says_what_it_found_in_a_model(family, expected):
     [
         ("demonstrations.csv", ["40 rows of demonstrations, as messages", "missing for reward, ppo and dpo", "label.py"]),
         ("references.jsonl", ["with references", "missing for sft: demonstrations", "missing for reward and dpo"]),
+        ("prompts.jsonl", ["missing for sft: demonstrations", "`rank` waits for you", "--store runs/my.labels.sqlite"]),
         ("conversations.jsonl rankings.jsonl", ["warning: some files have messages"]),
     ],
 )
@@ -157,7 +160,6 @@ def test_other_names_of_columns_are_mapped_and_shown(family, column):
 @pytest.mark.parametrize(
     ("model", "files", "expected"),
     [
-        ("llama", "prompts.jsonl", "--data: prompts.jsonl: only prompts"),
         ("llama", "odd.jsonl", "odd.jsonl: the columns are here"),
         ("llama", "nothing.jsonl", "nothing.jsonl"),
         ("some/model", "pairs.jsonl", "the Hub could not be reached"),
@@ -165,7 +167,6 @@ def test_other_names_of_columns_are_mapped_and_shown(family, column):
 )
 def test_what_cannot_be_looked_at_is_said(model, files, expected):
     save_model("llama")
-    write_rows(Path("prompts.jsonl"), [{"prompt": one} for one in QUESTIONS])
     write_rows(Path("odd.jsonl"), [{"here": one} for one in QUESTIONS])
     with pytest.raises(RecipeError, match=re.escape(expected)):
         init(model, files)
