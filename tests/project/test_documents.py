@@ -19,8 +19,7 @@ from pathlib import Path
 
 from rlhf_recipes.core.errors import LabelsMissingError
 from rlhf_recipes.core.yaml import read_yaml
-from rlhf_recipes.feedback.labels import Label
-from rlhf_recipes.feedback.labels import server
+from rlhf_recipes.feedback.labels import Label, server
 from rlhf_recipes.feedback.labels.server import listen
 from rlhf_recipes.memory import estimator
 from rlhf_recipes.pipeline.running import read_pipeline
