@@ -3,10 +3,11 @@
 import re
 from pathlib import Path
 
-from rlhf_recipes.core.errors import RecipeError
+from rlhf_recipes.core.errors import LabelsMissingError, RecipeError
 from rlhf_recipes.core.files import read_json
 from rlhf_recipes.core.hub import resolve_path
 from rlhf_recipes.core.yaml import read_yaml
+from rlhf_recipes.feedback.labels import Label, Store
 from rlhf_recipes.pipeline.checks import check_arguments
 from rlhf_recipes.pipeline.early import check_stage_inputs, check_stage_keys
 from rlhf_recipes.pipeline.init import init_pipeline
@@ -190,3 +191,22 @@ def test_thirty_pairs_really_train_on_a_cpu():
     assert losses[-1] < losses[0] - 0.5
     policies = read_json(Path("runs/my/evaluate/metrics.json"))["policies"]
     assert {*policies} == {"base", "sft", "dpo", "ppo"}
+
+
+@pytest.mark.slow
+def test_questions_alone_become_a_reward_model_once_people_have_ranked(capsys):
+    write_rows(Path("mine.jsonl"), DATA["prompts.jsonl"])
+    printed = init(TINY, "mine.jsonl")
+    few = ["--stages", "sample,rank,reward", "--set", "reward.num_train_epochs=1"]  # PPO is in the test above
+    with pytest.raises(SystemExit) as stop:
+        run_recipe("pipeline", "--config", "my.yaml", *few)
+    assert stop.value.code == LabelsMissingError.STATUS
+    assert capsys.readouterr().err.splitlines()[-1].startswith("waiting: stages: rank needs labels of people")
+    store = re.search(r"label.py --store (\S+)`", printed)[1]
+    with Store(store) as labels:
+        while group := labels.claim("anna"):
+            lengths = [len(str(answer)) for answer in group.completions]
+            labels.save(Label(group.id, "anna", [sorted(lengths).index(one) + 1 for one in lengths]))
+    run_recipe("pipeline", "--config", "my.yaml", *few)
+    assert len(read_json(Path("runs/my/rank/rank.json"))["labellers"]) == 1
+    assert read_json(Path("runs/my/reward/recipe.json"))
