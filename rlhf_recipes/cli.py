@@ -10,7 +10,15 @@ from rlhf_recipes.config.current import CURRENT_RUN, CurrentRun
 from rlhf_recipes.config.keys import check_all_keys, read_options
 from rlhf_recipes.config.origins import COMMAND_LINE, config_of, origin_of
 from rlhf_recipes.config.overrides import merge_overrides
-from rlhf_recipes.core.errors import RecipeError, causes, error_context, failed_write, first_line, lack_of_memory
+from rlhf_recipes.core.errors import (
+    LabelsMissingError,
+    RecipeError,
+    causes,
+    error_context,
+    failed_write,
+    first_line,
+    lack_of_memory,
+)
 from rlhf_recipes.core.paths import add_current_folder, expand_paths
 from rlhf_recipes.core.warning_log import repeat_warnings
 from rlhf_recipes.core.yaml import read_yaml
@@ -23,6 +31,8 @@ from rlhf_recipes.stages import find_stage
 @contextlib.contextmanager
 def exit_on_recipe_error() -> Iterator[None]:
     """Print a user's error as one message and exit with 2; after Ctrl-C, with 130.
+
+    Where labels of people are missing, it exits with 3.
 
     The message begins with the file that the arguments of the run come from. Out of memory, a full disk and the complaint of
     a tracker are such errors too. All others keep their traceback. Warnings come before, once more.
@@ -38,6 +48,9 @@ def exit_on_recipe_error() -> Iterator[None]:
         message = _message(error, run)
         if message is None:
             raise
+        if isinstance(error, LabelsMissingError):
+            print(f"waiting: {message}", file=sys.stderr)
+            sys.exit(LabelsMissingError.STATUS)
         print(f"error: {f'{run.origin.place(message)}: ' if run else ''}{message}", file=sys.stderr)
         sys.exit(2)
     except KeyboardInterrupt:

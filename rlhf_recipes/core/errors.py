@@ -37,6 +37,15 @@ class RecipeError(Exception):
         super().__init__(printable(str(message)))
 
 
+class LabelsMissingError(RecipeError):
+    """Labels that people have yet to give: the run stops, and is not at fault.
+
+    Recipes print it as `waiting: ...` and exit with `LabelsMissingError.STATUS`, by which a pipeline knows it.
+    """
+
+    STATUS = 3
+
+
 def printable(text: str) -> str:
     """Return a text with control characters escaped, shortened if very long."""
     if len(text) > _LONGEST:

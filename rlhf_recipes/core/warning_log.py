@@ -29,15 +29,10 @@ class _WarningLog(logging.Handler):
         text = ": ".join(filter(None, (self.place(text), text)))
         if text in self.texts or os.environ.get("RANK", "0") != "0":
             return
-        below_bar = "\n" if _progress_bars() else ""
-        print(f"{below_bar}{record.levelname.lower()}: {text}", file=sys.stderr, flush=True)
-        self.keep(text)
-
-    def keep(self, text: str) -> None:
-        """Keep a text for the end."""
-        if text in self.texts:
-            return
         self.texts.append(text)
+        below_bar = "\n" if _progress_bars() else ""
+        if not getattr(record, "on_terminal", False):
+            print(f"{below_bar}{record.levelname.lower()}: {text}", file=sys.stderr, flush=True)
         if self.relay:
             with contextlib.suppress(OSError), open(self.relay, "a", encoding="utf-8") as file:  # a full disk
                 file.write(f"{text}\n")
@@ -68,23 +63,21 @@ def repeat_warnings(place: Callable[[str], str] = lambda text: "") -> Iterator[N
 
 def warnings_so_far() -> list[str]:
     """Return the warnings that `repeat_warnings` has printed, of the main process."""
-    return [text for log in _logs() for text in log.texts]
-
-
-def _logs() -> list[_WarningLog]:
-    return [handler for handler in logger.handlers if isinstance(handler, _WarningLog)]
+    return [text for log in logger.handlers if isinstance(log, _WarningLog) for text in log.texts]
 
 
 @contextlib.contextmanager
-def relay_warnings(name: str) -> Iterator[dict[str, str]]:
-    """Yield the environment for a recipe whose warnings become ours, as `NAME: TEXT`."""
+def relay_warnings(name: str, on_terminal: bool = False) -> Iterator[dict[str, str]]:
+    """Yield the environment for a recipe whose warnings become ours, as `NAME: TEXT`.
+
+    With `on_terminal` the recipe has printed them there: they come again at the end only.
+    """
     with tempfile.NamedTemporaryFile("r", encoding="utf-8") as file:
         try:
             yield os.environ | {_RELAY: file.name}
         finally:
             for text in Path(file.name).read_text(encoding="utf-8").splitlines():
-                for log in _logs():  # printed when it came
-                    log.keep(f"{name}: {text}")
+                logger.warning("%s: %s", name, text, extra={"on_terminal": on_terminal})
 
 
 def _progress_bars() -> list[Any]:

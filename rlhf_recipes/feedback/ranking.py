@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from rlhf_recipes.config.rank import RankArguments
-from rlhf_recipes.core.errors import RecipeError
+from rlhf_recipes.core.errors import LabelsMissingError, RecipeError
 from rlhf_recipes.core.files import RANKED, write_json, write_text
 from rlhf_recipes.feedback.groups import Group
 from rlhf_recipes.feedback.labels import Store, rankings
@@ -117,7 +117,7 @@ def rank_by_people(path: Path, groups: Sequence[Group]) -> Rows:
     """Return the rankings in a store, whose page now offers only `groups`.
 
     Raises:
-        RecipeError: while a group is neither ranked nor skipped by everyone who labels these groups.
+        LabelsMissingError: while a group is neither ranked nor skipped by everyone who labels these groups.
     """
     with Store(path) as store:
         store.add(groups, exclusive=True)
@@ -130,8 +130,8 @@ def rank_by_people(path: Path, groups: Sequence[Group]) -> Rows:
     if missing:
         skipped = sum(group in skips for group in missing)
         skipped = f" ({skipped} were skipped and wait for another labeller)" if skipped else ""
-        raise RecipeError(
-            f"labeller: {path}: {len(missing)} of {len(wanted)} groups are not ranked yet{skipped}. Fix: run "
+        raise LabelsMissingError(
+            f"{path}: {len(missing)} of {len(wanted)} groups are not ranked yet{skipped}. Next: run "
             f"`python recipes/label.py --store {path}`, rank them, and run this again"
         )
     return rankings(contents)

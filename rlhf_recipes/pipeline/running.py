@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from rlhf_recipes.config.origins import WRITTEN_FOR
-from rlhf_recipes.core.errors import RecipeError
+from rlhf_recipes.core.errors import LabelsMissingError, RecipeError
 from rlhf_recipes.core.files import LOG, METRICS, read_json, write_json, write_text
 from rlhf_recipes.core.warning_log import relay_warnings, warnings_so_far
 from rlhf_recipes.core.yaml import to_yaml
@@ -181,7 +181,7 @@ class Pipeline:
         return ["-m", "accelerate.commands.launch", "--quiet", *config]
 
     def _launch(self, stage: PipelineStage, command: list[str], to_file: bool, lock: int) -> None:
-        with relay_warnings(stage.name) as environment:
+        with relay_warnings(stage.name, on_terminal=not to_file) as environment:
             self._run_command(stage, command, to_file, environment, lock)
 
     def _run_command(
@@ -205,6 +205,10 @@ class Pipeline:
         else:
             print(head, flush=True)
             code = subprocess.run(command, pass_fds=(lock,), env=environment).returncode
+        if code == LabelsMissingError.STATUS:
+            raise LabelsMissingError(
+                f"stages: {stage.name} needs labels of people. Next: do as it says above, and run this again"
+            )
         if code:
             raise RecipeError(f"stages: {stage.name} failed. Fix: see its own message above, and run again to resume")
         print(f"{self._head(stage)}: took {time.monotonic() - started:.0f} s", flush=True)

@@ -41,7 +41,7 @@ def run_dependencies(recipe: str | Path, arguments: Sequence[Any]) -> None:
             )
         print(f"[{number}/{len(needed)}] {output} has no result yet: running {config} first", flush=True)
         resume = ["--resume_from_checkpoint", "true"] if STAGES[config.stem].trains else []
-        with relay_warnings(config.stem) as environment:
+        with relay_warnings(config.stem, on_terminal=True) as environment:
             code = subprocess.run([sys.executable, str(stage), "--config", str(config), *resume], env=environment).returncode
         if code:
             raise RecipeError(f"needs: {config}: this stage failed; its own message is above")

@@ -87,10 +87,11 @@ def test_only_the_main_process_warns(capsys, monkeypatch):
     assert capsys.readouterr().err == ""
 
 
-def test_a_launcher_repeats_the_warnings_of_its_recipes(capfd):
+@pytest.mark.parametrize("on_terminal", [False, True])
+def test_a_launcher_repeats_the_warnings_of_its_recipes(capfd, on_terminal):
     script = "import logging\nfrom rlhf_recipes.cli import exit_on_recipe_error\nwith exit_on_recipe_error():\n"
     script += "    logging.getLogger('rlhf_recipes').warning('few rows')\n    raise ValueError"
-    with repeat_warnings(), relay_warnings("sft") as environment:
+    with repeat_warnings(), relay_warnings("sft", on_terminal) as environment:
         assert subprocess.run([sys.executable, "-c", script], env=environment).returncode == 1
     printed = [line for line in capfd.readouterr().err.splitlines() if "arning" in line]
-    assert printed == ["warning: few rows", AGAIN[0], "warning: sft: few rows"]
+    assert printed == ["warning: few rows", *["warning: sft: few rows"] * (not on_terminal), AGAIN[0], "warning: sft: few rows"]

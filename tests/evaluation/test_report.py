@@ -382,8 +382,8 @@ def test_wins_are_drawn_where_there_is_no_truth_and_warnings_stand_on_top():
     page = render(replace(results, verdict=verdict(results)))
     assert "left: 60.0%; width: 20.0%" in page
     assert page.index("<b>warning:</b> nothing &lt;ended&gt;") < page.index('class="lead"')
-    assert "most answers were cut off" in heading(results)
-    assert "so this says little" in verdict(results)[0]
+    assert "most answers of ppo were cut off" in heading(results)
+    assert "most answers of ppo were cut off before they ended" in verdict(results)[0]
 
 
 @pytest.mark.parametrize(("after", "chance"), [(0.50, False), (0.58, True)])

@@ -5,7 +5,7 @@ import math
 from types import SimpleNamespace
 
 from rlhf_recipes.config.data import DataArguments
-from rlhf_recipes.core.errors import RecipeError
+from rlhf_recipes.core.errors import LabelsMissingError, RecipeError
 from rlhf_recipes.data import load_data
 from rlhf_recipes.feedback.groups import Group
 from rlhf_recipes.feedback.labels import Label, Store
@@ -142,13 +142,19 @@ def people(tmp_path):
 def test_rankings_of_people_are_complete_or_an_error(people):
     labeler, store = people
     groups = [sampled(0), sampled(1)]
-    with pytest.raises(RecipeError, match=r"labeller: .*: 2 of 2 groups .* `python recipes/label.py --store"):
+    with pytest.raises(LabelsMissingError, match=r"labels.sqlite: 2 of 2 groups .* `python recipes/label.py --store"):
         labeler(groups)
     for ranks in ([1, 2, None, 3], None):  # the second is a skip by everyone who labels
         store.save(Label(store.claim("anna").id, "anna", ranks=ranks))
     (row,) = labeler(groups)
     assert (row["labeller"], row["id"], row["ranks"]) == ("anna", "g0", [1, 2, 3])
     assert len(row["completions"]) == 3
+
+
+def test_missing_labels_of_people_have_a_status_of_their_own(launch, tmp_path, file):
+    store = tmp_path / "labels.sqlite"
+    status, printed = launch("rank", "--groups", file, "--labeller", json.dumps({"store": str(store)}))
+    assert (status, printed.splitlines()[-1].startswith(f"waiting: {store}: 5 of 5 groups are not ranked")) == (3, True)
 
 
 def test_a_skipped_group_waits_until_everyone_has_skipped_it(people):

@@ -3,10 +3,11 @@
 import re
 from pathlib import Path
 
-from rlhf_recipes.core.errors import RecipeError
+from rlhf_recipes.core.errors import LabelsMissingError, RecipeError
 from rlhf_recipes.core.files import read_json
 from rlhf_recipes.core.hub import resolve_path
 from rlhf_recipes.core.yaml import read_yaml
+from rlhf_recipes.feedback.labels import Label, Store
 from rlhf_recipes.pipeline.checks import check_arguments
 from rlhf_recipes.pipeline.early import check_stage_inputs, check_stage_keys
 from rlhf_recipes.pipeline.init import init_pipeline
@@ -32,6 +33,7 @@ DATA = {
     "pairs.jsonl": [{"prompt": one, "chosen": " In a town.", "rejected": " No."} for one in QUESTIONS],
     "rankings.jsonl": [{"prompt": one, "completions": [" A.", " B.", " C."], "ranks": [1, 0, 2]} for one in QUESTIONS],
     "references.jsonl": [{"prompt": one, "reference": "town"} for one in QUESTIONS],
+    "prompts.jsonl": [{"prompt": one} for one in QUESTIONS],
 }
 ALL = ["sft", "reward", "ppo", "dpo", "evaluate"]
 CASES = {
@@ -40,6 +42,7 @@ CASES = {
     "pairs.jsonl": ALL,
     "rankings.jsonl": ALL,
     "references.jsonl": ["ppo", "evaluate"],
+    "prompts.jsonl": ["sample", "rank", "reward", "ppo", "dpo", "evaluate"],
     "demonstrations.csv pairs.jsonl": ALL,
 }
 
@@ -90,7 +93,7 @@ def test_what_is_written_is_a_pipeline_that_passes_all_checks(family, files, car
         assert stage.values.get("max_length", 0) <= context
         assert stage.values.get("max_prompt_length", 0) + stage.values.get("max_completion_length", 0) <= context
         assert stage.values["dtype"] == ("bfloat16" if card else "float32")
-        assert (stage.plan is not None) == bool(card and family != "gpt2")
+        assert (stage.plan is not None) == bool(card and family != "gpt2" and stage.recipe != "rank")
     if family != "gpt2":  # the plan does not know its layers, as `--init` says
         run_recipe("plan", "--config", "my.yaml")
         assert "peak" in capsys.readouterr().out
@@ -122,6 +125,7 @@ def test_it_says_what_it_found_in_a_model(family, expected):
     [
         ("demonstrations.csv", ["40 rows of demonstrations, as messages", "missing for reward, ppo and dpo", "label.py"]),
         ("references.jsonl", ["with references", "missing for sft: demonstrations", "missing for reward and dpo"]),
+        ("prompts.jsonl", ["missing for sft: demonstrations", "`rank` waits for you", "--store runs/my.labels.sqlite"]),
         ("conversations.jsonl rankings.jsonl", ["warning: some files have messages"]),
     ],
 )
@@ -157,7 +161,6 @@ def test_other_names_of_columns_are_mapped_and_shown(family, column):
 @pytest.mark.parametrize(
     ("model", "files", "expected"),
     [
-        ("llama", "prompts.jsonl", "--data: prompts.jsonl: only prompts"),
         ("llama", "odd.jsonl", "odd.jsonl: the columns are here"),
         ("llama", "nothing.jsonl", "nothing.jsonl"),
         ("some/model", "pairs.jsonl", "the Hub could not be reached"),
@@ -165,7 +168,6 @@ def test_other_names_of_columns_are_mapped_and_shown(family, column):
 )
 def test_what_cannot_be_looked_at_is_said(model, files, expected):
     save_model("llama")
-    write_rows(Path("prompts.jsonl"), [{"prompt": one} for one in QUESTIONS])
     write_rows(Path("odd.jsonl"), [{"here": one} for one in QUESTIONS])
     with pytest.raises(RecipeError, match=re.escape(expected)):
         init(model, files)
@@ -226,3 +228,22 @@ def test_thirty_pairs_really_train_on_a_cpu():
     assert losses[-1] < losses[0] - 0.5
     policies = read_json(Path("runs/my/evaluate/metrics.json"))["policies"]
     assert {*policies} == {"base", "sft", "dpo", "ppo"}
+
+
+@pytest.mark.slow
+def test_questions_alone_become_a_reward_model_once_people_have_ranked(capsys):
+    write_rows(Path("mine.jsonl"), DATA["prompts.jsonl"])
+    printed = init(TINY, "mine.jsonl")
+    few = ["--stages", "sample,rank,reward", "--set", "reward.num_train_epochs=1"]  # PPO is in the test above
+    with pytest.raises(SystemExit) as stop:
+        run_recipe("pipeline", "--config", "my.yaml", *few)
+    assert stop.value.code == LabelsMissingError.STATUS
+    assert capsys.readouterr().err.splitlines()[-1].startswith("waiting: stages: rank needs labels of people")
+    store = re.search(r"label.py --store (\S+)`", printed)[1]
+    with Store(store) as labels:
+        while group := labels.claim("anna"):
+            lengths = [len(str(answer)) for answer in group.completions]
+            labels.save(Label(group.id, "anna", [sorted(lengths).index(one) + 1 for one in lengths]))
+    run_recipe("pipeline", "--config", "my.yaml", *few)
+    assert len(read_json(Path("runs/my/rank/rank.json"))["labellers"]) == 1
+    assert read_json(Path("runs/my/reward/recipe.json"))

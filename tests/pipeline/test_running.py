@@ -13,7 +13,7 @@ import time
 from pathlib import Path
 
 from rlhf_recipes.cli import exit_on_recipe_error
-from rlhf_recipes.core.errors import RecipeError
+from rlhf_recipes.core.errors import LabelsMissingError, RecipeError
 from rlhf_recipes.evaluation.types import to_json
 from rlhf_recipes.feedback.groups import read_groups
 from rlhf_recipes.feedback.labels import Label, Store
@@ -460,7 +460,7 @@ def test_people_label_round_after_round_in_one_store(project, tmp_path, in_proce
         project.read(recipes=recipes).run()
 
     for turn in (1, 2):
-        with pytest.raises(RecipeError, match=f"stages: rank-round-{turn} failed"):
+        with pytest.raises(LabelsMissingError, match=f"stages: rank-round-{turn} needs labels of people"):
             run()
         assert label_all("labels.sqlite") == [f"Question {turn}.{number}?" for number in range(3)]
     run()

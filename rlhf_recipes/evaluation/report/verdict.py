@@ -23,8 +23,8 @@ def heading(results: EvaluationResults) -> str:
     leader, baseline = leader_of(results), results.compare_with
     if leader:
         first, judge = [leader, *rivals_of(results)], judge_of(results)
-        if _mostly_cut_off(leader, results):
-            return f"{leader} is ahead of {baseline}, but most answers were cut off"
+        if cut := _mostly_cut_off(leader, results):
+            return f"{leader} is ahead of {baseline}, but most answers of {listed(cut)} were cut off"
         if made_for(leader, judge, results):
             return f"{leader} is better than {baseline}, by a judge that favours it"
         distinct = [name for names in compared(results) for name in names if not results.policies[name].same_as]
@@ -60,8 +60,10 @@ def _result(results: EvaluationResults) -> str:
         sentence += f" But it was {made} this very judge, which flatters it."
         fair = next((name for name in compared(results)[0] if not made_for(name, judge, results)), None)
         sentence += f" The best that was not: {fair}." if fair else ""
-    if _mostly_cut_off(leader, results):
-        sentence += " But most of the answers were cut off before they ended, so this says little."
+    if cut := _mostly_cut_off(leader, results):
+        sentence += (
+            f" But most answers of {listed(cut)} were cut off before they ended: this says little, unless length matters."
+        )
     if rivals := rivals_of(results):
         sentence += f" {listed(rivals)} may be as good: the difference may be chance."
     return sentence
@@ -81,9 +83,9 @@ def subject_of(results: EvaluationResults) -> str:
     return leader_of(results) or max([*reversed(results.others), results.compare_with], key=interest)
 
 
-def _mostly_cut_off(name: str, results: EvaluationResults) -> bool:
-    """Return whether fewer than half of its answers, or of the baseline's, end."""
-    return min(results.policies[one].ended.mean for one in (name, results.compare_with)) < 0.5
+def _mostly_cut_off(name: str, results: EvaluationResults) -> list[str]:
+    """Return it and the baseline, if fewer than half of their answers end."""
+    return [one for one in dict.fromkeys((name, results.compare_with)) if results.policies[one].ended.mean < 0.5]
 
 
 def _wins(name: str, results: EvaluationResults) -> str:

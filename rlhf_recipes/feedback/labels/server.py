@@ -19,7 +19,10 @@ def serve(store: Store, listener: socket.socket, password: str = "", names: Iter
     with listener:
         server = make_server(store, password, names, any_address=not _is_loopback(listener.getsockname()))
         print(f"Label at {url_of(listener)} (Ctrl-C ends; saved labels are safe)", flush=True)
-        print(f"Every labeller gets {store.overlap:.0%} of the prompts; each of the others goes to one labeller", flush=True)
+        print(
+            f"{store.overlap:.0%} of the prompts go to every labeller, each of the others to one: if you are alone, to you",
+            flush=True,
+        )
         with contextlib.suppress(KeyboardInterrupt):
             server.run(sockets=[listener])
 

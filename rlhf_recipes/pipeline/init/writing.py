@@ -80,38 +80,34 @@ class _Draft:
         references = [file for file in self._of("prompts") if file.references]
         self.function = not self.compared and bool(references) and all(map(_has_short_answers, references))
         self.prompts = references if self.function else self.prompts
+        # With nothing but prompts, people rank the model's own answers
+        self.people = not self.demonstrations and not self.compared and not self.function
+        self.by_rankings = self.compared or (self.prompts if self.people else [])
 
     def _of(self, *roles: str) -> list[DataFile]:
         return [file for file in self.files if file.role in roles]
 
     def text(self) -> str:
-        """Return the file.
-
-        Raises:
-            RecipeError: if the data serve no stage.
-        """
+        """Return the file."""
         stages = ""
         if self.demonstrations:
             stages += self._trained("sft", self.demonstrations, 2e-4 if self._is_large() else 5e-4)
         start: Keys = [("start_from", "{sft}", "the policy of SFT")] if self.demonstrations else []
-        if self.compared:
-            stages += self._trained("reward", self.compared, 1e-4, start)
-        if (self.compared or self.function) and self.prompts:
+        if self.people:
+            stages += self._sample("base") + self._rank()
+        if self.by_rankings:
+            stages += self._trained("reward", self.by_rankings, 1e-4, start)
+        if (self.by_rankings or self.function) and self.prompts:
             stages += self._ppo(start)
-        if self.compared:
+        if self.by_rankings:
             stages += self._trained(
                 "dpo",
-                self.compared,
+                self.by_rankings,
                 1e-5 if self._is_large() else 1e-4,
                 [*start, ("beta", 0.1, "price of leaving that policy")],
             )
-        if not stages:
-            raise RecipeError(
-                f"--data: {', '.join(file.path for file in self.files)}: only prompts, of which no stage can learn. Fix: add "
-                "demonstrations, pairs or rankings with another --data, or a column `reference` with short answers"
-            )
-        if not self.compared and not self.function and self.prompts:
-            stages += self._sample()
+        if not self.by_rankings and not self.function and self.prompts:
+            stages += self._sample("sft")
         if self.prompts:
             stages += self._evaluate()
         return self._head() + stages
@@ -139,10 +135,12 @@ class _Draft:
             yield "missing for sft: demonstrations. PPO starts from the model as it is; add them with another --data"
         if not self.prompts:
             yield "missing for evaluate: prompts. Add a file with a column `prompt`"
-        if not self.compared:
+        if self.people:
+            yield f"  `rank` waits for you: `python recipes/label.py --store {self._store}` is a page to rank the answers on"
+        elif not self.compared:
             what = "reward and dpo" if self.function else "reward, ppo and dpo"
             yield f"missing for {what}: pairs or rankings of answers"
-        if not self.compared and not self.function and self.prompts:
+        if not self.by_rankings and not self.function and self.prompts:
             groups = f"{self._folder}/sample/groups.jsonl"
             yield f"  `sample` writes answers to rank: `python recipes/label.py --data {groups}`, export them with"
             store = groups.replace(".jsonl", ".labels.sqlite")
@@ -159,6 +157,10 @@ class _Draft:
     @property
     def _folder(self) -> str:
         return f"runs/{self.path.stem}"
+
+    @property
+    def _store(self) -> str:
+        return f"{self._folder}.labels.sqlite"
 
     def _head(self) -> str:
         """Return the keys of the file, and of all stages."""
@@ -208,7 +210,9 @@ class _Draft:
         training = plan_training(rows, rows if name == "sft" else max(2, prompts))
         keys: Keys = [
             *first,
-            ("datasets", [file.source() for file in files], "the last rows are for `evaluate`"),
+            ("datasets", [{"path": "{rank}/rankings.jsonl"}], "")
+            if name != "sft" and self.people
+            else ("datasets", [file.source() for file in files], "the last rows are for `evaluate`"),
             ("test_split_size", training.held_out, "held out for the loss during training"),
             ("num_train_epochs", training.epochs, ""),
             ("learning_rate", rate, ""),
@@ -216,22 +220,23 @@ class _Draft:
             ("warmup_steps", training.warmup, f"of about {training.steps}"),
             *self._batches(training),
         ]
+        compared = "rankings" if self.people else _what(files, compared=True)
         titles = {
             "sft": f"Supervised fine-tuning on {_what(files)}",
-            "reward": f"A reward model of {_what(files, compared=True)}",
-            "dpo": f"DPO: the alternative to PPO, on the same {_what(files, compared=True)}",
+            "reward": f"A reward model of {compared}",
+            "dpo": f"DPO: the alternative to PPO, on the same {compared}",
         }
         return self._stage(name, titles[name], keys)
 
     def _ppo(self, start: Keys) -> str:
         prompts = sum(max(1, min(file.prompts, file.usable) - file.held_out) for file in self.prompts)
         training = plan_ppo(prompts)
-        path = "{reward}" if self.compared else "rlhf_recipes.rewards.normalised_match"
+        path = "{reward}" if self.by_rankings else "rlhf_recipes.rewards.normalised_match"
         keys: Keys = [
             *start,
-            ("reward_funcs", [path], "" if self.compared else "1 for the reference, up to case and punctuation; else 0"),
+            ("reward_funcs", [path], "" if self.by_rankings else "1 for the reference, up to case and punctuation; else 0"),
         ]
-        if self.compared:
+        if self.by_rankings:
             keys.append(("missing_eos_penalty", 1.0, "for an answer that does not end in max_completion_length"))
         keys += [
             ("datasets", [file.source() for file in self.prompts], ""),
@@ -274,19 +279,26 @@ class _Draft:
             ("report_to", "none", ""),
         ]
 
-    def _sample(self) -> str:
+    def _sample(self, policy: str) -> str:
         keys: Keys = [
-            ("policies", {"sft": "{sft}"}, ""),
+            ("policies", {policy: None if policy == "base" else f"{{{policy}}}"}, ""),
             ("datasets", [file.source() for file in self.prompts], ""),
             ("num_completions", 4, "different answers to each prompt"),
             ("batch_size", 8, ""),
         ]
         return self._stage("sample", "Answers for people to rank with recipes/label.py: then there can be PPO and DPO", keys)
 
+    def _rank(self) -> str:
+        keys: Keys = [
+            ("groups", "{sample}", ""),
+            ("labeller", {"store": self._store}, f"python recipes/label.py --store {self._store}"),
+        ]
+        return self._stage("rank", "Your rankings of them: until they are complete, the pipeline stops here", keys)
+
     def _evaluate(self) -> str:
         trained = [name for name in ("sft", "dpo", "ppo") if name in self.names]
         rewards: list[dict[str, Any]] = []
-        if self.compared:
+        if self.by_rankings:
             rewards = [{"path": "{reward}", "name": "reward model", "trained": ["ppo", "dpo"]}]
         elif self.function:
             rewards = [{"path": "rlhf_recipes.rewards.normalised_match", "name": "right", "trained": ["ppo"]}]
