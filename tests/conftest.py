@@ -1,6 +1,7 @@
 """Fixtures, order and summary of the whole test suite."""
 
 import gc
+import os
 from collections import Counter
 from pathlib import Path
 
@@ -66,6 +67,15 @@ def shared() -> Path:
     if not SHARED.is_dir():
         pytest.skip("needs ../shared: real models and data")
     return SHARED
+
+
+@pytest.fixture(scope="session")
+def smollm2() -> Path:
+    """The folder of SmolLM2-135M-Instruct, which `.ci/run` fetches."""
+    folder = Path(os.environ.get("SMOLLM2", ""))
+    if not (folder / "config.json").is_file():
+        pytest.skip("set SMOLLM2 to a folder with SmolLM2-135M-Instruct: `python tests/support/smollm2.py FOLDER` makes one")
+    return folder
 
 
 @pytest.fixture

@@ -15,7 +15,7 @@ import pytest
 from peft import LoraConfig, get_peft_model
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-pytestmark = [pytest.mark.real, pytest.mark.slow]
+pytestmark = [pytest.mark.smollm2, pytest.mark.slow]
 PAGE = (ROOT / "docs" / "walkthrough.md").read_text()
 QUESTION = "What do cows eat?"
 SCRIPT = f"""
@@ -27,14 +27,6 @@ parameters.n_ctx = 512
 request = {{"messages": [{{"role": "user", "content": "{QUESTION}"}}], "max_tokens": 64, "temperature": 0}}
 print(Server(parameters).handle_chat_completions(request)["choices"][0]["message"]["content"])
 """
-
-
-@pytest.fixture(scope="module")
-def smollm2():
-    folder = Path(os.environ.get("SMOLLM2", "missing"))
-    if not (folder / "config.json").is_file():
-        pytest.skip("needs SMOLLM2: the folder of tests/support/smollm2.py")
-    return folder
 
 
 @pytest.fixture(scope="module")

@@ -1,7 +1,6 @@
 """A real chat model: SmolLM2-135M-Instruct through a small copy of the experiment on what it knows of cities."""
 
 import json
-import os
 from collections import Counter
 from importlib import import_module
 from pathlib import Path
@@ -38,15 +37,6 @@ SMALL = [
     f"evaluate.policies={POLICIES}",
 ]
 TRAINED = {"per_device_train_batch_size": 8, "eval_strategy": "no", "eval_datasets": [], "logging_steps": 1, "warmup_steps": 0}
-
-
-@pytest.fixture(scope="module")
-def smollm2() -> Path:
-    """The folder of the model."""
-    folder = Path(os.environ.get("SMOLLM2", ""))
-    if not (folder / "config.json").is_file():
-        pytest.skip("set SMOLLM2 to a folder with SmolLM2-135M-Instruct: `python tests/support/smollm2.py FOLDER` makes one")
-    return folder
 
 
 @pytest.fixture(scope="module")
